@@ -1,0 +1,25 @@
+"""Ours: three convolutions, one-cycle AdamW, label smoothing, random shifts of up to 2 pixels.
+
+Measured: @@default@@.
+
+    scripts/train --config=configs/default.py
+"""
+
+from ml_collections import ConfigDict
+
+from mnist_flax.config import default_config_dict
+
+
+def get_config() -> ConfigDict:
+    """Returns what differs from the defaults."""
+    config = default_config_dict()
+    config.data.holdout = 2_000
+    config.model.init = "he_normal"
+    config.augment.shift = 2
+    config.optimizer.name = "adamw"
+    config.optimizer.learning_rate = 4e-3
+    config.optimizer.weight_decay = 1e-4
+    config.optimizer.schedule = "one_cycle"
+    config.train.epochs = 8
+    config.train.label_smoothing = 0.05
+    return config

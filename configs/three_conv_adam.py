@@ -1,0 +1,19 @@
+"""The classic three convolutions (32, 64, 64) and a dense layer of 64; Adam, batch 64, 5 epochs.
+
+Measured: @@three_conv_adam@@.
+
+    scripts/train --config=configs/three_conv_adam.py
+"""
+
+from ml_collections import ConfigDict
+
+from mnist_flax.config import default_config_dict
+
+
+def get_config() -> ConfigDict:
+    """Returns what differs from the defaults."""
+    config = default_config_dict()
+    config.model.widths = (32, 64, 64)
+    config.model.pools = (2, 2, 1)
+    config.model.dense = (64,)
+    return config

@@ -1,0 +1,25 @@
+"""Errors that speak to the user: one message, no traceback, an exit status that is not 0."""
+
+
+class UserError(Exception):
+    """A mistake or a mishap that the user can mend; the message names what is wrong, its value, and the remedy."""
+
+    exit_status = 2
+
+
+class ConfigError(UserError):
+    """A field of the config, or the config file itself, is wrong."""
+
+
+class DataError(UserError):
+    """A dataset is missing, unreachable, damaged, or not what its name says."""
+
+
+class WorkdirError(UserError):
+    """A workdir cannot be used: it is no folder, cannot be written, holds something else, or is in use."""
+
+
+class NonFiniteLossError(UserError):
+    """The loss became NaN or infinite; training further would only spoil the weights."""
+
+    exit_status = 3

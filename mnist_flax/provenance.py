@@ -1,0 +1,49 @@
+"""What a result was made with: versions, device, commit."""
+
+import importlib.metadata
+import pathlib
+import platform
+import subprocess
+from typing import Any
+
+import jax
+
+_PACKAGES = ("mnist-flax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that a result depends on; those not installed are left out."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str:
+    """Returns the commit of the code, with `+changes` if files differ from it; empty outside a checkout."""
+    folder = pathlib.Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        if not (folder / ".git").exists():  # an installed copy inside somebody else's checkout has no commit
+            return ""
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def provenance() -> dict[str, Any]:
+    """Returns `device`, `versions` and `git_commit` for a summary."""
+    devices = jax.devices()
+    kind = platform.processor() or platform.machine() if devices[0].platform == "cpu" else devices[0].device_kind
+    return {
+        "device": f"{len(devices)} x {devices[0].platform} ({kind})",
+        "versions": versions(),
+        "git_commit": git_commit(),
+    }

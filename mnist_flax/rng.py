@@ -1,0 +1,38 @@
+"""The only place where keys are derived.
+
+Everything random in a run is a function of the run's root key, a name for its purpose, and indices such as the step or
+the epoch. Nothing random is carried from step to step, so nothing random needs saving.
+"""
+
+import zlib
+
+import jax
+from jax import Array
+
+
+def root_key(seed: int) -> Array:
+    """Returns the key from which all others of a run with this seed are derived."""
+    return jax.random.key(seed)
+
+
+def stream(key: Array, name: str, *indices: Array | int) -> Array:
+    """Returns the key for one purpose at one place, independent of all other names and indices.
+
+    Args:
+      key: the run's root key.
+      name: the purpose, such as `"order"` or `"dropout"`.
+      *indices: where in the run, such as the epoch or the step; at most 32 bits each.
+    """
+    key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+    for index in indices:
+        key = jax.random.fold_in(key, index)
+    return key
+
+
+def per_example(key: Array, batch_size: int) -> Array:
+    """Returns `key[B]`, one for each place in a batch.
+
+    An example's random numbers then depend on its place alone, and not on how the batch is split over devices
+    (jax issue 40232).
+    """
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jax.numpy.arange(batch_size))
