@@ -31,11 +31,11 @@ def distort(config: AugmentConfig, image: Array, key: Array) -> Array:
         # Whole pixels need no interpolation: the same values as below, in a seventh of the time on a CPU.
         padded = jnp.pad(image, ((config.shift, config.shift), (config.shift, config.shift), (0, 0)))
         return jax.lax.dynamic_slice(padded, (*(shift + config.shift), 0), image.shape)
-    height, width, _ = image.shape
-    middle = jnp.array([(height - 1) / 2, (width - 1) / 2])
-    pixels = jnp.stack(jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij"), axis=-1)
-    places = (pixels - middle) @ matrix.T + middle + shift
-    values = map_coordinates(image[..., 0].astype(jnp.float32), [places[..., 0], places[..., 1]], order=1)
+    middle_y, middle_x = (image.shape[0] - 1) / 2, (image.shape[1] - 1) / 2
+    y, x = jnp.meshgrid(jnp.arange(image.shape[0]) - middle_y, jnp.arange(image.shape[1]) - middle_x, indexing="ij")
+    old_y = matrix[0, 0] * y + matrix[0, 1] * x + middle_y + shift[0]
+    old_x = matrix[1, 0] * y + matrix[1, 1] * x + middle_x + shift[1]
+    values = map_coordinates(image[..., 0].astype(jnp.float32), [old_y, old_x], order=1)
     return jnp.round(values).astype(image.dtype)[..., None]
 
 

@@ -60,7 +60,8 @@ class Bias(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Adds the bias, `f32[...,C] -> f32[...,C]`."""
-        return x + self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        return x + jnp.expand_dims(bias, range(x.ndim - 1))
 
 
 class CNN(nn.Module):

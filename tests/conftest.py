@@ -1,0 +1,36 @@
+"""Strict settings for all tests, and what several of them use."""
+
+import os
+import pathlib
+
+# Before JAX is imported: several devices on one CPU.
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+import pytest
+
+from mnist_flax.batches import Examples
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_legacy_prng_key", "error")
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def root() -> pathlib.Path:
+    """The checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def examples() -> Examples:
+    """96 pictures that can be learned: the label is the place of a bright bar, among noise."""
+    generator = np.random.default_rng(0)
+    label = np.arange(96, dtype=np.int32) % 10
+    image = generator.integers(0, 60, (96, 28, 28, 1), dtype=np.uint8)
+    for i, number in enumerate(label):
+        image[i, 4 + 2 * number : 6 + 2 * number] = 255
+    return Examples(image, label)

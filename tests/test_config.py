@@ -1,0 +1,127 @@
+"""The schema: what it accepts, what it refuses, and what it says then."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from mnist_flax.config import DATASETS, Config, ModelConfig, default_config_dict, differences, replace
+from mnist_flax.errors import ConfigError
+
+
+def test_defaults_survive_the_config_dict_and_json() -> None:
+    config = Config()
+    assert Config.from_dict(default_config_dict().to_dict()) == config
+    assert Config.from_json(config.to_json()).to_dict() == config.to_dict()
+
+
+def test_a_changed_field_survives_json() -> None:
+    config = replace(Config(), seed=7, model__widths=(8,), model__pools=(2,), optimizer__learning_rate=1)
+    assert Config.from_json(config.to_json()).to_dict() == config.to_dict()
+    assert type(config.optimizer.learning_rate) is float
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"optimizer__learning_rat": 1.0},
+            r"config.optimizer.learning_rat: no such field; did you mean 'learning_rate'",
+        ),
+        ({"train__epochs": 1.5}, r"config.train.epochs = 1.5: must be of type int, not float"),
+        ({"train__epochs": True}, r"config.train.epochs = True: must be of type int, not bool"),
+        ({"train__epochs": 0}, r"config.train.epochs = 0: must be at least 1"),
+        ({"train__tensorboard": 1}, r"config.train.tensorboard = 1: must be of type bool"),
+        ({"optimizer__learning_rate": float("nan")}, r"config.optimizer.learning_rate = nan: must be finite"),
+        ({"optimizer__learning_rate": -0.1}, r"config.optimizer.learning_rate = -0.1: must be above 0"),
+        ({"optimizer__name": "adma"}, r"config.optimizer.name = 'adma': did you mean 'adam'"),
+        ({"optimizer__schedule": "linear"}, r"config.optimizer.schedule = 'linear'.*constant, cosine"),
+        ({"optimizer__b1": 1.0}, r"config.optimizer.b1 = 1.0: must be from 0 to below 1"),
+        ({"optimizer__nesterov": True, "optimizer__momentum": 0.0}, "momentum above 0"),
+        ({"optimizer__warmup_epochs": 9.0}, r"config.optimizer.warmup_epochs = 9.0: must be from 0 to 5"),
+        ({"optimizer__warmup_epochs": 1.0, "optimizer__schedule": "one_cycle"}, "one_cycle has its own"),
+        ({"optimizer__peak_at": 1.0}, r"config.optimizer.peak_at = 1.0: must be between 0 and 1"),
+        ({"data__name": "mnits"}, r"config.data.name = 'mnits': did you mean 'mnist'"),
+        ({"data__num_train": 60_001}, r"config.data.num_train = 60001: mnist has 60000 training rows"),
+        ({"data__holdout": 60_000}, r"config.data.holdout = 60000: must leave some of the 60000 rows"),
+        ({"data__holdout": 9}, r"config.data.holdout = 9: needs a row for each of 10 classes"),
+        ({"data__num_train": 100, "train__batch_size": 101}, r"config.train.batch_size = 101: more than the 100 rows"),
+        ({"model__widths": 32}, r"config.model.widths = 32: must be a tuple"),
+        ({"model__widths": (32, "a", 1)}, r"config.model.widths\[1\] = 'a': must be of type int"),
+        ({"model__widths": (32, 0, 1)}, r"config.model.widths = .*every value must be at least 1"),
+        ({"model__pools": (2, 2)}, r"config.model.pools = \(2, 2\): has 2 values for 3 convolutions"),
+        ({"model__paddings": ("valid",)}, r"config.model.paddings = \('valid',\): each must be 'VALID' or 'SAME'"),
+        ({"model__kernel_sizes": (3, 3, 7)}, r"7x7 kernel of convolution 3 is larger than its 5x5 feature map"),
+        ({"model__pools": (2, 2, 4)}, r"4x4 pooling of convolution 3 is larger than its 3x3 feature map"),
+        ({"model__dropout": 1.0}, r"config.model.dropout = 1.0: must be from 0 to below 1"),
+        ({"model__pixel_std": 0.0}, r"config.model.pixel_std = 0.0: must be above 0"),
+        ({"augment__shift": 28}, r"config.augment.shift = 28: must be from 0 to 27"),
+        ({"seed": -1}, r"config.seed = -1: must be from 0"),
+        ({"checkpoint__keep_latest": 0}, r"config.checkpoint.keep_latest = 0: must be at least 1"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_field_and_a_remedy(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        replace(Config(), **fields)
+
+
+def test_rubbish_is_no_config() -> None:
+    for rubbish in (None, 5, "text", [1]):
+        with pytest.raises(ConfigError, match="must be a group of fields"):
+            Config.from_dict(rubbish)
+    with pytest.raises(ConfigError, match="config.model = 3: must be a group of fields"):
+        Config.from_dict({"model": 3})
+    with pytest.raises(ConfigError, match="not JSON"):
+        Config.from_json("{")
+
+
+def test_the_seed_is_no_part_of_the_program_but_of_the_run() -> None:
+    zero, one = Config(seed=0), Config(seed=1)
+    assert zero == one
+    assert hash(zero) == hash(one)
+    assert differences(zero, one) == {"seed": (0, 1)}
+
+
+def test_differences_leave_out_what_changes_no_result() -> None:
+    config = Config()
+    assert differences(config, replace(config, checkpoint__every_steps=5, train__log_every_steps=1)) == {}
+    assert differences(config, replace(config, train__driver="stream", data__raw_dir="elsewhere")) == {}
+    assert differences(config, replace(config, model__dropout=0.5)) == {"model.dropout": (0.0, 0.5)}
+
+
+def test_more_epochs_are_a_difference_only_to_a_schedule_that_depends_on_them() -> None:
+    for schedule, expected in (("constant", {}), ("step", {}), ("cosine", {"train.epochs": (5, 6)})):
+        config = replace(Config(), optimizer__schedule=schedule)
+        assert differences(config, replace(config, train__epochs=6)) == expected
+
+
+def test_steps_count_every_row() -> None:
+    config = replace(Config(), data__num_train=1000, data__holdout=100, train__batch_size=64, train__epochs=2)
+    assert (config.num_train, config.steps_per_epoch, config.num_steps) == (900, 15, 30)
+
+
+def test_classes_follow_the_dataset() -> None:
+    assert {name: replace(Config(), data__name=name).num_classes for name in ("mnist", "emnist/byclass")} == {
+        "mnist": 10,
+        "emnist/byclass": 62,
+    }
+    assert all(info.num_train > info.num_test > 0 for info in DATASETS.values())
+
+
+def test_single_values_spread_over_all_convolutions() -> None:
+    blocks = ModelConfig(widths=(4, 8), kernel_sizes=(5,), pools=(2, 1)).blocks()
+    assert [(block.width, block.kernel_size, block.pool) for block in blocks] == [(4, 5, 2), (8, 5, 1)]
+    assert ModelConfig(widths=(), pools=(1,)).blocks() == ()
+
+
+@pytest.mark.parametrize(
+    ("padding", "stride", "size", "expected"), [("VALID", 1, 28, 26), ("VALID", 2, 28, 13), ("SAME", 2, 27, 14)]
+)
+def test_feature_map_sizes_are_those_of_a_convolution(padding: str, stride: int, size: int, expected: int) -> None:
+    block = ModelConfig(widths=(1,), strides=(stride,), paddings=(padding,), pools=(1,)).blocks()[0]
+    assert block.conv_size(size) == expected
+
+
+def test_configs_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().seed = 1  # type: ignore[misc]

@@ -1,0 +1,164 @@
+"""The network: its shapes, its order of operations, and that no example sees another."""
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import Array
+
+from mnist_flax import rng
+from mnist_flax.batches import Examples
+from mnist_flax.config import Config, replace
+from mnist_flax.model import INITIALIZERS, Bias, Dropout, build, scale_pixels
+from mnist_flax.step import forward, jit_forward, jit_init_state
+
+SMALL = replace(Config(), model__widths=(4, 6), model__pools=(2, 1), model__dense=(8,))
+
+
+def variables_of(config: Config) -> dict[str, Any]:
+    state = jit_init_state(config, rng.root_key(0))
+    # Biases start at 0; here they are moved, so that a misplaced one shows.
+    params = jax.tree.map(lambda leaf: leaf + 0.1 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), state.params)
+    return {"params": params, "batch_stats": state.batch_stats}
+
+
+def by_the_book(config: Config, variables: dict[str, Any], images: Array) -> Array:
+    """The same network in plain lax and in the textbook's order: convolution, bias, activation, pooling."""
+    params = variables["params"]
+    x = images.astype(jnp.float32) / 255
+    for i, block in enumerate(config.model.blocks()):
+        kernel = params[f"Conv_{i}"]["kernel"]
+        x = jax.lax.conv_general_dilated(
+            x, kernel, (block.stride,) * 2, block.padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        x = getattr(nn, config.model.activation)(x + params[f"Bias_{i}"]["bias"].reshape(1, 1, 1, -1))
+        pool = nn.max_pool if config.model.pooling == "max" else nn.avg_pool
+        x = pool(x, (block.pool,) * 2, (block.pool,) * 2)
+    x = x.reshape(len(x), -1)
+    for i in range(len(config.model.dense) + 1):
+        layer = params[f"Dense_{i}"]
+        x = x @ layer["kernel"] + layer["bias"].reshape(1, -1)
+        x = getattr(nn, config.model.activation)(x) if i < len(config.model.dense) else x
+    return x
+
+
+jit_by_the_book = jax.jit(by_the_book, static_argnums=0)
+
+
+@pytest.mark.parametrize("pooling", ["max", "avg"])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_it_is_the_network_of_the_books(examples: Examples, pooling: str, activation: str) -> None:
+    config = replace(SMALL, model__pooling=pooling, model__activation=activation, model__dense=(8, 7))
+    variables = variables_of(config)
+    images = jnp.asarray(examples.image[:5])
+    # Sums in another order: f32 rounding of numbers of order 1.
+    np.testing.assert_allclose(
+        jit_forward(config, variables, images), jit_by_the_book(config, variables, images), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "fields", [{"kernel_sizes": (5, 2), "strides": (2, 1), "paddings": ("SAME", "VALID")}, {"kernel_sizes": (1,)}]
+)
+def test_sizes_strides_and_paddings_of_each_convolution(examples: Examples, fields: dict[str, Any]) -> None:
+    config = replace(SMALL, **{f"model__{name}": value for name, value in fields.items()})
+    variables = variables_of(config)
+    images = jnp.asarray(examples.image[:3])
+    np.testing.assert_allclose(
+        jit_forward(config, variables, images), jit_by_the_book(config, variables, images), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_the_default_network_has_the_published_number_of_parameters() -> None:
+    params = jit_init_state(Config(), rng.root_key(0)).params
+    # 3*3*1*32+32, 3*3*32*64+64, 3*3*64*64+64, 576*64+64, 64*10+10
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 320 + 18_496 + 36_928 + 36_928 + 650
+
+
+def test_logits_follow_the_number_of_classes() -> None:
+    config = replace(SMALL, data__name="emnist/byclass")
+    assert jit_forward(config, variables_of(config), jnp.zeros((2, 28, 28, 1), jnp.uint8)).shape == (2, 62)
+
+
+def test_a_network_without_convolutions_is_a_perceptron() -> None:
+    config = replace(SMALL, model__widths=(), model__pools=(1,))
+    variables = variables_of(config)
+    assert variables["params"]["Dense_0"]["kernel"].shape == (784, 8)
+    assert jit_forward(config, variables, jnp.zeros((2, 28, 28, 1), jnp.uint8)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_an_examples_logits_do_not_depend_on_its_batch_mates(examples: Examples, batch_norm: bool) -> None:
+    config = replace(SMALL, model__batch_norm=batch_norm)
+    variables = variables_of(config)
+    batch = jnp.asarray(examples.image[:8])
+    np.testing.assert_array_equal(
+        jit_forward(config, variables, batch)[3], jit_forward(config, variables, batch.at[4:].set(255))[3]
+    )
+    # The gradient of one example's logits by another's pixels is exactly zero.
+    floats = batch.astype(jnp.float32)
+    gradient = jax.jit(jax.grad(lambda images: forward(config, variables, images)[3].sum()))(floats)
+    assert not np.asarray(gradient)[np.arange(8) != 3].any()
+    assert np.asarray(gradient)[3].any()
+
+
+def test_pixels_are_scaled_in_one_place() -> None:
+    images = jnp.array([0, 51, 255], jnp.uint8).reshape(1, 1, 3, 1)
+    np.testing.assert_allclose(scale_pixels(Config().model, images).ravel(), [0, 0.2, 1], rtol=1e-6)
+    standard = replace(Config(), model__pixel_mean=0.2, model__pixel_std=0.5).model
+    np.testing.assert_allclose(scale_pixels(standard, images).ravel(), [-0.4, 0, 1.6], rtol=1e-6, atol=1e-7)
+
+
+def test_batch_norm_in_training_sees_examples_only() -> None:
+    config = replace(SMALL, model__batch_norm=True)
+    variables = variables_of(config)
+    images = jax.random.randint(rng.root_key(1), (6, 28, 28, 1), 0, 256).astype(jnp.uint8)
+    apply = jax.jit(partial(build(config, train=True).apply, mutable=["batch_stats"]))
+    alone, alone_stats = apply(variables, images[:4])
+    padded, padded_stats = apply(variables, images, jnp.arange(6) < 4)
+    np.testing.assert_allclose(padded[:4], alone, rtol=1e-4, atol=1e-5)  # sums over 6 rows round differently
+    for one, other in zip(jax.tree.leaves(alone_stats), jax.tree.leaves(padded_stats), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_dropout_thins_out_and_keeps_the_mean() -> None:
+    x = jnp.ones((64, 1000))
+    y = np.asarray(Dropout(0.3).apply({}, x, rngs={"dropout": rng.root_key(0)}))
+    assert set(np.unique(y)) == {np.float32(0), np.float32(1 / 0.7)}
+    assert abs((y == 0).mean() - 0.3) < 0.01  # five standard deviations
+    assert len({row.tobytes() for row in y}) == 64
+
+
+def test_dropout_of_a_place_does_not_depend_on_the_batch_size() -> None:
+    drop = Dropout(0.5)
+    key = {"dropout": rng.root_key(0)}
+    np.testing.assert_array_equal(
+        drop.apply({}, jnp.ones((8, 20)), rngs=key)[:4], drop.apply({}, jnp.ones((4, 20)), rngs=key)
+    )
+
+
+def test_dropout_is_off_at_test_time(examples: Examples) -> None:
+    config = replace(SMALL, model__dropout=0.5, model__conv_dropout=0.5)
+    variables = variables_of(config)
+    images = jnp.asarray(examples.image[:3])
+    np.testing.assert_array_equal(jit_forward(config, variables, images), jit_forward(SMALL, variables, images))
+
+
+def test_bias_adds_to_channels() -> None:
+    y = Bias().apply({"params": {"bias": jnp.array([1.0, 2.0])}}, jnp.zeros((2, 3, 3, 2)))
+    assert y[..., 0].tolist() == np.ones((2, 3, 3)).tolist()
+    assert y[..., 1].tolist() == np.full((2, 3, 3), 2.0).tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "variance"),
+    [("glorot", 2 / (9 * 16 + 9 * 48)), ("he", 2 / (9 * 16)), ("lecun", 1 / (9 * 16))],
+)
+@pytest.mark.parametrize("shape", ["uniform", "normal"])
+def test_kernels_start_with_the_published_variance(name: str, shape: str, variance: float) -> None:
+    kernel = INITIALIZERS[f"{name}_{shape}"](rng.root_key(0), (3, 3, 16, 48), jnp.float32)
+    assert float(kernel.var()) == pytest.approx(variance, rel=0.1)  # 6,912 draws: about five standard deviations

@@ -1,0 +1,73 @@
+"""Schedules at points computed by hand, and updates computed by hand."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mnist_flax.config import Config, replace
+from mnist_flax.optimizer import optimizer, schedule
+
+# 100 steps an epoch, 4 epochs.
+BASE = replace(Config(), data__num_train=1000, train__batch_size=10, train__epochs=4, optimizer__learning_rate=0.1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "values"),
+    [
+        ({"schedule": "constant"}, {0: 0.1, 399: 0.1}),
+        ({"schedule": "constant", "warmup_epochs": 0.5}, {0: 0.0, 25: 0.05, 50: 0.1, 399: 0.1}),
+        ({"schedule": "cosine"}, {0: 0.1, 200: 0.05, 400: 0.0}),
+        ({"schedule": "cosine", "end_fraction": 0.2, "warmup_epochs": 1.0}, {50: 0.05, 100: 0.1, 250: 0.06, 400: 0.02}),
+        ({"schedule": "one_cycle"}, {0: 0.004, 50: 0.052, 100: 0.1, 250: 0.05, 400: 0.0}),
+        ({"schedule": "one_cycle", "peak_at": 0.5, "start_fraction": 0.1}, {0: 0.01, 200: 0.1, 300: 0.05}),
+        ({"schedule": "one_cycle", "end_fraction": 0.1}, {400: 0.01}),
+        ({"schedule": "exponential", "decay_rate": 0.5}, {0: 0.1, 50: 0.1 * 0.5**0.5, 100: 0.05, 200: 0.025}),
+        ({"schedule": "step", "decay_rate": 0.5, "decay_epochs": 2.0}, {0: 0.1, 199: 0.1, 200: 0.05, 399: 0.05}),
+    ],
+)
+def test_learning_rates(fields: dict[str, Any], values: dict[int, float]) -> None:
+    rate = schedule(replace(BASE, **{f"optimizer__{name}": value for name, value in fields.items()}))
+    for step, expected in values.items():
+        assert float(rate(step)) == pytest.approx(expected, abs=1e-7), step
+
+
+PARAMS = {"kernel": jnp.array([[1.0, -2.0]]), "bias": jnp.array([0.5])}
+GRADS = {"kernel": jnp.array([[0.3, 0.4]]), "bias": jnp.array([0.0])}
+
+
+def update(count: int = 1, **fields: Any) -> dict[str, np.ndarray]:
+    """The change of the weights over `count` updates with the same gradient."""
+    chain = optimizer(replace(BASE, **{f"optimizer__{name}": value for name, value in fields.items()}))
+    state, params = chain.init(PARAMS), PARAMS
+    for _ in range(count):
+        updates, state = chain.update(GRADS, state, params)
+        params = optax.apply_updates(params, updates)
+    return {name: np.asarray(params[name] - PARAMS[name]) for name in PARAMS}
+
+
+def test_sgd_with_momentum() -> None:
+    g = np.array([[0.3, 0.4]])
+    np.testing.assert_allclose(update(name="sgd", momentum=0.0)["kernel"], -0.1 * g, rtol=1e-5)
+    np.testing.assert_allclose(update(2, name="sgd", momentum=0.9)["kernel"], -0.1 * g * (1 + 1.9), rtol=1e-5)
+    nesterov = update(2, name="sgd", momentum=0.9, nesterov=True)
+    np.testing.assert_allclose(nesterov["kernel"], -0.1 * g * (1.9 + 1 + 0.9 * 1.9), rtol=1e-5)
+
+
+def test_adam_starts_with_steps_of_the_learning_rate() -> None:
+    np.testing.assert_allclose(update(name="adam")["kernel"], [[-0.1, -0.1]], rtol=1e-5)
+
+
+def test_weight_decay_spares_biases() -> None:
+    decoupled = update(name="adamw", weight_decay=0.5)
+    np.testing.assert_allclose(decoupled["kernel"], [[-0.1 - 0.05, -0.1 + 0.1]], rtol=1e-4, atol=1e-6)
+    l2 = update(name="sgd", momentum=0.0, weight_decay=0.5)
+    np.testing.assert_allclose(l2["kernel"], [[-0.1 * (0.3 + 0.5), -0.1 * (0.4 - 1.0)]], rtol=1e-5)
+    assert decoupled["bias"] == l2["bias"] == 0
+
+
+def test_clipping_cuts_the_global_norm_and_only_a_longer_one() -> None:
+    np.testing.assert_allclose(update(name="sgd", momentum=0.0, clip_norm=0.25)["kernel"], [[-0.015, -0.02]], rtol=1e-5)
+    np.testing.assert_allclose(update(name="sgd", momentum=0.0, clip_norm=1.0)["kernel"], [[-0.03, -0.04]], rtol=1e-5)

@@ -1,0 +1,82 @@
+"""Every file in configs/: it loads, says what it is, and means what it meant when its golden text was written."""
+
+import importlib.util
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mnist_flax import rng
+from mnist_flax.batches import Batch
+from mnist_flax.config import Config, replace
+from mnist_flax.step import jit_init_state, jit_train_step
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden_presets"
+PRESETS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+
+
+def load(name: str) -> tuple[Config, str]:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return Config.from_dict(module.get_config().to_dict()), module.__doc__ or ""
+
+
+def test_the_presets_are_all_there() -> None:
+    expected = {
+        "default",
+        "digits",
+        "flax_example",
+        "keras_example",
+        "one_conv_sgd",
+        "three_conv_adam",
+        "tiny",
+        "two_conv_adam",
+    }
+    assert expected <= set(PRESETS)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_means_what_it_meant(name: str) -> None:
+    config, _ = load(name)
+    assert Config.from_json(config.to_json()).to_dict() == config.to_dict()
+    golden = GOLDEN / f"{name}.json"
+    if os.environ.get("UPDATE_GOLDEN"):
+        golden.write_text(config.to_json())
+    assert golden.exists(), "a new preset: write its golden text with UPDATE_GOLDEN=1 scripts/test -k preset"
+    assert config.to_json() == golden.read_text(), "if the change is meant: UPDATE_GOLDEN=1 scripts/test -k preset"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_says_what_it_is_what_it_reaches_and_how_to_run_it(name: str) -> None:
+    _, doc = load(name)
+    assert "Measured: " in doc
+    assert f"scripts/train --config=configs/{name}.py" in doc
+    assert "@@" not in doc, "a figure is missing"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_trains(name: str) -> None:
+    config, _ = load(name)
+    # Narrow layers and small batches compile and run fast; everything else is the preset's own.
+    config = replace(
+        config, model__widths=tuple(4 for _ in config.model.widths), model__dense=tuple(8 for _ in config.model.dense)
+    )
+    key = rng.root_key(0)
+    state = jit_init_state(config, key)
+    before = jax.device_get(state.params)
+    images = jax.random.randint(key, (8, 28, 28, 1), 0, 256).astype(jnp.uint8)
+    batch: Batch = {"image": images, "label": jnp.arange(8)}
+    for _ in range(2):
+        state, sums = jit_train_step(config, state, batch, key)
+        assert np.isfinite(sums.loss)
+    assert any(
+        (one != other).any()
+        for one, other in zip(jax.tree.leaves(before), jax.tree.leaves(jax.device_get(state.params)), strict=True)
+    )
