@@ -42,7 +42,8 @@ class Splits(NamedTuple):
     Attributes:
       name: a key of `config.DATASETS`: the dataset that this is, which need not be the one asked for.
       fingerprint: SHA-256 of all shapes, images and labels, in hexadecimal.
-      source: `tfds` (a prepared copy), `raw` (official files), `download`, or `embedded`.
+      source: where it came from this time: `tfds` (a copy that was already prepared), `raw` (official files),
+        `download`, or `embedded`.
     """
 
     name: str
@@ -58,6 +59,8 @@ class _UnreachableError(DataError):
 
 def load_splits(config: Config) -> Splits:
     """Loads the dataset that `config.data` names, from where it says; `DataConfig` explains the sources.
+
+    Official files are prepared only if no prepared copy can be used: checksums make all sources the same.
 
     Raises:
       DataError: it cannot be had from there, or is damaged; the message names the place and the remedy.
@@ -83,11 +86,11 @@ def load_splits(config: Config) -> Splits:
                 raise DataError(
                     f"{field} = {raw_dir!r} does not hold {data.name}: {error}, or set --config.data.source=download"
                 ) from error
-            return (splits or _prepare(data.name, data_dir, folder))._replace(source="raw")
+            return splits or _prepare(data.name, data_dir, folder)
         tried.append("no folder of official files: neither config.data.raw_dir nor $MNIST_FLAX_RAW_DIR is set")
     if data.source in ("auto", "download"):
         try:
-            return (splits or _prepare(data.name, data_dir, None))._replace(source="download")
+            return splits or _prepare(data.name, data_dir, None)
         except _UnreachableError as error:
             tried.append(str(error))
     what = f"{data.name} cannot be loaded (config.data.source = {data.source!r}):\n  " + "\n  ".join(tried)
@@ -168,7 +171,7 @@ def _load_prepared(name: str, data_dir: Path) -> tuple[Splits | None, list[str]]
                 return _load_copy(name, data_dir, parent), flaws
             except DataError as error:
                 flaw = str(error)
-        if copy.exists():
+        if os.path.exists(copy):  # unlike Path.exists, it never raises
             flaws.append(f"{copy}: {flaw}")
     return None, flaws
 
@@ -239,7 +242,7 @@ def _copy_key(copy: Path) -> str:
 def _read_cache(cache: Path, name: str, key: str) -> Splits | None:
     """Loads the decoded arrays, unless there are none, or of another copy, or damaged."""
     try:
-        with np.load(cache, allow_pickle=False) as arrays:
+        with cache.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             if str(arrays["key"]) != key:
                 return None
             train, test = (Split(arrays[f"{split}_image"], arrays[f"{split}_label"]) for split in datasets.SPLITS)
@@ -312,7 +315,7 @@ def _prepare(name: str, data_dir: Path, raw_dir: Path | None) -> Splits:
         ) from error
     if splits is None:
         raise DataError(f"{name} was prepared but cannot be loaded: {'; '.join(flaws)}")
-    return splits
+    return splits._replace(source="raw" if raw_dir else "download")
 
 
 def _move(source: Path, target: Path) -> None:
@@ -330,15 +333,21 @@ def _locked(own: Path) -> Iterator[None]:
     """
     import filelock
 
-    new = [folder for folder in (own, *own.parents) if not folder.exists()]
     lock = filelock.FileLock(own / "lock")
+    new: list[Path] = []
+    seconds = 0
     try:
-        own.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            logging.info("waiting for another process that prepares a dataset in %s", own)
-            lock.acquire()
+        while not lock.is_locked:
+            new = [folder for folder in (own, *own.parents) if not folder.exists()] or new
+            own.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(timeout=seconds)
+            except filelock.Timeout:
+                if not seconds:
+                    logging.info("waiting for another process that prepares a dataset in %s", own)
+                seconds = 10
+            except FileNotFoundError:  # it failed, and removed the folder
+                pass
         yield
     except BaseException:
         with contextlib.suppress(OSError):

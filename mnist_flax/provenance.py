@@ -38,10 +38,19 @@ def git_commit() -> str:
         return ""
 
 
+def _cpu_name() -> str:
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def provenance() -> dict[str, Any]:
     """Returns `device`, `versions` and `git_commit` for a summary."""
     devices = jax.devices()
-    kind = platform.processor() or platform.machine() if devices[0].platform == "cpu" else devices[0].device_kind
+    kind = _cpu_name() if devices[0].platform == "cpu" else devices[0].device_kind
     return {
         "device": f"{len(devices)} x {devices[0].platform} ({kind})",
         "versions": versions(),

@@ -1,0 +1,91 @@
+"""Trains presets over several seeds and prints, for each, one JSON line: accuracy at the last step, and seconds.
+
+    python scripts/bench_presets.py --presets=default,three_conv_adam --seeds=5
+
+Every run is a real one, through `train.fit`; its test accuracy is that of the last step, on the whole test set, which
+decides nothing. The seconds are those of training (no compiling, evaluating or saving); run it on a quiet machine.
+"""
+
+import datetime
+import importlib.util
+import json
+import math
+import pathlib
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from mnist_flax import cli
+from mnist_flax.config import Config, replace
+from mnist_flax.errors import UserError
+
+CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
+
+
+def load(preset: str) -> Config:
+    """Returns the config of a file in configs/.
+
+    Raises:
+      UserError: there is no such file.
+    """
+    path = CONFIGS / f"{preset}.py"
+    if not path.is_file():
+        raise UserError(f"--presets={preset}: there is no configs/{preset}.py")
+    spec = importlib.util.spec_from_file_location(preset, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return Config.from_dict(module.get_config().to_dict())
+
+
+def bench(preset: str, seeds: Sequence[int]) -> dict[str, Any]:
+    """Trains one preset with each seed and returns the statistics."""
+    from mnist_flax.train import fit
+
+    summaries = []
+    for seed in seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            fit(replace(load(preset), seed=seed, train__tensorboard=False), pathlib.Path(folder, "run"))
+            summaries.append(json.loads(pathlib.Path(folder, "run", "summary.json").read_text()))
+            print(f"{preset} seed {seed}: {summaries[-1]['test_accuracy']:.4f}", file=sys.stderr)
+    accuracies = [summary["test_accuracy"] for summary in summaries]
+    seconds = [summary["train_seconds"] for summary in summaries]
+    spread = statistics.stdev(accuracies) if len(accuracies) > 1 else math.nan
+    last = summaries[-1]
+    return {
+        "preset": preset,
+        "dataset": last["dataset"],
+        "n": len(seeds),
+        "seeds": list(seeds),
+        "test_examples": last["test_examples"],
+        "accuracy_mean": statistics.mean(accuracies),
+        "accuracy_sd": spread,
+        "accuracies": accuracies,
+        "train_seconds_median": statistics.median(seconds),
+        "train_seconds": seconds,
+        "parameters": last["parameters"],
+        "device": last["device"],
+        "versions": last["versions"],
+        "git_commit": last["git_commit"],
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def main(argv: Sequence[str]) -> None:
+    """Benches the presets that the flags name."""
+    del argv
+    seeds = range(flags.FLAGS.first_seed, flags.FLAGS.first_seed + flags.FLAGS.seeds)
+    for preset in flags.FLAGS.presets:
+        print(json.dumps(bench(preset, seeds)), flush=True)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_list("presets", "default", "names of files in configs/")
+    flags.DEFINE_integer("seeds", 5, "how many seeds", lower_bound=1)
+    flags.DEFINE_integer("first_seed", 0, "the first of them", lower_bound=0)
+    cli.run(main)
