@@ -11,6 +11,7 @@ Whatever is written goes into one folder of our own inside the TFDS folder, so n
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -19,12 +20,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from absl import logging
 
 from mnist_flax import config as config_lib
 from mnist_flax import datasets
 from mnist_flax.config import Config, DataConfig
 from mnist_flax.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 _TIMEOUTS = (5, 20)  # seconds to connect, and between two pieces of an answer
 
@@ -97,7 +99,7 @@ def load_splits(config: Config) -> Splits:
     remedy = "Connect to the network, or put the official files into a folder and set MNIST_FLAX_RAW_DIR to it."
     if data.source != "auto" or data.on_missing == "error":
         raise DataError(f"{what}\n{remedy}")
-    logging.warning(
+    logger.warning(
         "\n%s\n%s\n%s\nTHIS RUN USES ANOTHER, MUCH SMALLER DATASET: the digits embedded in scikit-learn, NOT %s.\n"
         "Its results are those of `digits`. To stop here instead: --config.data.on_missing=error\n%s",
         "=" * 100,
@@ -252,7 +254,7 @@ def _read_cache(cache: Path, name: str, key: str) -> Splits | None:
     except FileNotFoundError:
         return None
     except Exception as error:  # whatever is wrong with it, it can be made again
-        logging.info("%s is damaged (%s): decoding %s again", cache, error, name)
+        logger.info("%s is damaged (%s): decoding %s again", cache, error, name)
         return None
     return splits
 
@@ -275,7 +277,7 @@ def _write_cache(cache: Path, key: str, splits: Splits) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        logging.info("the decoded images cannot be kept (%s): they will be decoded again at the next start", error)
+        logger.info("the decoded images cannot be kept (%s): they will be decoded again at the next start", error)
 
 
 # Preparing ------------------------------------------------------------------------------------------------------------
@@ -299,12 +301,12 @@ def _prepare(name: str, data_dir: Path, raw_dir: Path | None) -> Splits:
             if splits:
                 return splits
             for flaw in flaws:
-                logging.info("not used: %s", flaw)
+                logger.info("not used: %s", flaw)
             for leftover in own.glob("preparing-*"):  # of a process that died
                 shutil.rmtree(leftover, ignore_errors=True)
             with tempfile.TemporaryDirectory(prefix="preparing-", dir=own) as staging:
                 files = raw_dir or _download(name, own, Path(staging))
-                logging.info("preparing %s in %s, which happens only once", name, own)
+                logger.info("preparing %s in %s, which happens only once", name, own)
                 datasets.prepare(name, raw_dir=files, data_dir=Path(staging), num_examples=_num_examples(name))
                 _move(datasets.copy_dir(name, Path(staging)), datasets.copy_dir(name, own))
             splits, flaws = _load_prepared(name, data_dir)
@@ -344,7 +346,7 @@ def _locked(own: Path) -> Iterator[None]:
                 lock.acquire(timeout=seconds)
             except filelock.Timeout:
                 if not seconds:
-                    logging.info("waiting for another process that prepares a dataset in %s", own)
+                    logger.info("waiting for another process that prepares a dataset in %s", own)
                 seconds = 10
             except FileNotFoundError:  # it failed, and removed the folder
                 pass
@@ -383,7 +385,7 @@ def _download(name: str, own: Path, staging: Path) -> Path:
     folder = staging / "downloaded"
     folder.mkdir()
     for file in datasets.official_files(name):
-        logging.info("downloading %s (%.1f MB)", file.url, file.size / 1e6)
+        logger.info("downloading %s (%.1f MB)", file.url, file.size / 1e6)
         _fetch(file, folder / file.name)
     _move(folder, target)
     return target

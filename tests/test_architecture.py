@@ -30,7 +30,7 @@ ROOMS = {
     "pickle": set[str](),
 }
 LAZY = ("tensorflow_datasets", "orbax", "matplotlib", "sklearn", "scipy", "skimage", "PIL", "tensorboardX")
-WITH_FILES = {"config", "data", "datasets", "workdir"}
+WITH_FILES = {"config", "data", "datasets", "provenance", "workdir"}
 
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "mnist_flax"
 

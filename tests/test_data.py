@@ -6,7 +6,7 @@ import hashlib
 import http.server
 import itertools
 import json
-import logging as std_logging
+import logging
 import os
 import shutil
 import socket
@@ -22,7 +22,6 @@ from typing import Any
 import filelock
 import numpy as np
 import pytest
-from absl import logging
 from idx_files import closed_url, make_official, random_arrays, write_files
 
 from mnist_flax import config, data, datasets
@@ -47,16 +46,16 @@ def messages() -> Iterator[list[str]]:
     """What is logged from INFO on, as the level and the text."""
     logged: list[str] = []
 
-    class Listener(std_logging.Handler):
-        def emit(self, record: std_logging.LogRecord) -> None:
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
             logged.append(f"{record.levelname}: {record.getMessage()}")
 
-    listener, verbosity = Listener(), logging.get_verbosity()
-    logging.get_absl_logger().addHandler(listener)
-    logging.set_verbosity(logging.INFO)
+    listener, level = Listener(), data.logger.level
+    data.logger.addHandler(listener)
+    data.logger.setLevel(logging.INFO)
     yield logged
-    logging.set_verbosity(verbosity)
-    logging.get_absl_logger().removeHandler(listener)
+    data.logger.setLevel(level)
+    data.logger.removeHandler(listener)
 
 
 class Published:
@@ -465,13 +464,12 @@ def test_read_only_folder(small: Published, messages: list[str]) -> None:
 # Several processes ----------------------------------------------------------------------------------------------------
 
 PROGRAM = """
-import os, signal, sys
+import logging, os, signal, sys
 from pathlib import Path
 import pytest
-from absl import logging
 from idx_files import closed_url, make_official, random_arrays
 from mnist_flax import config, data, datasets
-logging.set_verbosity(logging.INFO)
+logging.basicConfig(level=logging.INFO, format="%(message)s")
 raw_dir, data_dir, deadly = sys.argv[1:]
 make_official(pytest.MonkeyPatch(), Path(raw_dir), "mnist", random_arrays("mnist"), closed_url())
 if deadly:
