@@ -9,7 +9,7 @@ import pytest
 # A module imports only from lower layers. `errors` is the ground all stand on.
 LAYERS = [
     ["errors"],
-    ["config", "rng", "ops", "metrics", "sharding", "datasets", "pictures", "workdir", "signals", "provenance"],
+    ["config", "rng", "ops", "metrics", "sharding", "datasets", "pictures", "compilation", "workdir", "signals", "provenance"],
     ["data", "model", "augment", "optimizer", "batches", "labels", "cli"],
     ["step"],
     ["checkpoint", "evaluate"],
@@ -30,7 +30,7 @@ ROOMS = {
     "pickle": set[str](),
 }
 LAZY = ("tensorflow_datasets", "orbax", "matplotlib", "sklearn", "scipy", "skimage", "PIL", "tensorboardX")
-WITH_FILES = {"config", "data", "datasets", "provenance", "workdir"}
+WITH_FILES = {"compilation", "config", "data", "datasets", "provenance", "workdir"}
 
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "mnist_flax"
 

@@ -1,0 +1,65 @@
+"""Compiled programs outlive their process, and a cache that fails costs nothing but time."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import logging, sys
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+from mnist_flax import compilation
+compilation.keep_programs()
+import jax, jax.numpy as jnp
+jax.monitoring.register_event_listener(lambda event, **_: print(event) if "cache_hits" in event else None)
+print(float(jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((8, 8)))[0, 0]))
+"""
+
+
+def run(**environment: str) -> str:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    command = [sys.executable, "-W", "ignore", "-c", PROGRAM]
+    return subprocess.run(
+        command,
+        env={**env, "JAX_PLATFORMS": "cpu", **environment},
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    ).stdout
+
+
+def test_the_second_process_finds_the_programs_of_the_first(tmp_path: pathlib.Path) -> None:
+    first = run(XDG_CACHE_HOME=str(tmp_path))
+    assert "cache_hits" not in first
+    assert list((tmp_path / "mnist_flax" / "programs").iterdir())
+    second = run(XDG_CACHE_HOME=str(tmp_path))
+    assert "cache_hits" in second
+    assert second.splitlines()[-1] == first.splitlines()[-1]
+
+
+def test_jax_own_variables_go_first(tmp_path: pathlib.Path) -> None:
+    chosen = tmp_path / "chosen"
+    run(XDG_CACHE_HOME=str(tmp_path / "user"), JAX_COMPILATION_CACHE_DIR=str(chosen))
+    assert list(chosen.iterdir())
+    assert not (tmp_path / "user").exists()
+    run(XDG_CACHE_HOME=str(tmp_path / "off"), JAX_ENABLE_COMPILATION_CACHE="false")
+    assert not list((tmp_path / "off").rglob("*-cache"))
+
+
+@pytest.mark.parametrize("damage", ["no folder", "torn entries"])
+def test_a_broken_cache_costs_no_run(damage: str, tmp_path: pathlib.Path) -> None:
+    if damage == "no folder":
+        (tmp_path / "file").touch()
+        output = run(XDG_CACHE_HOME=str(tmp_path / "file"))
+        assert "compiled programs are not kept" in output
+    else:
+        run(XDG_CACHE_HOME=str(tmp_path))
+        entries = list(tmp_path.rglob("*-cache"))
+        assert entries
+        for entry in entries:
+            entry.write_bytes(entry.read_bytes()[:10])
+        output = run(XDG_CACHE_HOME=str(tmp_path))
+    assert output.splitlines()[-1].startswith("6.7")
