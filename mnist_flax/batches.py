@@ -6,7 +6,7 @@ carry the label -1, weigh nothing in the loss, and are counted nowhere.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple, TypedDict
+from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -14,19 +14,16 @@ import numpy as np
 from jax import Array
 
 from mnist_flax import rng
+from mnist_flax.config import DataConfig
+from mnist_flax.datasets import Examples
+from mnist_flax.errors import ConfigError
 
 NO_LABEL = -1  # the label of a place in a batch that holds no example
+FOLDS_SEED = 0  # of the shuffle before rows are divided into folds: the folds are the same for every run
 
 
 class Batch(TypedDict):
     """Images `u8[B,28,28,1]` and labels `i32[B]`, `NO_LABEL` where there is no example."""
-
-    image: Array
-    label: Array
-
-
-class Examples(NamedTuple):
-    """Images `u8[N,28,28,1]` and labels `i32[N]`, on the host or on the device."""
 
     image: Array
     label: Array
@@ -67,6 +64,49 @@ def split_rows(labels: np.ndarray, num_train: int, holdout: int) -> tuple[np.nda
         rows = spread_rows(labels, rows, num_train)
     held_out = spread_rows(labels, rows, holdout)
     return np.setdiff1d(rows, held_out, assume_unique=True), held_out
+
+
+def rows_of(labels: np.ndarray, data: DataConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Divides the training split as a config says: into the rows to train on and those held out.
+
+    Args:
+      labels: `i32[N]`, of the training split.
+      data: how many rows, and which of them are held out.
+
+    Returns:
+      `i32[R]` rows to train on and `i32[H]` held out, disjoint, ascending.
+
+    Raises:
+      ConfigError: a class has fewer rows than there are folds.
+    """
+    if not data.folds:
+        return split_rows(labels, data.num_train, data.holdout)
+    rows, _ = split_rows(labels, data.num_train, 0)
+    held_out = fold_rows(labels, rows, data.folds)[data.fold]
+    return np.setdiff1d(rows, held_out, assume_unique=True), held_out
+
+
+def fold_rows(labels: np.ndarray, rows: np.ndarray, folds: int) -> list[np.ndarray]:
+    """Divides rows at random into K parts with equal shares of each class, `i32[R] -> K times i32[R/K]`.
+
+    Args:
+      labels: `i32[N]`, of the whole split.
+      rows: `i32[R]`, those to divide.
+      folds: K. The first R mod K parts have one row more.
+
+    Raises:
+      ConfigError: a class has fewer rows than there are folds.
+    """
+    from sklearn.model_selection import StratifiedKFold
+
+    classes, counts = np.unique(labels[rows], return_counts=True)
+    if counts.min() < folds:
+        raise ConfigError(
+            f"config.data.folds = {folds}: class {classes[counts.argmin()]} has only {counts.min()} of the {len(rows)}"
+            f" rows; use at most {max(2, counts.min())} folds, or more rows (config.data.num_train)"
+        )
+    splitter = StratifiedKFold(folds, shuffle=True, random_state=FOLDS_SEED)
+    return [rows[places] for _, places in splitter.split(rows, labels[rows])]
 
 
 def epoch_order(key: Array, epoch: Array | int, rows: Array, batch_size: int) -> Array:

@@ -49,8 +49,11 @@ SCHEDULES = ("constant", "cosine", "one_cycle", "exponential", "step")
 
 
 def cadence(default: Any) -> Any:
-    """A field that says how a run is watched or saved: it may differ on resume, for no result depends on it."""
-    return dataclasses.field(default=default, metadata={"changes_result": False})
+    """A field that says how a run is watched or saved: it may differ on resume, for no result depends on it.
+
+    Nor does a compiled program, so like the seed it takes no part in equality and hash.
+    """
+    return dataclasses.field(default=default, compare=False, metadata={"changes_result": False})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,8 @@ class DataConfig:
       on_missing: `digits` trains on scikit-learn's embedded digits when nothing can be reached; `error` stops.
       num_train: train on this many rows, drawn stratified; 0 means all.
       holdout: rows of the training set kept for validation, drawn stratified; 0 means none.
+      folds: divide the rows into this many stratified parts and hold out one of them, instead of `holdout`; 0 means no.
+      fold: which of them, from 0. Like the seed, it takes no part in equality and hash: all folds share a program.
     """
 
     name: str = "mnist"
@@ -75,6 +80,8 @@ class DataConfig:
     on_missing: str = cadence("digits")
     num_train: int = 0
     holdout: int = 0
+    folds: int = 0
+    fold: int = dataclasses.field(default=0, compare=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -261,9 +268,19 @@ class Config:
         return DATASETS[self.data.name].num_classes
 
     @property
+    def num_rows(self) -> int:
+        """The number of rows that are used: trained on or held out."""
+        return self.data.num_train or DATASETS[self.data.name].num_train
+
+    @property
+    def num_holdout(self) -> int:
+        """The number of rows that are held out; where rows cannot be divided evenly, the first folds have one more."""
+        return -((self.data.fold - self.num_rows) // self.data.folds) if self.data.folds else self.data.holdout
+
+    @property
     def num_train(self) -> int:
         """The number of rows that are trained on."""
-        return (self.data.num_train or DATASETS[self.data.name].num_train) - self.data.holdout
+        return self.num_rows - self.num_holdout
 
     @property
     def steps_per_epoch(self) -> int:
@@ -456,12 +473,27 @@ def _mistakes(config: Config) -> Iterator[str]:
 def _mistakes_of_rows(config: Config) -> Iterator[str]:
     """Yields what is wrong with the numbers of rows."""
     info = DATASETS[config.data.name]
+    data, batch_size = config.data, config.train.batch_size
     if not 0 <= config.data.num_train <= info.num_train:
         yield (
             f"config.data.num_train = {config.data.num_train}: {config.data.name} has {info.num_train} training rows;"
             " 0 means all"
         )
-    rows = config.data.num_train or info.num_train
+        return
+    rows = config.num_rows
+    if data.folds != 0 and not 2 <= data.folds <= rows // info.num_classes:
+        yield f"config.data.folds = {data.folds}: must be from 2 to {rows // info.num_classes}, or 0 for none"
+        return
+    if not 0 <= data.fold < max(1, data.folds):
+        yield f"config.data.fold = {data.fold}: must be below config.data.folds = {data.folds}"
+    if data.folds and data.holdout:
+        yield f"config.data.holdout = {data.holdout}: must be 0 with config.data.folds, for a fold is held out"
+    if data.folds and (rows - -(-rows // data.folds)) % batch_size == 0 != rows % data.folds:
+        # The smaller folds' runs would have a step more in an epoch: another schedule, and another program.
+        yield (
+            f"config.train.batch_size = {batch_size}: {data.folds} folds of {rows} rows would differ in their steps;"
+            " use another, or another number of folds"
+        )
     if not 0 <= config.data.holdout < rows:
         yield f"config.data.holdout = {config.data.holdout}: must leave some of the {rows} rows to train on"
     elif 0 < config.data.holdout < info.num_classes:

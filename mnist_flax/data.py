@@ -24,6 +24,7 @@ import numpy as np
 from mnist_flax import config as config_lib
 from mnist_flax import datasets
 from mnist_flax.config import Config, DataConfig
+from mnist_flax.datasets import Examples
 from mnist_flax.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -31,15 +32,8 @@ logger = logging.getLogger(__name__)
 _TIMEOUTS = (5, 20)  # seconds to connect, and between two pieces of an answer
 
 
-class Split(NamedTuple):
-    """Images u8[N,28,28,1], white on black, and labels i32[N], in the order of the original files."""
-
-    image: np.ndarray
-    label: np.ndarray
-
-
 class Splits(NamedTuple):
-    """A dataset in memory.
+    """A dataset in memory, in the order of the original files.
 
     Attributes:
       name: a key of `config.DATASETS`: the dataset that this is, which need not be the one asked for.
@@ -49,8 +43,8 @@ class Splits(NamedTuple):
     """
 
     name: str
-    train: Split
-    test: Split
+    train: Examples
+    test: Examples
     fingerprint: str
     source: str
 
@@ -132,7 +126,7 @@ def follow(config: Config, splits: Splits) -> Config:
     )
 
 
-def fingerprint(train: Split, test: Split) -> str:
+def fingerprint(train: Examples, test: Examples) -> str:
     """Returns the SHA-256 of all shapes, images and labels, in hexadecimal."""
     digest = hashlib.sha256()
     for array in (*train, *test):
@@ -143,7 +137,7 @@ def fingerprint(train: Split, test: Split) -> str:
 
 def _splits(name: str, arrays: Mapping[str, tuple[np.ndarray, np.ndarray]], source: str) -> Splits:
     """Wraps decoded arrays."""
-    train, test = (Split(*arrays[split]) for split in datasets.SPLITS)
+    train, test = (Examples(*arrays[split]) for split in datasets.SPLITS)
     return Splits(name, train, test, fingerprint(train, test), source)
 
 
@@ -247,7 +241,7 @@ def _read_cache(cache: Path, name: str, key: str) -> Splits | None:
         with cache.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             if str(arrays["key"]) != key:
                 return None
-            train, test = (Split(arrays[f"{split}_image"], arrays[f"{split}_label"]) for split in datasets.SPLITS)
+            train, test = (Examples(arrays[f"{split}_image"], arrays[f"{split}_label"]) for split in datasets.SPLITS)
             splits = Splits(name, train, test, str(arrays["fingerprint"]), "tfds")
         if fingerprint(train, test) != splits.fingerprint:
             raise ValueError("its fingerprint differs")

@@ -38,6 +38,13 @@ _FILES = {
 _EMNIST_MEMBERS = ("gzip/emnist-{}-{}-images-idx3-ubyte.gz", "gzip/emnist-{}-{}-labels-idx1-ubyte.gz")
 
 
+class Examples(NamedTuple):
+    """Images `u8[N,28,28,1]`, white on black, and labels `i32[N]`, on the host or on the device."""
+
+    image: Any  # np.ndarray or jax.Array: most functions take either
+    label: Any
+
+
 class OfficialFile(NamedTuple):
     """A file as its publisher has it, by TFDS' registry; `size` in bytes, `sha256` in hexadecimal."""
 

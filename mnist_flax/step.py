@@ -10,8 +10,9 @@ from jax import Array
 
 from mnist_flax import batches, metrics, rng
 from mnist_flax.augment import augment
-from mnist_flax.batches import Batch, Examples
+from mnist_flax.batches import Batch
 from mnist_flax.config import IMAGE_SIZE, Config
+from mnist_flax.datasets import Examples
 from mnist_flax.model import build
 from mnist_flax.optimizer import optimizer
 

@@ -5,11 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mnist_flax import augment as module
 from mnist_flax import rng
 from mnist_flax.augment import augment, distort, random_affine
-from mnist_flax.batches import Examples
 from mnist_flax.config import AugmentConfig
+from mnist_flax.datasets import Examples
 
 KEY = rng.root_key(0)
 
@@ -43,7 +42,7 @@ def test_resampling_at_whole_pixels_equals_the_shift(examples: Examples) -> None
 
 def at_the_limit(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
     """Makes every uniform draw the same."""
-    monkeypatch.setattr(module.jax.random, "uniform", lambda key, shape, minval: jnp.full(shape, value))
+    monkeypatch.setattr("jax.random.uniform", lambda key, shape, minval: jnp.full(shape, value))
 
 
 def test_a_quarter_turn_is_exact(examples: Examples, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from mnist_flax import batches, rng
-from mnist_flax.batches import NO_LABEL, Examples
+from mnist_flax.batches import NO_LABEL
+from mnist_flax.datasets import Examples
 
 KEY = rng.root_key(0)
 

@@ -69,7 +69,7 @@ def test_rubbish_is_no_config() -> None:
     for rubbish in (None, 5, "text", [1]):
         with pytest.raises(ConfigError, match="must be a group of fields"):
             Config.from_dict(rubbish)
-    with pytest.raises(ConfigError, match="config.model = 3: must be a group of fields"):
+    with pytest.raises(ConfigError, match=r"config\.model = 3: must be a group of fields"):
         Config.from_dict({"model": 3})
     with pytest.raises(ConfigError, match="not JSON"):
         Config.from_json("{")

@@ -11,8 +11,8 @@ import pytest
 from jax import Array
 
 from mnist_flax import rng
-from mnist_flax.batches import Examples
 from mnist_flax.config import Config, replace
+from mnist_flax.datasets import Examples
 from mnist_flax.model import INITIALIZERS, Bias, Dropout, build, scale_pixels
 from mnist_flax.step import forward, jit_forward, jit_init_state
 
@@ -149,7 +149,7 @@ def test_dropout_is_off_at_test_time(examples: Examples) -> None:
 
 
 def test_bias_adds_to_channels() -> None:
-    y = Bias().apply({"params": {"bias": jnp.array([1.0, 2.0])}}, jnp.zeros((2, 3, 3, 2)))
+    y: Any = Bias().apply({"params": {"bias": jnp.array([1.0, 2.0])}}, jnp.zeros((2, 3, 3, 2)))
     assert y[..., 0].tolist() == np.ones((2, 3, 3)).tolist()
     assert y[..., 1].tolist() == np.full((2, 3, 3), 2.0).tolist()
 

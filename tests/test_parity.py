@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from mnist_flax import rng
-from mnist_flax.batches import Examples
 from mnist_flax.config import Config, replace
+from mnist_flax.datasets import Examples
 from mnist_flax.step import jit_init_state
 from mnist_flax.train import DRIVERS
 

@@ -1,0 +1,238 @@
+"""Every number of a report: what `metrics.json` holds and the page shows."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mnist_flax import batches, labels, metrics
+from mnist_flax.config import Config
+from mnist_flax.data import Splits
+from mnist_flax.evaluate import Evaluation, scores
+from mnist_flax.provenance import provenance
+from mnist_flax.report.layers import Layer
+
+GALLERY = 24  # examples in each gallery
+PAIRS = 12  # most confused pairs
+PAIR_EXAMPLES = 6  # pictures of each
+NUM_BINS = 15  # of the reliability diagram (as in Guo et al., 2017)
+TOP = 3  # classes named with their probability
+CURVE_POINTS = 1000  # a longer log is thinned out to this many
+
+Facts = dict[str, Any]  # ready for JSON
+
+
+def gather(
+    config: Config,
+    *,
+    layers: Sequence[Layer],
+    records: Sequence[Mapping[str, Any]],
+    splits: Splits,
+    evaluation: Evaluation,
+    step: int,
+    summary: Mapping[str, Any] | None,
+    evaluated_by: str,
+) -> Facts:
+    """Computes all numbers of a report.
+
+    Args:
+      config: of the run.
+      layers: of its network.
+      records: the lines of its log.
+      splits: its data.
+      evaluation: of the test set, at `step`.
+      step: finished updates.
+      summary: of the run, if it has one.
+      evaluated_by: `training`, at its end, or `report`.
+    """
+    probs = np.exp(metrics.log_probabilities(evaluation.logits))
+    label = splits.test.label
+    confusion = metrics.confusion_matrix(label, probs.argmax(axis=-1), config.num_classes)
+    return {
+        "dataset": splits.name,
+        "dataset_fingerprint": splits.fingerprint,
+        "class_names": list(labels.class_names(splits.name)),
+        "run": run_facts(config, layers, records, step, summary),
+        "test": {"evaluated_by": evaluated_by, **scores(evaluation, label, splits.name)},
+        "calibration": calibration(probs, label),
+        "confusion": confusion.tolist(),
+        "confused_pairs": confused_pairs(confusion, label, probs),
+        "galleries": galleries(probs, label, splits.name),
+        "curves": curves(records),
+        "network": [layer._asdict() for layer in layers],
+        "config": config.to_dict(),
+        "config_changed": changed_fields(config),
+    }
+
+
+def run_facts(
+    config: Config,
+    layers: Sequence[Layer],
+    records: Sequence[Mapping[str, Any]],
+    step: int,
+    summary: Mapping[str, Any] | None,
+) -> Facts:
+    """Says what was trained, how far, how long and with what."""
+    made_with = summary or provenance()
+    seconds = max((record["seconds"] for record in records), default=0.0)
+    return {
+        "finished": summary is not None and summary["steps"] == step,
+        "seed": config.seed,
+        "step": step,
+        "num_steps": config.num_steps,
+        "epoch": step / config.steps_per_epoch,
+        "epochs": config.train.epochs,
+        "num_train": config.num_train,
+        "holdout": config.data.holdout,
+        "parameters": sum(layer.parameters for layer in layers),
+        "multiply_adds": sum(layer.multiply_adds for layer in layers),
+        "train_seconds": seconds,
+        "versions_of": "training" if summary else "report",
+        **{name: made_with[name] for name in ("device", "versions", "git_commit")},
+    }
+
+
+def calibration(probs: np.ndarray, label: np.ndarray) -> Facts:
+    """Turns the reliability diagram into rows, those without examples left out."""
+    bins = metrics.reliability(probs, label, NUM_BINS)
+    right = np.rint(np.nan_to_num(bins.accuracy * bins.examples))
+    intervals = metrics.wilson_interval(right, bins.examples)
+    return {
+        "num_bins": NUM_BINS,
+        "bins": [
+            {
+                "from": float(bins.edges[i]),
+                "to": float(bins.edges[i + 1]),
+                "examples": int(bins.examples[i]),
+                "confidence": float(bins.confidence[i]),
+                "accuracy": float(bins.accuracy[i]),
+                "accuracy_interval": intervals[i].tolist(),
+            }
+            for i in np.flatnonzero(bins.examples)
+        ],
+    }
+
+
+def confused_pairs(confusion: np.ndarray, label: np.ndarray, probs: np.ndarray) -> list[Facts]:
+    """Lists what is taken for what most often, with the examples of which the network was surest."""
+    prediction = probs.argmax(axis=-1)
+    errors = confusion - np.diag(np.diag(confusion))
+    cells = np.argsort(-errors, axis=None, kind="stable")[:PAIRS]
+    pairs = []
+    for actual, predicted in zip(*np.unravel_index(cells, errors.shape), strict=True):
+        if not errors[actual, predicted]:
+            break
+        rows = np.flatnonzero((label == actual) & (prediction == predicted))
+        surest = rows[np.argsort(-probs[rows, predicted], kind="stable")][:PAIR_EXAMPLES]
+        pairs.append(
+            {
+                "label": int(actual),
+                "prediction": int(predicted),
+                "count": int(errors[actual, predicted]),
+                "share_of_label": float(errors[actual, predicted] / confusion[actual].sum()),
+                "rows": surest.tolist(),
+            }
+        )
+    return pairs
+
+
+def galleries(probs: np.ndarray, label: np.ndarray, dataset: str) -> Facts:
+    """Picks the test images to look at, by their rows in the original file order.
+
+    Returns:
+      `mistakes` (those that cost the highest loss first), `correct` (spread evenly over the classes, in their
+      order, and over the file), `least_certain` (right, with the lowest probability first), `doubtful` (all whose
+      labels are known to be doubtful), and `num_mistakes`.
+    """
+    prediction = probs.argmax(axis=-1)
+    of_label = np.take_along_axis(probs, label[:, None], axis=-1)[:, 0]
+    doubtful = set(labels.doubtful_rows(dataset, "test"))
+
+    def describe(rows: np.ndarray | Sequence[int]) -> list[Facts]:
+        return [
+            {
+                "row": int(row),
+                "label": int(label[row]),
+                "prediction": int(prediction[row]),
+                "probability_of_label": float(of_label[row]),
+                "top": [[int(k), float(probs[row, k])] for k in np.argsort(-probs[row], kind="stable")[:TOP]],
+                "doubtful": int(row) in doubtful,
+            }
+            for row in rows
+        ]
+
+    wrong, right = np.flatnonzero(prediction != label), np.flatnonzero(prediction == label)
+    spread = batches.spread_rows(label, right, min(GALLERY, len(right)))
+    return {
+        "num_mistakes": len(wrong),
+        "mistakes": describe(wrong[np.argsort(of_label[wrong], kind="stable")][:GALLERY]),
+        "correct": describe(spread[np.argsort(label[spread], kind="stable")]),
+        "least_certain": describe(right[np.argsort(of_label[right], kind="stable")][:GALLERY]),
+        "doubtful": describe(sorted(doubtful)),
+    }
+
+
+def curves(records: Sequence[Mapping[str, Any]]) -> Facts:
+    """Turns the log into curves, by split; those of `train` also smoothed."""
+    by_split: Facts = {
+        split: [dict(record) for record in records if record["split"] == split]
+        for split in ("train", "holdout", "test")
+    }
+    train = by_split["train"]
+    reach = len(train) // 20
+    for field in ("loss", "accuracy"):
+        smooth = smoothed([record[field] for record in train], reach)
+        for record, value in zip(train, smooth, strict=True):
+            record[f"smoothed_{field}"] = value
+    stride = -(-len(train) // CURVE_POINTS)
+    if stride > 1:  # from the end, so that the last point stays
+        by_split["train"] = train[::-stride][::-1]
+    return {**by_split, "smoothed_over": 2 * reach + 1}
+
+
+def smoothed(values: Sequence[float], reach: int) -> list[float]:
+    """Returns each value's mean with up to `reach` values before and after it, so it does not lag behind."""
+    sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
+    places = np.arange(len(values))
+    first, last = np.maximum(places - reach, 0), np.minimum(places + reach + 1, len(values))
+    means: list[float] = ((sums[last] - sums[first]) / (last - first)).tolist()
+    return means
+
+
+def changed_fields(config: Config) -> Facts:
+    """Returns the fields that differ from the defaults, dotted, with their values."""
+    defaults = Config()
+    changed: Facts = {}
+    for field in dataclasses.fields(config):
+        old, new = getattr(defaults, field.name), getattr(config, field.name)
+        if not dataclasses.is_dataclass(new):
+            changed |= {field.name: new} if new != old else {}
+            continue
+        for inner in dataclasses.fields(new):
+            value = getattr(new, inner.name)
+            if value != getattr(old, inner.name):
+                changed[f"{field.name}.{inner.name}"] = value
+    return changed
+
+
+def config_source(config: Config, dataset: str) -> str:
+    """Returns a config file that makes the run again, whatever the presets have become."""
+    lines = [f"    config.{name} = {value!r}" for name, value in changed_fields(config).items()]
+    return "\n".join(
+        [
+            f'"""The config of a run on {dataset}, written by its report."""',
+            "",
+            "from ml_collections import ConfigDict",
+            "",
+            "from mnist_flax.config import default_config_dict",
+            "",
+            "",
+            "def get_config() -> ConfigDict:",
+            '    """Returns what differs from the defaults."""',
+            "    config = default_config_dict()",
+            *lines,
+            "    return config",
+            "",
+        ]
+    )

@@ -1,0 +1,68 @@
+"""The page: facts and pictures into one HTML file that needs no other."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+TEMPLATE = pathlib.Path(__file__).with_name("page.html.jinja")
+
+SECTIONS = {
+    "curves": "Learning curves",
+    "confusion": "Confusion",
+    "pairs": "Confused pairs",
+    "classes": "Classes",
+    "calibration": "Calibration",
+    "mistakes": "Mistakes",
+    "uncertain": "Least certain",
+    "correct": "Correct",
+    "doubtful": "Doubtful labels",
+    "filters": "Filters",
+    "activations": "Activations",
+    "network": "Network",
+    "again": "Make it again",
+}
+
+
+def render(facts: Mapping[str, Any], pictures: Mapping[str, Any]) -> str:
+    """Returns the page.
+
+    Args:
+      facts: every number on it.
+      pictures: `plots` (SVG elements by name), `thumbnails` (addresses by test row), `filters`,
+        `activation_pictures` by stage and example, and the `title`.
+    """
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"percent": percent, "thousands": thousands, "shape": shape, "duration": duration}
+    sections = [
+        (name, title)
+        for name, title in SECTIONS.items()
+        if (name != "curves" or "loss" in pictures["plots"]) and (name != "doubtful" or facts["galleries"]["doubtful"])
+    ]
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(**facts, **pictures, sections=sections) + "\n"
+
+
+def percent(value: float | None, digits: int = 2) -> str:
+    """Returns a share in percent, with a space that does not break; a dash where there is none."""
+    return "-" if value is None else f"{100 * value:.{digits}f}\N{NO-BREAK SPACE}%"
+
+
+def thousands(value: float) -> str:
+    """Returns a whole number with its thousands apart."""
+    return f"{value:,}"
+
+
+def shape(sizes: tuple[int, ...]) -> str:
+    """Returns the shape of an array, such as 26 x 26 x 32."""
+    return " × ".join(map(str, sizes))  # noqa: RUF001
+
+
+def duration(seconds: float) -> str:
+    """Returns a time to read."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

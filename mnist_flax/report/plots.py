@@ -1,0 +1,260 @@
+"""The plots, drawn by matplotlib as SVG: as files of their own, and as elements of the page, which has a dark mode."""
+
+import contextlib
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+# Colours by their role, for light paper; the page's style sheet gives each role another one on dark paper. The three
+# that carry meaning are Okabe and Ito's (2008), which everyone can tell apart; shapes tell them apart as well.
+INK, MUTED, GRID, ON_FILL = "#1c2127", "#5a6472", "#d8dde4", "#1c2128"
+BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"
+ROLES = {INK: "ink", MUTED: "muted", GRID: "grid", ON_FILL: "on-fill", BLUE: "blue", ORANGE: "orange", GREEN: "green"}
+
+WIDTH = 5.2  # inches of 72 units: about the width of a phone, so that text keeps its size there
+MAX_CELLS_WITH_TEXT = 12  # classes up to which each cell of the confusion matrix says its number
+
+_STYLE: dict[Any, Any] = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": MUTED,
+    "axes.grid": True,
+    "axes.labelcolor": INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 11.5,
+    "font.size": 10.5,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "mnist_flax",
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.color": MUTED,
+    "ytick.labelcolor": INK,
+}
+
+
+@contextlib.contextmanager
+def _figure(height: float, width: float = WIDTH) -> Iterator[Any]:
+    """Gives an empty figure in our style; no state of matplotlib's is left behind."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):
+        yield Figure(figsize=(width, height), layout="constrained")
+
+
+def _svg(figure: Any) -> str:
+    """Returns a figure as the text of an SVG file, the same for the same figure."""
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    text = re.sub(r"font-family: [^;\"]*", "font-family: system-ui, sans-serif", buffer.getvalue())
+    return re.sub(r" transform=\"rotate\(-0 [^\"]*\"", "", text)
+
+
+def as_file(svg: str) -> bytes:
+    """Returns a plot as a file for any program: on white paper."""
+    start = '<g id="figure_1">'
+    return svg.replace(start, f'<rect width="100%" height="100%" fill="#ffffff"/>{start}', 1).encode()
+
+
+def inline(svg: str, name: str, title: str) -> str:
+    """Returns a plot as an element of the page.
+
+    Its colours become the page's, its ids are made unique or dropped, and a screen reader reads its title.
+    """
+    body = svg[svg.index("<svg") :]
+    used = set(re.findall(r"(?:url\(|href=\")#([^)\"]+)", body))
+
+    def rename(match: re.Match[str]) -> str:
+        return f' id="{name}-{match[1]}"' if match[1] in used else ""
+
+    body = re.sub(r" id=\"([^\"]*)\"", rename, body)
+    body = re.sub(r"(url\(|href=\")#", rf"\1#{name}-", body)
+    body = re.sub(r" xmlns(?::xlink)?=\"[^\"]*\"", "", body)
+    body = re.sub(r"<style[^>]*>.*?</style>", "", body, flags=re.DOTALL)
+    body = re.sub(r"\s*\n\s*", " ", body)
+    for color, role in ROLES.items():
+        body = re.sub(color, f"var(--{role})", body, flags=re.IGNORECASE)
+    size = re.search(r"viewBox=\"0 0 ([\d.]+) ([\d.]+)\"", body)
+    assert size
+    head = f'<svg viewBox="{size[0][9:-1]}" width="{size[1]}" height="{size[2]}" role="img" aria-label="{title}">'
+    return re.sub(r"<svg[^>]*>", head, body, count=1).strip()
+
+
+def learning_curves(curves: Mapping[str, Any]) -> dict[str, str]:
+    """Draws loss and accuracy over the epochs, with the learning rate below."""
+    plots = {}
+    for field, title in (("loss", "Loss (cross-entropy, nats)"), ("accuracy", "Accuracy")):
+        with _figure(4.4) as figure:
+            top, below = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1))
+            _curve(top, curves, field)
+            top.set_title(title, loc="left")
+            top.legend(loc="upper right" if field == "loss" else "lower right")
+            top.set_xlim(left=0)
+            top.locator_params(axis="x", integer=True)
+            epochs, rates = zip(
+                *((record["epoch"], record["learning_rate"]) for record in curves["train"]), strict=True
+            )
+            below.plot(epochs, rates, color=MUTED, marker=_dots(epochs))
+            below.set_title("Learning rate", loc="left")
+            below.set_ylim(bottom=0)
+            below.set_xlabel("Epoch")
+            below.locator_params(axis="y", nbins=3)
+            plots[field] = _svg(figure)
+    return plots
+
+
+def _curve(axes: Any, curves: Mapping[str, Any], field: str) -> None:
+    """Draws one quantity of all splits; accuracy by the share of errors, for what matters lies between 99 and 100 %."""
+
+    def heights(records: Sequence[Mapping[str, Any]], name: str = field) -> list[float]:
+        if field == "loss":
+            return [record[name] for record in records]
+        return [max(1 - record[name], 0.5 / record["examples"]) for record in records]
+
+    train, holdout, test = curves["train"], curves["holdout"], curves["test"]
+    epochs = [record["epoch"] for record in train]
+    if curves["smoothed_over"] > 1:
+        axes.plot(epochs, heights(train), color=BLUE, alpha=0.5, linewidth=1, label="train, as logged")
+        axes.plot(epochs, heights(train, f"smoothed_{field}"), color=BLUE, label="train, smoothed")
+    else:
+        axes.plot(epochs, heights(train), color=BLUE, marker=_dots(train), label="train")
+    if holdout:
+        x = [record["epoch"] for record in holdout]
+        axes.plot(x, heights(holdout), color=ORANGE, marker="s", markersize=4.5, linestyle="--", label="hold-out")
+    if test:
+        x = [record["epoch"] for record in test]
+        axes.plot(x, heights(test), color=GREEN, marker="*", markersize=12, linestyle="none", label="test, at the end")
+    axes.set_yscale("log")
+    axes.margins(y=0.09)
+    _decimal_ticks(axes, field)
+    if field == "accuracy":
+        axes.invert_yaxis()
+
+
+def _decimal_ticks(axes: Any, field: str) -> None:
+    """Labels a logarithmic axis at 1, 2 and 5 with plain numbers; accuracy is 1 less its distance from perfection."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    low, high = sorted(axes.get_ylim())
+    ticks = [m * 10.0**k for k in range(-7, 4) for m in (1, 2, 5)]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    if len(ticks) > 8:
+        ticks = [tick for tick in ticks if f"{tick:e}"[0] == "1"]
+    axes.yaxis.set_major_locator(FixedLocator(ticks))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(
+        FuncFormatter(lambda y, _: f"{y:.6g}" if field == "loss" else f"{100 * (1 - y):.6g} %")
+    )
+
+
+def _dots(records: Sequence[Any]) -> str:
+    return "o" if len(records) < 12 else ""
+
+
+def confusion(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> dict[str, str]:
+    """Draws the confusion matrix twice, as counts and as shares of each label."""
+    counts = np.asarray(matrix)
+    rates = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    return {
+        "confusion_counts": _matrix(counts, rates, [[f"{n:d}" if n else "" for n in row] for row in counts], names),
+        "confusion_rates": _matrix(
+            counts, rates, [[f"{100 * r:.1f}" if r else "" for r in row] for row in rates], names
+        ),
+    }
+
+
+def _matrix(counts: np.ndarray, rates: np.ndarray, texts: Sequence[Sequence[str]], names: Sequence[str]) -> str:
+    """Draws a square for each cell that is not 0: blue where label and prediction agree, else orange."""
+    from matplotlib.collections import PatchCollection
+    from matplotlib.patches import Rectangle
+
+    size = len(counts)
+    side = WIDTH if size <= MAX_CELLS_WITH_TEXT else max(WIDTH, 0.19 * size + 1)
+    errors = rates - np.diag(np.diag(rates))
+    with _figure(side, side) as figure:
+        axes = figure.subplots()
+        cells, colors = [], []
+        for i, j in zip(*np.nonzero(counts), strict=True):
+            # The square root lets single mistakes be seen beside the frequent ones.
+            strength = rates[i, j] if i == j else 0.1 + 0.9 * np.sqrt(errors[i, j] / errors.max())
+            cells.append(Rectangle((j - 0.5, i - 0.5), 1, 1))
+            colors.append((*_rgb(BLUE if i == j else ORANGE), 0.8 * strength))
+            if size <= MAX_CELLS_WITH_TEXT:
+                color = ON_FILL if strength > 0.65 else INK
+                axes.text(j, i, texts[i][j], ha="center", va="center", color=color, fontsize=10)
+        axes.add_collection(PatchCollection(cells, facecolors=colors, edgecolors="none"))
+        axes.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5), aspect="equal")
+        axes.set(xlabel="Prediction", ylabel="Label", xticks=range(size), yticks=range(size))
+        upright = max(map(len, names)) > 3
+        axes.set_xticklabels(names, rotation=90 if upright else 0)
+        axes.set_yticklabels(names)
+        axes.tick_params(length=0)
+        axes.grid(visible=False)
+        axes.set_xticks(np.arange(size + 1) - 0.5, minor=True)
+        axes.set_yticks(np.arange(size + 1) - 0.5, minor=True)
+        axes.grid(which="minor")
+        axes.tick_params(which="minor", length=0)
+        axes.spines[:].set_visible(False)
+        return _svg(figure)
+
+
+def _rgb(color: str) -> tuple[float, ...]:
+    return tuple(int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
+
+
+def classes(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Draws precision, recall and F1 of each class with their intervals."""
+    rows = [row for row in rows if row["examples"] or row["predictions"]]
+    with _figure(max(2.5, 0.36 * len(rows) + 1.1)) as figure:
+        axes = figure.subplots()
+        looks = (("precision", BLUE, "o", -0.24), ("recall", ORANGE, "s", 0.0), ("f1", GREEN, "D", 0.24))
+        for field, color, marker, offset in looks:
+            known = [(i, row) for i, row in enumerate(rows) if row[field] is not None]
+            x = np.array([row[field] for _, row in known])
+            ends = np.array([row[f"{field}_interval"] for _, row in known]).reshape(-1, 2).T
+            axes.errorbar(
+                x,
+                [i + offset for i, _ in known],
+                xerr=np.abs(ends - x),
+                fmt=marker,
+                color=color,
+                markersize=4.5,
+                elinewidth=1.3,
+                label="F1" if field == "f1" else field,
+            )
+        axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.4g} %")
+        axes.locator_params(axis="x", nbins=6)
+        axes.grid(visible=False, axis="y")
+        figure.legend(loc="outside upper center", ncols=3)
+        return _svg(figure)
+
+
+def reliability(bins: Sequence[Mapping[str, Any]], num_bins: int) -> str:
+    """Draws accuracy over confidence, and below how many examples there are at each confidence."""
+    with _figure(4.8) as figure:
+        top, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+        top.plot([0, 1], [0, 1], color=MUTED, linestyle="--", linewidth=1.2, label="as sure as right")
+        x = np.array([row["confidence"] for row in bins])
+        y = np.array([row["accuracy"] for row in bins])
+        ends = np.array([row["accuracy_interval"] for row in bins]).T
+        middles = [(row["from"] + row["to"]) / 2 for row in bins]
+        top.bar(middles, y, width=1 / num_bins, color=BLUE, alpha=0.18)
+        top.errorbar(x, y, yerr=np.abs(ends - y), fmt="o", color=BLUE, markersize=5, elinewidth=1.3, label="network")
+        top.legend(loc="lower right")
+        top.set(ylabel="Accuracy", xlim=(0, 1), ylim=(0, 1.03))
+        below.bar(middles, [row["examples"] for row in bins], width=0.9 / num_bins, color=BLUE)
+        below.set_yscale("log")
+        below.set(xlabel="Confidence (probability of the prediction)", ylabel="Examples")
+        figure.align_ylabels()
+        return _svg(figure)

@@ -1,0 +1,458 @@
+"""The report: complete, self-contained, right, and the same numbers in the page and in metrics.json."""
+
+import html.parser
+import itertools
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import tiny_run
+from PIL import Image
+
+from mnist_flax import metrics
+from mnist_flax.config import DATASETS, Config, replace
+from mnist_flax.data import Splits, load_splits
+from mnist_flax.datasets import Examples
+from mnist_flax.errors import WorkdirError
+from mnist_flax.evaluate import Evaluation, evaluate
+from mnist_flax.labels import MNIST_TEST_DOUBTS, class_names
+from mnist_flax.report import facts, layers, page, pixels, plots, write
+from mnist_flax.report.write import report_run, shown, write_report
+from mnist_flax.step import eval_variables, init_state, jit_forward, jit_init_state
+
+VOID = {"meta", "img", "br", "link", "hr", "input"}
+PIECES = {
+    *(f"{name}.svg" for name in ("loss", "accuracy", "confusion_counts", "confusion_rates", "classes", "reliability")),
+    *(f"{name}.png" for name in ("filters", "mistakes", "correct", "least_certain")),
+    *("config.py", "metrics.json", "index.html"),
+}
+
+
+class Page(html.parser.HTMLParser):
+    """What a page is made of; an element that is closed wrongly is an error."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert len({name for name, _ in attrs}) == len(attrs), f"{tag} has an attribute twice: {attrs}"
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+    def values(self, attribute: str) -> list[str]:
+        return [attrs[attribute] or "" for _, attrs in self.tags if attribute in attrs]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The report of the tiny run."""
+    workdir = shutil.copytree(tiny_run.workdir(), tmp_path_factory.mktemp("report") / "run")
+    shutil.rmtree(workdir / "report", ignore_errors=True)
+    return report_run(workdir).parent
+
+
+@pytest.fixture(scope="module")
+def numbers(report: pathlib.Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((report / "metrics.json").read_text())
+    return loaded
+
+
+def made_up(
+    folder: pathlib.Path, dataset: str, *, examples: int = 10_000, records: Any = (), **fields: Any
+) -> tuple[dict[str, Any], str]:
+    """The numbers and the page of a network that knows nothing, but whose logits are often right."""
+    generator = np.random.default_rng(0)
+    num_classes = DATASETS[dataset].num_classes
+    label = np.arange(examples, dtype=np.int32) % num_classes
+    logits = generator.normal(0, 1, (examples, num_classes)).astype(np.float32)
+    logits[np.arange(examples), label] += 3
+    evaluation = Evaluation(
+        loss=float(np.mean(metrics.negative_log_likelihood(logits, label))),
+        accuracy=float(np.mean(logits.argmax(axis=-1) == label)),
+        examples=examples,
+        logits=logits,
+    )
+    split = Examples(generator.integers(0, 256, (examples, 28, 28, 1), dtype=np.uint8), label)
+    smaller = {"model__widths": (2, 3), "model__pools": (2,), "model__dense": (4,)}
+    config = replace(Config(), data__name=dataset, **{**smaller, **fields})
+    folder.mkdir()
+    path = write_report(
+        config,
+        eval_variables(jit_init_state(config, jax.random.key(0))),
+        records=records,
+        splits=Splits(dataset, split, split, "f" * 64, "made up"),
+        evaluation=evaluation,
+        step=3,
+        summary=None,
+        workdir=folder,
+    )
+    return json.loads(path.with_name("metrics.json").read_text()), path.read_text()
+
+
+def gallery_items(numbers: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for gallery in numbers["galleries"].values():
+        yield from gallery if isinstance(gallery, list) else ()
+
+
+def test_every_piece_is_there(report: pathlib.Path) -> None:
+    assert {path.name for path in report.iterdir()} == PIECES
+
+
+def test_the_page_needs_no_other_file(report: pathlib.Path) -> None:
+    text = (report / "index.html").read_text()
+    parsed = Page(text)
+    assert "http:" not in text and "https:" not in text and "//" not in re.sub(r"base64,[^\"]*", "", text)
+    assert all(source.startswith("data:image/png;base64,") for source in parsed.values("src"))
+    ids = parsed.values("id")
+    assert len(set(ids)) == len(ids)
+    links = parsed.values("href") + parsed.values("xlink:href")
+    links += ["#" + target for target in re.findall(r"url\(#([^)]*)\)", text)]
+    assert links and set(links) <= {f"#{name}" for name in ids}
+    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in parsed.tags}
+    assert "@import" not in text
+
+
+def test_the_page_can_be_read_by_everyone(report: pathlib.Path) -> None:
+    text = (report / "index.html").read_text()
+    parsed = Page(text)
+    assert text.startswith("<!DOCTYPE html>")
+    attributes = dict(parsed.tags[0][1])
+    assert parsed.tags[0][0] == "html" and attributes["lang"] == "en"
+    assert 'name="viewport" content="width=device-width, initial-scale=1"' in text
+    assert all(attrs.get("alt") for tag, attrs in parsed.tags if tag == "img")
+    assert all(attrs.get("aria-label") for tag, attrs in parsed.tags if tag == "svg")
+    headings = [tag for tag, _ in parsed.tags if re.fullmatch("h[1-6]", tag)]
+    assert headings[0] == "h1" and headings.count("h1") == 1
+    assert all(int(after[1]) - int(before[1]) <= 1 for before, after in itertools.pairwise(headings))
+
+
+def test_every_section_is_there_and_is_linked(report: pathlib.Path) -> None:
+    parsed = Page((report / "index.html").read_text())
+    sections = [attrs["id"] for tag, attrs in parsed.tags if tag == "section"]
+    assert set(sections) == {"summary", *page.SECTIONS} - {"doubtful"}  # which is about MNIST
+    assert [href[1:] for href in parsed.values("href")] == sections[1:]
+
+
+def test_the_page_shows_what_metrics_json_holds(report: pathlib.Path, numbers: dict[str, Any]) -> None:
+    text = "".join(Page((report / "index.html").read_text()).text)
+    test = numbers["test"]
+    assert page.percent(test["accuracy"]) in text
+    low, high = test["accuracy_interval"]
+    assert f"{100 * low:.2f} – {100 * high:.2f}" in text  # noqa: RUF001
+    assert f"{test['loss']:.4f}" in text and f"{test['brier']:.4f}" in text and page.percent(test["ece"]) in text
+    assert numbers["dataset_fingerprint"] in text and numbers["command"] in text
+    assert all(version in text for version in numbers["run"]["versions"].values())
+    assert all(f"image {item['row']}" in text for item in gallery_items(numbers))
+    assert all(f"{100 * row['f1']:.2f}" in text for row in test["per_class"])
+
+
+def test_the_page_is_made_of_metrics_json_alone(
+    report: pathlib.Path, numbers: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures: dict[str, Any] = {}
+    render = page.render
+
+    def listen(given: Any, given_pictures: Any) -> str:
+        pictures.update(given_pictures)
+        return render(given, given_pictures)
+
+    monkeypatch.setattr(page, "render", listen)
+    path = report_run(report.parent)
+    assert render(numbers, pictures) == path.read_text()
+    assert {type(value) for name, value in pictures.items() if name != "title"} <= {dict, list, str}
+
+
+def test_the_numbers_are_those_of_the_run(report: pathlib.Path, numbers: dict[str, Any]) -> None:
+    summary = json.loads((report.parent / "summary.json").read_text())
+    assert numbers["test"]["accuracy"] == summary["test_accuracy"]
+    assert numbers["test"]["loss"] == summary["test_loss"]
+    run = numbers["run"]
+    assert run["finished"] and run["versions_of"] == "training" and numbers["test"]["evaluated_by"] == "report"
+    assert run["parameters"] == summary["parameters"] and run["step"] == summary["steps"]
+    assert run["versions"] == summary["versions"]
+    assert np.sum(numbers["confusion"]) == 360 and np.trace(numbers["confusion"]) == numbers["test"]["correct"]
+    assert sum(row["examples"] for row in numbers["calibration"]["bins"]) == 360
+    assert sum(layer["parameters"] for layer in numbers["network"]) == summary["parameters"]
+    records = [json.loads(line) for line in (report.parent / "metrics.jsonl").read_text().splitlines()]
+    curves = numbers["curves"]
+    assert [r["loss"] for r in curves["train"]] == [r["loss"] for r in records if r["split"] == "train"]
+    assert len(curves["holdout"]) == 3 and len(curves["test"]) == 1
+
+
+def test_the_config_file_makes_the_run_again(report: pathlib.Path, numbers: dict[str, Any]) -> None:
+    names: dict[str, Any] = {}
+    exec((report / "config.py").read_text(), names)
+    again = Config.from_dict(names["get_config"]().to_dict())
+    assert again.to_dict() == tiny_run.CONFIG.to_dict()
+    assert numbers["config_file"] == (report / "config.py").read_text()
+    assert "run/report/config.py" in numbers["command"] and "--workdir=run-again" in numbers["command"]
+
+
+def test_a_run_that_is_not_finished_can_be_reported(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workdir = shutil.copytree(tiny_run.workdir(), tmp_path / "run")
+    (workdir / "summary.json").unlink()
+    steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal())
+    path = report_run(workdir, str(steps[0]))
+    numbers = json.loads(path.with_name("metrics.json").read_text())
+    assert not numbers["run"]["finished"] and numbers["run"]["versions_of"] == "report"
+    assert numbers["run"]["step"] == steps[0]
+    assert not numbers["curves"]["test"]
+    assert max(record["step"] for record in numbers["curves"]["train"]) <= steps[0]
+    assert "not the results of a finished run" in path.read_text()
+    (workdir / "metrics.jsonl").unlink()  # then what the checkpoint remembers
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(write, "write_report", lambda config, variables, **arguments: given.update(arguments))
+    report_run(workdir, str(steps[0]))
+    assert facts.curves(given["records"]) == numbers["curves"]
+
+
+def test_training_hands_over_its_own_evaluation(tmp_path: pathlib.Path) -> None:
+    numbers, text = made_up(tmp_path / "run", "digits", examples=100)
+    assert numbers["test"]["evaluated_by"] == "training" and 'class="notice"' in text
+    assert "evaluated the test set" not in text
+    assert "not MNIST" in text  # stamped on whatever is made of the embedded digits
+
+
+def test_the_embedded_digits_are_stamped(report: pathlib.Path) -> None:
+    assert "scikit-learn, not MNIST" in (report / "index.html").read_text()
+
+
+def test_doubtful_labels_are_marked_on_mnist_and_only_there(tmp_path: pathlib.Path) -> None:
+    numbers, text = made_up(tmp_path / "mnist", "mnist")
+    assert [item["row"] for item in numbers["galleries"]["doubtful"]] == list(MNIST_TEST_DOUBTS)
+    for item in gallery_items(numbers):
+        assert item["doubtful"] == (item["row"] in MNIST_TEST_DOUBTS)
+    marked = sum(item["doubtful"] for item in gallery_items(numbers))
+    assert text.count("label doubtful") == text.count('<li class="doubtful">') == marked >= 15
+    assert "Northcutt" in text
+    other, text = made_up(tmp_path / "fashion", "fashion_mnist", examples=200)
+    assert not any(item["doubtful"] for item in gallery_items(other)) and "Northcutt" not in text
+    assert "Ankle boot" in text
+
+
+def test_many_classes_still_make_a_page(tmp_path: pathlib.Path) -> None:
+    numbers, text = made_up(tmp_path / "run", "emnist/byclass")
+    parsed = Page(text)
+    assert numbers["class_names"][10] == "A" and len(numbers["test"]["per_class"]) == 62
+    assert len(text) < 1_000_000
+    assert parsed.values("class").count("scroll wide") == 1  # too wide for a phone, so it scrolls in its own box
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model__widths": (), "model__pools": (1,), "model__dense": (20,), "model__activation": "tanh"},
+        {"model__dense": (), "model__pooling": "avg", "model__batch_norm": True},
+    ],
+    ids=["perceptron", "batch norm"],
+)
+def test_other_networks_and_a_run_without_a_log(tmp_path: pathlib.Path, fields: dict[str, Any]) -> None:
+    numbers, text = made_up(tmp_path / "run", "mnist", **fields)
+    Page(text)
+    assert 'id="curves"' not in text and not (tmp_path / "run" / "report" / "loss.svg").exists()
+    assert numbers["activations"]["stages"][-1]["name"] == "logits"
+
+
+def test_a_network_without_mistakes() -> None:
+    label = np.arange(40, dtype=np.int32) % 10
+    probs = np.full((40, 10), 0.001)
+    probs[np.arange(40), label] = 0.991
+    found = facts.galleries(probs, label, "digits")
+    assert found["num_mistakes"] == 0 and not found["mistakes"] and len(found["correct"]) == 24
+    assert facts.confused_pairs(np.diag([4] * 10), label, probs) == []
+    text = plots.confusion(np.diag([4] * 10).tolist(), class_names("digits"))["confusion_counts"]
+    assert text.count(">4</text>") >= 10
+
+
+def test_the_galleries_are_in_order_and_the_pairs_are_counted() -> None:
+    # Rows 0 to 4: right and sure, right but barely, wrong and sure, wrong but barely, wrong in another way.
+    label = np.array([0, 0, 0, 0, 1])
+    probs = np.array([[0.9, 0.1, 0.0], [0.4, 0.3, 0.3], [0.05, 0.95, 0.0], [0.4, 0.6, 0.0], [0.2, 0.1, 0.7]])
+    found = facts.galleries(probs, label, "digits")
+    assert [item["row"] for item in found["mistakes"]] == [2, 4, 3]
+    assert [item["row"] for item in found["least_certain"]] == [1, 0]
+    assert found["mistakes"][0] | {"top": []} == {
+        "row": 2, "label": 0, "prediction": 1, "probability_of_label": 0.05, "top": [], "doubtful": False,
+    }  # fmt: skip
+    assert found["mistakes"][0]["top"] == [[1, 0.95], [0, 0.05], [2, 0.0]]
+    pairs = facts.confused_pairs(metrics.confusion_matrix(label, probs.argmax(axis=-1), 3), label, probs)
+    assert pairs[0] == {"label": 0, "prediction": 1, "count": 2, "share_of_label": 0.5, "rows": [2, 3]}
+    assert [(pair["label"], pair["prediction"]) for pair in pairs] == [(0, 1), (1, 2)]
+
+
+@pytest.mark.parametrize(("step", "finished"), [(3, False), (6, True)])
+def test_an_earlier_checkpoint_of_a_finished_run_is_no_finished_run(step: int, finished: bool) -> None:
+    summary = {"steps": 6, "device": "a", "versions": {"python": "3"}, "git_commit": ""}
+    run = facts.run_facts(Config(), [], [], step, summary)
+    assert run["finished"] is finished and run["versions_of"] == "training"
+
+
+def test_smoothing_by_hand() -> None:
+    assert facts.smoothed([1.0, 2.0, 6.0, 4.0], 1) == [1.5, 3.0, 4.0, 5.0]
+    assert facts.smoothed([1.0, 2.0], 0) == [1.0, 2.0]
+
+
+def test_a_long_log_is_thinned_out_but_keeps_its_end() -> None:
+    records = [{"step": i, "split": "train", "loss": float(i), "accuracy": 0.5, "examples": 9} for i in range(1, 4001)]
+    curves = facts.curves(records)
+    assert len(curves["train"]) == 1000 and curves["train"][-1]["step"] == 4000
+    assert curves["smoothed_over"] == 401
+
+
+def test_plots_take_all_their_colors_from_the_page(report: pathlib.Path) -> None:
+    text = (report / "index.html").read_text()
+    svgs = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
+    assert len(svgs) == 6
+    for svg in svgs:
+        assert not re.search(r"#[0-9a-f]{6}\b", svg), "a colour that dark mode does not know"
+        assert set(re.findall(r"var\(--([a-z-]+)\)", svg)) <= set(plots.ROLES.values())
+    for role in plots.ROLES.values():
+        assert len(re.findall(rf"--{role}: #", text)) == 2  # in light and in dark
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_drawing_leaves_matplotlib_as_it_was() -> None:
+    import matplotlib
+
+    before = matplotlib.rcParams.copy()  # looking at single ones would choose a backend
+    first, second = (plots.confusion([[3, 1], [0, 4]], "01") for _ in range(2))
+    assert first == second  # the same for the same numbers, to the byte
+    assert dict.__eq__(matplotlib.rcParams, before)
+    assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_the_plots_beside_the_page_are_files_for_any_program(report: pathlib.Path) -> None:
+    import xml.etree.ElementTree as ElementTree
+
+    for path in report.glob("*.svg"):
+        root = ElementTree.fromstring(path.read_text())
+        assert root.tag.endswith("svg") and "var(" not in path.read_text()
+    for path in report.glob("*.png"):
+        with Image.open(path) as image:
+            image.load()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"model__widths": (), "model__pools": (1,)}, {"model__batch_norm": True, "model__pooling": "avg"}],
+    ids=["default", "perceptron", "batch norm"],
+)
+def test_activations_are_those_of_the_network(fields: dict[str, Any]) -> None:
+    config = replace(Config(), **{"model__widths": (4, 5, 6), "model__dense": (7,), **fields})
+    state = jit_init_state(config, jax.random.key(0))
+    variables = eval_variables(state)
+    images = np.random.default_rng(0).integers(0, 256, (3, 28, 28, 1), dtype=np.uint8)
+    found = layers.activations(config, variables, images)
+    np.testing.assert_allclose(found[-1].values, jit_forward(config, variables, images), rtol=1e-4, atol=1e-5)
+    names = ["convolution 1", "convolution 2", "convolution 3"] * bool(config.model.widths) + ["dense 1", "logits"]
+    assert [stage.name for stage in found] == names
+    if config.model.widths:
+        assert [stage.values.shape for stage in found[:3]] == [(3, 13, 13, 4), (3, 5, 5, 5), (3, 3, 3, 6)]
+    assert all(stage.values.min() >= 0 for stage in found[:-1])  # after the ReLU
+    # The last stage before the logits is what the last layer turns into them.
+    last = variables["params"][f"Dense_{len(config.model.dense)}"]
+    np.testing.assert_allclose(
+        found[-2].values @ np.asarray(last["kernel"]) + np.asarray(last["bias"]), found[-1].values, rtol=1e-4, atol=1e-5
+    )
+    rows = layers.layers(config, variables)
+    assert sum(row.parameters for row in rows) == sum(leaf.size for leaf in jax.tree.leaves(state.params))
+
+
+def test_layers_by_hand() -> None:
+    config = Config()
+    shapes = jax.eval_shape(lambda: init_state(config, jax.random.key(0)))  # all that is looked at
+    rows = {row.name: row for row in layers.layers(config, eval_variables(shapes))}
+    assert list(rows) == ["Conv_0", "Bias_0", "Conv_1", "Bias_1", "Conv_2", "Bias_2", "Dense_0", "Dense_1"]
+    assert rows["Conv_1"] == layers.Layer(
+        "Conv_1", "Conv", (13, 13, 32), (11, 11, 64), 9 * 32 * 64, 11 * 11 * 9 * 32 * 64
+    )
+    assert rows["Dense_1"].multiply_adds == 640 and rows["Dense_1"].parameters == 650
+
+
+def test_first_filters_are_pictures_of_weights() -> None:
+    config = replace(Config(), model__widths=(), model__pools=(1,), model__dense=(5,))
+    variables = eval_variables(jit_init_state(config, jax.random.key(0)))
+    filters = layers.first_filters(variables)
+    assert filters.shape == (5, 28, 28)
+    assert filters[2, 1, 3] == variables["params"]["Dense_0"]["kernel"][28 + 3, 2]
+    kernel = np.arange(18.0).reshape(3, 3, 1, 2)
+    assert layers.first_filters({"params": {"Conv_0": {"kernel": kernel}}})[1].tolist() == kernel[:, :, 0, 1].tolist()
+
+
+def test_pixels_by_hand() -> None:
+    painted = pixels.colors(np.array([1.0, -2.0, 0.0]), 2.0)
+    assert painted.tolist() == [[*pixels.POSITIVE, 128], [*pixels.NEGATIVE, 255], [*pixels.POSITIVE, 0]]
+    tiles = pixels.sheet(np.arange(1, 4)[:, None, None] * np.ones((1, 2, 2), int), 2)
+    assert tiles.tolist() == [[1, 1, 0, 2, 2], [1, 1, 0, 2, 2], [0] * 5, [3, 3, 0, 0, 0], [3, 3, 0, 0, 0]]
+
+
+def test_a_path_is_shown_without_where_this_machine_has_it(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert shown(pathlib.Path("runs/default")) == "runs/default"
+    assert shown(pathlib.Path("/somewhere/else/runs/default")) == "default"
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: pathlib.Path) -> None:
+    workdir = shutil.copytree(tiny_run.workdir(), tmp_path / "run")
+    shutil.rmtree(workdir / "report", ignore_errors=True)
+    (workdir / "report").write_text("a file where the folder should be")
+    with pytest.raises(WorkdirError, match="report: cannot be made"):
+        report_run(workdir)
+
+
+def test_the_command(tmp_path: pathlib.Path) -> None:
+    workdir = shutil.copytree(tiny_run.workdir(), tmp_path / "run")
+
+    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, "-m", "mnist_flax.report", *arguments]
+        return subprocess.run(line, capture_output=True, text=True, check=False, timeout=120)
+
+    done = command(f"--workdir={workdir}", "--checkpoint=best")
+    assert done.returncode == 0, done.stderr
+    assert pathlib.Path(done.stdout.strip()) == workdir / "report" / "index.html"
+    for arguments, message in (
+        (["--workdir=nowhere"], "--workdir=nowhere"),
+        ([f"--workdir={workdir}", "--checkpoint=7"], "has no checkpoint '7'"),
+    ):
+        done = command(*arguments)
+        assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_the_report_is_of_the_whole_test_set(numbers: dict[str, Any]) -> None:
+    test = load_splits(tiny_run.CONFIG).test
+    from mnist_flax.checkpoint import load_run
+
+    run = load_run(tiny_run.workdir())
+    evaluation = evaluate(run.config, eval_variables(run.state), test)
+    expected = metrics.confusion_matrix(test.label, evaluation.logits.argmax(axis=-1), 10)
+    np.testing.assert_array_equal(numbers["confusion"], expected)
+    for item in gallery_items(numbers):  # the row is that of the file
+        assert item["label"] == test.label[item["row"]]
+        assert item["prediction"] == evaluation.logits[item["row"]].argmax()
