@@ -1,0 +1,278 @@
+"""The CPU forms of convolution and pooling equal lax's, value and gradient, and other platforms get lax's own."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jax import lax
+
+from mnist_flax import ops
+
+NHWC = ("NHWC", "HWIO", "NHWC")
+Padding = str | list[tuple[int, int]]
+
+# Derandomised: a failure is the same on every machine. Each example compiles two programs, so there are few of them.
+few_examples = functools.partial(settings, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+# Both sides round f32 sums of up to 1,000 terms (1e-6 of the result's scale); Winograd's transforms add at most 4e-5
+# at the largest of many entries (see ops._POINTS). A wrong coefficient or a shifted window is off by 1e-1.
+TOLERANCE = 2e-4
+
+
+def assert_near(actual: jax.Array, expected: jax.Array, tolerance: float = TOLERANCE) -> None:
+    """Differs by less than the tolerance times the size of the expected values."""
+    assert actual.shape == expected.shape
+    assert actual.dtype == expected.dtype
+    actual64, expected64 = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    scale = max(float(np.abs(expected64).max(initial=0)), 1e-6)
+    np.testing.assert_allclose(actual64 / scale, expected64 / scale, rtol=0, atol=tolerance)
+
+
+def conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding, **kwargs: Any) -> jax.Array:
+    return ops.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=NHWC, **kwargs)
+
+
+def lax_conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding) -> jax.Array:
+    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=NHWC)
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    """Normal values that bfloat16 holds exactly; drawn by NumPy, for JAX would compile a program for every shape."""
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(jnp.bfloat16).astype(np.float32))
+
+
+def value_and_gradients(f: Callable[..., jax.Array], *args: jax.Array) -> tuple[jax.Array, ...]:
+    """The value, and the gradients for a random cotangent, as one compiled program."""
+
+    @jax.jit
+    def both(dy: jax.Array, *args: jax.Array) -> tuple[jax.Array, ...]:
+        y, vjp = jax.vjp(f, *args)
+        return (y, *vjp(dy))
+
+    y = jax.eval_shape(f, *args)
+    return both(normal(9, *y.shape).astype(y.dtype), *args)
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> dict[str, Any]:
+    sizes = st.integers(1, 7)
+    kernel_size = draw(sizes), draw(sizes)
+    pads = [(draw(st.integers(0, k - 1)), draw(st.integers(0, k - 1))) for k in kernel_size]
+    return {
+        "batch": draw(st.integers(1, 3)),
+        "size": (draw(st.integers(7, 14)), draw(st.integers(7, 14))),
+        "kernel_size": kernel_size,
+        "strides": draw(st.sampled_from([(1, 1), (1, 1), (2, 2), (1, 2), (3, 1)])),
+        "padding": draw(st.sampled_from(["VALID", "SAME", pads])),
+        "channels": draw(st.sampled_from([(1, 4), (3, 16), (16, 16), (17, 20)])),
+        "pool": draw(st.sampled_from([1, 1, 2, 3])),
+    }
+
+
+@few_examples(max_examples=20)
+@given(convolutions())
+def test_values_and_gradients_equal_lax(case: dict[str, Any]) -> None:
+    x = normal(0, case["batch"], *case["size"], case["channels"][0])
+    kernel = normal(1, *case["kernel_size"], *case["channels"])
+
+    def ours(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return conv(x, kernel, case["strides"], case["padding"], max_pool_size=case["pool"])
+
+    def theirs(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        y = lax_conv(x, kernel, case["strides"], case["padding"])
+        window = (case["pool"], case["pool"])
+        return nn.max_pool(y, window, window)
+
+    for actual, expected in zip(
+        value_and_gradients(ours, x, kernel), value_and_gradients(theirs, x, kernel), strict=True
+    ):
+        assert_near(actual, expected)
+
+
+@pytest.mark.parametrize("kernel_size", [2, 3, 4, 5])
+@pytest.mark.parametrize("output_size", [1, 2, 3, 5, 8, 10, 11, 24, 28])
+def test_winograd_matrices_are_exact(kernel_size: int, output_size: int) -> None:
+    """In float64 the bilinear form is the correlation, up to float64's rounding, whatever the tiles."""
+    generator = np.random.default_rng(0)
+    pad = kernel_size // 2
+    size = output_size + kernel_size - 1 - 2 * pad
+    if size < 1:
+        pytest.skip("all input is padding")
+    x, w = generator.normal(size=size), generator.normal(size=kernel_size)
+    axis = ops._winograd_axis(size, kernel_size, output_size, pad)
+    y = axis.outputs @ ((axis.inputs @ x) * np.repeat(axis.kernel @ w, axis.tiles))
+    np.testing.assert_allclose(y, np.correlate(np.pad(x, pad), w, "valid"), rtol=0, atol=1e-12)
+
+
+def test_winograd_error_stays_small() -> None:
+    """Float32 loses at most what ops.py says: 4e-6 of the result's scale, root mean square (measured: 2e-6)."""
+    x, kernel = jnp.maximum(normal(0, 4, 12, 12, 32), 0), normal(1, 3, 3, 32, 64)
+    windows = np.lib.stride_tricks.sliding_window_view(np.asarray(x, np.float64), (3, 3), (1, 2))
+    exact = np.einsum("bnmcij,ijcd->bnmd", windows, np.asarray(kernel, np.float64))
+    error = np.asarray(conv(x, kernel, (1, 1), "VALID"), np.float64) - exact
+    assert np.sqrt((error**2).mean()) / exact.std() < 4e-6
+
+
+def test_the_layers_of_the_network_use_the_form_meant_for_them() -> None:
+    window = ops._Window((1, 1), ((0, 0), (0, 0)), 2)
+    assert ops._winograd_pays((3, 3, 32, 64), window)
+    assert not ops._winograd_pays((3, 3, 1, 32), window)
+    assert ops._winograd_axis(13, 3, 10, 0).inputs.shape == (14, 13)  # two tiles of five outputs, seven points
+
+
+@few_examples(max_examples=6)
+@given(st.integers(1, 3), st.integers(2, 9), st.integers(2, 9), st.integers(1, 5), st.integers(1, 3))
+def test_pooling_equals_lax(batch: int, height: int, width: int, channels: int, size: int) -> None:
+    x = normal(0, batch, height, width, channels)
+    window = (size, size)
+    pairs: list[tuple[Callable[..., jax.Array], Callable[..., jax.Array], float]] = [
+        (lambda x: ops.max_pool(x, size), lambda x: nn.max_pool(x, window, window), 0),  # no arithmetic: exact
+        (lambda x: ops.avg_pool(x, size), lambda x: nn.avg_pool(x, window, window), 1e-6),
+    ]
+    for ours, theirs, tolerance in pairs:
+        for actual, expected in zip(value_and_gradients(ours, x), value_and_gradients(theirs, x), strict=True):
+            assert_near(actual, expected, tolerance)
+
+
+def test_ties_share_the_gradient_and_the_rest_gets_none() -> None:
+    x = jnp.array([[1.0, 1, 5, 0], [0, 1, 2, 3], [7, 7, 4, 4], [7, 7, 4, 9]]).reshape(1, 4, 4, 1)
+    gradient = jax.grad(lambda x: ops.max_pool(x, 2).sum())(x)[0, :, :, 0]
+    expected = [[1 / 3, 1 / 3, 1, 0], [0, 1 / 3, 0, 0], [1 / 4, 1 / 4, 0, 0], [1 / 4, 1 / 4, 0, 1]]
+    np.testing.assert_allclose(gradient, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("channels", [1, 16])
+def test_a_flat_picture_gets_lax_gradient_for_the_kernel(channels: int) -> None:
+    """Every window ties; the shares add up to what reduce_window gives to the first entry."""
+    x, kernel = jnp.full((2, 10, 10, channels), -0.4), normal(1, 3, 3, channels, 16)
+
+    def theirs(kernel: jax.Array) -> jax.Array:
+        return nn.max_pool(lax_conv(x, kernel, (1, 1), "VALID"), (2, 2), (2, 2))
+
+    actual = value_and_gradients(lambda kernel: conv(x, kernel, (1, 1), "VALID", max_pool_size=2), kernel)
+    for a, b in zip(actual, value_and_gradients(theirs, kernel), strict=True):
+        assert_near(a, b)
+
+
+@pytest.mark.parametrize("channels", [1, 16])
+def test_bfloat16_is_computed_in_float32(channels: int) -> None:
+    x = normal(0, 2, 12, 12, channels).astype(jnp.bfloat16)
+    kernel = normal(1, 3, 3, channels, 16).astype(jnp.bfloat16)
+
+    def ours(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return conv(x, kernel, (1, 1), "SAME", max_pool_size=2)
+
+    wide = value_and_gradients(ours, x.astype(jnp.float32), kernel.astype(jnp.float32))
+    for actual, expected in zip(value_and_gradients(ours, x, kernel), wide, strict=True):
+        assert actual.dtype == jnp.bfloat16
+        assert_near(actual.astype(jnp.float32), expected, 2.0**-8)  # one rounding to bfloat16, nothing more
+
+
+@pytest.mark.parametrize("channels", [1, 16])
+@pytest.mark.parametrize("batch", [0, 1])
+def test_empty_and_single_batches(channels: int, batch: int) -> None:
+    x, kernel = normal(0, batch, 9, 9, channels), normal(1, 3, 3, channels, 16)
+    y = conv(x, kernel, (1, 1), "SAME", max_pool_size=2)
+    assert_near(y, nn.max_pool(lax_conv(x, kernel, (1, 1), "SAME"), (2, 2), (2, 2)))
+    assert ops.max_pool(x, 2).shape == ops.avg_pool(x, 2).shape == (batch, 4, 4, channels)
+
+
+def test_what_is_not_covered_goes_to_lax() -> None:
+    x, kernel = normal(0, 2, 9, 9, 4), normal(1, 3, 3, 2, 6)
+    grouped = functools.partial(conv, x, kernel, (1, 1), "SAME", feature_group_count=2)
+    expected = lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=NHWC, feature_group_count=2)
+    assert (grouped() == expected).all()
+    assert (grouped(max_pool_size=2) == nn.max_pool(expected, (2, 2), (2, 2))).all()
+    dilated = functools.partial(lax.conv_general_dilated, x, normal(1, 3, 3, 4, 6), (1, 1), "SAME", rhs_dilation=(2, 2))
+    assert (
+        conv(x, normal(1, 3, 3, 4, 6), (1, 1), "SAME", rhs_dilation=(2, 2)) == dilated(dimension_numbers=NHWC)
+    ).all()
+
+
+class Net(nn.Module):
+    """One layer of each form, by linen's own Conv."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """u8-like f32[B,12,12,1] -> f32[B,16]."""
+        pooled = functools.partial(ops.conv_general_dilated, max_pool_size=2)
+        x = nn.relu(nn.Conv(16, (3, 3), conv_general_dilated=pooled)(x))
+        x = nn.relu(nn.Conv(16, (3, 3), padding="VALID", conv_general_dilated=ops.conv_general_dilated)(x))
+        return ops.avg_pool(ops.max_pool(x, 2), 2).reshape(x.shape[0], -1)
+
+
+@pytest.fixture(scope="module")
+def net() -> tuple[Callable[..., jax.Array], Any, jax.Array]:
+    x = normal(3, 8, 12, 12, 1)
+    return Net().apply, Net().init(jax.random.key(0), x), x
+
+
+def loss_gradient(apply: Callable[..., jax.Array]) -> Callable[..., Any]:
+    return jax.grad(lambda variables, x: (apply(variables, x) ** 2).mean())
+
+
+def test_no_leak_between_examples(net: tuple[Callable[..., jax.Array], Any, jax.Array]) -> None:
+    """A row's output has the same bits whoever shares its batch, and its gradient touches no other row."""
+    apply, variables, x = net
+    forward = jax.jit(apply)
+    mates = x.at[1:].set(100 * normal(5, 7, 12, 12, 1))
+    assert (forward(variables, x)[0] == forward(variables, mates)[0]).all()
+    touched = jax.grad(lambda x: apply(variables, x)[2].sum())(x)
+    assert touched[2].any()
+    assert not touched[jnp.array([0, 1, 3, 4, 5, 6, 7])].any()
+
+
+def test_vmap_over_kernels_and_map_over_batches(net: tuple[Callable[..., jax.Array], Any, jax.Array]) -> None:
+    apply, variables, x = net
+    members = jax.tree.map(lambda leaf: jnp.stack([leaf, -0.5 * leaf]), variables)
+    gradient = loss_gradient(apply)
+    together = jax.jit(jax.vmap(gradient, (0, None)))(members, x)
+    for member in range(2):
+        alone = jax.jit(gradient)(jax.tree.map(lambda leaf, m=member: leaf[m], members), x)
+        jax.tree.map(lambda a, b, m=member: assert_near(a[m], b), together, alone)
+    one_by_one = jax.jit(lambda: lax.map(lambda row: apply(variables, row[None])[0], x))()
+    assert_near(one_by_one, apply(variables, x))
+
+
+def test_sharded_over_devices(net: tuple[Callable[..., jax.Array], Any, jax.Array]) -> None:
+    """The batch split over devices, by the compiler and by shard_map: the same mean gradient."""
+    apply, variables, x = net
+    mesh = jax.make_mesh((4,), ("data",))
+    spec = jax.sharding.PartitionSpec
+    split = jax.device_put(x, jax.sharding.NamedSharding(mesh, spec("data")))
+    gradient = loss_gradient(apply)
+    alone = jax.jit(gradient)(variables, x)
+
+    def local(variables: Any, x: jax.Array) -> Any:
+        return lax.pmean(gradient(variables, x), "data")
+
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(spec(), spec("data")), out_specs=spec(), check_vma=False)
+    jax.tree.map(assert_near, jax.jit(gradient)(variables, split), alone)
+    jax.tree.map(assert_near, jax.jit(mapped)(variables, split), alone)
+
+
+def test_each_platform_gets_its_form(net: tuple[Callable[..., jax.Array], Any, jax.Array]) -> None:
+    """No convolution, no window reduction and no branch is left on CPU; elsewhere they are XLA's own."""
+    apply, variables, x = net
+    traced = jax.jit(loss_gradient(apply)).trace(variables, x)
+    text = {platform: traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "cuda", "tpu")}
+    for op in ("stablehlo.convolution", "stablehlo.select_and_scatter", "stablehlo.case"):
+        assert op not in text["cpu"]
+    for platform in ("cuda", "tpu"):
+        assert text[platform].count("stablehlo.convolution") >= 5  # two forward, three backward: images need none
+        assert "stablehlo.select_and_scatter" in text[platform]
+        assert "stablehlo.case" not in text[platform]
+
+
+def test_exports_for_several_platforms_at_once(net: tuple[Callable[..., jax.Array], Any, jax.Array]) -> None:
+    apply, variables, x = net
+    exported = jax.export.export(jax.jit(apply), platforms=("cpu", "cuda"))(variables, x)
+    assert_near(exported.call(variables, x), apply(variables, x))
+    assert jax.eval_shape(apply, variables, x).shape == (8, 16)
