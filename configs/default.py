@@ -20,6 +20,6 @@ def get_config() -> ConfigDict:
     config.optimizer.learning_rate = 4e-3
     config.optimizer.weight_decay = 1e-4
     config.optimizer.schedule = "one_cycle"
-    config.train.epochs = 8
+    config.train.epochs = 7
     config.train.label_smoothing = 0.05
     return config

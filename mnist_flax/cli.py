@@ -2,8 +2,10 @@
 
 import logging
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from types import FrameType
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -67,6 +69,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     package.setLevel(logging.INFO)
     package.propagate = False
     absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax and JAX tell a lot; --verbosity=0 shows it
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         app.run(main, flags_parser=_parse)
     except UserError as error:
@@ -75,6 +78,13 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     except KeyboardInterrupt:  # where no loop catches it: while importing, or loading data
         print("stopped", file=sys.stderr)
         sys.exit(130)
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    """Ends the program as Ctrl-C does, where no loop catches the signal: the status is 128 plus its number."""
+    del frame
+    print("stopped", file=sys.stderr)
+    sys.exit(128 + signum)
 
 
 def _parse(arguments: Sequence[str]) -> Sequence[str]:
@@ -93,7 +103,7 @@ def _parse(arguments: Sequence[str]) -> Sequence[str]:
         rest: Sequence[str] = FLAGS(arguments)
     except flags.Error as error:
         raise ConfigError(_first_line(error)) from error
-    except Exception as error:  # a config file is a program, and can fail in every way
+    except (Exception, SystemExit) as error:  # a config file is a program, and can fail in every way
         raise ConfigError(f"the config file fails with {type(error).__name__}: {_last_line(error)}") from error
     if len(rest) > 1 and "config" in FLAGS:
         raise ConfigError(f"{rest[1]!r}: is no flag; a flag starts with two dashes")

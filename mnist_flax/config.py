@@ -63,7 +63,7 @@ class DataConfig:
     Attributes:
       name: a key of `DATASETS`.
       source: `auto` tries the three others in this order: `tfds` (a copy prepared in `data_dir`), `raw` (the official
-        files in `raw_dir`), `download` (TFDS downloads them).
+        files in `raw_dir`), `download` (from the addresses that TFDS has for them).
       data_dir: the TFDS folder; empty means `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
       raw_dir: a folder with the official files; empty means `$MNIST_FLAX_RAW_DIR`.
       on_missing: `digits` trains on scikit-learn's embedded digits when nothing can be reached; `error` stops.
@@ -212,6 +212,7 @@ class TrainConfig:
       eval_batch_size: rows of an evaluation's batch, for training's own evaluations and the final one.
       log_every_steps: a line of `metrics.jsonl` sums up this many steps, or what an epoch has left; 0 means an epoch.
       tensorboard: write TensorBoard events.
+      report: write `report/index.html` at the end.
     """
 
     batch_size: int = 64
@@ -221,6 +222,7 @@ class TrainConfig:
     eval_batch_size: int = cadence(500)
     log_every_steps: int = cadence(100)
     tensorboard: bool = cadence(True)
+    report: bool = cadence(True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

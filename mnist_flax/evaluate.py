@@ -139,7 +139,8 @@ def load_data(config: Config, fingerprint: str, overrides: Mapping[str, Any]) ->
     name = changed.get("data__name", config.data.name)
     if name != config.data.name:
         refuse_other_classes(config, name)
-        changed |= {"data__num_train": 0, "data__holdout": 0}  # none of its rows was trained on or held out
+        # None of its rows was trained on or held out.
+        changed |= dict.fromkeys(("data__num_train", "data__holdout", "data__folds", "data__fold"), 0)
     used = config_lib.replace(config, **changed)
     splits = load_splits(used)
     for split in (splits.train, splits.test):
@@ -184,7 +185,7 @@ def choose(config: Config, splits: Splits, split: str) -> Examples:
     """
     if split == "test":
         return splits.test
-    train, held_out = batches.split_rows(splits.train.label, config.data.num_train, config.data.holdout)
+    train, held_out = batches.rows_of(splits.train.label, config.data)
     rows = {"train": train, "holdout": held_out}[split]
     if not len(rows):
         raise ConfigError(f"--split={split}: the run held out no rows of {splits.name}; choose train or test")

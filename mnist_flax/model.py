@@ -1,6 +1,7 @@
 """The network: a linen CNN built from `ModelConfig`."""
 
 from collections.abc import Callable
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -90,8 +91,9 @@ class CNN(nn.Module):
         activation = ACTIVATIONS[config.activation]
         pool = {"max": ops.max_pool, "avg": ops.avg_pool}[config.pooling]
         # A maximum commutes with adding a bias and with a non-decreasing activation: pooled first, they touch a quarter
-        # of the values and give the same result.
+        # of the values and give the same result. Batch norm keeps a place between convolution and pooling.
         pool_first = config.pooling == "max" and config.activation in NON_DECREASING
+        pool_at_once = pool_first and not config.batch_norm
 
         x = scale_pixels(config, images)
         for block in config.blocks():
@@ -102,13 +104,13 @@ class CNN(nn.Module):
                 padding=block.padding,
                 use_bias=False,
                 kernel_init=kernel_init,
-                conv_general_dilated=ops.conv_general_dilated,
+                conv_general_dilated=partial(ops.conv_general_dilated, max_pool_size=block.pool if pool_at_once else 1),
             )(x)
             if config.batch_norm:
                 x = self._normalize(x, mask)
-            if pool_first:
-                x = pool(x, block.pool)
-            if not config.batch_norm:
+                if pool_first:
+                    x = pool(x, block.pool)
+            else:
                 x = Bias()(x)
             x = activation(x)
             if not pool_first:

@@ -4,7 +4,7 @@ import json
 import logging
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -15,13 +15,15 @@ from jax import Array
 
 from mnist_flax import batches, checkpoint, rng
 from mnist_flax import workdir as workdirs
-from mnist_flax.batches import Examples
 from mnist_flax.config import IMAGE_SIZE, Config
 from mnist_flax.data import Splits, follow, load_splits
-from mnist_flax.evaluate import evaluate
-from mnist_flax.logs import RunLog
+from mnist_flax.datasets import Examples
+from mnist_flax.errors import WorkdirError
+from mnist_flax.evaluate import Evaluation, evaluate
+from mnist_flax.logs import RunLog, refuse_non_finite
 from mnist_flax.model import build
-from mnist_flax.provenance import provenance
+from mnist_flax.provenance import provenance, versions
+from mnist_flax.report.write import write_report
 from mnist_flax.signals import Interrupted, StopWish, stop_wish
 from mnist_flax.step import (
     StepMetrics,
@@ -41,12 +43,15 @@ Fetch = Callable[[], StepMetrics]  # waits for the metrics of some steps, `[n]`,
 Advance = Callable[[TrainState, int, int], tuple[TrainState, Fetch]]  # (state, step, n) -> n updates later
 
 
-def fit(config: Config, workdir: pathlib.Path) -> TrainState:
+def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = None) -> TrainState:
     """Trains a run to its end, from wherever it is.
 
     Args:
       config: of the run; the dataset may turn out to be another one (`data.follow`).
       workdir: the run's folder; made if it is missing, resumed if it holds checkpoints.
+      fork: the folder of another run: a new run starts with the weights of that one's latest checkpoint (and its
+        running statistics and averages), but at step 0 and with a fresh optimiser. When the run is resumed, nothing is
+        read there any more.
 
     Returns:
       The state at the end.
@@ -66,25 +71,87 @@ def fit(config: Config, workdir: pathlib.Path) -> TrainState:
         found, skipped = store.restore_latest()
         for line in skipped:
             logger.warning(line)
-        summary = workdirs.read_json(workdir / workdirs.SUMMARY)
-        if found and summary and found.record["step"] == summary["steps"] >= config.num_steps:
-            logger.info(
-                "%s is finished: %d epochs, test accuracy %.2f %%. To train further, raise --config.train.epochs (under"
-                " a schedule that does not depend on it); to train anew, name another --workdir.",
-                workdir, summary["epochs"], 100 * summary["test_accuracy"],
-            )  # fmt: skip
-            return found.state
+        if found:
+            check_origin(found.record["origin"], fork, workdir)
+            state, record = found.state, found.record
+        else:
+            state, origin = begin(config, fork)
+            record = {"origin": origin}
+        if found and is_finished(config, found.record, workdir):
+            return state
         workdirs.write_text(workdir / workdirs.CONFIG, config.to_json())
-        key = rng.root_key(config.seed)
-        state = found.state if found else jit_init_state(config, key)
-        log = RunLog(config, workdir, found.record if found else {})
+        log = RunLog(config, workdir, record)
         try:
             announce(config, splits, workdir, log.step)
-            state = train(config, state, splits, key, log=log, store=store, wish=wish)
+            state = train(config, state, splits, rng.root_key(config.seed), log=log, store=store, wish=wish)
+            store.wait()
             finish(config, state, splits, workdir, log)
         finally:
             log.close()
     return state
+
+
+def is_finished(config: Config, record: dict[str, Any], workdir: pathlib.Path) -> bool:
+    """Returns whether nothing is left to do after a checkpoint, and if so, says how to train further.
+
+    The summary is what a run writes last.
+    """
+    summary = workdirs.read_json(workdir / workdirs.SUMMARY)
+    if record["step"] < config.num_steps or not isinstance(summary, dict) or summary.get("steps") != record["step"]:
+        return False
+    logger.info(
+        "%s is finished: %s epochs, test accuracy %.2f %%. To train further, raise --config.train.epochs (under a"
+        " schedule that does not depend on it); to train anew, name another --workdir.",
+        workdir, summary["epochs"], 100 * summary["test_accuracy"],
+    )  # fmt: skip
+    return True
+
+
+def begin(config: Config, fork: pathlib.Path | None) -> tuple[TrainState, dict[str, Any]]:
+    """Returns the first state of a new run, and how it begins, as JSON.
+
+    Raises:
+      WorkdirError: there is no checkpoint to fork, or its weights do not fit this config's network.
+    """
+    state = jit_init_state(config, rng.root_key(config.seed))
+    origin: dict[str, Any] = {"fork": None, "versions": versions()}
+    if fork is None:
+        return state, origin
+    source = checkpoint.load_run(fork)
+    weights = {"params": source.state.params, "batch_stats": source.state.batch_stats}
+    there = checkpoint.layout(weights)
+    here = checkpoint.layout({"params": state.params, "batch_stats": state.batch_stats})
+    differing = [name for name in there | here if there.get(name) != here.get(name)]
+    if differing:
+        lines = [f"  {name}: {there.get(name)} there, {here.get(name)} here" for name in differing]
+        raise WorkdirError(
+            f"--fork={fork}: its weights do not fit this config's network:\n" + "\n".join(lines) + "\nGive config.model"
+            f" the values that it has in {fork / workdirs.CONFIG}."
+        )
+    # A moving average goes on from theirs, or starts at the weights; it must not share memory with them.
+    ema = jax.tree.map(jnp.copy, source.state.ema or source.state.params) if config.optimizer.ema_decay else {}
+    origin["fork"] = {"workdir": str(fork), "step": source.record["step"]}
+    logger.info("starting with the weights of %s at step %d", fork, source.record["step"])
+    return state.replace(**weights, ema=ema), origin
+
+
+def check_origin(origin: Mapping[str, Any], fork: pathlib.Path | None, workdir: pathlib.Path) -> None:
+    """Compares how a run began with how this command would begin it, and warns of other versions.
+
+    Raises:
+      WorkdirError: it would be a fork, and was none.
+    """
+    if fork and not origin["fork"]:
+        raise WorkdirError(
+            f"--fork={fork}: {workdir} holds a run that began without it; leave it out to go on with that run, or name"
+            " another --workdir"
+        )
+    there, here = origin["versions"], versions()
+    changed = [
+        f"{name} {there.get(name)} -> {here.get(name)}" for name in there | here if there.get(name) != here.get(name)
+    ]
+    if changed:
+        logger.warning("not the versions that this run began with, so its last bits may differ: %s", ", ".join(changed))
 
 
 def announce(config: Config, splits: Splits, workdir: pathlib.Path, step: int) -> None:
@@ -95,7 +162,7 @@ def announce(config: Config, splits: Splits, workdir: pathlib.Path, step: int) -
     logger.info(table.strip("\n"))
     logger.info(
         "%s (%s, fingerprint %s): %d rows to train on, %d held out, %d to test",
-        splits.name, splits.source, splits.fingerprint[:12], config.num_train, config.data.holdout,
+        splits.name, splits.source, splits.fingerprint[:12], config.num_train, config.num_holdout,
         len(splits.test.label),
     )  # fmt: skip
     if step:
@@ -165,15 +232,17 @@ def train(
       NonFiniteLossError: nothing is saved after the last good checkpoint.
       Interrupted: a signal asked to stop; the state is saved.
     """
-    rows, holdout_rows = batches.split_rows(splits.train.label, config.data.num_train, config.data.holdout)
+    rows, holdout_rows = batches.rows_of(splits.train.label, config.data)
     holdout = Examples(splits.train.image[holdout_rows], splits.train.label[holdout_rows])
     step = log.step
     if step >= config.num_steps:
         return state
     started = time.perf_counter()
-    advance = DRIVERS[config.train.driver](config, state, Examples(*splits.train), rows, key)
+    advance = DRIVERS[config.train.driver](config, state, splits.train, rows, key)
     logger.info("compiled in %.1f s", time.perf_counter() - started)
 
+    if wish.signum is not None:
+        raise stopped(config, step, wish.signum)
     num_steps = 1  # of the next call; grows until a call takes DISPATCH_SECONDS
     under_way: list[Fetch] = []
     last_save = mark = time.perf_counter()
@@ -183,8 +252,7 @@ def train(
             state, fetch = advance(state, step, target - step)
         under_way.append(fetch)
         step = target
-        now = time.perf_counter()
-        timed_save = 0 < config.checkpoint.every_seconds <= now - last_save
+        timed_save = 0 < config.checkpoint.every_seconds <= time.perf_counter() - last_save
         pause = step == next_stop(config, step - 1) or timed_save or wish.signum is not None
         # While the device works on this call, the host reads the metrics of the one before.
         while len(under_way) > (0 if pause else 1):
@@ -196,24 +264,47 @@ def train(
             num_steps = max(1, min(2 * num_steps, int(rate * DISPATCH_SECONDS)))
         if not pause:
             continue
+        refuse_spoilt(state, step)
         scores = None
         if step % config.steps_per_epoch == 0:
             if len(holdout_rows):
-                evaluation = evaluate(config, eval_variables(state), holdout)
-                scores = {"loss": evaluation.loss, "accuracy": evaluation.accuracy}
-                log.evaluation("holdout", evaluation)
+                scores = judge(config, state, holdout)
+                log.evaluation("holdout", **scores)
             log.epoch_line()
         if is_save_due(config, step) or timed_save or wish.signum is not None:
             store.save(state, log.snapshot(), holdout=scores)
             last_save = time.perf_counter()
         if wish.signum is not None:
             store.wait()
-            raise Interrupted(
-                f"stopped at step {step} of {config.num_steps}; the state is saved: the same command goes on from here",
-                wish.signum,
-            )
+            raise stopped(config, step, wish.signum)
         mark = time.perf_counter()
     return state
+
+
+def judge(config: Config, state: TrainState, examples: Examples) -> dict[str, Any]:
+    """Evaluates on some examples, for the log."""
+    return scores_of(evaluate(config, eval_variables(state), examples))
+
+
+def scores_of(evaluation: Evaluation) -> dict[str, Any]:
+    """Returns loss, accuracy and number of examples: what the log holds of an evaluation."""
+    return {"loss": evaluation.loss, "accuracy": evaluation.accuracy, "examples": evaluation.examples}
+
+
+def refuse_spoilt(state: TrainState, step: int) -> None:
+    """Stops before weights are saved with which the next loss would not be finite, though the last one was.
+
+    Raises:
+      NonFiniteLossError: a weight, a running statistic or an average is NaN or infinite.
+    """
+    for leaf in jax.tree.leaves(jax.device_get((state.params, state.batch_stats, state.ema))):
+        refuse_non_finite(float(np.max(np.abs(leaf))), f"the largest weight after step {step}")
+
+
+def stopped(config: Config, step: int, signum: int) -> Interrupted:
+    """Returns what ends the program when a signal asked for it and `step` is saved, or none was made."""
+    message = f"stopped at step {step} of {config.num_steps}; nothing is lost: the same command goes on from here"
+    return Interrupted(message, signum)
 
 
 def next_stop(config: Config, step: int) -> int:
@@ -234,13 +325,14 @@ def is_save_due(config: Config, step: int) -> bool:
     )
 
 
-def finish(config: Config, state: TrainState, splits: Splits, workdir: pathlib.Path, log: RunLog) -> dict[str, Any]:
-    """Reads the test set, once and whole, and writes what is left of a run: its weights and its summary."""
+def finish(config: Config, state: TrainState, splits: Splits, workdir: pathlib.Path, log: RunLog) -> None:
+    """Reads the test set, once and whole, and writes what is left of a run: its weights, summary and report."""
     variables = eval_variables(state)
-    evaluation = evaluate(config, variables, Examples(*splits.test))
-    log.evaluation("test", evaluation)
+    evaluation = evaluate(config, variables, splits.test)
+    scores = scores_of(evaluation)
+    log.evaluation("test", **scores)
+    log.sync()
     checkpoint.save_weights(config, workdir, variables)
-    examples = config.num_train * config.train.epochs
     summary = {
         "dataset": splits.name,
         "dataset_fingerprint": splits.fingerprint,
@@ -249,18 +341,30 @@ def finish(config: Config, state: TrainState, splits: Splits, workdir: pathlib.P
         "steps": log.step,
         "epochs": config.train.epochs,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-        "test_accuracy": evaluation.accuracy,
-        "test_loss": evaluation.loss,
-        "test_examples": evaluation.examples,
+        "test_accuracy": scores["accuracy"],
+        "test_loss": scores["loss"],
+        "test_examples": scores["examples"],
         "train_seconds": log.seconds,
-        "images_per_second": examples / log.seconds,
+        "images_per_second": config.num_train * config.train.epochs / log.seconds,
         "restarts": log.restarts,
+        "fork": log.origin["fork"],
         **provenance(),
     }
     workdirs.write_text(workdir / workdirs.SUMMARY, json.dumps(summary, indent=2) + "\n")
     logger.info(
         "%s: test accuracy %.2f %% (%d of %d right), loss %.4f, after %.1f s of training",
-        splits.name, 100 * evaluation.accuracy, round(evaluation.accuracy * evaluation.examples), evaluation.examples,
-        evaluation.loss, log.seconds,
+        splits.name, 100 * scores["accuracy"], round(scores["accuracy"] * scores["examples"]), scores["examples"],
+        scores["loss"], log.seconds,
     )  # fmt: skip
-    return summary
+    if config.train.report:
+        page = write_report(
+            config,
+            variables,
+            records=log.snapshot()["log"],
+            splits=splits,
+            evaluation=evaluation,
+            step=log.step,
+            summary=summary,
+            workdir=workdir,
+        )
+        logger.info("report: %s", page)

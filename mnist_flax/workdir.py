@@ -20,29 +20,31 @@ WEIGHTS = "weights.safetensors"
 CHECKPOINTS = "checkpoints"
 DAMAGED = "checkpoints_damaged"
 TENSORBOARD = "tensorboard"
-_LOCK = ".lock"
-_OWNER = ".owner.json"
+_LOCK = ".mnist_flax.lock"  # not "lock": its name also marks the folder as ours
+_OWNER = ".mnist_flax.owner.json"
 
 
 def check(workdir: pathlib.Path) -> None:
     """Looks, without touching anything, whether a run can live in `workdir`.
 
     Raises:
-      WorkdirError: it is no folder, or holds something that is no run.
+      WorkdirError: it is no folder, cannot be read, or holds something that is no run.
     """
-    if workdir.exists() and not workdir.is_dir():
-        raise WorkdirError(f"--workdir={workdir}: is a file; name a folder")
-    if workdir.is_dir():
-        strangers = sorted({path.name for path in workdir.iterdir()} - {_LOCK, _OWNER})
-        if strangers and not (workdir / CONFIG).exists():
-            raise WorkdirError(
-                f"--workdir={workdir}: holds {strangers[0]!r} but no {CONFIG}, so it is no run; name another folder"
-            )
+    try:
+        if workdir.exists() and not workdir.is_dir():
+            raise WorkdirError(f"--workdir={workdir}: is a file; name a folder")
+        names = {path.name for path in workdir.iterdir()} if workdir.is_dir() else set()
+    except (OSError, ValueError) as error:  # such as a name that is too long, or holds a zero byte
+        raise WorkdirError(f"--workdir={workdir}: cannot be read ({_why(error)}); name another folder") from error
+    if names and not names & {CONFIG, _LOCK}:
+        raise WorkdirError(
+            f"--workdir={workdir}: holds {min(names)!r} but no {CONFIG}, so it is no run; name another folder"
+        )
 
 
 @contextlib.contextmanager
 def claim(workdir: pathlib.Path) -> Iterator[None]:
-    """Makes `workdir` and holds it for this process alone.
+    """Makes `workdir` and holds it for this process alone; if nothing is written into it, it is removed again.
 
     The operating system frees the lock when its process ends, however it ends, so a dead run is no obstacle.
 
@@ -50,34 +52,63 @@ def claim(workdir: pathlib.Path) -> Iterator[None]:
       WorkdirError: another process holds it, or it cannot be written.
     """
     check(workdir)
+    new = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
+    lock = filelock.FileLock(workdir / _LOCK)
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(workdir / _LOCK)
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise WorkdirError(
-            f"--workdir={workdir}: in use by {_describe_owner(workdir)}; wait for it, stop it, or name another folder"
-        ) from None
-    except OSError as error:
-        raise WorkdirError(f"--workdir={workdir}: cannot be written ({error.strerror}); name another folder") from error
-    try:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise WorkdirError(
+                f"--workdir={workdir}: in use by {_owner(workdir)}; wait for it, stop it, or name another folder"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise WorkdirError(
+                f"--workdir={workdir}: cannot be written ({_why(error)}); name another folder"
+            ) from error
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}
-        write_text(workdir / _OWNER, json.dumps(owner))
+        write_text(workdir / _OWNER, json.dumps(owner) + "\n")
         yield
     finally:
+        if lock.is_locked and {path.name for path in workdir.iterdir()} <= {_LOCK, _OWNER}:
+            (workdir / _OWNER).unlink(missing_ok=True)
+            (workdir / _LOCK).unlink()
+        for folder in new:
+            with contextlib.suppress(OSError, ValueError):
+                folder.rmdir()  # fails, as it should, where anything is inside
         lock.release()
 
 
-def _describe_owner(workdir: pathlib.Path) -> str:
+def _owner(workdir: pathlib.Path) -> str:
+    owner = read_json(workdir / _OWNER)
     try:
-        owner = json.loads((workdir / _OWNER).read_text())
         return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         return "another process"
 
 
 def _now() -> str:
     return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def _why(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+@contextlib.contextmanager
+def speaking(path: pathlib.Path) -> Iterator[None]:
+    """Turns what the system says about a file that cannot be written into a message.
+
+    Raises:
+      WorkdirError: an OSError was raised inside.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise WorkdirError(
+            f"{path}: cannot be written ({_why(error)}); mend that, and the same command goes on from the newest"
+            " checkpoint"
+        ) from error
 
 
 def write_bytes(path: pathlib.Path, content: bytes) -> None:
@@ -87,21 +118,47 @@ def write_bytes(path: pathlib.Path, content: bytes) -> None:
       WorkdirError: the disk is full, or the folder cannot be written.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise WorkdirError(f"{path}: cannot be written ({error.strerror})") from error
+    with speaking(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
     """Writes text as `write_bytes` does, in UTF-8."""
     write_bytes(path, text.encode())
+
+
+def append_bytes(path: pathlib.Path, content: bytes) -> None:
+    """Appends to a file, which is closed again, so that no later failure can lose or double what was written.
+
+    Raises:
+      WorkdirError: the disk is full, or the file cannot be written.
+    """
+    with speaking(path), path.open("ab") as file:
+        file.write(content)
+
+
+def sync(path: pathlib.Path) -> None:
+    """Waits until a file's or a folder's content is safe from a power cut.
+
+    Raises:
+      WorkdirError: the system cannot write it.
+    """
+    with speaking(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def read_json(path: pathlib.Path) -> Any:

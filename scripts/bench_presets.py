@@ -50,7 +50,10 @@ def bench(preset: str, seeds: Sequence[int]) -> dict[str, Any]:
     summaries = []
     for seed in seeds:
         with tempfile.TemporaryDirectory() as folder:
-            fit(replace(load(preset), seed=seed, train__tensorboard=False), pathlib.Path(folder, "run"))
+            fit(
+                replace(load(preset), seed=seed, train__tensorboard=False, train__report=False),
+                pathlib.Path(folder, "run"),
+            )
             summaries.append(json.loads(pathlib.Path(folder, "run", "summary.json").read_text()))
             print(f"{preset} seed {seed}: {summaries[-1]['test_accuracy']:.4f}", file=sys.stderr)
     accuracies = [summary["test_accuracy"] for summary in summaries]

@@ -76,7 +76,7 @@ def convolutions(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@few_examples(max_examples=20)
+@few_examples(max_examples=15)
 @given(convolutions())
 def test_values_and_gradients_equal_lax(case: dict[str, Any]) -> None:
     x = normal(0, case["batch"], *case["size"], case["channels"][0])
@@ -211,7 +211,13 @@ class Net(nn.Module):
 @pytest.fixture(scope="module")
 def net() -> tuple[Callable[..., jax.Array], Any, jax.Array]:
     x = normal(3, 8, 12, 12, 1)
-    return Net().apply, Net().init(jax.random.key(0), x), x
+
+    def apply(variables: Any, x: jax.Array) -> jax.Array:
+        y = Net().apply(variables, x)
+        assert isinstance(y, jax.Array)
+        return y
+
+    return apply, Net().init(jax.random.key(0), x), x
 
 
 def loss_gradient(apply: Callable[..., jax.Array]) -> Callable[..., Any]:
@@ -244,7 +250,7 @@ def test_vmap_over_kernels_and_map_over_batches(net: tuple[Callable[..., jax.Arr
 def test_sharded_over_devices(net: tuple[Callable[..., jax.Array], Any, jax.Array]) -> None:
     """The batch split over devices, by the compiler and by shard_map: the same mean gradient."""
     apply, variables, x = net
-    mesh = jax.make_mesh((4,), ("data",))
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec
     split = jax.device_put(x, jax.sharding.NamedSharding(mesh, spec("data")))
     gradient = loss_gradient(apply)
@@ -263,12 +269,12 @@ def test_each_platform_gets_its_form(net: tuple[Callable[..., jax.Array], Any, j
     apply, variables, x = net
     traced = jax.jit(loss_gradient(apply)).trace(variables, x)
     text = {platform: traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "cuda", "tpu")}
-    for op in ("stablehlo.convolution", "stablehlo.select_and_scatter", "stablehlo.case"):
-        assert op not in text["cpu"]
+    assert "stablehlo.convolution" not in text["cpu"]
+    assert "stablehlo.select_and_scatter" not in text["cpu"]
+    assert "conditional" not in traced.lower().compile().as_text()
     for platform in ("cuda", "tpu"):
         assert text[platform].count("stablehlo.convolution") >= 5  # two forward, three backward: images need none
         assert "stablehlo.select_and_scatter" in text[platform]
-        assert "stablehlo.case" not in text[platform]
 
 
 def test_exports_for_several_platforms_at_once(net: tuple[Callable[..., jax.Array], Any, jax.Array]) -> None:

@@ -19,6 +19,7 @@ CONFIG = replace(
     train__epochs=3,
     train__log_every_steps=4,
     train__tensorboard=False,
+    train__report=False,
 )
 
 

@@ -84,7 +84,7 @@ def run_facts(
         "epoch": step / config.steps_per_epoch,
         "epochs": config.train.epochs,
         "num_train": config.num_train,
-        "holdout": config.data.holdout,
+        "holdout": config.num_holdout,
         "parameters": sum(layer.parameters for layer in layers),
         "multiply_adds": sum(layer.multiply_adds for layer in layers),
         "train_seconds": seconds,

@@ -1,0 +1,90 @@
+"""Measures what checkpoints cost: a recipe saved at every epoch's end against the same with none before the last.
+
+    python scripts/bench_checkpoint.py [--config=configs/default.py] [--config.data.num_train=12000] [--pairs=5]
+
+Both kinds take turns in one process, after one run of each that warms it up. The time is that of the whole loop, from
+the first step until the last checkpoint is on the disk, with logging and evaluation in both. One line of JSON goes to
+standard output, progress to standard error; run it on a quiet machine.
+"""
+
+import datetime
+import json
+import pathlib
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from mnist_flax import cli
+from mnist_flax.config import Config, replace
+
+PAIRS = flags.DEFINE_integer("pairs", 5, "runs of each kind", lower_bound=1)
+
+
+def seconds_of(config: Config) -> float:
+    """Trains a run into a new folder, and returns how long the loop took, until all was saved."""
+    from mnist_flax import train
+
+    spans: list[float] = []
+    loop, next_stop = train.train, train.next_stop
+
+    def timed(*arguments: Any, **named: Any) -> Any:
+        began: list[float] = []
+
+        def first_stop(config: Config, step: int) -> int:  # asked for first when all is compiled
+            began.append(time.perf_counter())
+            return next_stop(config, step)
+
+        train.next_stop = first_stop
+        state = loop(*arguments, **named)
+        named["store"].wait()
+        spans.append(time.perf_counter() - began[0])
+        return state
+
+    train.train = timed
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            train.fit(config, pathlib.Path(folder, "run"))
+    finally:
+        train.train, train.next_stop = loop, next_stop
+    return spans[0]
+
+
+def main(argv: Sequence[str]) -> None:
+    """Compares, and prints the ratio of the medians."""
+    del argv
+    from mnist_flax.provenance import provenance
+
+    config = cli.config()
+    kinds = {
+        "with": replace(config, checkpoint__every_epochs=1),
+        "without": replace(config, checkpoint__every_epochs=0),
+    }
+    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for pair in range(PAIRS.value + 1):
+        for kind in kinds if pair % 2 else reversed(kinds):  # neither is always the first
+            span = seconds_of(kinds[kind])
+            print(f"{kind} checkpoints: {span:.2f} s{'' if pair else ' (warming up)'}", file=sys.stderr, flush=True)
+            if pair:
+                seconds[kind].append(span)
+    medians = {kind: statistics.median(spans) for kind, spans in seconds.items()}
+    result = {
+        "claim": "checkpoint overhead",
+        "ratio": round(medians["with"] / medians["without"], 4),
+        "seconds": {kind: [round(span, 3) for span in spans] for kind, spans in seconds.items()},
+        "config": cli.config_file(),
+        "epochs": config.train.epochs,
+        "train_rows": config.num_train,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **provenance(),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    cli.define_config()
+    cli.run(main)

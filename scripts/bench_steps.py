@@ -1,0 +1,139 @@
+"""Times steady-state training and prints, for each driver and batch size, one JSON line.
+
+    python scripts/bench_steps.py --config=configs/three_conv_adam.py --batch_sizes=64,256
+
+Each line holds images/s (median and all repeats) and the share of this machine's f32 matrix-product rate, measured in
+between, that the network's own arithmetic comes to: what a plain convolution would take, whatever form is used.
+"""
+
+import datetime
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags
+
+from mnist_flax import cli
+from mnist_flax.config import IMAGE_SIZE, Config, replace
+
+
+def training_flops(config: Config) -> int:
+    """Returns the multiplications and additions of a training step's matrix products, for one image.
+
+    Three times the forward pass, less the gradient by the pixels, which nobody needs.
+    """
+    size, channels, forward, first = IMAGE_SIZE, 1, 0, 0
+    for block in config.model.blocks():
+        size = block.conv_size(size)
+        flops = 2 * size**2 * block.kernel_size**2 * channels * block.width
+        first = first or flops
+        forward += flops
+        size, channels = size // block.pool, block.width
+    features = size**2 * channels
+    for width in (*config.model.dense, config.num_classes):
+        flops = 2 * features * width
+        first = first or flops
+        forward += flops
+        features = width
+    return 3 * forward - first
+
+
+def matmul_rate() -> Callable[[], float]:
+    """Returns a function that measures the device's f32 matrix products, in FLOP/s."""
+    import jax
+    import jax.numpy as jnp
+
+    size, count = 1024, 20
+    matrix = jnp.full((size, size), 1e-3)
+    program = jax.jit(lambda a: jax.lax.fori_loop(0, count, lambda _, x: x @ a, a))
+    program(matrix).block_until_ready()
+
+    def measure() -> float:
+        started = time.perf_counter()
+        program(matrix).block_until_ready()
+        return 2 * count * size**3 / (time.perf_counter() - started)
+
+    return measure
+
+
+def timed_steps(config: Config, num_steps: int) -> Callable[[], float]:
+    """Compiles a driver on random pixels and returns a function that measures seconds a step."""
+    import jax
+    import numpy as np
+
+    from mnist_flax import rng
+    from mnist_flax.datasets import Examples
+    from mnist_flax.step import jit_init_state
+    from mnist_flax.train import DRIVERS
+
+    generator = np.random.default_rng(0)
+    count = config.num_train
+    images = generator.integers(0, 256, (count, IMAGE_SIZE, IMAGE_SIZE, 1), dtype=np.uint8)
+    examples = Examples(images, generator.integers(0, config.num_classes, count).astype(np.int32))
+    key = rng.root_key(config.seed)
+    state = jit_init_state(config, key)
+    advance = DRIVERS[config.train.driver](config, state, examples, np.arange(count, dtype=np.int32), key)
+    step = 0
+
+    def measure() -> float:
+        nonlocal state, step
+        if step % config.steps_per_epoch + num_steps > config.steps_per_epoch:
+            step = 0  # a call must not cross the end of an epoch
+            state = state.replace(step=jax.numpy.zeros_like(state.step))
+        started = time.perf_counter()
+        state, fetch = advance(state, step, num_steps)
+        fetch()
+        step += num_steps
+        return (time.perf_counter() - started) / num_steps
+
+    measure()
+    return measure
+
+
+def bench(config: Config, repeats: int) -> dict[str, Any]:
+    """Measures one config, its repeats in turn with the machine's own rate."""
+    from mnist_flax.provenance import provenance
+
+    num_steps = min(config.steps_per_epoch, max(10, 10_000 // config.train.batch_size))
+    rate, seconds = matmul_rate(), timed_steps(config, num_steps)
+    rates, steps = [], []
+    for _ in range(repeats):
+        rates.append(rate())
+        steps.append(seconds())
+    speeds = [config.train.batch_size / step for step in steps]
+    return {
+        "driver": config.train.driver,
+        "batch_size": config.train.batch_size,
+        "images_per_second_median": statistics.median(speeds),
+        "images_per_second": speeds,
+        "epoch_seconds_median": config.num_train / statistics.median(speeds),
+        "matmul_flops_per_second_median": statistics.median(rates),
+        "share_of_matmul_rate": statistics.median(
+            speed * training_flops(config) / rate for speed, rate in zip(speeds, rates, strict=True)
+        ),
+        "model": config.to_dict()["model"],
+        "date": datetime.date.today().isoformat(),
+        **provenance(),
+    }
+
+
+def main(argv: Sequence[str]) -> None:
+    """Benches what the flags name."""
+    del argv
+    config = cli.config()
+    for driver in flags.FLAGS.drivers:
+        for batch_size in flags.FLAGS.batch_sizes:
+            print(f"{driver}, batch {batch_size} ...", file=sys.stderr)
+            chosen = replace(config, data__holdout=0, train__driver=driver, train__batch_size=int(batch_size))
+            print(json.dumps(bench(chosen, flags.FLAGS.repeats)), flush=True)
+
+
+if __name__ == "__main__":
+    cli.define_config()
+    flags.DEFINE_list("drivers", "scan,stream", "train.driver")
+    flags.DEFINE_list("batch_sizes", "64", "train.batch_size")
+    flags.DEFINE_integer("repeats", 9, "how often", lower_bound=1)
+    cli.run(main)

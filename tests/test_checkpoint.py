@@ -1,0 +1,433 @@
+"""Checkpoints: which are kept, which are believed, and who can read them."""
+
+import json
+import pathlib
+import resource
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from safetensors import safe_open
+from small_run import SMALL, run, steps
+
+from mnist_flax import checkpoint, rng
+from mnist_flax import workdir as workdirs
+from mnist_flax.checkpoint import Store, load_run, open_store
+from mnist_flax.config import Config, replace
+from mnist_flax.errors import WorkdirError
+from mnist_flax.step import TrainState, eval_variables, jit_init_state
+
+FINGERPRINT = "f" * 64
+
+
+@pytest.fixture(scope="module")
+def state() -> TrainState:
+    return jit_init_state(SMALL, rng.root_key(0))
+
+
+def at(state: TrainState, step: int) -> TrainState:
+    """A state that tells its step in all its leaves."""
+    moved = jax.tree.map(lambda leaf: leaf + np.asarray(step, leaf.dtype), state)
+    return moved.replace(step=jax.numpy.int32(step))
+
+
+def save(store: Store, state: TrainState, step: int, accuracy: float | None = None) -> None:
+    holdout = None if accuracy is None else {"loss": 1.0 - accuracy, "accuracy": accuracy, "examples": 20}
+    store.save(at(state, step), {"step": step, "log": []}, holdout=holdout)
+
+
+def same(left: Any, right: Any) -> bool:
+    equal = jax.tree.map(lambda a, b: a.dtype == b.dtype and np.array_equal(a, b), left, right)
+    return all(jax.tree.leaves(equal))
+
+
+@pytest.fixture
+def workdir(tmp_path: pathlib.Path, state: TrainState) -> pathlib.Path:
+    """A run with checkpoints at 3 and 6."""
+    with open_store(SMALL, FINGERPRINT, tmp_path) as store:
+        save(store, state, 3, 0.5)
+        save(store, state, 6)
+    return tmp_path
+
+
+def restored(workdir: pathlib.Path, config: Config = SMALL) -> tuple[int | None, list[str]]:
+    """The step of what is restored, and what was skipped."""
+    with open_store(config, FINGERPRINT, workdir) as store:
+        found, skipped = store.restore_latest()
+    return (int(found.state.step) if found else None), skipped
+
+
+def test_what_was_saved_comes_back_bit_for_bit(tmp_path: pathlib.Path, state: TrainState) -> None:
+    with open_store(SMALL, FINGERPRINT, tmp_path) as store:
+        assert store.restore_latest() == (None, [])
+        assert not list(tmp_path.iterdir())  # to look leaves nothing
+        saved = at(state, 5)
+        keys = jax.tree.map(lambda leaf: leaf.copy(), saved)
+        store.save(saved, {"step": 5, "window": [[0.1, 2, 3]]})
+        jax.tree.map(lambda leaf: leaf.delete(), saved)  # as donating it does
+        store.wait()
+        found, _ = store.restore_latest()
+    assert found
+    assert same(found.state, keys)
+    assert found.record["window"] == [[0.1, 2, 3]]
+    assert found.record["schema"] == checkpoint.SCHEMA
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(found.state))
+    assert same(load_run(tmp_path).state, keys)
+    assert load_run(tmp_path).config.to_dict() == SMALL.to_dict()
+
+
+# Retention ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keep", "accuracies", "kept"),
+    [
+        ((2, 1), [0.9, 0.1, 0.2, 0.3], [1, 3, 4]),  # the best is not among the newest
+        ((1, 1), [0.1, 0.2, 0.9], [3]),
+        ((1, 0), [0.9, 0.2, 0.1], [3]),
+        ((1, 2), [0.5, 0.9, 0.7, 0.1], [2, 3, 4]),
+        ((1, 1), [0.5, 0.5, 0.4], [2, 3]),  # equally good: the later one
+        ((1, 1), [None, None, None], [3]),  # nothing held out
+        ((1, 1), [0.5, None, None], [1, 3]),
+    ],
+)
+def test_the_latest_and_the_best_are_kept(
+    tmp_path: pathlib.Path, state: TrainState, keep: tuple[int, int], accuracies: list[float | None], kept: list[int]
+) -> None:
+    config = replace(SMALL, checkpoint__keep_latest=keep[0], checkpoint__keep_best=keep[1])
+    with open_store(config, FINGERPRINT, tmp_path / "at once") as store:
+        (tmp_path / "at once").mkdir()
+        for step, accuracy in enumerate(accuracies, start=1):
+            save(store, state, step, accuracy)
+    for step, accuracy in enumerate(accuracies, start=1):  # each by a process of its own
+        (tmp_path / "apart").mkdir(exist_ok=True)
+        with open_store(config, FINGERPRINT, tmp_path / "apart") as store:
+            save(store, state, step, accuracy)
+    assert steps(tmp_path / "at once") == steps(tmp_path / "apart") == kept
+
+
+def test_best_latest_and_steps_can_be_loaded(tmp_path: pathlib.Path, state: TrainState) -> None:
+    with open_store(replace(SMALL, checkpoint__keep_latest=5), FINGERPRINT, tmp_path) as store:
+        for step, accuracy in enumerate([0.1, 0.8, 0.3, None], start=1):
+            save(store, state, step, accuracy)
+    found = {which: int(load_run(tmp_path, which).state.step) for which in ("latest", "best", "3")}
+    assert found == {"latest": 4, "best": 2, "3": 3}
+    for which in ("7", "first", "-1", "²"):
+        with pytest.raises(WorkdirError, match=rf"no checkpoint '{which}'; kept are the steps: 1, 2, 3, 4"):
+            load_run(tmp_path, which)
+    with pytest.raises(WorkdirError, match="holds no checkpoints/ of a run"):
+        load_run(tmp_path / "elsewhere")
+
+
+def test_what_dead_runs_left_is_cleaned_away(workdir: pathlib.Path, state: TrainState) -> None:
+    folder = workdir / workdirs.CHECKPOINTS
+    for name in ("9.unfinished", "9.unfinished.orbax-checkpoint-tmp-1", "2.unfinished"):
+        shutil.copytree(folder / "6", folder / name)
+    assert restored(workdir) == (6, [])
+    assert steps(workdir) == [3, 6]
+
+
+# Damage ---------------------------------------------------------------------------------------------------------------
+
+
+def truncate(file: pathlib.Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def empty(file: pathlib.Path) -> None:
+    file.write_bytes(b"")
+
+
+def zero(file: pathlib.Path) -> None:
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+def flip(file: pathlib.Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("harm", [pathlib.Path.unlink, truncate, empty, zero, flip])
+def test_damage_to_any_file_is_noticed(
+    workdir: pathlib.Path, tmp_path_factory: pytest.TempPathFactory, state: TrainState, harm: Callable[..., None]
+) -> None:
+    newest = workdir / workdirs.CHECKPOINTS / "6"
+    files = sorted(path.relative_to(newest) for path in newest.rglob("*") if path.is_file())
+    assert len(files) > 8
+    for name in files:
+        copy = tmp_path_factory.mktemp("copy") / "run"
+        shutil.copytree(workdir, copy)
+        harm(copy / workdirs.CHECKPOINTS / "6" / name)
+        with open_store(SMALL, FINGERPRINT, copy) as store:
+            found, skipped = store.restore_latest()
+            assert found and same(found.state, at(state, 3)), name
+            assert len(skipped) == 1
+            assert skipped[0].startswith("checkpoint 6 is damaged (")
+            assert skipped[0].endswith(f"moved to {copy / workdirs.DAMAGED / '6'}")
+            save(store, state, 6)  # its step can be saved again
+        assert restored(copy) == (6, [])
+        assert steps(copy) == [3, 6]
+
+
+def test_damage_after_damage_leaves_what_it_finds(workdir: pathlib.Path, state: TrainState) -> None:
+    for count in (1, 2):
+        empty(workdir / workdirs.CHECKPOINTS / "6" / "record" / "metadata")
+        with open_store(SMALL, FINGERPRINT, workdir) as store:
+            assert len(store.restore_latest()[1]) == 1
+            save(store, state, 6)
+        assert len(list((workdir / workdirs.DAMAGED).iterdir())) == count
+    assert restored(workdir) == (6, [])
+
+
+def test_a_run_starts_anew_when_no_checkpoint_is_good(workdir: pathlib.Path) -> None:
+    for name in ("3", "6"):
+        shutil.rmtree(workdir / workdirs.CHECKPOINTS / name / "state")
+    step, skipped = restored(workdir)
+    assert step is None
+    assert [line.split(" is damaged")[0] for line in skipped] == ["checkpoint 6", "checkpoint 3"]
+    assert sorted(path.name for path in (workdir / workdirs.DAMAGED).iterdir()) == ["3", "6"]
+
+
+def test_a_damaged_checkpoint_is_not_loaded_to_look_at(workdir: pathlib.Path) -> None:
+    zero(workdir / workdirs.CHECKPOINTS / "6" / "state" / "manifest.ocdbt")
+    with pytest.raises(WorkdirError, match=r"checkpoint 6 is damaged \(.+\); there are these others: 3"):
+        load_run(workdir)
+    empty(workdir / workdirs.CHECKPOINTS / "6" / "record" / "metadata")
+    with pytest.raises(WorkdirError, match="checkpoint 6 is damaged"):
+        load_run(workdir)
+    assert int(load_run(workdir, "best").state.step) == 3
+    assert steps(workdir) == [3, 6]  # nothing is moved by looking
+
+
+# No silent change -----------------------------------------------------------------------------------------------------
+
+
+def test_another_config_or_other_data_are_refused_field_by_field(workdir: pathlib.Path) -> None:
+    config = replace(SMALL, seed=1, optimizer__learning_rate=0.5, model__dense=(9, 9), train__epochs=3)
+    with (
+        pytest.raises(WorkdirError, match="holds a run that differs from this one") as error,
+        open_store(config, "e" * 64, workdir) as store,
+    ):
+        store.restore_latest()
+    for line in (
+        "  config.seed: 0 there, 1 now",
+        "  config.optimizer.learning_rate: 0.001 there, 0.5 now",
+        "  config.model.dense: (8,) there, (9, 9) now",
+        f"  fingerprint of the data: {'f' * 64} there, {'e' * 64} now",
+        f"name another --workdir; with --fork={workdir} it starts from that run's weights.",
+    ):
+        assert line in str(error.value)
+    assert "epochs" not in str(error.value)  # a constant learning rate does not ask how many there are
+    assert steps(workdir) == [3, 6]
+
+
+def test_epochs_may_not_change_under_a_schedule_that_depends_on_them(tmp_path: pathlib.Path, state: TrainState) -> None:
+    config = replace(SMALL, optimizer__schedule="cosine")
+    with open_store(config, FINGERPRINT, tmp_path) as store:
+        save(store, state, 3)
+    with pytest.raises(WorkdirError, match=r"config.train.epochs: 2 there, 3 now"):
+        restored(tmp_path, replace(config, train__epochs=3))
+
+
+def test_what_changes_no_result_may_change(workdir: pathlib.Path) -> None:
+    config = replace(
+        SMALL, train__driver="stream", train__log_every_steps=1, checkpoint__every_steps=5, data__source="tfds"
+    )
+    assert restored(workdir, config) == (6, [])
+
+
+@pytest.fixture
+def rewrite(workdir: pathlib.Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Changes the record of the newest checkpoint, as another version of the program would have written it."""
+    newest = workdir / workdirs.CHECKPOINTS / "6"
+    path = newest / "record" / "metadata"
+
+    def change(fields: dict[str, Any]) -> None:
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+        (newest / "files.sha256").write_text(checkpoint.checksums(newest))
+
+    yield change
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"schema": 0}, r"was written by an older version of this program \(schema 0 there, 1 now\)"),
+        ({"schema": 2, "config": "?"}, r"was written by a newer version of this program \(schema 2 there, 1 now\)"),
+        ({"config": {"model": {"depth": 3}}}, r"another version of this program \(config.model.depth: no such field"),
+        ({"arrays": {".step": "int64()"}}, r"of optax \(.step: int64\(\) there, int32\(\) now\)"),
+    ],
+)
+def test_another_version_is_refused_and_nothing_moved(
+    workdir: pathlib.Path, rewrite: Callable[[dict[str, Any]], None], fields: dict[str, Any], message: str
+) -> None:
+    rewrite(fields)
+    with pytest.raises(WorkdirError, match=message):
+        load_run(workdir)
+    with pytest.raises(
+        WorkdirError, match="config.+there" if "config" in fields and "schema" not in fields else message
+    ):
+        restored(workdir)
+    assert steps(workdir) == [3, 6]
+
+
+# A full disk ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_cannot_grow_is_one_message_and_costs_only_that_checkpoint(
+    workdir: pathlib.Path, state: TrainState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Store._write
+
+    def write_little(*arguments: Any) -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, hard))
+        try:
+            write(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(WorkdirError, match=r"checkpoint 9 cannot be written \(.*[Ff]ile"),
+    ):
+        patch.setattr(Store, "_write", write_little)
+        with open_store(SMALL, FINGERPRINT, workdir) as store:
+            save(store, state, 9)
+    time.sleep(0.5)  # threads of TensorStore still write; the next run would be another process
+    assert restored(workdir) == (6, [])
+    assert steps(workdir) == [3, 6]
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A file system of 500 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=500k", "tmpfs", str(folder)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("a file system can be mounted by root only")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(tiny_disk: pathlib.Path, state: TrainState) -> None:
+    with (
+        pytest.raises(
+            WorkdirError, match=r"checkpoint \d+ cannot be written \(.*\); .+ from the newest .*: \d+$"
+        ) as error,
+        open_store(replace(SMALL, checkpoint__keep_latest=9), FINGERPRINT, tiny_disk) as store,
+    ):
+        for step in range(1, 20):
+            save(store, state, step)
+    kept = steps(tiny_disk)
+    assert 1 <= len(kept) < 19
+    assert str(error.value).endswith(f" {kept[-1]}")
+    assert "No space left" in str(error.value)
+    assert restored(tiny_disk) == (kept[-1], [])
+
+
+def test_a_failed_save_is_told_by_the_next_one(
+    tmp_path: pathlib.Path, state: TrainState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise WorkdirError("full")
+
+    monkeypatch.setattr(Store, "_write", fail)
+    with open_store(SMALL, FINGERPRINT, tmp_path) as store:
+        save(store, state, 1)
+        with pytest.raises(WorkdirError, match="full"):
+            save(store, state, 2)
+
+
+def test_saving_does_not_wait_for_the_disk(
+    tmp_path: pathlib.Path, state: TrainState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released = threading.Event()
+    monkeypatch.setattr(Store, "_write", lambda *_: released.wait(60))
+    with open_store(SMALL, FINGERPRINT, tmp_path) as store:
+        save(store, state, 1)
+        assert not released.is_set()
+        released.set()
+
+
+# Portable -------------------------------------------------------------------------------------------------------------
+
+SAVE = """
+import pathlib, sys
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from mnist_flax import rng
+from mnist_flax.checkpoint import open_store
+from mnist_flax.config import Config
+from mnist_flax.step import jit_init_state
+config = Config.from_json(sys.argv[2])
+state = jit_init_state(config, rng.root_key(0))
+mesh = NamedSharding(Mesh(jax.devices(), ("data",)), PartitionSpec())
+state = jax.device_put(state, mesh)
+assert len(state.step.sharding.device_set) == jax.device_count() == int(sys.argv[3])
+with open_store(config, "f" * 64, pathlib.Path(sys.argv[1])) as store:
+    store.save(state, {"step": 0})
+"""
+
+LOAD = """
+import pathlib, sys
+import jax
+from mnist_flax.checkpoint import load_run
+run = load_run(pathlib.Path(sys.argv[1]))
+assert jax.device_count() == int(sys.argv[2])
+print(sum(float(abs(leaf).sum()) for leaf in jax.tree.leaves(run.state.params)))
+"""
+
+
+def test_devices_do_not_matter(tmp_path: pathlib.Path, workdir: pathlib.Path, state: TrainState) -> None:
+    assert jax.device_count() == 8
+    many = tmp_path / "many"
+    many.mkdir()
+    saved = run("-c", SAVE, str(many), SMALL.to_json(), "8", devices=8)
+    assert saved.returncode == 0, saved.stderr
+    assert same(load_run(many).state, state)
+    for folder in (many, workdir):  # both were saved where there are eight
+        loaded = run("-c", LOAD, str(folder), "1", devices=1)
+        expected = sum(float(abs(leaf).sum()) for leaf in jax.tree.leaves(load_run(folder).state.params))
+        assert float(loaded.stdout) == expected > 0, loaded.stderr
+
+
+def test_checksums_need_no_program_of_ours(workdir: pathlib.Path) -> None:
+    if shutil.which("sha256sum") is None:
+        pytest.skip("there is no sha256sum")
+    command = ["sha256sum", "--check", "--strict", "--quiet", "files.sha256"]
+    subprocess.run(command, cwd=workdir / workdirs.CHECKPOINTS / "6", check=True)
+
+
+def test_orbax_alone_reads_a_checkpoint(workdir: pathlib.Path, state: TrainState) -> None:
+    import orbax.checkpoint as ocp
+
+    folder = workdir / workdirs.CHECKPOINTS
+    with ocp.StandardCheckpointer() as checkpointer:
+        params = checkpointer.restore(folder / "6" / "state")["params"]
+    assert same(params, jax.device_get(at(state, 6).params))
+    with ocp.CheckpointManager(folder) as manager:
+        assert list(manager.all_steps()) == [3, 6]
+        items = manager.restore(6, args=ocp.args.Composite(record=ocp.args.JsonRestore()))
+        assert items["record"]["fingerprint"] == FINGERPRINT
+
+
+def test_the_weights_need_no_framework(tmp_path: pathlib.Path, state: TrainState) -> None:
+    variables = eval_variables(state)
+    checkpoint.save_weights(SMALL, tmp_path, variables)
+    with safe_open(tmp_path / workdirs.WEIGHTS, framework="numpy") as file:
+        assert Config.from_json(file.metadata()["config"]).to_dict() == SMALL.to_dict()
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+    assert np.array_equal(arrays["params/Conv_0/kernel"], variables["params"]["Conv_0"]["kernel"])
+    assert np.array_equal(arrays["batch_stats/BatchNorm_0/var"], variables["batch_stats"]["BatchNorm_0"]["var"])
+    assert len(arrays) == len(jax.tree.leaves(variables))

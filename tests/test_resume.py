@@ -1,0 +1,172 @@
+"""The law: a run that was stopped, wherever and however often, ends bit for bit where an undisturbed one does."""
+
+import os
+import pathlib
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from small_run import SMALL, lines, outcome, steps, summary
+
+from mnist_flax.checkpoint import load_run
+from mnist_flax.config import Config, replace
+from mnist_flax.errors import WorkdirError
+from mnist_flax.logs import RunLog
+from mnist_flax.signals import Interrupted, StopWish
+from mnist_flax.train import fit
+
+
+class Died(Exception):
+    """What is raised in the middle of a run."""
+
+
+@pytest.fixture(scope="session")
+def quiet(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What an undisturbed run leaves, by driver."""
+    left = {}
+    for driver in ("scan", "stream"):
+        workdir = tmp_path_factory.mktemp(f"quiet-{driver}")
+        fit(replace(SMALL, train__driver=driver), workdir)
+        left[driver] = outcome(workdir)
+    return left
+
+
+@pytest.fixture
+def die_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Holds the steps at which the next runs die: after these, the loop has made a step that is not saved."""
+    deaths: list[int] = []
+    take_in = RunLog.steps
+
+    def steps_and_die(self: RunLog, *args: Any) -> None:
+        take_in(self, *args)
+        if deaths and self.step >= deaths[0]:
+            deaths.pop(0)
+            raise Died
+
+    monkeypatch.setattr(RunLog, "steps", steps_and_die)
+    yield deaths
+    assert not deaths
+
+
+def fit_until_finished(config: Config, workdir: pathlib.Path) -> int:
+    """Runs the same command until it ends well; returns how often it did not."""
+    for failures in range(20):
+        try:
+            fit(config, workdir)
+        except (Died, Interrupted):
+            continue
+        return failures
+    raise AssertionError("no end")
+
+
+@pytest.mark.parametrize("driver", ["scan", "stream"])
+@pytest.mark.parametrize(
+    ("cadence", "deaths"),
+    [
+        ({"every_epochs": 1}, [8]),  # goes on from an epoch's end
+        ({"every_epochs": 1}, [3, 9, 13]),  # once before anything was saved
+        ({"every_epochs": 0, "every_steps": 2}, [3, 5, 9]),  # from the middle of an epoch, and of a line's window
+        ({"every_epochs": 0, "every_seconds": 1e-9}, [4, 6, 13]),  # from wherever the clock said
+    ],
+)
+def test_a_resumed_run_ends_bit_for_bit_like_a_quiet_one(
+    quiet: dict[str, dict[str, Any]],
+    die_at: list[int],
+    tmp_path: pathlib.Path,
+    driver: str,
+    cadence: dict[str, Any],
+    deaths: list[int],
+) -> None:
+    config = replace(SMALL, train__driver=driver, **{f"checkpoint__{name}": value for name, value in cadence.items()})
+    die_at += deaths
+    assert fit_until_finished(config, tmp_path) == len(deaths)
+    assert outcome(tmp_path) == quiet[driver]
+
+
+def test_saving_changes_nothing(quiet: dict[str, dict[str, Any]], tmp_path: pathlib.Path) -> None:
+    fit(replace(SMALL, checkpoint__every_steps=1), tmp_path)
+    assert outcome(tmp_path) == quiet["scan"]
+
+
+def test_a_signal_changes_nothing(
+    quiet: dict[str, dict[str, Any]], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask_to_stop(_: RunLog) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)  # another thread hears of it
+
+    monkeypatch.setattr(RunLog, "epoch_line", ask_to_stop)
+    with pytest.raises(Interrupted, match=r"stopped at step 7 of 14; nothing is lost: the same command") as stopped:
+        fit(SMALL, tmp_path)
+    assert stopped.value.exit_status == 143
+    assert steps(tmp_path) == [7]
+    with pytest.raises(Interrupted, match=r"stopped at step 14 of 14"):
+        fit(SMALL, tmp_path)
+    fit(SMALL, tmp_path)
+    assert outcome(tmp_path) == quiet["scan"]
+
+
+def test_a_wish_before_the_first_step_leaves_without_one(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = StopWish.__init__
+
+    def started_with_a_wish(self: StopWish) -> None:
+        started(self)
+        self.signum = signal.SIGINT
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StopWish, "__init__", started_with_a_wish)
+        with pytest.raises(Interrupted, match="stopped at step 0 of 14; nothing is lost") as stopped:
+            fit(SMALL, tmp_path)
+    assert stopped.value.exit_status == 130
+    fit(SMALL, tmp_path)
+
+
+def test_the_driver_may_change_on_resume(die_at: list[int], tmp_path: pathlib.Path) -> None:
+    die_at += [9]
+    with pytest.raises(Died):
+        fit(replace(SMALL, train__driver="scan"), tmp_path)
+    fit(replace(SMALL, train__driver="stream", train__eval_batch_size=7, train__tensorboard=False), tmp_path)
+    assert [line["step"] for line in lines(tmp_path) if line["split"] == "train"] == [3, 6, 7, 9, 12, 14]
+
+
+def test_the_summary_counts_restarts_and_the_seconds_of_all_processes(
+    die_at: list[int], tmp_path: pathlib.Path
+) -> None:
+    die_at += [8, 11]
+    config = replace(SMALL, checkpoint__every_steps=2)
+    assert fit_until_finished(config, tmp_path) == 2
+    left = summary(tmp_path)
+    assert left["restarts"] == 2
+    assert left["steps"] == 14
+    record = load_run(tmp_path).record
+    assert left["train_seconds"] == record["seconds"] > 0
+    seconds = [line["seconds"] for line in record["log"]]
+    assert seconds == sorted(seconds)
+
+
+def test_a_finished_run_stays_as_it_is(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    def files() -> dict[str, int]:
+        return {str(path): path.stat().st_mtime_ns for path in tmp_path.rglob("*") if not path.name.startswith(".")}
+
+    fit(SMALL, tmp_path)
+    before = files()
+    caplog.set_level("INFO", "mnist_flax")
+    fit(replace(SMALL, checkpoint__keep_latest=1), tmp_path)
+    assert "is finished" in caplog.text
+    assert files() == before
+
+
+def test_more_epochs_go_on_where_the_schedule_does_not_depend_on_them(tmp_path: pathlib.Path) -> None:
+    longer = replace(SMALL, train__epochs=3)
+    fit(longer, tmp_path / "at once")
+    fit(SMALL, tmp_path / "in two")
+    assert summary(tmp_path / "in two")["epochs"] == 2
+    fit(longer, tmp_path / "in two")
+    assert summary(tmp_path / "in two")["epochs"] == 3
+    assert outcome(tmp_path / "in two") == outcome(tmp_path / "at once")
+    with pytest.raises(WorkdirError, match=r"at step 21 already, past the end of this one, which has 14"):
+        fit(SMALL, tmp_path / "in two")

@@ -1,0 +1,84 @@
+"""A first signal is a wish, a second one leaves at once, whatever the main thread is busy with."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+from small_run import start
+
+from mnist_flax.signals import SIGNALS, Interrupted, stop_wish
+
+# The main thread is in a library that does not return to Python, as when XLA compiles.
+BUSY = """
+import hashlib
+from mnist_flax.signals import stop_wish
+with stop_wish() as wish:
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", {rounds})
+print(wish.signum)
+"""
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_the_first_signal_is_a_wish(signum: int) -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with stop_wish() as wish:
+        assert wish.signum is None
+        os.kill(os.getpid(), signum)
+        for _ in range(100):
+            time.sleep(0.01)
+            if wish.signum:
+                break
+        assert wish.signum == signum
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    assert Interrupted("", signum).exit_status == 128 + signum
+
+
+def test_no_thread_and_no_file_are_left() -> None:
+    def left() -> tuple[int, int]:
+        return threading.active_count(), len(os.listdir("/dev/fd"))
+
+    before = left()
+    for _ in range(3):
+        with stop_wish():
+            assert left() > before
+    assert left() == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_other_threads_get_no_signals() -> None:
+    signums = []
+
+    def work() -> None:
+        with stop_wish() as wish:
+            signums.append(wish.signum)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert signums == [None]
+
+
+def test_a_busy_process_says_at_once_that_it_will_stop() -> None:
+    process = start("-c", BUSY.format(rounds=3_000_000))
+    assert process.stdout
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert "stopping after this step; a second signal leaves at once" in err
+    assert (process.returncode, out) == (0, "15\n")
+
+
+@pytest.mark.parametrize(("second", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_signal_leaves_at_once(second: int, status: int) -> None:
+    process = start("-c", BUSY.format(rounds=2**31 - 1))
+    assert process.stdout and process.stderr
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stderr.readline() == "\n"
+    assert process.stderr.readline().startswith("stopping after this step")
+    process.send_signal(second)
+    process.communicate(timeout=10)
+    assert process.returncode == status
