@@ -1,6 +1,6 @@
 """Seconds, for tests and for trying things out: a small network on 1,800 rows of MNIST.
 
-Measured: @@tiny@@.
+Measured: 89.23 +- 1.20 % test accuracy (mean and sd, n = 5), 0.3 s of training on two CPU cores.
 
     scripts/train --config=configs/tiny.py
 """

@@ -120,5 +120,5 @@ def start(*arguments: str, devices: int = 1, cache: pathlib.Path | None = None) 
 def run(*arguments: str, devices: int = 1, cache: pathlib.Path | None = None) -> subprocess.CompletedProcess[str]:
     """Runs a process of Python to its end."""
     with start(*arguments, devices=devices, cache=cache) as process:
-        out, err = process.communicate(timeout=200)
+        out, err = process.communicate(timeout=800)
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)

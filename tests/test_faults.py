@@ -271,8 +271,9 @@ def test_torture_of_every_kind(mode: str) -> None:
     check_torture(done.stdout, mode)
 
 
+@pytest.mark.timeout(900)  # half a dozen processes, each of which compiles
 def test_a_little_torture() -> None:
-    done = run("scripts/torture.py", "--mode=damage", "--runs=1", "--minutes=1")
+    done = run("scripts/torture.py", "--mode=damage", "--runs=1", "--minutes=14")
     assert done.returncode == 0, done.stderr
     check_torture(done.stdout, "damage")
 
