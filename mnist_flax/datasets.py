@@ -331,8 +331,8 @@ def centered(image: np.ndarray) -> np.ndarray:
     height, width = (max(1, round(side * 20 / max(ink.shape))) for side in ink.shape)
     box = np.asarray(Image.fromarray(ink).resize((width, height), Image.Resampling.BICUBIC))
     mass = box.astype(np.float64)
-    middle_row = np.arange(height) @ mass.sum(axis=1) / mass.sum()
-    middle_column = np.arange(width) @ mass.sum(axis=0) / mass.sum()
+    middle_row = float(np.arange(height) @ mass.sum(axis=1) / mass.sum())
+    middle_column = float(np.arange(width) @ mass.sum(axis=0) / mass.sum())
     top = int(np.clip(round((_SIDE - 1) / 2 - middle_row), 0, _SIDE - height))
     left = int(np.clip(round((_SIDE - 1) / 2 - middle_column), 0, _SIDE - width))
     canvas[top : top + height, left : left + width] = box

@@ -389,7 +389,7 @@ def test_layers_by_hand() -> None:
     rows = {row.name: row for row in layers.layers(config, eval_variables(shapes))}
     assert list(rows) == ["Conv_0", "Bias_0", "Conv_1", "Bias_1", "Conv_2", "Bias_2", "Dense_0", "Dense_1"]
     assert rows["Conv_1"] == layers.Layer(
-        "Conv_1", "Conv", (13, 13, 32), (11, 11, 64), 9 * 32 * 64, 11 * 11 * 9 * 32 * 64
+        "Conv_1", "Conv", (13, 13, 32), (5, 5, 64), 9 * 32 * 64, 11 * 11 * 9 * 32 * 64
     )
     assert rows["Dense_1"].multiply_adds == 640 and rows["Dense_1"].parameters == 650
 

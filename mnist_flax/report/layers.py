@@ -19,7 +19,7 @@ class Layer(NamedTuple):
       name: of its module, such as `Conv_0`.
       kind: of its module, such as `Conv`.
       input_shape: of one example.
-      output_shape: of one example.
+      output_shape: of one example; of a convolution after the max-pooling, where the two are one operation.
       parameters: how many numbers it has learned, running statistics not among them.
       multiply_adds: that its kernel costs for one example.
     """
@@ -56,6 +56,9 @@ def layers(config: Config, variables: Variables) -> list[Layer]:
             params = variables["params"].get(name, {})
             kernel = params.get("kernel")
             places = math.prod(output.shape[1:-1])
+            if isinstance(module, nn.Conv):  # its output may be pooled already; its kernel works at every place before
+                block = config.model.blocks()[sum(layer.kind == "Conv" for layer in found)]
+                places = block.conv_size(args[0].shape[1]) ** 2
             found.append(
                 Layer(
                     name=name,
