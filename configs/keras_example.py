@@ -2,7 +2,7 @@
 
 A tenth of the training rows is held out, as there.
 
-Measured: @@keras_example@@.
+Measured: not yet; the recipe's own figure is 99.22 %.
 
     scripts/train --config=configs/keras_example.py
 """
