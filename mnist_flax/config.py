@@ -101,6 +101,7 @@ class ModelConfig:
       dense: widths of the hidden dense layers.
       activation: one of `ACTIVATIONS`, after every layer but the last.
       init: one of `INITIALIZERS`, for all kernels; biases start at 0.
+      stem: `learned`; or `cosine`: the kernels of the first convolution are cosine patterns, and stay what they are.
       batch_norm: normalise each convolution's and hidden dense layer's output over the batch, before the activation.
       conv_dropout: rate after each convolution block.
       dropout: rate on the input of the last layer.
@@ -116,6 +117,7 @@ class ModelConfig:
     dense: tuple[int, ...] = (64,)
     activation: str = "relu"
     init: str = "glorot_uniform"
+    stem: str = "learned"
     batch_norm: bool = False
     conv_dropout: float = 0.0
     dropout: float = 0.0
@@ -430,6 +432,7 @@ def _mistakes(config: Config) -> Iterator[str]:
     yield from among("model.pooling", model.pooling, ("max", "avg"))
     yield from among("model.activation", model.activation, ACTIVATIONS)
     yield from among("model.init", model.init, INITIALIZERS)
+    yield from among("model.stem", model.stem, ("learned", "cosine"))
     yield from within("model.conv_dropout", model.conv_dropout, 0, 1, open_high=True)
     yield from within("model.dropout", model.dropout, 0, 1, open_high=True)
     if model.pixel_std <= 0:
@@ -522,6 +525,14 @@ def _mistakes_of_model(model: ModelConfig) -> Iterator[str]:
         if padding not in ("VALID", "SAME"):
             yield f"config.model.paddings = {model.paddings}: each must be 'VALID' or 'SAME'"
             return
+    if model.stem == "cosine" and not model.widths:
+        yield "config.model.stem = 'cosine': needs a convolution; give config.model.widths a value"
+    for block in model.blocks()[:1]:
+        if model.stem == "cosine" and block.width > 2 * block.kernel_size**2:
+            yield (
+                f"config.model.stem = 'cosine': a {block.kernel_size}x{block.kernel_size} kernel has only"
+                f" {2 * block.kernel_size**2} patterns, not {block.width}; use a larger kernel or a smaller width"
+            )
     size = IMAGE_SIZE
     for i, block in enumerate(model.blocks()):
         conv_size = block.conv_size(size)

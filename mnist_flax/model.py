@@ -1,11 +1,13 @@
 """The network: a linen CNN built from `ModelConfig`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from mnist_flax import ops, rng
@@ -29,6 +31,27 @@ INITIALIZERS: dict[str, nn.initializers.Initializer] = {
     "lecun_uniform": nn.initializers.lecun_uniform(),  # LeCun et al., 1998
     "lecun_normal": nn.initializers.lecun_normal(),
 }
+
+
+def cosine_patterns(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
+    """Returns a fixed first kernel, `f32[k,k,1,D]`: the patterns of the discrete cosine transform, and their negatives.
+
+    They come smoothest first, each of length 1. Cosines are close to what decorrelates the pixels of small patches of
+    images (Ahmed, Natarajan and Rao, 1974), so they stand in for kernels that whiten, as Jordan (2024, `94% on CIFAR-10
+    in 3.29 seconds on a single GPU`) takes them from the data; ReLU lets both signs through.
+
+    Args:
+      key: not used; an initialiser has one.
+      shape: `(k, k, 1, D)`, D at most 2 k^2.
+      dtype: of the result.
+    """
+    del key
+    size, width = shape[0], shape[3]
+    waves = np.cos(np.pi * np.outer(np.arange(size), np.arange(size) + 0.5) / size)
+    waves /= np.linalg.norm(waves, axis=1, keepdims=True)
+    frequencies = sorted(np.ndindex(size, size), key=lambda f: f[0] ** 2 + f[1] ** 2)
+    patterns = [sign * np.outer(waves[u], waves[v]) for u, v in frequencies for sign in (1, -1)]
+    return jnp.asarray(np.stack(patterns[:width], -1)[:, :, None], dtype)
 
 
 def scale_pixels(config: ModelConfig, images: Array) -> Array:
@@ -96,15 +119,18 @@ class CNN(nn.Module):
         pool_at_once = pool_first and not config.batch_norm
 
         x = scale_pixels(config, images)
-        for block in config.blocks():
+        for i, block in enumerate(config.blocks()):
+            is_fixed = i == 0 and config.stem == "cosine"
+            convolve = partial(ops.conv_general_dilated, max_pool_size=block.pool if pool_at_once else 1)
             x = nn.Conv(
                 block.width,
                 (block.kernel_size, block.kernel_size),
                 strides=block.stride,
                 padding=block.padding,
                 use_bias=False,
-                kernel_init=kernel_init,
-                conv_general_dilated=partial(ops.conv_general_dilated, max_pool_size=block.pool if pool_at_once else 1),
+                kernel_init=cosine_patterns if is_fixed else kernel_init,
+                # A kernel that never changes needs no gradient: where all pixels are, that is a third of the work.
+                conv_general_dilated=_with_fixed_kernel(convolve) if is_fixed else convolve,
             )(x)
             if config.batch_norm:
                 x = self._normalize(x, mask)
@@ -133,6 +159,10 @@ class CNN(nn.Module):
 
     def _drop(self, x: Array, rate: float) -> Array:
         return Dropout(rate)(x) if self.train and rate else x
+
+
+def _with_fixed_kernel(convolve: Callable[..., Array]) -> Callable[..., Array]:
+    return lambda x, kernel, *args, **kwargs: convolve(x, jax.lax.stop_gradient(kernel), *args, **kwargs)
 
 
 def build(config: Config, *, train: bool = False) -> CNN:

@@ -1,6 +1,7 @@
 """The learning rate over a run, and the optax chain that turns a gradient into an update."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import optax
@@ -32,23 +33,25 @@ def schedule(config: Config) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), main], [warmup])
 
 
-def is_kernel(params: optax.Params) -> optax.Params:
-    """Marks the leaves that weight decay applies to: kernels, and neither biases nor norms."""
-    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+def is_decayed(config: Config, params: optax.Params) -> optax.Params:
+    """Marks the leaves that weight decay applies to: kernels, but not a fixed one, and neither biases nor norms."""
+    fixed = {"Conv_0"} if config.model.stem == "cosine" else set()
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaf.ndim > 1 and path[0].key not in fixed, params)
 
 
 def optimizer(config: Config) -> optax.GradientTransformation:
     """Returns the chain: clip the gradient, add L2 (with AdamW: decay later), scale by the optimiser and the rate."""
     o = config.optimizer
     rate = schedule(config)
+    decayed = partial(is_decayed, config)
     make: dict[str, Callable[[], optax.GradientTransformation]] = {
         "adam": lambda: optax.adam(rate, o.b1, o.b2, o.eps),  # Kingma and Ba, 2015
-        "adamw": lambda: optax.adamw(rate, o.b1, o.b2, o.eps, weight_decay=o.weight_decay, mask=is_kernel),
+        "adamw": lambda: optax.adamw(rate, o.b1, o.b2, o.eps, weight_decay=o.weight_decay, mask=decayed),
         "sgd": lambda: optax.sgd(rate, o.momentum or None, o.nesterov),
     }
     chain = [make[o.name]()]
     if o.weight_decay and o.name != "adamw":
-        chain.insert(0, optax.add_decayed_weights(o.weight_decay, mask=is_kernel))
+        chain.insert(0, optax.add_decayed_weights(o.weight_decay, mask=decayed))
     if o.clip_norm:
         chain.insert(0, optax.clip_by_global_norm(o.clip_norm))
     return optax.chain(*chain)

@@ -13,8 +13,8 @@ from jax import Array
 from mnist_flax import rng
 from mnist_flax.config import Config, replace
 from mnist_flax.datasets import Examples
-from mnist_flax.model import INITIALIZERS, Bias, Dropout, build, scale_pixels
-from mnist_flax.step import forward, jit_forward, jit_init_state
+from mnist_flax.model import INITIALIZERS, Bias, Dropout, build, cosine_patterns, scale_pixels
+from mnist_flax.step import forward, jit_forward, jit_init_state, jit_train_step
 
 SMALL = replace(Config(), model__widths=(4, 6), model__pools=(2, 1), model__dense=(8,))
 
@@ -162,3 +162,27 @@ def test_bias_adds_to_channels() -> None:
 def test_kernels_start_with_the_published_variance(name: str, shape: str, variance: float) -> None:
     kernel = INITIALIZERS[f"{name}_{shape}"](rng.root_key(0), (3, 3, 16, 48), jnp.float32)
     assert float(kernel.var()) == pytest.approx(variance, rel=0.1)  # 6,912 draws: about five standard deviations
+
+
+def test_cosine_patterns_are_an_orthonormal_basis_in_both_signs() -> None:
+    kernel = np.asarray(cosine_patterns(rng.root_key(0), (4, 4, 1, 32)))
+    assert kernel.shape == (4, 4, 1, 32)
+    positive, negative = kernel.reshape(16, 16, 2).transpose(2, 1, 0)
+    np.testing.assert_allclose(positive @ positive.T, np.eye(16), atol=1e-6)
+    assert np.array_equal(positive, -negative)
+    assert np.ptp(kernel[..., 0]) < 1e-7  # the smoothest first: a mean
+    assert np.array_equal(kernel[..., :5], cosine_patterns(rng.root_key(1), (4, 4, 1, 5)))
+
+
+def test_a_cosine_stem_stays_while_the_rest_learns(examples: Examples) -> None:
+    config = replace(
+        SMALL, model__stem="cosine", optimizer__name="adamw", optimizer__weight_decay=0.1, train__batch_size=32
+    )
+    state = jit_init_state(config, rng.root_key(0))
+    before = jax.device_get(state.params)
+    after, _ = jit_train_step(
+        config, state, {"image": examples.image[:32], "label": examples.label[:32]}, rng.root_key(0)
+    )
+    same = jax.tree.map(lambda a, b: np.array_equal(a, b), before, jax.device_get(after.params))
+    assert same.pop("Conv_0") == {"kernel": True}
+    assert not any(jax.tree.leaves(same))
