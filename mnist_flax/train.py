@@ -61,6 +61,11 @@ def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = No
       Interrupted: a signal asked to stop; the state is saved.
     """
     workdirs.check(workdir)
+    if (workdir / workdirs.MEMBERS).exists():
+        raise WorkdirError(
+            f"--workdir={workdir}: holds a population; name another folder, or go on with it by"
+            " python -m mnist_flax.population"
+        )
     splits = load_splits(config)
     config = follow(config, splits)
     with (

@@ -20,6 +20,7 @@ WEIGHTS = "weights.safetensors"
 CHECKPOINTS = "checkpoints"
 DAMAGED = "checkpoints_damaged"
 TENSORBOARD = "tensorboard"
+MEMBERS = "members"  # in the folder of a population: those of its runs
 _LOCK = ".mnist_flax.lock"  # not "lock": its name also marks the folder as ours
 _OWNER = ".mnist_flax.owner.json"
 

@@ -316,6 +316,8 @@ def test_a_folder_with_something_else_is_refused(seeds: pathlib.Path) -> None:
         fit_population(CONFIG, seeds / "members" / "seed-3", seeds=2)
     with pytest.raises(WorkdirError, match=r"config.optimizer.learning_rate: 0.02 there, 0.01 now"):
         fit_population(replace(CONFIG, optimizer__learning_rate=0.01), seeds, seeds=3)
+    with pytest.raises(WorkdirError, match="holds a population"):
+        fit(CONFIG, seeds)
 
 
 def test_a_loss_that_is_not_finite_names_its_member(tmp_path: pathlib.Path) -> None:

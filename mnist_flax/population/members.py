@@ -39,8 +39,6 @@ from mnist_flax.train import (
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "members"  # in the population's folder: the members' own
-
 
 def members_of(config: Config, *, seeds: int = 0, folds: int = 0) -> dict[str, Config]:
     """Returns the config of each member, by its name.
@@ -116,7 +114,7 @@ def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, fol
     with stop_wish() as wish, contextlib.ExitStack() as stack:
         stack.enter_context(workdirs.claim(workdir))
         members = [
-            open_member(name, of_member, workdir / FOLDER / name, splits, stack) for name, of_member in configs.items()
+            open_member(name, of_member, workdir / workdirs.MEMBERS / name, splits, stack) for name, of_member in configs.items()
         ]
         unfinished = [member for member in members if member.log]
         if not unfinished:
@@ -133,7 +131,7 @@ def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, fol
             config = replace(member.config, train__report=False)
             finish(config, jax.device_put(member.state), splits, member.folder, member.log)
         result, arrays = results.gather(
-            {member.name: (member.config, member.state) for member in members}, splits, workdir / FOLDER
+            {member.name: (member.config, member.state) for member in members}, splits, workdir / workdirs.MEMBERS
         )
         results.save(result, arrays, workdir)
     return result
