@@ -5,13 +5,43 @@ import os
 import pathlib
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
+from small_run import config_file
 
 from mnist_flax.config import Config, replace
+from mnist_flax.errors import ConfigError, UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MEASUREMENTS = sorted(path.name for path in (ROOT / "scripts").glob("*.py"))
+
+# What peers can follow, of the embedded digits.
+SMALL = replace(
+    Config(),
+    data__name="digits",
+    data__num_train=300,
+    data__holdout=20,
+    model__init="he_normal",
+    augment__shift=1,
+    optimizer__name="adamw",
+    optimizer__weight_decay=1e-4,
+    optimizer__schedule="one_cycle",
+    optimizer__learning_rate=4e-3,
+    train__epochs=3,
+    train__label_smoothing=0.05,
+    train__report=False,
+)
+
+
+def script(name: str) -> ModuleType:
+    """Loads a script as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.parametrize("name", MEASUREMENTS)
@@ -37,13 +67,79 @@ def test_an_unsuitable_interpreter_is_refused(name: str, tmp_path: pathlib.Path)
 
 
 def test_the_arithmetic_of_the_published_network() -> None:
-    spec = importlib.util.spec_from_file_location("bench_steps", ROOT / "scripts" / "bench_steps.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = script("bench_steps")
     first, second = 2 * 26**2 * 9 * 1 * 32, 2 * 11**2 * 9 * 32 * 64
     forward = first + second + 2 * 3**2 * 9 * 64 * 64 + 2 * 576 * 64 + 2 * 64 * 10
     assert module.training_flops(Config()) == 3 * forward - first
     perceptron = replace(Config(), model__widths=(), model__pools=(1,), model__dense=(5,))
     assert module.training_flops(perceptron) == 2 * (784 * 5 * 2 + 5 * 10 * 3)
+
+
+def test_ours_and_a_peer_train_the_same_recipe_in_turns(tmp_path: pathlib.Path) -> None:
+    bench_peers = script("bench_peers")
+    bench_peers.check(SMALL)
+    data = tmp_path / "data.npz"
+    bench_peers.write_data(SMALL, data)
+    commands = {"ours": bench_peers.command("ours", SMALL, data)}
+    # Flax is here anyway; the others need an environment of their own.
+    commands["flax"] = [argument.replace("peers.ours", "peers.flax") for argument in commands["ours"]]
+    result = bench_peers.bench(SMALL, commands, repeats=2, whole=False)
+    assert result["best_peer"] == "flax"
+    for name, program in result["programs"].items():
+        assert program["test_accuracy"] > 0.5, f"{name} does not learn"
+        assert len(program["seconds"]) == 2
+        assert program["versions"]["flax"]
+    ours, flax = (result["programs"][name]["seconds"] for name in ("ours", "flax"))
+    low, high = result["programs"]["flax"]["ratio_range"]
+    assert low <= ours[1] / flax[1] + 0.01
+    assert high >= ours[1] / flax[1] - 0.01
+
+
+def test_a_peer_that_fails_is_told(tmp_path: pathlib.Path) -> None:
+    bench_peers = script("bench_peers")
+    commands = {"ours": bench_peers.command("ours", SMALL, tmp_path / "missing.npz")}
+    with pytest.raises(UserError, match=r"scripts\.peers\.ours failed:(.|\n)*missing\.npz"):
+        bench_peers.bench(SMALL, commands, repeats=1, whole=False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model__widths": (8, 16, 16)}, r"config\.model\.widths = \(8, 16, 16\): the peers know only \(32, 64, 64\)"),
+        ({"optimizer__name": "sgd"}, "config.optimizer.name = 'sgd': the peers know only adam and adamw"),
+        ({"augment__rotate": 5.0}, r"config\.augment\.rotate = 5\.0: the peers know only 0\.0"),
+    ],
+)
+def test_a_recipe_that_the_peers_cannot_follow_is_refused(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        script("bench_peers").check(replace(SMALL, **fields))
+
+
+def test_the_seconds_of_a_start_add_up(tmp_path: pathlib.Path) -> None:
+    path = config_file(SMALL, tmp_path / "config.py")
+    cold, warm = script("bench_startup").bench(str(path), repeats=1)
+    assert (cold["start"], warm["start"]) == ("cold", "warm")
+    for result in (cold, warm):
+        parts = dict(result["seconds_median"])
+        assert min(parts.values()) > 0
+        assert parts.pop("total") == pytest.approx(sum(parts.values()), abs=0.01)
+
+
+def test_a_start_that_fails_is_told(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match=r"failed before its first step:(.|\n)*nowhere\.py: cannot be read"):
+        script("bench_startup").start("nowhere.py", str(tmp_path))
+
+
+def test_a_whole_run_is_measured() -> None:
+    result = script("bench_process").bench(SMALL, repeats=1)
+    assert 0 < result["train_seconds_median"] < result["seconds_median"]
+    assert 50 < result["peak_mib_median"] < 10_000
+    assert result["test_accuracy"][0] > 0.5
+
+
+def test_inference_is_measured() -> None:
+    result = script("bench_inference").bench(SMALL, batch_sizes=[16], repeats=1, latencies=3)
+    assert 0 < result["one_image"]["p50_ms"] <= result["one_image"]["p99_ms"]
+    assert 0 < result["picture"]["p50_ms"] <= result["picture"]["p99_ms"]
+    assert result["images_per_second"][16] > 0
+    assert result["evaluate_seconds_median"] == result["evaluate_seconds"][0] > 0

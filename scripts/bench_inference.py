@@ -1,0 +1,117 @@
+"""Measures a trained network at work: judging the test set, reading one picture, and images/s by batch size.
+
+    python scripts/bench_inference.py --config=configs/default.py
+
+All programs are compiled and were run before. `evaluate` is `evaluate.evaluate` on as many images as the test set has,
+with its scores; `one_image` is one image's logits; `picture` is `predict.read_picture`, from the bytes of a PNG to the
+digit. Weights are the first ones and pixels random: no speed here depends on them. One JSON line holds the results.
+"""
+
+import datetime
+import io
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags
+
+from mnist_flax import cli
+from mnist_flax.config import DATASETS, IMAGE_SIZE, Config, replace
+
+
+def seconds_of(function: Callable[[], Any], repeats: int) -> list[float]:
+    """Calls a function once to warm up, and returns the seconds of each further call."""
+    spans = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        function()
+        spans.append(time.perf_counter() - began)
+    return spans[1:]
+
+
+def percentiles(spans: Sequence[float]) -> dict[str, float]:
+    """Returns the median and the 99th percentile, in milliseconds."""
+    import numpy as np
+
+    middle, high = (1e3 * np.percentile(spans, (50, 99))).tolist()
+    return {"p50_ms": round(middle, 3), "p99_ms": round(high, 3)}
+
+
+def bench(config: Config, *, batch_sizes: Sequence[int], repeats: int, latencies: int) -> dict[str, Any]:
+    """Measures one config's network.
+
+    Args:
+      config: of the network.
+      batch_sizes: for images/s.
+      repeats: of what takes long.
+      latencies: how many single images are timed.
+    """
+    import numpy as np
+    from PIL import Image
+
+    from mnist_flax import rng
+    from mnist_flax.datasets import Examples
+    from mnist_flax.evaluate import evaluate, predict_logits
+    from mnist_flax.predict import read_picture
+    from mnist_flax.step import eval_variables, jit_init_state
+
+    generator = np.random.default_rng(0)
+    count = DATASETS[config.data.name].num_test
+    images = generator.integers(0, 256, (count, IMAGE_SIZE, IMAGE_SIZE, 1), dtype=np.uint8)
+    examples = Examples(images, generator.integers(0, config.num_classes, count).astype(np.int32))
+    variables = eval_variables(jit_init_state(config, rng.root_key(config.seed)))
+    page = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.uint8)
+    page[5:23, 12:16] = 255
+    picture = io.BytesIO()
+    Image.fromarray(page).save(picture, "PNG")
+
+    def logits(batch_size: int, number: int) -> Callable[[], Any]:
+        chosen = replace(config, train__eval_batch_size=batch_size)
+        return lambda: predict_logits(chosen, variables, images[:number])
+
+    print("evaluating ...", file=sys.stderr)
+    evaluating = seconds_of(lambda: evaluate(config, variables, examples), repeats)
+    print("single images ...", file=sys.stderr)
+    one_image = seconds_of(logits(1, 1), latencies)
+    reading = seconds_of(lambda: read_picture(config, variables, picture.getvalue()), latencies)
+    speeds = {}
+    for batch_size in batch_sizes:
+        print(f"batches of {batch_size} ...", file=sys.stderr)
+        number = min(count, 100 * batch_size)
+        speeds[batch_size] = round(number / statistics.median(seconds_of(logits(batch_size, number), repeats)))
+    return {
+        "evaluate_examples": count,
+        "evaluate_seconds_median": round(statistics.median(evaluating), 4),
+        "evaluate_seconds": [round(span, 4) for span in evaluating],
+        "one_image": percentiles(one_image),
+        "picture": percentiles(reading),
+        "images_per_second": speeds,
+    }
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measures what the flags describe."""
+    del argv
+    config = cli.config()
+    from mnist_flax.provenance import provenance
+
+    values = flags.FLAGS
+    result = bench(
+        config,
+        batch_sizes=[int(size) for size in values.batch_sizes],
+        repeats=values.repeats,
+        latencies=values.latencies,
+    )
+    made = {"config": cli.config_file(), "date": datetime.date.today().isoformat(), **provenance()}
+    print(json.dumps({**result, **made}))
+
+
+if __name__ == "__main__":
+    cli.define_config()
+    flags.DEFINE_list("batch_sizes", "1,16,64,250,500,1000", "for images/s")
+    flags.DEFINE_integer("repeats", 9, "how often what takes long is timed", lower_bound=1)
+    flags.DEFINE_integer("latencies", 1000, "single images that are timed", lower_bound=1)
+    cli.run(main)

@@ -1,0 +1,339 @@
+"""Compares this project's training with its peers', in turns on one machine: PyTorch, Keras and plain Flax.
+
+    python scripts/bench_peers.py --config=configs/three_conv_adam.py --repeats=5       # one epoch, warmed up
+    python scripts/bench_peers.py --config=configs/default.py --repeats=3 --whole       # the whole process
+
+All train the same network with the same optimiser, schedule, batches and precision (f32) on the same rows, each by its
+own program in scripts/peers/, in an environment that this script makes under .venv/peers/. They take turns, so that
+what else the machine does meets all alike; a ratio is ours divided by the peer's, within one turn.
+
+One epoch: all programs are started and train an untimed epoch; then one works while the others wait. The whole process:
+from its start until the test set is judged and it has ended, after one untimed run of each; ours is
+`python -m mnist_flax.main`, which also saves checkpoints, TensorBoard events and a report.
+"""
+
+import contextlib
+import datetime
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from absl import flags
+
+from mnist_flax import cli
+from mnist_flax.config import Config, differences, nearest, replace
+from mnist_flax.errors import ConfigError, UserError
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+ENVIRONMENTS = ROOT / ".venv" / "peers"
+OURS = "ours"
+
+
+class Peer(NamedTuple):
+    """A program in scripts/peers/, one of its variants, and what it needs."""
+
+    module: str
+    variant: str = ""
+    packages: tuple[str, ...] = ()
+
+
+PYTORCH = ("torch==2.13.0", "numpy")
+PEERS = {
+    "pytorch_eager": Peer("pytorch", "eager", PYTORCH),
+    "pytorch_channels_last": Peer("pytorch", "channels_last", PYTORCH),
+    "pytorch_compiled": Peer("pytorch", "compiled", PYTORCH),
+    "keras": Peer("keras", packages=("tensorflow==2.21.0", "keras==3.15.0")),
+    "flax": Peer("flax", packages=tuple(f"{name}=={version(name)}" for name in ("jax", "jaxlib", "flax", "optax"))),
+}
+
+# What of a config the peers follow, and the values they know, where they do not know all. The rest must be as default.
+FOLLOWED: dict[str, tuple[str, ...]] = {
+    "data.name": (),
+    "data.num_train": (),
+    "data.holdout": (),
+    "model.init": ("glorot_uniform", "he_normal"),
+    "augment.shift": (),
+    "optimizer.name": ("adam", "adamw"),
+    "optimizer.learning_rate": (),
+    "optimizer.weight_decay": (),
+    "optimizer.schedule": ("constant", "one_cycle"),
+    "optimizer.peak_at": (),
+    "optimizer.start_fraction": (),
+    "train.batch_size": (),
+    "train.epochs": (),
+    "train.label_smoothing": (),
+}
+
+
+def check(config: Config) -> None:
+    """Stops when the peers cannot follow a config.
+
+    Raises:
+      ConfigError: a field has a value that they do not know.
+    """
+    followed = {}
+    for name, known in FOLLOWED.items():
+        section, field = name.split(".")
+        value = getattr(getattr(config, section), field)
+        if known and value not in known:
+            raise ConfigError(f"config.{name} = {value!r}: the peers know only {' and '.join(known)}")
+        followed[f"{section}__{field}"] = value
+    if config.optimizer.name == "adam" and config.optimizer.weight_decay:
+        raise ConfigError(
+            f"config.optimizer.weight_decay = {config.optimizer.weight_decay}: the peers need adamw for it"
+        )
+    for name, (known_value, value) in differences(replace(Config(), **followed), config).items():
+        raise ConfigError(f"config.{name} = {value!r}: the peers know only {known_value!r}")
+
+
+# Environments ---------------------------------------------------------------------------------------------------------
+
+
+def interpreter(peer: Peer) -> pathlib.Path:
+    """Returns a peer's interpreter, in an environment that is made when it is missing or of other versions.
+
+    Raises:
+      UserError: it cannot be made.
+    """
+    folder = ENVIRONMENTS / f"{peer.module}-{sys.version_info[0]}.{sys.version_info[1]}"
+    python = folder / "bin" / "python"
+    complete, wanted = folder / "complete", " ".join(peer.packages)
+    if not complete.is_file() or complete.read_text() != wanted:
+        print(f"making the environment {folder} ({wanted}) ...", file=sys.stderr, flush=True)
+        for command in (
+            [sys.executable, "-m", "venv", "--clear", str(folder)],
+            [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *peer.packages],
+        ):
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise UserError(f"{' '.join(command)} failed; it needs a package index:\n{done.stderr}")
+        complete.write_text(wanted)
+    return python
+
+
+def command(name: str, config: Config, data: pathlib.Path) -> list[str]:
+    """Returns the command line of a program."""
+    peer = PEERS.get(name, Peer("ours"))
+    python = str(interpreter(peer)) if peer.packages else sys.executable
+    arguments = [f"--config={config.to_json()}", f"--data={data}", f"--variant={peer.variant}"]
+    return [python, "-m", f"scripts.peers.{peer.module}", *arguments]
+
+
+def write_data(config: Config, path: pathlib.Path) -> None:
+    """Writes the rows that a config trains on, holds out and tests into an .npz."""
+    from mnist_flax import batches
+    from mnist_flax.data import load_splits
+
+    splits = load_splits(config)
+    rows, holdout = batches.rows_of(splits.train.label, config.data)
+    parts = {
+        "train": (splits.train.image[rows], splits.train.label[rows]),
+        "holdout": (splits.train.image[holdout], splits.train.label[holdout]),
+        "test": tuple(splits.test),
+    }
+    np.savez(path, **{f"{part}_{field}": array for part, pair in parts.items()
+                      for field, array in zip(("image", "label"), pair, strict=True)})  # fmt: skip
+
+
+# Measuring ------------------------------------------------------------------------------------------------------------
+
+
+class Worker:
+    """A program that waits until it is asked for an epoch."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        """Starts it."""
+        self._command = command
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (open as long as the program lives)
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=self._errors, text=True, bufsize=1
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        with self._process, self._errors:
+            self._process.kill()
+
+    def epoch(self) -> dict[str, Any]:
+        """Lets it train an epoch, and returns what it tells: seconds and loss.
+
+        Raises:
+          UserError: it ended instead.
+        """
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write("epoch\n")
+        return self._answer()
+
+    def finish(self) -> dict[str, Any]:
+        """Lets it judge the test set and end, and returns what it tells: accuracy and versions.
+
+        Raises:
+          UserError: it failed.
+        """
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        answer = self._answer()
+        self._process.wait()
+        return answer
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        try:
+            answer: dict[str, Any] = json.loads(line)
+        except ValueError as error:
+            self._process.wait()
+            self._errors.seek(0)
+            raise UserError(f"{' '.join(self._command[:3])} failed:\n{line}{self._errors.read()}") from error
+        return answer
+
+
+def in_turns(names: Sequence[str], turn: int) -> Sequence[str]:
+    """Returns who works when in a turn: neither is always the first."""
+    return names if turn % 2 else names[::-1]
+
+
+def time_epochs(
+    commands: Mapping[str, Sequence[str]], repeats: int
+) -> tuple[dict[str, list[float]], dict[str, dict[str, Any]]]:
+    """Trains an epoch of each program in turns, and returns their seconds and what each tells at its end."""
+    seconds: dict[str, list[float]] = {name: [] for name in commands}
+    with contextlib.ExitStack() as stack:
+        workers = {name: stack.enter_context(Worker(command)) for name, command in commands.items()}
+        for turn in range(repeats + 1):
+            for name in in_turns(list(workers), turn):
+                answer = workers[name].epoch()
+                tell(name, turn, answer["seconds"])
+                if turn:
+                    seconds[name].append(answer["seconds"])
+        return seconds, {name: worker.finish() for name, worker in workers.items()}
+
+
+def time_processes(
+    commands: Mapping[str, Sequence[str]], config: Config, repeats: int
+) -> tuple[dict[str, list[float]], dict[str, dict[str, Any]]]:
+    """Runs the whole recipe of each program in turns, and returns their seconds and what each told in the last turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in commands}
+    told: dict[str, dict[str, Any]] = {}
+    for turn in range(repeats + 1):
+        for name in in_turns(list(commands), turn):
+            began = time.perf_counter()
+            told[name] = (our_process if name == OURS else peer_process)(commands[name], config)
+            span = time.perf_counter() - began
+            tell(name, turn, span)
+            if turn:
+                seconds[name].append(span)
+    return seconds, told
+
+
+def peer_process(command: Sequence[str], config: Config) -> dict[str, Any]:
+    """Runs a peer's whole recipe."""
+    with Worker(command) as worker:
+        for _ in range(config.train.epochs):
+            worker.epoch()
+        return worker.finish()
+
+
+def our_process(command: Sequence[str], config: Config) -> dict[str, Any]:
+    """Runs our whole recipe, as a user does.
+
+    Raises:
+      UserError: it failed.
+    """
+    del command
+    from mnist_flax.report.facts import config_source
+
+    with tempfile.TemporaryDirectory() as folder:
+        file, workdir = pathlib.Path(folder, "config.py"), pathlib.Path(folder, "run")
+        file.write_text(config_source(config, config.data.name))
+        command = [sys.executable, "-m", "mnist_flax.main", f"--config={file}", f"--workdir={workdir}"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"{' '.join(command)} failed:\n{done.stderr}")
+        summary = json.loads((workdir / "summary.json").read_text())
+    return {"test_accuracy": summary["test_accuracy"], **summary["versions"]}
+
+
+def tell(name: str, turn: int, seconds: float) -> None:
+    """Tells the progress."""
+    print(f"{name}: {seconds:.2f} s{'' if turn else ' (warming up)'}", file=sys.stderr, flush=True)
+
+
+def compared(seconds: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """Returns the seconds of each program with our ratio to it, turn by turn, and which peer was the fastest."""
+    ratios = {
+        name: [our / its for our, its in zip(seconds[OURS], spans, strict=True)] for name, spans in seconds.items()
+    }
+    medians = {name: statistics.median(spans) for name, spans in seconds.items()}
+    best = min((name for name in seconds if name != OURS), key=lambda name: medians[name])
+    return {
+        "best_peer": best,
+        "ratio_to_best_peer": round(statistics.median(ratios[best]), 3),
+        "programs": {
+            name: {
+                "seconds_median": round(medians[name], 3),
+                "seconds": [round(span, 3) for span in spans],
+                "ratio_median": round(statistics.median(ratios[name]), 3),
+                "ratio_range": [round(min(ratios[name]), 3), round(max(ratios[name]), 3)],
+            }
+            for name, spans in seconds.items()
+        },
+    }
+
+
+def bench(config: Config, commands: Mapping[str, Sequence[str]], *, repeats: int, whole: bool) -> dict[str, Any]:
+    """Compares programs.
+
+    Args:
+      config: the recipe.
+      commands: of ours and of the peers.
+      repeats: turns that are timed.
+      whole: time processes, not epochs.
+    """
+    seconds, told = time_processes(commands, config, repeats) if whole else time_epochs(commands, repeats)
+    result = {"benchmark": "peers, whole process" if whole else "peers, one epoch", **compared(seconds)}
+    for name, answer in told.items():
+        accuracy = answer.pop("test_accuracy")
+        epochs = config.train.epochs if whole else repeats + 1
+        result["programs"][name] |= {"test_accuracy": accuracy, "epochs_trained": epochs, "versions": answer}
+    return result
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measures what the flags describe."""
+    del argv
+    config = cli.config()
+    check(config)
+    for name in flags.FLAGS.peers:
+        if name not in PEERS:
+            raise ConfigError(f"--peers={name}: {nearest(name, PEERS)}")
+    from mnist_flax.provenance import provenance
+
+    with tempfile.TemporaryDirectory() as folder:
+        data = pathlib.Path(folder, "data.npz")
+        write_data(config, data)
+        commands = {name: command(name, config, data) for name in (OURS, *flags.FLAGS.peers)}
+        result = bench(config, commands, repeats=flags.FLAGS.repeats, whole=flags.FLAGS.whole)
+    made = {"config": cli.config_file(), "train_rows": config.num_train, "date": datetime.date.today().isoformat()}
+    print(json.dumps({**result, **made, **provenance()}))
+
+
+if __name__ == "__main__":
+    cli.define_config()
+    flags.DEFINE_list("peers", list(PEERS), "with whom")
+    flags.DEFINE_integer("repeats", 5, "how many turns are timed", lower_bound=1)
+    flags.DEFINE_boolean("whole", False, "time whole processes that train the whole recipe")
+    cli.run(main)

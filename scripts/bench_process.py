@@ -1,0 +1,94 @@
+"""Measures a whole run as a person waits for it: the seconds of its process, and the most memory it takes.
+
+    python scripts/bench_process.py --config=configs/default.py --repeats=3
+
+Each repeat is `python -m mnist_flax.main` in a new workdir, after one untimed run that leaves compiled programs behind.
+The seconds are split into training, as `summary.json` has it, and all the rest: start, data, compiling or loading
+programs, evaluating, saving, the report, and the end. Peak memory is what the system counts as resident.
+"""
+
+import datetime
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from mnist_flax import cli
+from mnist_flax.config import Config
+from mnist_flax.errors import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def once(config: Config, programs: str) -> dict[str, float]:
+    """Runs a config in a process of its own, and returns its seconds and its peak memory in MiB.
+
+    Args:
+      config: of the run.
+      programs: the folder of compiled programs.
+
+    Raises:
+      UserError: the process failed.
+    """
+    from mnist_flax.report.facts import config_source
+
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": programs}
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as told:
+        file, workdir = pathlib.Path(folder, "config.py"), pathlib.Path(folder, "run")
+        file.write_text(config_source(config, config.data.name))
+        command = [sys.executable, "-m", "mnist_flax.main", f"--config={file}", f"--workdir={workdir}"]
+        began = time.perf_counter()
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=told, stderr=told)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - began
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            told.seek(0)
+            raise UserError(f"{' '.join(command)} failed:\n{told.read()}")
+        summary = json.loads((workdir / "summary.json").read_text())
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    train_seconds = summary["train_seconds"]
+    return {
+        "seconds": seconds,
+        "train_seconds": train_seconds,
+        "other_seconds": seconds - train_seconds,
+        "peak_mib": usage.ru_maxrss / unit,
+        "test_accuracy": summary["test_accuracy"],
+    }
+
+
+def bench(config: Config, repeats: int) -> dict[str, Any]:
+    """Runs a config several times."""
+    runs = []
+    with tempfile.TemporaryDirectory() as programs:
+        for number in range(repeats + 1):
+            run = once(config, programs)
+            what = f"{run['seconds']:.2f} s, of which {run['train_seconds']:.2f} s training; {run['peak_mib']:.0f} MiB"
+            print(what + ("" if number else " (warming up)"), file=sys.stderr, flush=True)
+            runs += [run] if number else []
+    columns = {name: [round(run[name], 4) for run in runs] for name in runs[0]}
+    return {**{f"{name}_median": statistics.median(column) for name, column in columns.items()}, **columns}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measures what the flags describe."""
+    del argv
+    result = bench(cli.config(), flags.FLAGS.repeats)
+    from mnist_flax.provenance import provenance  # only now: JAX would take memory and threads from the processes
+
+    made = {"config": cli.config_file(), "date": datetime.date.today().isoformat(), **provenance()}
+    print(json.dumps({**result, **made}))
+
+
+if __name__ == "__main__":
+    cli.define_config()
+    flags.DEFINE_integer("repeats", 3, "runs that are measured", lower_bound=1)
+    cli.run(main)

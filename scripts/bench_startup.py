@@ -1,0 +1,139 @@
+"""Measures how long `python -m mnist_flax.main` takes from its start until the first training step is done.
+
+    python scripts/bench_startup.py --config=configs/default.py --repeats=5
+
+Cold means with an empty folder for compiled programs, warm with what the run before left there; the data are decoded
+already in both. Each repeat is a process of its own. One JSON line for each holds the seconds, and where they went, as
+the main thread sees it: `import` (until everything is imported), `data` (waiting for the images), `compile` (the
+training loop: tracing, and XLA or its cache), `first_step`, and `rest` (first weights, workdir, log).
+"""
+
+import datetime
+import functools
+import json
+import os
+import pathlib
+import runpy
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from absl import flags
+
+from mnist_flax import cli
+from mnist_flax.errors import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PARTS = ("import", "data", "compile", "first_step")
+
+
+def probe(started: float, arguments: Sequence[str]) -> None:
+    """Is `mnist_flax.main` until its first step is done; then prints the seconds of each part, and ends at once.
+
+    Args:
+      started: by `time.monotonic`, when the parent started this process.
+      arguments: of the command line.
+    """
+    from mnist_flax import compilation
+
+    seconds = dict.fromkeys(PARTS, 0.0)
+
+    def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            began = time.monotonic()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                seconds[part] += time.monotonic() - began
+
+        return wrapper
+
+    def first_step(advance: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any) -> Any:
+            _, fetch = timed("first_step", advance)(*args)
+            timed("first_step", fetch)()
+            total = time.monotonic() - started
+            print(json.dumps({"total": total, **seconds, "rest": total - sum(seconds.values())}), flush=True)
+            os._exit(0)
+
+        return wrapper
+
+    keep_programs = compilation.keep_programs  # called when all is imported
+
+    def after_imports() -> None:
+        from mnist_flax import train
+
+        seconds["import"] = time.monotonic() - started
+        for part, name in {"data": "load_splits"}.items():
+            setattr(train, name, timed(part, getattr(train, name)))
+        for name, driver in train.DRIVERS.items():
+            compiled = timed("compile", driver)
+            train.DRIVERS[name] = lambda *args, compiled=compiled: first_step(compiled(*args))
+        keep_programs()
+
+    compilation.keep_programs = after_imports
+    sys.argv = ["main", *arguments]
+    runpy.run_module("mnist_flax.main", run_name="__main__", alter_sys=True)
+
+
+def start(config_file: str, programs: str) -> dict[str, float]:
+    """Starts a process, and returns the seconds of its parts.
+
+    Args:
+      config_file: of the run.
+      programs: the folder of compiled programs.
+
+    Raises:
+      UserError: the process failed.
+    """
+    paths = os.pathsep.join([str(ROOT / "scripts"), str(ROOT)])
+    environment = {**os.environ, "PYTHONPATH": paths, "JAX_COMPILATION_CACHE_DIR": programs}
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = [f"--config={config_file}", f"--workdir={folder}/run"]
+        code = f"import bench_startup; bench_startup.probe({time.monotonic()}, {arguments})"
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    try:
+        seconds: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError) as error:
+        raise UserError(f"--config={config_file}: the process failed before its first step:\n{done.stderr}") from error
+    return seconds
+
+
+def bench(config_file: str, repeats: int) -> Iterator[dict[str, Any]]:
+    """Yields what cold and warm starts take."""
+    starts: dict[str, list[dict[str, float]]] = {"cold": [], "warm": []}
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory() as programs:
+            for kind, seconds in starts.items():  # the warm one finds what the cold one left
+                seconds.append(start(config_file, programs))
+                print(f"{kind}: {seconds[-1]['total']:.2f} s", file=sys.stderr, flush=True)
+    for kind, seconds in starts.items():
+        columns = {part: [one[part] for one in seconds] for part in seconds[0]}
+        yield {
+            "start": kind,
+            "seconds_median": {part: round(statistics.median(column), 3) for part, column in columns.items()},
+            "total_seconds": [round(total, 3) for total in columns["total"]],
+        }
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measures what the flags describe."""
+    del argv
+    cli.config()  # so that a mistake is told here
+    results = list(bench(cli.config_file(), flags.FLAGS.repeats))
+    from mnist_flax.provenance import provenance  # only now: JAX would take memory and threads from the processes
+
+    made = {"config": cli.config_file(), "date": datetime.date.today().isoformat(), **provenance()}
+    for result in results:
+        print(json.dumps({**result, **made}))
+
+
+if __name__ == "__main__":
+    cli.define_config()
+    flags.DEFINE_integer("repeats", 5, "starts of each kind", lower_bound=1)
+    cli.run(main)
