@@ -121,7 +121,11 @@ class CNN(nn.Module):
         x = scale_pixels(config, images)
         for i, block in enumerate(config.blocks()):
             is_fixed = i == 0 and config.stem == "cosine"
-            convolve = partial(ops.conv_general_dilated, max_pool_size=block.pool if pool_at_once else 1)
+            convolve = partial(
+                ops.conv_general_dilated,
+                max_pool_size=block.pool if pool_at_once else 1,
+                inference=not self.train,
+            )
             x = nn.Conv(
                 block.width,
                 (block.kernel_size, block.kernel_size),

@@ -51,6 +51,7 @@ def conv_general_dilated(
     preferred_element_type: Any = None,
     *,
     max_pool_size: int = 1,
+    inference: bool = False,
 ) -> jax.Array:
     """Convolves as `lax.conv_general_dilated` does, then takes the maximum of each window of `max_pool_size` squared.
 
@@ -60,10 +61,13 @@ def conv_general_dilated(
     commute with the maximum, so after the pooling they give the same result for a quarter of the work. What the fast
     forms do not cover (dilation, groups, other layouts, empty arrays) goes to `lax` on every platform.
 
-    The CPU forms differentiate in reverse mode only, and twice only through the patches form.
+    The CPU forms differentiate in reverse mode only, and twice only through the patches form. They pay in training;
+    `inference` takes XLA's own on CPU too, which goes forward faster (10,000 images of the classic network: 0.22 s, not
+    0.34 s or, in large batches, 1.0 s).
     """
     covered = (
-        lhs.ndim == 4
+        not inference
+        and lhs.ndim == 4
         and lhs.dtype == rhs.dtype
         and jnp.issubdtype(lhs.dtype, jnp.floating)
         and set(lhs_dilation or ()) <= {1}

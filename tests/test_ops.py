@@ -197,6 +197,15 @@ def test_what_is_not_covered_goes_to_lax() -> None:
     ).all()
 
 
+@pytest.mark.parametrize("channels", [1, 4])
+def test_inference_takes_lax(channels: int) -> None:
+    x, kernel = normal(0, 2, 9, 9, channels), normal(1, 3, 3, channels, 6)
+    expected = lax_conv(x, kernel, (1, 1), "SAME")
+    assert (conv(x, kernel, (1, 1), "SAME", inference=True) == expected).all()
+    pooled = conv(x, kernel, (1, 1), "SAME", inference=True, max_pool_size=2)
+    assert (pooled == nn.max_pool(expected, (2, 2), (2, 2))).all()
+
+
 class Net(nn.Module):
     """One layer of each form, by linen's own Conv."""
 
