@@ -8,8 +8,8 @@ own program in scripts/peers/, in an environment that this script makes under .v
 what else the machine does meets all alike; a ratio is ours divided by the peer's, within one turn.
 
 One epoch: all programs are started and train an untimed epoch; then one works while the others wait. The whole process:
-from its start until the test set is judged and it has ended, after one untimed run of each; ours is
-`python -m mnist_flax.main`, which also saves checkpoints, TensorBoard events and a report.
+from its start until the test set is judged and it has ended, after an untimed run of ours and an epoch of the others;
+ours is `python -m mnist_flax.main`, which also saves checkpoints, TensorBoard events and a report.
 """
 
 import contextlib
@@ -231,7 +231,10 @@ def time_processes(
     for turn in range(repeats + 1):
         for name in in_turns(list(commands), turn):
             began = time.perf_counter()
-            told[name] = (our_process if name == OURS else peer_process)(commands[name], config)
+            if name == OURS:
+                told[name] = our_process(config)
+            else:  # an epoch warms up as well as all
+                told[name] = peer_process(commands[name], config.train.epochs if turn else 1)
             span = time.perf_counter() - began
             tell(name, turn, span)
             if turn:
@@ -239,21 +242,20 @@ def time_processes(
     return seconds, told
 
 
-def peer_process(command: Sequence[str], config: Config) -> dict[str, Any]:
-    """Runs a peer's whole recipe."""
+def peer_process(command: Sequence[str], epochs: int) -> dict[str, Any]:
+    """Runs a peer from its start to its end."""
     with Worker(command) as worker:
-        for _ in range(config.train.epochs):
+        for _ in range(epochs):
             worker.epoch()
         return worker.finish()
 
 
-def our_process(command: Sequence[str], config: Config) -> dict[str, Any]:
+def our_process(config: Config) -> dict[str, Any]:
     """Runs our whole recipe, as a user does.
 
     Raises:
       UserError: it failed.
     """
-    del command
     from mnist_flax.report.facts import config_source
 
     with tempfile.TemporaryDirectory() as folder:

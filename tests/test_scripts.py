@@ -143,3 +143,13 @@ def test_inference_is_measured() -> None:
     assert 0 < result["picture"]["p50_ms"] <= result["picture"]["p99_ms"]
     assert result["images_per_second"][16] > 0
     assert result["evaluate_seconds_median"] == result["evaluate_seconds"][0] > 0
+
+
+def test_a_preset_over_seeds_has_its_interval_and_counts_its_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench_presets = script("bench_presets")
+    monkeypatch.setattr(bench_presets, "load", lambda preset: replace(SMALL, train__epochs=1))
+    result = bench_presets.bench("small", [3, 4], target=1.0)
+    low, high = result["accuracy_interval"]
+    assert low < min(result["accuracies"]) < result["accuracy_mean"] < max(result["accuracies"]) < high
+    assert result["reached"] == 0
+    assert bench_presets.statistics_of("x", [2.0]) == {"x_mean": 2.0, "x_sd": None, "x_interval": None}

@@ -33,6 +33,11 @@ def network(recipe: Recipe) -> nn.Sequential:
     return model
 
 
+def as_tensor(images: np.ndarray) -> Tensor:
+    """Wraps images, `f32[N,28,28,1] -> f32[N,1,28,28]`, in the default layout."""
+    return torch.from_numpy(images).reshape(-1, 1, 28, 28)
+
+
 class PyTorch:
     """Training in PyTorch."""
 
@@ -67,7 +72,7 @@ class PyTorch:
         """Trains one epoch."""
         recipe = self._recipe
         self._model.train()
-        images = torch.from_numpy(shifted(self._images, recipe.shift, self._generator)).permute(0, 3, 1, 2)
+        images = as_tensor(shifted(self._images, recipe.shift, self._generator))
         total = torch.zeros(())
         for rows in torch.randperm(len(images)).split(recipe.batch_size):
             logits = self._forward(self._batch(images[rows]))
@@ -87,7 +92,7 @@ class PyTorch:
         right = 0
         with torch.inference_mode():
             for start in range(0, len(images), 1000):
-                x = torch.from_numpy(pixels(images[start : start + 1000])).permute(0, 3, 1, 2)
+                x = as_tensor(pixels(images[start : start + 1000]))
                 right += int((self._model(self._batch(x)).argmax(1).numpy() == labels[start : start + 1000]).sum())
         return right / len(labels)
 
