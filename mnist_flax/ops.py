@@ -66,7 +66,8 @@ def conv_general_dilated(
     0.34 s or, in large batches, 1.0 s).
     """
     covered = (
-        lhs.ndim == 4
+        not inference
+        and lhs.ndim == 4
         and lhs.dtype == rhs.dtype
         and jnp.issubdtype(lhs.dtype, jnp.floating)
         and set(lhs_dilation or ()) <= {1}
@@ -85,7 +86,7 @@ def conv_general_dilated(
         window = _Window(strides, ((int(top), int(bottom)), (int(left), int(right))), max_pool_size)
         outputs = (window.output_size(axis, lhs.shape[1 + axis], kernel_size[axis]) for axis in (0, 1))
         if 0 not in (*lhs.shape, *rhs.shape, *outputs):
-            return (_infer if inference else _conv)(lhs, rhs, window, precision)
+            return _conv(lhs, rhs, window, precision)
     y = lax.conv_general_dilated(
         lhs,
         rhs,
@@ -153,20 +154,6 @@ def _conv(x: jax.Array, kernel: jax.Array, window: _Window, precision: Any) -> j
 
     y: jax.Array = lax.platform_dependent(x, kernel, cpu=cpu, default=default)
     return y
-
-
-def _infer(x: jax.Array, kernel: jax.Array, window: _Window, precision: Any) -> jax.Array:
-    """XLA's own form, without the rows and columns that the pooling cuts (of the classic second layer a sixth)."""
-    strides, pads, pool = window
-    ends = [
-        (window.output_size(axis, x.shape[1 + axis], kernel.shape[axis]) - 1) * strides[axis]
-        + kernel.shape[axis]
-        - pads[axis][0]
-        for axis in (0, 1)
-    ]
-    x = x[:, : ends[0], : ends[1]]
-    y = lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=_NHWC, precision=precision)
-    return _xla_max_pool(y, pool)
 
 
 # The maximum over window axes, with a mask for a gradient: that of reduce_window (select-and-scatter) is a serial loop.
