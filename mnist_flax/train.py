@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,14 +15,14 @@ from jax import Array
 
 from mnist_flax import batches, checkpoint, rng
 from mnist_flax import workdir as workdirs
-from mnist_flax.config import Config
+from mnist_flax.config import IMAGE_SIZE, Config
 from mnist_flax.data import Splits, follow, load_splits
 from mnist_flax.datasets import Examples
 from mnist_flax.errors import WorkdirError
 from mnist_flax.evaluate import Evaluation, evaluate
 from mnist_flax.logs import RunLog, refuse_non_finite
+from mnist_flax.model import build
 from mnist_flax.provenance import provenance, versions
-from mnist_flax.report import layers
 from mnist_flax.report.write import write_report
 from mnist_flax.signals import Interrupted, StopWish, stop_wish
 from mnist_flax.step import (
@@ -86,7 +87,7 @@ def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = No
         workdirs.write_text(workdir / workdirs.CONFIG, config.to_json())
         log = RunLog(config, workdir, record)
         try:
-            announce(config, state, splits, workdir, log.step)
+            announce(config, splits, workdir, log.step)
             state = train(config, state, splits, rng.root_key(config.seed), log=log, store=store, wish=wish)
             store.wait()
             finish(config, state, splits, workdir, log)
@@ -158,9 +159,12 @@ def check_origin(origin: Mapping[str, Any], fork: pathlib.Path | None, workdir: 
         logger.warning("not the versions that this run began with, so its last bits may differ: %s", ", ".join(changed))
 
 
-def announce(config: Config, state: TrainState, splits: Splits, workdir: pathlib.Path, step: int) -> None:
+def announce(config: Config, splits: Splits, workdir: pathlib.Path, step: int) -> None:
     """Tells what is about to be trained, on what, and where it goes."""
-    logger.info(layers.table(layers.layers(config, eval_variables(state))))
+    images = jnp.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 1), jnp.uint8)
+    style = {"width": 100, "force_terminal": False, "no_color": True}
+    table = nn.tabulate(build(config), rng.root_key(0), compute_flops=True, console_kwargs=style)(images)
+    logger.info(table.strip("\n"))
     logger.info(
         "%s (%s, fingerprint %s): %d rows to train on, %d held out, %d to test",
         splits.name, splits.source, splits.fingerprint[:12], config.num_train, config.num_holdout,

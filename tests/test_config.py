@@ -57,7 +57,7 @@ def test_a_changed_field_survives_json() -> None:
         ({"model__pixel_std": 0.0}, r"config.model.pixel_std = 0.0: must be above 0"),
         ({"model__stem": "cosines"}, r"config.model.stem = 'cosines': did you mean 'cosine'"),
         ({"model__stem": "cosine"}, r"config.model.stem = 'cosine': a 3x3 kernel has only 18 patterns, not 32"),
-        ({"model__stem": "cosine", "model__widths": (), "model__pools": (1,)}, r"config.model.stem = 'cosine': needs a convolution"),
+        ({"model__stem": "cosine", "model__widths": (), "model__pools": (1,)}, r"stem = 'cosine': needs a convolution"),
         ({"augment__shift": 28}, r"config.augment.shift = 28: must be from 0 to 27"),
         ({"seed": -1}, r"config.seed = -1: must be from 0"),
         ({"checkpoint__keep_latest": 0}, r"config.checkpoint.keep_latest = 0: must be at least 1"),

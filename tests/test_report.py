@@ -392,10 +392,6 @@ def test_layers_by_hand() -> None:
         "Conv_1", "Conv", (13, 13, 32), (5, 5, 64), 9 * 32 * 64, 11 * 11 * 9 * 32 * 64
     )
     assert rows["Dense_1"].multiply_adds == 640 and rows["Dense_1"].parameters == 650
-    lines = [line.split() for line in layers.table(list(rows.values())).splitlines()]
-    assert lines[1] == ["Conv_0", "28x28x1", "13x13x32", "288", "194,688"]
-    assert lines[-1] == ["total", "93,322", "2,794,240"]
-    assert len(lines) == 10
 
 
 def test_first_filters_are_pictures_of_weights() -> None:

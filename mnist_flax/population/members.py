@@ -114,7 +114,8 @@ def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, fol
     with stop_wish() as wish, contextlib.ExitStack() as stack:
         stack.enter_context(workdirs.claim(workdir))
         members = [
-            open_member(name, of_member, workdir / workdirs.MEMBERS / name, splits, stack) for name, of_member in configs.items()
+            open_member(name, of_member, workdir / workdirs.MEMBERS / name, splits, stack)
+            for name, of_member in configs.items()
         ]
         unfinished = [member for member in members if member.log]
         if not unfinished:

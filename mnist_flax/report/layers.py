@@ -1,7 +1,6 @@
 """What happens inside the network: its layers, and what comes out of each."""
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -79,17 +78,6 @@ def layers(config: Config, variables: Variables) -> list[Layer]:
 
     jax.eval_shape(run, variables, jax.ShapeDtypeStruct((1, 28, 28, 1), np.uint8))
     return found
-
-
-def table(found: Sequence[Layer]) -> str:
-    """Returns the layers, and what they come to, as text to read."""
-    rows: list[tuple[str, ...]] = [("layer", "input", "output", "parameters", "multiply-adds")]
-    for layer in found:
-        before, after = ("x".join(map(str, shape)) for shape in (layer.input_shape, layer.output_shape))
-        rows.append((layer.name, before, after, f"{layer.parameters:,}", f"{layer.multiply_adds:,}"))
-    parameters, work = (sum(column) for column in zip(*(layer[-2:] for layer in found), strict=True))
-    rows.append(("total", "", "", f"{parameters:,}", f"{work:,}"))
-    return "\n".join(f"{row[0]:<14}{row[1]:<12}{row[2]:<12}{row[3]:>11}{row[4]:>15}" for row in rows)
 
 
 def activations(config: Config, variables: Variables, images: np.ndarray) -> list[Activation]:
