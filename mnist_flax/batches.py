@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import NamedSharding
 
-from mnist_flax import rng
+from mnist_flax import rng, sharding
 from mnist_flax.config import DataConfig
 from mnist_flax.datasets import Examples
 from mnist_flax.errors import ConfigError
@@ -133,7 +134,14 @@ def take(examples: Examples, rows: Array) -> Batch:
     return {"image": image, "label": jnp.where(rows < 0, NO_LABEL, label)}
 
 
-def stream(examples: Examples, rows: Array, key: Array, start_step: int, batch_size: int) -> Iterator[Batch]:
+def stream(
+    examples: Examples,
+    rows: Array,
+    key: Array,
+    start_step: int,
+    batch_size: int,
+    placement: NamedSharding | None = None,
+) -> Iterator[Batch]:
     """Yields, from `start_step` on and without end, the very batches that the scan driver takes on the device.
 
     Args:
@@ -142,13 +150,17 @@ def stream(examples: Examples, rows: Array, key: Array, start_step: int, batch_s
       key: the run's root key.
       start_step: finished updates.
       batch_size: B.
+      placement: of a batch; on the default device, if not given. Only this process's rows are read.
     """
     steps_per_epoch = -(-len(rows) // batch_size)
+    placement = placement or sharding.split(sharding.make_mesh(1))
+    own = sharding.own_rows(placement, batch_size)
     epoch, skip = divmod(start_step, steps_per_epoch)
     while True:
         index = jax.device_put(np.int32(epoch))
-        for batch_rows in jax.device_get(jit_epoch_order(key, index, rows, batch_size))[skip:]:
+        for batch_rows in jax.device_get(jit_epoch_order(key, index, rows, batch_size))[skip:, own]:
             label = np.where(batch_rows < 0, NO_LABEL, examples.label[batch_rows])
-            # jax.device_put copies while the step before is still running: the transfer costs no waiting.
-            yield jax.device_put({"image": examples.image[np.maximum(batch_rows, 0)], "label": label})
+            batch = {"image": examples.image[np.maximum(batch_rows, 0)], "label": label}
+            # JAX copies while the step before is still running: the transfer costs no waiting.
+            yield sharding.place_rows(batch, placement, batch_size)
         epoch, skip = epoch + 1, 0

@@ -212,6 +212,8 @@ class TrainConfig:
       driver: `scan` (many steps in one compiled call, the data on the device) or `stream` (a batch a call, from the
         host); a choice of speed and memory, never of result.
       eval_batch_size: rows of an evaluation's batch, for training's own evaluations and the final one.
+      num_devices: the devices to train and evaluate on, of all processes together; the batch is split evenly over them.
+        0 means all accelerators there are, and of a CPU, whose devices share its cores, one in each process.
       log_every_steps: a line of `metrics.jsonl` sums up this many steps, or what an epoch has left; 0 means an epoch.
       tensorboard: write TensorBoard events.
       report: write `report/index.html` at the end.
@@ -222,6 +224,7 @@ class TrainConfig:
     label_smoothing: float = 0.0
     driver: str = cadence("scan")
     eval_batch_size: int = cadence(500)
+    num_devices: int = cadence(0)
     log_every_steps: int = cadence(100)
     tensorboard: bool = cadence(True)
     report: bool = cadence(True)
@@ -463,7 +466,8 @@ def _mistakes(config: Config) -> Iterator[str]:
         yield from within(f"train.{name}", getattr(train, name), 1)
     yield from within("train.label_smoothing", train.label_smoothing, 0, 1, open_high=True)
     yield from among("train.driver", train.driver, ("scan", "stream"))
-    yield from within("train.log_every_steps", train.log_every_steps, 0)
+    for name in ("num_devices", "log_every_steps"):
+        yield from within(f"train.{name}", getattr(train, name), 0)
     for name in ("every_epochs", "every_steps", "every_seconds", "keep_best"):
         yield from within(f"checkpoint.{name}", getattr(checkpoint, name), 0)
     yield from within("checkpoint.keep_latest", checkpoint.keep_latest, 1)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mnist_flax import batches, labels, metrics
+from mnist_flax import batches, labels, metrics, sharding
 from mnist_flax import config as config_lib
 from mnist_flax import workdir as workdirs
 from mnist_flax.batches import NO_LABEL
@@ -46,15 +46,19 @@ class Evaluation(NamedTuple):
 def predict_logits(config: Config, variables: Variables, images: np.ndarray) -> np.ndarray:
     """Computes the logits of any number of images, `u8[N,28,28,1] -> f32[N,C]`.
 
-    The last batch is filled up and its filling cut off again, so one compiled program serves every N.
+    A batch is split over the devices: those of training, or as many of them as there are here. The last batch is filled
+    up and its filling cut off again, so one compiled program serves every N.
     """
-    size = config.train.eval_batch_size
+    mesh = sharding.make_mesh(min(config.train.num_devices, jax.device_count()))
+    size = -(-config.train.eval_batch_size // mesh.size) * mesh.size
+    variables = sharding.place(variables, sharding.replicated(mesh))
     batches = []
     for start in range(0, len(images), size):
         batch = images[start : start + size]
         padding = [(0, size - len(batch))] + [(0, 0)] * (images.ndim - 1)
-        batches.append(jit_forward(config, variables, jax.device_put(np.pad(batch, padding))))
-    logits = np.concatenate(jax.device_get(batches)) if batches else np.zeros((0, config.num_classes), np.float32)
+        batch = sharding.place(np.pad(batch, padding), sharding.split(mesh))
+        batches.append(jit_forward(config, variables, batch))
+    logits = np.concatenate(sharding.gather(batches)) if batches else np.zeros((0, config.num_classes), np.float32)
     return logits[: len(images)]
 
 

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
-from mnist_flax import batches, checkpoint, rng
+from mnist_flax import batches, checkpoint, rng, sharding
 from mnist_flax import workdir as workdirs
 from mnist_flax.config import IMAGE_SIZE, Config
 from mnist_flax.data import Splits, follow, load_splits
@@ -30,8 +31,8 @@ from mnist_flax.step import (
     TrainState,
     eval_variables,
     jit_init_state,
-    jit_train_step,
-    jit_train_steps,
+    train_step,
+    train_steps,
 )
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = No
             f"--workdir={workdir}: holds a population; name another folder, or go on with it by"
             " python -m mnist_flax.population"
         )
+    mesh_of(config)  # before anything is read or written
     splits = load_splits(config)
     config = follow(config, splits)
     with (
@@ -159,6 +161,17 @@ def check_origin(origin: Mapping[str, Any], fork: pathlib.Path | None, workdir: 
         logger.warning("not the versions that this run began with, so its last bits may differ: %s", ", ".join(changed))
 
 
+def mesh_of(config: Config) -> Mesh:
+    """Returns the devices to train on.
+
+    Raises:
+      ConfigError: there are not as many, or a batch cannot be split evenly over them.
+    """
+    mesh = sharding.make_mesh(config.train.num_devices)
+    sharding.refuse_uneven(mesh, config.train.batch_size)
+    return mesh
+
+
 def announce(config: Config, splits: Splits, workdir: pathlib.Path, step: int) -> None:
     """Tells what is about to be trained, on what, and where it goes."""
     images = jnp.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 1), jnp.uint8)
@@ -178,21 +191,29 @@ def announce(config: Config, splits: Splits, workdir: pathlib.Path, step: int) -
 
 def scan_driver(config: Config, state: TrainState, examples: Examples, rows: np.ndarray, key: Array) -> Advance:
     """Compiles the loop on the device: the data lie there, and one call makes any number of steps of an epoch."""
-    examples, rows = jax.device_put((examples, rows))
+    mesh = mesh_of(config)
+    everywhere, order_split = sharding.replicated(mesh), sharding.split(mesh, axis=1)
     batch_size, steps_per_epoch = config.train.batch_size, config.steps_per_epoch
+    rows = jax.device_put(rows)
     orders: dict[int, Array] = {}
 
     def order_of(epoch: int) -> Array:
         if epoch not in orders:
             orders.clear()
-            orders[epoch] = batches.jit_epoch_order(key, jax.device_put(np.int32(epoch)), rows, batch_size)
+            # Drawn on one device and split afterwards: random values may depend on how their computation is split.
+            order = batches.jit_epoch_order(key, jax.device_put(np.int32(epoch)), rows, batch_size)
+            orders[epoch] = sharding.place(order, order_split)
         return orders[epoch]
 
-    compiled = jit_train_steps.lower(config, state, examples, order_of(0), key, jax.device_put(np.int32(0))).compile()
+    state, examples, root = sharding.place((state, examples, key), everywhere)
+    program = jax.jit(train_steps, static_argnames="config", donate_argnames="state", out_shardings=everywhere)
+    none = sharding.place(np.int32(0), everywhere)
+    compiled = program.lower(config, state, examples, order_of(0), root, none).compile()
 
     def advance(state: TrainState, step: int, num_steps: int) -> tuple[TrainState, Fetch]:
         epoch, start = divmod(step, steps_per_epoch)
-        state, sums = compiled(state, examples, order_of(epoch), key, jax.device_put(np.int32(num_steps)))
+        state, count = sharding.place((state, np.int32(num_steps)), everywhere)
+        state, sums = compiled(state, examples, order_of(epoch), root, count)
         return state, lambda: jax.tree.map(lambda column: column[start : start + num_steps], jax.device_get(sums))
 
     return advance
@@ -200,18 +221,23 @@ def scan_driver(config: Config, state: TrainState, examples: Examples, rows: np.
 
 def stream_driver(config: Config, state: TrainState, examples: Examples, rows: np.ndarray, key: Array) -> Advance:
     """Compiles one step: each batch comes from the host, so the data need not fit on the device."""
-    step = int(jax.device_get(state.step))
-    stream = batches.stream(examples, jax.device_put(rows), key, step, config.train.batch_size)
+    mesh = mesh_of(config)
+    everywhere, batch_split = sharding.replicated(mesh), sharding.split(mesh)
+    step, batch_size = int(jax.device_get(state.step)), config.train.batch_size
+    stream = batches.stream(examples, jax.device_put(rows), key, step, batch_size, batch_split)
     batch = jax.tree.map(
-        lambda column: jax.ShapeDtypeStruct((config.train.batch_size, *column.shape[1:]), column.dtype), examples
+        lambda column: jax.ShapeDtypeStruct((batch_size, *column.shape[1:]), column.dtype, sharding=batch_split),
+        examples,
     )
-    compiled = jit_train_step.lower(config, state, batch._asdict(), key).compile()
+    state, root = sharding.place((state, key), everywhere)
+    program = jax.jit(train_step, static_argnames="config", donate_argnames="state", out_shardings=everywhere)
+    compiled = program.lower(config, state, batch._asdict(), root).compile()
 
     def advance(state: TrainState, step: int, num_steps: int) -> tuple[TrainState, Fetch]:
         del step  # the stream is there already
-        sums = []
+        state, sums = sharding.place(state, everywhere), []
         for _ in range(num_steps):
-            state, of_step = compiled(state, next(stream), key)
+            state, of_step = compiled(state, next(stream), root)
             sums.append(of_step)
         return state, lambda: jax.tree.map(lambda *values: np.stack(values), *jax.device_get(sums))
 

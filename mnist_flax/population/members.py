@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import pathlib
 import sys
@@ -13,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from mnist_flax import batches, checkpoint, rng
+from mnist_flax import batches, checkpoint, rng, sharding
 from mnist_flax import workdir as workdirs
 from mnist_flax.config import Config, replace
 from mnist_flax.data import Splits, follow, load_splits
@@ -186,12 +188,11 @@ def train_all(members: Sequence[Member], splits: Splits, wish: StopWish) -> None
       NonFiniteLossError: nothing is saved after the last good checkpoints.
       Interrupted: a signal asked to stop; all members are saved.
     """
-    examples = jax.device_put(splits.train)
     while behind := [member for member in members if member.step < member.config.num_steps]:
         step = min(member.step for member in behind)
         group = [member for member in behind if member.step == step]
         ahead = [member.step for member in behind if member.step > step]
-        train_group(group, examples, until=min(ahead, default=group[0].config.num_steps), wish=wish)
+        train_group(group, splits.train, until=min(ahead, default=group[0].config.num_steps), wish=wish)
 
 
 def train_members(
@@ -202,9 +203,10 @@ def train_members(
     keys: Array,
     num_steps: Array | int,
     *,
+    mesh: Mesh,
     vectorized: bool,
 ) -> tuple[TrainState, StepMetrics]:
-    """Makes `num_steps` updates of every member within an epoch.
+    """Makes `num_steps` updates of every member within an epoch; each device has members of its own.
 
     Args:
       config: of the members; seed and fold are no part of the program.
@@ -213,22 +215,42 @@ def train_members(
       orders: `i32[M,S,B]`, of the epoch that the members are in.
       keys: `key[M]`, their root keys.
       num_steps: at most what is left of the epoch.
-      vectorized: all members at once (`vmap`) instead of one after the other (`map`). The same up to rounding.
+      mesh: of devices, whose number divides M.
+      vectorized: all members of a device at once (`vmap`) instead of one after the other (`map`). The same up to
+        rounding.
 
     Returns:
       The states after them, and the metrics `[M,S]` of the epoch, as `step.train_steps` returns them.
     """
+    own, whole = PartitionSpec(sharding.AXIS), PartitionSpec()
 
-    def member(state: TrainState, order: Array, key: Array) -> tuple[TrainState, StepMetrics]:
-        return train_steps(config, state, examples, order, key, num_steps)
+    # Members have nothing to tell each other: their devices' programs are separate, and XLA need not find that out.
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(own, own, own, whole, whole), out_specs=own, check_vma=False)
+    def of_device(
+        states: TrainState, orders: Array, keys: Array, examples: Examples, num_steps: Array
+    ) -> tuple[TrainState, StepMetrics]:
+        def member(state: TrainState, order: Array, key: Array) -> tuple[TrainState, StepMetrics]:
+            return train_steps(config, state, examples, order, key, num_steps)
 
-    if vectorized:
-        return jax.vmap(member)(states, orders, keys)
-    trained: tuple[TrainState, StepMetrics] = jax.lax.map(lambda one: member(*one), (states, orders, keys))
-    return trained
+        if vectorized:
+            return jax.vmap(member)(states, orders, keys)
+        trained: tuple[TrainState, StepMetrics] = jax.lax.map(lambda one: member(*one), (states, orders, keys))
+        return trained
+
+    return of_device(states, orders, keys, examples, num_steps)
 
 
-jit_train_members = jax.jit(train_members, static_argnames=("config", "vectorized"), donate_argnames="states")
+jit_train_members = jax.jit(train_members, static_argnames=("config", "mesh", "vectorized"), donate_argnames="states")
+
+
+def mesh_of(config: Config, num_members: int) -> Mesh:
+    """Returns the devices to spread members over: as many as there are and may be used, and can have equal shares.
+
+    Raises:
+      ConfigError: `train.num_devices` is more than there are.
+    """
+    count = sharding.make_mesh(config.train.num_devices).size
+    return sharding.make_mesh(max(divisor for divisor in range(1, count + 1) if num_members % divisor == 0))
 
 
 def is_vectorized() -> bool:
@@ -247,15 +269,18 @@ def train_group(members: Sequence[Member], examples: Examples, *, until: int, wi
       Interrupted: a signal asked to stop; all of these members are saved.
     """
     config, step = members[0].config, members[0].step
+    mesh, vectorized = mesh_of(config, len(members)), is_vectorized()
+    everywhere, by_member = sharding.replicated(mesh), sharding.split(mesh)
     keys = jnp.stack([rng.root_key(member.config.seed) for member in members])
     states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[member.state for member in members])
-    orders_of = epoch_orders(members)
-    vectorized = is_vectorized()
+    keys, states = sharding.place((keys, states), by_member)
+    examples = sharding.place(examples, everywhere)
+    orders_of = epoch_orders(members, by_member)
 
     def advance(states: TrainState, step: int, num_steps: int) -> tuple[TrainState, StepMetrics]:
         orders = orders_of(step // config.steps_per_epoch)
-        count = jax.device_put(np.int32(num_steps))
-        return jit_train_members(config, states, examples, orders, keys, count, vectorized=vectorized)
+        count = sharding.place(np.int32(num_steps), everywhere)
+        return jit_train_members(config, states, examples, orders, keys, count, mesh=mesh, vectorized=vectorized)
 
     started = time.perf_counter()
     states, _ = jax.block_until_ready(advance(states, step, 0))  # no step: it only compiles
@@ -304,7 +329,7 @@ def train_group(members: Sequence[Member], examples: Examples, *, until: int, wi
         progress.close()
 
 
-def epoch_orders(members: Sequence[Member]) -> Callable[[int], Array]:
+def epoch_orders(members: Sequence[Member], placement: NamedSharding) -> Callable[[int], Array]:
     """Returns what computes the orders `i32[M,S,B]` of an epoch, and keeps them until it is asked for another.
 
     Each member's own, by the program that a single run uses: folds may differ in their number of rows.
@@ -318,12 +343,11 @@ def epoch_orders(members: Sequence[Member]) -> Callable[[int], Array]:
         if epoch not in orders:
             orders.clear()
             number = jax.device_put(np.int32(epoch))
-            orders[epoch] = jnp.stack(
-                [
-                    batches.jit_epoch_order(key, number, of_member, batch_size)
-                    for key, of_member in zip(keys, rows, strict=True)
-                ]
-            )
+            of_members = [
+                batches.jit_epoch_order(key, number, of_member, batch_size)
+                for key, of_member in zip(keys, rows, strict=True)
+            ]
+            orders[epoch] = sharding.place(jnp.stack(of_members), placement)
         return orders[epoch]
 
     return orders_of

@@ -1,0 +1,217 @@
+"""Many devices: the same data, the same random numbers and, up to rounding, the same result as one."""
+
+import pathlib
+import re
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_run import SMALL, lines
+
+from mnist_flax import checkpoint, rng, sharding
+from mnist_flax.augment import augment
+from mnist_flax.config import AugmentConfig, Config, replace
+from mnist_flax.datasets import Examples
+from mnist_flax.errors import ConfigError
+from mnist_flax.evaluate import predict_logits
+from mnist_flax.logs import RunLog
+from mnist_flax.model import Dropout
+from mnist_flax.population.members import fit_population, mesh_of
+from mnist_flax.step import StepMetrics, TrainState, eval_variables, forward, jit_init_state, train_step
+from mnist_flax.train import DRIVERS, fit
+
+KEY = rng.root_key(0)
+COUNTS = [1, 2, 4, 8]
+# Plain gradient descent: Adam's first steps divide by the gradient's own size, and would show its rounding as large.
+SGD: dict[str, Any] = {"optimizer__name": "sgd", "optimizer__learning_rate": 0.05}
+RUN = replace(SMALL, checkpoint__every_steps=5, **SGD)
+# All that is random, stateful or averaged at once.
+CONFIG = replace(
+    Config(),
+    model__widths=(4,),
+    model__pools=(2,),
+    model__dense=(8,),
+    model__batch_norm=True,
+    model__dropout=0.2,
+    augment__shift=1,
+    data__num_train=92,
+    train__batch_size=16,
+    optimizer__ema_decay=0.9,
+    **SGD,
+)
+
+
+def test_of_a_cpu_one_device_is_used_unless_more_are_asked_for() -> None:
+    assert jax.device_count() == 8
+    assert sharding.make_mesh().size == 1
+    assert [device.id for device in sharding.make_mesh(3).devices] == [0, 1, 2]
+
+
+def test_devices_that_are_not_there_are_refused(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ConfigError, match=r"config.train.num_devices = 9: there are only 8 here; use at most as many"):
+        fit(replace(SMALL, train__num_devices=9), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("batch_size", "nearest"), [(50, "48 or 52"), (3, "4"), (33, "32 or 36")])
+def test_a_batch_that_cannot_be_split_is_refused_before_anything_is_written(
+    tmp_path: pathlib.Path, batch_size: int, nearest: str
+) -> None:
+    config = replace(SMALL, train__batch_size=batch_size, train__num_devices=4)
+    message = f"batch_size = {batch_size}: cannot be split evenly over 4 devices; use {nearest},"
+    with pytest.raises(ConfigError, match=message):
+        fit(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_is_split_and_the_rest_is_everywhere() -> None:
+    mesh = sharding.make_mesh(8)
+    order = sharding.place(np.arange(48).reshape(3, 16), sharding.split(mesh, axis=1))
+    assert {shard.data.shape for shard in order.addressable_shards} == {(3, 2)}
+    variables = sharding.place(eval_variables(jit_init_state(CONFIG, KEY)), sharding.replicated(mesh))
+    assert all(leaf.addressable_shards[5].data.shape == leaf.shape for leaf in jax.tree.leaves(variables))
+
+
+def test_in_the_form_for_accelerators_devices_tell_each_other_sums_and_nothing_else(
+    examples: Examples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # XLA's own convolution is split by examples. The forms for CPUs are not all: what they need is collected first.
+    monkeypatch.setattr("jax.lax.platform_dependent", lambda *args, cpu, default: default(*args))
+    mesh = sharding.make_mesh(8)
+    everywhere, split = sharding.replicated(mesh), sharding.split(mesh)
+    config = replace(CONFIG, model__widths=(4, 6), model__pools=(2, 1))
+    state, key = sharding.place((jit_init_state(config, KEY), KEY), everywhere)
+    batch = sharding.place({"image": examples.image[:16], "label": examples.label[:16]}, split)
+    logits = jax.jit(forward, static_argnums=0)(config, eval_variables(state), batch["image"])
+    assert {shard.data.shape for shard in logits.addressable_shards} == {(2, 10)}  # each device has made its own
+    step = jax.jit(train_step, static_argnums=0, out_shardings=everywhere)
+    program = step.lower(config, state, batch, key).compile().as_text()
+    assert set(re.findall(r" (all-[a-z]+|collective-permute|reduce-scatter)[(-]", program)) == {"all-reduce"}
+
+
+@pytest.mark.parametrize("count", COUNTS[1:])
+def test_distortions_and_dropout_masks_do_not_depend_on_the_number_of_devices(examples: Examples, count: int) -> None:
+    config = AugmentConfig(shift=2, rotate=10.0, scale=0.1, shear=5.0)
+    dropout = Dropout(0.3)
+
+    def random(images: jax.Array, key: jax.Array) -> Any:
+        ones = jnp.ones((len(images), 7, 5))
+        return augment(config, images, key), dropout.apply({}, ones, rngs={"dropout": key})
+
+    def on(count: int) -> Any:
+        split = sharding.split(sharding.make_mesh(count))
+        # The outputs are split too, which is what JAX's own random values may depend on (jax issue 40232).
+        return jax.device_get(jax.jit(random, out_shardings=split)(sharding.place(examples.image, split), KEY))
+
+    for one, many in zip(on(1), on(count), strict=True):
+        np.testing.assert_array_equal(one, many)
+
+
+# The same examples, distorted and thinned out in the same way; but a sum over a batch is a sum over its parts, so the
+# last bits of f32 (6e-8) differ, and twelve steps with batch norm let that grow. One wrong example of 16, or another
+# mask, shows in the second digit.
+RTOL, ATOL = 1e-4, 1e-5
+
+
+def assert_close(state: Any, other: Any) -> None:
+    for one, another in zip(jax.tree.leaves(state), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(one, another, rtol=RTOL, atol=ATOL)
+
+
+def train_on(count: int, driver: str, examples: Examples, num_steps: int) -> tuple[TrainState, StepMetrics]:
+    config = replace(CONFIG, train__num_devices=count)
+    rows = np.arange(config.num_train, dtype=np.int32)
+    state = jit_init_state(config, KEY)
+    advance = DRIVERS[driver](config, state, examples, rows, KEY)
+    history = []
+    for step in range(0, num_steps, 6):
+        state, fetch = advance(state, step, 6)
+        history.append(fetch())
+    assert {leaf.sharding.num_devices for leaf in jax.tree.leaves(state)} == {count}
+    assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(state))
+    return jax.device_get(state), jax.tree.map(lambda *columns: np.concatenate(columns), *history)
+
+
+@pytest.mark.parametrize("driver", list(DRIVERS))
+def test_one_and_many_devices_agree(examples: Examples, driver: str) -> None:
+    state, sums = train_on(1, driver, examples, 12)
+    assert sums.examples.tolist() == [16, 16, 16, 16, 16, 12] * 2
+    for count in COUNTS[1:]:
+        other_state, other_sums = train_on(count, driver, examples, 12)
+        np.testing.assert_array_equal(sums.examples, other_sums.examples)
+        np.testing.assert_allclose(sums.loss, other_sums.loss, rtol=RTOL)
+        assert_close(state, other_state)
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_evaluation_splits_its_batches_and_counts_every_example_once(examples: Examples, count: int) -> None:
+    variables = eval_variables(jit_init_state(CONFIG, KEY))
+    one = predict_logits(replace(CONFIG, train__eval_batch_size=20), variables, examples.image)
+    config = replace(CONFIG, train__eval_batch_size=20, train__num_devices=count)
+    np.testing.assert_allclose(predict_logits(config, variables, examples.image), one, atol=1e-5)  # other batches
+
+
+def test_a_run_of_more_devices_than_there_are_can_be_looked_at(examples: Examples) -> None:
+    variables = eval_variables(jit_init_state(CONFIG, KEY))
+    config = replace(CONFIG, train__num_devices=64)
+    assert predict_logits(config, variables, examples.image).shape == (96, 10)
+
+
+class Died(Exception):
+    """What is raised in the middle of a run."""
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A run on 8 devices that died in its second epoch; who goes on with it makes a copy first."""
+    workdir = tmp_path_factory.mktemp("half") / "run"
+
+    def die(*_: Any, **__: Any) -> None:
+        raise Died
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunLog, "epoch_line", die)
+        with pytest.raises(Died):
+            fit(replace(RUN, train__num_devices=8), workdir)
+    assert checkpoint.steps_in(workdir / "checkpoints") == [5]
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The same run, undisturbed."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    fit(replace(RUN, train__num_devices=8), workdir)
+    return workdir
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_a_checkpoint_of_eight_devices_goes_on_with_fewer(
+    half: pathlib.Path, whole: pathlib.Path, tmp_path: pathlib.Path, count: int
+) -> None:
+    workdir = shutil.copytree(half, tmp_path / "run")
+    fit(replace(RUN, train__num_devices=count), workdir)
+    state, expected = (checkpoint.load_run(folder).state for folder in (workdir, whole))
+    assert_close(state, expected)
+    if count == 8:
+        assert jax.tree.all(jax.tree.map(lambda a, b: (np.asarray(a) == np.asarray(b)).all(), state, expected))
+    logs = lines(workdir), lines(whole)
+    places, expected_places = ([(line["step"], line["split"], line["examples"]) for line in log] for log in logs)
+    assert places == expected_places
+
+
+def test_members_are_spread_over_as_many_devices_as_can_have_equal_shares() -> None:
+    config = replace(SMALL, train__num_devices=8)
+    assert [mesh_of(config, members).size for members in (1, 6, 8, 12, 30, 7)] == [1, 6, 8, 6, 6, 7]
+    assert mesh_of(SMALL, 6).size == 1
+
+
+def test_members_on_devices_of_their_own_are_what_they_are_together(tmp_path: pathlib.Path) -> None:
+    for count in (1, 2):
+        fit_population(replace(RUN, train__epochs=1, train__num_devices=count), tmp_path / str(count), seeds=4)
+    for name in ("seed-0", "seed-3"):
+        one, other = (checkpoint.load_run(tmp_path / str(count) / "members" / name).state for count in (1, 2))
+        assert_close(one, other)  # loops of other lengths are fused in other ways
