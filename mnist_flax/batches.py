@@ -127,6 +127,16 @@ def epoch_order(key: Array, epoch: Array | int, rows: Array, batch_size: int) ->
 jit_epoch_order = jax.jit(epoch_order, static_argnames="batch_size")
 
 
+def epochs_order(key: Array, first_epoch: int, num_epochs: int, rows: Array, batch_size: int) -> Array:
+    """Returns the orders of some epochs that follow each other, one after the other: `i32[R] -> i32[num_epochs*S,B]`.
+
+    Made by the program that makes one epoch's, whatever their number.
+    """
+    numbers = range(first_epoch, first_epoch + num_epochs)
+    orders = [jit_epoch_order(key, jax.device_put(np.int32(epoch)), rows, batch_size) for epoch in numbers]
+    return jnp.concatenate(orders)
+
+
 def take(examples: Examples, rows: Array) -> Batch:
     """Gathers a batch on the device, `i32[B] -> u8[B,28,28,1], i32[B]`; row -1 is a place without an example."""
     image = jnp.take(examples.image, rows, axis=0, mode="clip")

@@ -45,6 +45,8 @@ DATASETS: dict[str, DatasetInfo] = {
 ACTIVATIONS = ("relu", "leaky_relu", "elu", "tanh", "gelu", "silu")
 INITIALIZERS = ("glorot_uniform", "glorot_normal", "he_uniform", "he_normal", "lecun_uniform", "lecun_normal")
 OPTIMIZERS = ("adam", "adamw", "sgd")
+DTYPES = ("float32", "bfloat16")
+PRECISIONS = ("default", "high", "highest")
 SCHEDULES = ("constant", "cosine", "one_cycle", "exponential", "step")
 
 
@@ -105,6 +107,10 @@ class ModelConfig:
       batch_norm: normalise each convolution's and hidden dense layer's output over the batch, before the activation.
       conv_dropout: rate after each convolution block.
       dropout: rate on the input of the last layer.
+      dtype: `float32` or `bfloat16`, of what convolutions and matrix products multiply. Weights, statistics, the last
+        layer, the loss and every sum over a batch are in float32 in any case.
+      matmul_precision: of the products of float32: `default` is what the device is fastest at (TF32 on NVIDIA's GPUs,
+        bfloat16 on TPUs, float32 on CPUs), `highest` float32 everywhere, `high` something between.
       pixel_mean, pixel_std: pixels become (value / 255 - mean) / std; 0 and 1 leave them in [0, 1].
     """
 
@@ -121,6 +127,8 @@ class ModelConfig:
     batch_norm: bool = False
     conv_dropout: float = 0.0
     dropout: float = 0.0
+    dtype: str = "float32"
+    matmul_precision: str = "default"
     pixel_mean: float = 0.0
     pixel_std: float = 1.0
 
@@ -211,6 +219,9 @@ class TrainConfig:
       label_smoothing: this share of each one-hot label is spread over all classes.
       driver: `scan` (many steps in one compiled call, the data on the device) or `stream` (a batch a call, from the
         host); a choice of speed and memory, never of result.
+      epochs_per_dispatch: the device is given this many epochs in one call, so that a fast one does not wait for the
+        host; evaluations on hold-out rows, checkpoints by epochs, signals and the console wait for its end. 0 means
+        calls of about half a second, of an epoch at most. A choice of speed, never of result.
       eval_batch_size: rows of an evaluation's batch, for training's own evaluations and the final one.
       num_devices: the devices to train and evaluate on, of all processes together; the batch is split evenly over them.
         0 means all accelerators there are, and of a CPU, whose devices share its cores, one in each process.
@@ -223,6 +234,7 @@ class TrainConfig:
     epochs: int = 5
     label_smoothing: float = 0.0
     driver: str = cadence("scan")
+    epochs_per_dispatch: int = cadence(0)
     eval_batch_size: int = cadence(500)
     num_devices: int = cadence(0)
     log_every_steps: int = cadence(100)
@@ -436,6 +448,8 @@ def _mistakes(config: Config) -> Iterator[str]:
     yield from among("model.activation", model.activation, ACTIVATIONS)
     yield from among("model.init", model.init, INITIALIZERS)
     yield from among("model.stem", model.stem, ("learned", "cosine"))
+    yield from among("model.dtype", model.dtype, DTYPES)
+    yield from among("model.matmul_precision", model.matmul_precision, PRECISIONS)
     yield from within("model.conv_dropout", model.conv_dropout, 0, 1, open_high=True)
     yield from within("model.dropout", model.dropout, 0, 1, open_high=True)
     if model.pixel_std <= 0:
@@ -466,7 +480,7 @@ def _mistakes(config: Config) -> Iterator[str]:
         yield from within(f"train.{name}", getattr(train, name), 1)
     yield from within("train.label_smoothing", train.label_smoothing, 0, 1, open_high=True)
     yield from among("train.driver", train.driver, ("scan", "stream"))
-    for name in ("num_devices", "log_every_steps"):
+    for name in ("epochs_per_dispatch", "num_devices", "log_every_steps"):
         yield from within(f"train.{name}", getattr(train, name), 0)
     for name in ("every_epochs", "every_steps", "every_seconds", "keep_best"):
         yield from within(f"checkpoint.{name}", getattr(checkpoint, name), 0)

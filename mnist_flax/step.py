@@ -156,32 +156,33 @@ def moving_average(decay: float, ema: Any, params: Any, step: Array) -> Any:
 def train_steps(
     config: Config, state: TrainState, examples: Examples, order: Array, key: Array, num_steps: Array | int
 ) -> tuple[TrainState, StepMetrics]:
-    """Makes `num_steps` updates within an epoch, all in one loop on the device.
+    """Makes `num_steps` updates within an epoch, or within several, all in one loop on the device.
 
     Args:
       config: of the run.
-      state: before the first of them; `state.step` tells the place in the epoch.
+      state: before the first of them; `state.step` tells the place in the order.
       examples: the training split, on the device.
-      order: `i32[S,B]`, of the epoch that `state.step` is in.
+      order: `i32[S,B]`, of the epoch that `state.step` is in; or the orders of E epochs, `i32[E*S,B]`, the first of
+        which has a number that E divides.
       key: the run's root key.
-      num_steps: at most what is left of the epoch. A traced number serves any part of an epoch with one program; a
-        Python int gives the compiler the trip count.
+      num_steps: at most what is left of the order. A traced number serves any part of it with one program; a Python
+        int gives the compiler the trip count.
 
     Returns:
-      The state after them, and the metrics `[S]` of the epoch, filled at the places of these steps and 0 elsewhere.
+      The state after them, and the metrics `[S]` of the order, filled at the places of these steps and 0 elsewhere.
     """
-    steps_per_epoch = len(order)
+    length = len(order)
 
     def body(_: int, carry: tuple[TrainState, StepMetrics]) -> tuple[TrainState, StepMetrics]:
         state, history = carry
-        place = state.step % steps_per_epoch
+        place = state.step % length
         state, sums = train_step(config, state, batches.take(examples, order[place]), key)
         return state, jax.tree.map(lambda column, value: column.at[place].set(value), history, sums)
 
     empty = StepMetrics(
-        loss=jnp.zeros(steps_per_epoch),
-        correct=jnp.zeros(steps_per_epoch, jnp.int32),
-        examples=jnp.zeros(steps_per_epoch, jnp.int32),
+        loss=jnp.zeros(length),
+        correct=jnp.zeros(length, jnp.int32),
+        examples=jnp.zeros(length, jnp.int32),
     )
     return jax.lax.fori_loop(0, num_steps, body, (state, empty))
 

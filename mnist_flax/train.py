@@ -172,8 +172,18 @@ def mesh_of(config: Config) -> Mesh:
     return mesh
 
 
+def warn_of_slow_dtype(config: Config) -> None:
+    """Says so when the type of the products is not one that the platform is fast at."""
+    if config.model.dtype != "float32" and jax.default_backend() == "cpu":
+        logger.warning(
+            "config.model.dtype = %r: is several times slower than 'float32' on a CPU, and gains nothing there",
+            config.model.dtype,
+        )
+
+
 def announce(config: Config, splits: Splits, workdir: pathlib.Path, step: int) -> None:
     """Tells what is about to be trained, on what, and where it goes."""
+    warn_of_slow_dtype(config)
     images = jnp.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 1), jnp.uint8)
     style = {"width": 100, "force_terminal": False, "no_color": True}
     table = nn.tabulate(build(config), rng.root_key(0), compute_flops=True, console_kwargs=style)(images)
@@ -190,20 +200,20 @@ def announce(config: Config, splits: Splits, workdir: pathlib.Path, step: int) -
 
 
 def scan_driver(config: Config, state: TrainState, examples: Examples, rows: np.ndarray, key: Array) -> Advance:
-    """Compiles the loop on the device: the data lie there, and one call makes any number of steps of an epoch."""
+    """Compiles the loop on the device: the data lie there, and one call makes any steps up to the next common stop."""
     mesh = mesh_of(config)
     everywhere, order_split = sharding.replicated(mesh), sharding.split(mesh, axis=1)
-    batch_size, steps_per_epoch = config.train.batch_size, config.steps_per_epoch
+    num_epochs = max(1, config.train.epochs_per_dispatch)  # that one order covers
     rows = jax.device_put(rows)
     orders: dict[int, Array] = {}
 
-    def order_of(epoch: int) -> Array:
-        if epoch not in orders:
+    def order_of(part: int) -> Array:
+        if part not in orders:
             orders.clear()
             # Drawn on one device and split afterwards: random values may depend on how their computation is split.
-            order = batches.jit_epoch_order(key, jax.device_put(np.int32(epoch)), rows, batch_size)
-            orders[epoch] = sharding.place(order, order_split)
-        return orders[epoch]
+            order = batches.epochs_order(key, part * num_epochs, num_epochs, rows, config.train.batch_size)
+            orders[part] = sharding.place(order, order_split)
+        return orders[part]
 
     state, examples, root = sharding.place((state, examples, key), everywhere)
     program = jax.jit(train_steps, static_argnames="config", donate_argnames="state", out_shardings=everywhere)
@@ -211,9 +221,9 @@ def scan_driver(config: Config, state: TrainState, examples: Examples, rows: np.
     compiled = program.lower(config, state, examples, order_of(0), root, none).compile()
 
     def advance(state: TrainState, step: int, num_steps: int) -> tuple[TrainState, Fetch]:
-        epoch, start = divmod(step, steps_per_epoch)
+        part, start = divmod(step, num_epochs * config.steps_per_epoch)
         state, count = sharding.place((state, np.int32(num_steps)), everywhere)
-        state, sums = compiled(state, examples, order_of(epoch), root, count)
+        state, sums = compiled(state, examples, order_of(part), root, count)
         return state, lambda: jax.tree.map(lambda column: column[start : start + num_steps], jax.device_get(sums))
 
     return advance
@@ -274,7 +284,7 @@ def train(
 
     if wish.signum is not None:
         raise stopped(config, step, wish.signum)
-    num_steps = 1  # of the next call; grows until a call takes DISPATCH_SECONDS
+    num_steps = first_num_steps(config)  # of the next call
     under_way: list[Fetch] = []
     last_save = mark = time.perf_counter()
     while step < config.num_steps:
@@ -291,8 +301,7 @@ def train(
             now, since = time.perf_counter(), mark
             mark = now
             log.steps(sums, now - since)
-            rate = len(sums.loss) / max(now - since, 1e-9)
-            num_steps = max(1, min(2 * num_steps, int(rate * DISPATCH_SECONDS)))
+            num_steps = next_num_steps(config, num_steps, len(sums.loss) / max(now - since, 1e-9))
         if not pause:
             continue
         refuse_spoilt(state, step)
@@ -338,11 +347,32 @@ def stopped(config: Config, step: int, signum: int) -> Interrupted:
     return Interrupted(message, signum)
 
 
+def first_num_steps(config: Config) -> int:
+    """Returns how many steps the first call makes, at most: one, or all that `next_stop` lets it."""
+    return config.num_steps if config.train.epochs_per_dispatch else 1
+
+
+def next_num_steps(config: Config, num_steps: int, rate: float) -> int:
+    """Returns how many steps the next call makes, at most: up to twice as many, until it takes `DISPATCH_SECONDS`.
+
+    Args:
+      config: of the run; if it says how many epochs a call makes, it is those.
+      num_steps: of the last call.
+      rate: measured, in steps a second.
+    """
+    if config.train.epochs_per_dispatch:
+        return num_steps
+    return max(1, min(2 * num_steps, int(rate * DISPATCH_SECONDS)))
+
+
 def next_stop(config: Config, step: int) -> int:
-    """Returns the first step after `step` at which the host has something to do: an epoch's end, a checkpoint."""
-    epoch_end = (step // config.steps_per_epoch + 1) * config.steps_per_epoch
-    every = config.checkpoint.every_steps
-    return min(epoch_end, (step // every + 1) * every) if every else epoch_end
+    """Returns the first step after `step` at which the host has something to do.
+
+    That is the end of an epoch, or of the epochs of a call, a checkpoint by steps, or the end of the run.
+    """
+    stride = max(1, config.train.epochs_per_dispatch) * config.steps_per_epoch
+    every = config.checkpoint.every_steps or config.num_steps
+    return min((step // stride + 1) * stride, (step // every + 1) * every, config.num_steps)
 
 
 def is_save_due(config: Config, step: int) -> bool:

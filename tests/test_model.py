@@ -5,16 +5,18 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import Array
 
 from mnist_flax import rng
+from mnist_flax.batches import Batch
 from mnist_flax.config import Config, replace
 from mnist_flax.datasets import Examples
 from mnist_flax.model import INITIALIZERS, Bias, Dropout, build, cosine_patterns, scale_pixels
-from mnist_flax.step import forward, jit_forward, jit_init_state, jit_train_step
+from mnist_flax.step import eval_variables, forward, jit_forward, jit_init_state, jit_train_step, train_step
 
 SMALL = replace(Config(), model__widths=(4, 6), model__pools=(2, 1), model__dense=(8,))
 
@@ -186,3 +188,62 @@ def test_a_cosine_stem_stays_while_the_rest_learns(examples: Examples) -> None:
     same = jax.tree.map(lambda a, b: np.array_equal(a, b), before, jax.device_get(after.params))
     assert same.pop("Conv_0") == {"kernel": True}
     assert not any(jax.tree.leaves(same))
+
+
+def products(config: Config) -> list[tuple[str, ...]]:
+    """The types of the operands of all products in a training step, in their order."""
+    state = jit_init_state(config, rng.root_key(0))
+    batch: Batch = {"image": jnp.zeros((4, 28, 28, 1), jnp.uint8), "label": jnp.zeros(4, jnp.int32)}
+    closed = jax.make_jaxpr(train_step, static_argnums=0)(config, state, batch, rng.root_key(0))
+    found: list[tuple[str, ...]] = []
+
+    def walk(jaxpr: Any) -> None:
+        for equation in jaxpr.eqns:
+            if equation.primitive.name in ("conv_general_dilated", "dot_general"):
+                found.append(tuple(str(operand.aval.dtype) for operand in equation.invars))
+            for inner in jax.extend.core.jaxprs_in_params(equation.params):
+                walk(inner)
+
+    walk(closed.jaxpr)
+    return found
+
+
+def test_in_bfloat16_all_but_the_last_layer_multiply_in_it() -> None:
+    on_accelerator = replace(SMALL, model__dtype="bfloat16", model__batch_norm=True)
+    float32 = [operands for operands in products(replace(SMALL, model__batch_norm=True)) if "bfloat16" in operands]
+    assert not float32
+    found = products(on_accelerator)
+    assert found.count(("bfloat16", "bfloat16")) >= 3 * 3 - 1  # forward and both gradients; none by the pixels
+    assert ("bfloat16", "float32") not in found
+    assert ("float32", "bfloat16") not in found
+
+
+def test_weights_statistics_and_logits_are_in_float32_whatever_the_products_are_in(examples: Examples) -> None:
+    config = replace(SMALL, model__dtype="bfloat16", model__batch_norm=True, optimizer__ema_decay=0.9)
+    batch: Batch = {"image": jnp.asarray(examples.image[:8]), "label": jnp.asarray(examples.label[:8])}
+    state, sums = jit_train_step(config, jit_init_state(config, rng.root_key(0)), batch, rng.root_key(0))
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves((state, sums))} == {"float32", "int32"}
+    assert jit_forward(config, eval_variables(state), batch["image"]).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("fields", [{}, {"model__batch_norm": True}, {"model__pooling": "avg"}])
+def test_bfloat16_agrees_with_float32_to_its_own_rounding(examples: Examples, fields: dict[str, Any]) -> None:
+    config = replace(SMALL, **fields)
+    variables = variables_of(config)
+    images = jnp.asarray(examples.image[:8])
+    exact = np.asarray(jit_forward(config, variables, images))
+    rounded = np.asarray(jit_forward(replace(config, model__dtype="bfloat16"), variables, images))
+    # bfloat16 has 8 bits, so an operand is off by up to 2^-9 of itself; over three layers that adds up to a percent.
+    error = np.abs(rounded - exact).max() / np.abs(exact).max()
+    assert 1e-5 < error < 0.02
+
+
+def test_the_precision_of_products_is_said_and_not_left_to_a_global_switch(examples: Examples) -> None:
+    def text(precision: str) -> str:
+        config = replace(SMALL, model__matmul_precision=precision)
+        with jax.default_matmul_precision("bfloat16"):
+            lowered = jit_forward.lower(config, variables_of(config), examples.image[:4])
+        return str(lowered.as_text())
+
+    assert "precision = [HIGHEST, HIGHEST]" in text("highest")
+    assert "HIGHEST" not in text("default")

@@ -1,16 +1,19 @@
 """The drivers agree: which one runs is a choice of speed, never of result."""
 
 import itertools
+import pathlib
 
 import jax
 import numpy as np
 import pytest
+from small_run import SMALL, lines
 
-from mnist_flax import rng
+from mnist_flax import checkpoint, rng
 from mnist_flax.config import Config, replace
 from mnist_flax.datasets import Examples
-from mnist_flax.step import jit_init_state
-from mnist_flax.train import DRIVERS
+from mnist_flax.logs import RunLog
+from mnist_flax.step import StepMetrics, jit_init_state
+from mnist_flax.train import DRIVERS, fit
 
 CONFIG = replace(
     Config(),
@@ -48,3 +51,39 @@ def test_scan_and_stream_agree(examples: Examples, cuts: list[int]) -> None:
     np.testing.assert_allclose(sums.loss, other_sums.loss, rtol=1e-4)
     for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(other_state), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("driver", list(DRIVERS))
+def test_several_epochs_in_a_call_are_the_same_bits_and_leave_the_same_curve(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, driver: str
+) -> None:
+    calls, curves, take_in = list[int](), {}, RunLog.steps
+
+    def count_and_take_in(log: RunLog, sums: StepMetrics, seconds: float) -> None:
+        calls.append(len(sums.loss))
+        take_in(log, sums, seconds)
+
+    monkeypatch.setattr(RunLog, "steps", count_and_take_in)
+    for count in (0, 1, 2, 3):
+        config = replace(SMALL, train__driver=driver, train__epochs=5, train__epochs_per_dispatch=count)
+        calls.clear()
+        fit(config, tmp_path / str(count))
+        if count:
+            assert calls == [count * 7] * (5 // count) + [5 % count * 7] * (5 % count > 0)
+        curves[count] = [line for line in lines(tmp_path / str(count)) if line["split"] != "holdout"]
+    assert len(curves[0]) == 5 * 3 + 1  # lines of 3, 3 and 1 steps, and the test
+    state = checkpoint.load_run(tmp_path / "0").state
+    for count in (1, 2, 3):
+        assert curves[count] == curves[0]
+        other = checkpoint.load_run(tmp_path / str(count)).state
+        for one, another in zip(jax.tree.leaves(state), jax.tree.leaves(other), strict=True):
+            np.testing.assert_array_equal(one, another)
+
+
+def test_a_run_goes_on_in_the_middle_of_a_call_of_several_epochs(tmp_path: pathlib.Path) -> None:
+    config = replace(SMALL, train__epochs=4, optimizer__schedule="constant")
+    fit(replace(config, train__epochs=3), tmp_path / "in two")
+    fit(replace(config, train__epochs_per_dispatch=2), tmp_path / "in two")
+    fit(config, tmp_path / "at once")
+    one, other = (checkpoint.load_run(tmp_path / name).state for name in ("in two", "at once"))
+    assert jax.tree.all(jax.tree.map(lambda a, b: (np.asarray(a) == np.asarray(b)).all(), one, other))

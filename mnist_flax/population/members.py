@@ -28,15 +28,17 @@ from mnist_flax.population import results
 from mnist_flax.signals import StopWish, stop_wish
 from mnist_flax.step import StepMetrics, TrainState, train_steps
 from mnist_flax.train import (
-    DISPATCH_SECONDS,
     begin,
     check_origin,
     finish,
+    first_num_steps,
     is_save_due,
     judge,
+    next_num_steps,
     next_stop,
     refuse_spoilt,
     stopped,
+    warn_of_slow_dtype,
 )
 
 logger = logging.getLogger(__name__)
@@ -142,6 +144,7 @@ def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, fol
 
 def announce(configs: Sequence[Config], splits: Splits) -> None:
     """Tells what is about to be trained, and on what."""
+    warn_of_slow_dtype(configs[0])
     logger.info(
         "%s (%s, fingerprint %s): %d members, each with %d rows to train on and %d held out; %d to test",
         splits.name, splits.source, splits.fingerprint[:12], len(configs), configs[-1].num_train,
@@ -275,10 +278,10 @@ def train_group(members: Sequence[Member], examples: Examples, *, until: int, wi
     states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[member.state for member in members])
     keys, states = sharding.place((keys, states), by_member)
     examples = sharding.place(examples, everywhere)
-    orders_of = epoch_orders(members, by_member)
+    orders_of = orders_at(members, by_member)
 
     def advance(states: TrainState, step: int, num_steps: int) -> tuple[TrainState, StepMetrics]:
-        orders = orders_of(step // config.steps_per_epoch)
+        orders = orders_of(step)
         count = sharding.place(np.int32(num_steps), everywhere)
         return jit_train_members(config, states, examples, orders, keys, count, mesh=mesh, vectorized=vectorized)
 
@@ -291,7 +294,7 @@ def train_group(members: Sequence[Member], examples: Examples, *, until: int, wi
     if wish.signum is not None:
         raise stopped(config, step, wish.signum)
     progress = Progress(members, step)
-    num_steps = 1  # of the next call; grows until a call takes DISPATCH_SECONDS
+    num_steps = first_num_steps(config)  # of the next call
     last_save = mark = time.perf_counter()
     try:
         while step < until:
@@ -299,11 +302,12 @@ def train_group(members: Sequence[Member], examples: Examples, *, until: int, wi
             with jax.transfer_guard("disallow"):
                 states, metrics = advance(states, step, target - step)
             sums = jax.device_get(metrics)
-            place = slice(step % config.steps_per_epoch, (target - 1) % config.steps_per_epoch + 1)
+            start = step % metrics.loss.shape[1]
+            place = slice(start, start + target - step)
             step, seconds = target, time.perf_counter() - mark
             tell(members, jax.tree.map(lambda column, place=place: column[:, place], sums), seconds)
             progress.update(step, seconds)
-            num_steps = max(1, min(2 * num_steps, int((place.stop - place.start) / seconds * DISPATCH_SECONDS)))
+            num_steps = next_num_steps(config, num_steps, (place.stop - place.start) / seconds)
             mark = time.perf_counter()
             timed_save = 0 < config.checkpoint.every_seconds <= mark - last_save
             is_asked_to_save = timed_save or wish.signum is not None
@@ -329,26 +333,27 @@ def train_group(members: Sequence[Member], examples: Examples, *, until: int, wi
         progress.close()
 
 
-def epoch_orders(members: Sequence[Member], placement: NamedSharding) -> Callable[[int], Array]:
-    """Returns what computes the orders `i32[M,S,B]` of an epoch, and keeps them until it is asked for another.
+def orders_at(members: Sequence[Member], placement: NamedSharding) -> Callable[[int], Array]:
+    """Returns what computes the orders `i32[M,S,B]` that a step belongs to, and keeps them until others are needed.
 
     Each member's own, by the program that a single run uses: folds may differ in their number of rows.
     """
-    batch_size = members[0].config.train.batch_size
+    config = members[0].config
+    num_epochs = max(1, config.train.epochs_per_dispatch)  # that one order covers
     keys = [rng.root_key(member.config.seed) for member in members]
     rows = [jax.device_put(member.rows) for member in members]
     orders: dict[int, Array] = {}
 
-    def orders_of(epoch: int) -> Array:
-        if epoch not in orders:
+    def orders_of(step: int) -> Array:
+        part = step // (num_epochs * config.steps_per_epoch)
+        if part not in orders:
             orders.clear()
-            number = jax.device_put(np.int32(epoch))
             of_members = [
-                batches.jit_epoch_order(key, number, of_member, batch_size)
+                batches.epochs_order(key, part * num_epochs, num_epochs, of_member, config.train.batch_size)
                 for key, of_member in zip(keys, rows, strict=True)
             ]
-            orders[epoch] = sharding.place(jnp.stack(of_members), placement)
-        return orders[epoch]
+            orders[part] = sharding.place(jnp.stack(of_members), placement)
+        return orders[part]
 
     return orders_of
 
