@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mnist_flax import rng
+from mnist_flax import processes, rng
 from mnist_flax import workdir as workdirs
 from mnist_flax.config import Config, differences
 from mnist_flax.errors import ConfigError, WorkdirError
@@ -123,9 +123,18 @@ class Store:
           The run as it was there, None if there is no good one, and a line for each damaged one that was passed over.
           Those are moved into a folder beside, so that their steps can be saved again.
 
+        Of several processes the primary chooses, and the others read what it chose.
+
         Raises:
           WorkdirError: the newest readable one is of another run.
         """
+        found, skipped = self._newest_good() if processes.is_primary() else (None, [])
+        (chosen,) = processes.agree(found.record["step"] if found else -1)
+        if chosen >= 0 and not found:
+            found = load_run(self._workdir, str(chosen))
+        return found, skipped
+
+    def _newest_good(self) -> tuple[Run | None, list[str]]:
         skipped: list[str] = []
         for step in reversed(steps_in(self._folder)):
             try:
@@ -150,18 +159,25 @@ class Store:
         return target
 
     def _write(self, arrays: TrainState, record: dict[str, Any]) -> None:
-        """Writes a checkpoint, and then deletes those that need not be kept any longer."""
+        """Writes a checkpoint, and then deletes those that need not be kept any longer.
+
+        All processes take part in what Orbax does; the rest is left to the primary.
+        """
         import orbax.checkpoint as ocp
 
         step = int(arrays.step)
         unfinished = self._folder / f"{step}{_UNFINISHED}"
         items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record))
+        if not processes.is_primary():
+            with _SAVING, _checkpointer(everybody=True) as checkpointer:
+                checkpointer.save(unfinished, args=items)
+            return
         try:
             self._folder.mkdir(exist_ok=True)
             needed = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)) + 2**16
             if shutil.disk_usage(self._folder).free < needed:  # better than to fail half way
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            with _SAVING, _checkpointer() as checkpointer:
+            with _SAVING, _checkpointer(everybody=True) as checkpointer:
                 checkpointer.save(unfinished, args=items)
             (unfinished / _CHECKSUMS).write_text(checksums(unfinished))
             for path in (*unfinished.rglob("*"), unfinished):
@@ -199,7 +215,8 @@ def open_store(config: Config, fingerprint: str, workdir: pathlib.Path) -> Itera
     Raises:
       WorkdirError: the last save failed.
     """
-    _clean(workdir / workdirs.CHECKPOINTS)
+    if processes.is_primary():
+        _clean(workdir / workdirs.CHECKPOINTS)
     with concurrent.futures.ThreadPoolExecutor(max_workers=1) as executor:
         store = Store(config, fingerprint, workdir, executor)
         try:
@@ -313,15 +330,31 @@ def _read_config(record: Mapping[str, Any], workdir: pathlib.Path) -> Config:
 
 
 @contextlib.contextmanager
-def _checkpointer() -> Iterator[Any]:
-    """Opens Orbax, and keeps a failure from being told in other ways than by the exception that it raises."""
+def _checkpointer(*, everybody: bool = False) -> Iterator[Any]:
+    """Opens Orbax, and keeps a failure from being told in other ways than by the exception that it raises.
+
+    Args:
+      everybody: all processes do the same and wait for each other; otherwise this one acts alone.
+    """
     import orbax.checkpoint as ocp
+
+    # Named, all or one, so that they wait by JAX's coordination service: a collective on the devices would get between
+    # the steps, for saving is in the background.
+    index, count = jax.process_index(), jax.process_count()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=0 if everybody else index,
+        active_processes=set(range(count)) if everybody else {index},
+        barrier_sync_key_prefix="all" if everybody else str(index),
+    )
 
     absl = logging.getLogger("absl")
     level = absl.level
     absl.setLevel(logging.CRITICAL)
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        handler = ocp.CompositeCheckpointHandler(
+            composite_options=ocp.CompositeOptions(multiprocessing_options=options)
+        )
+        with ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
             yield checkpointer
     except Exception:
         # Threads of Orbax and TensorStore go on to fail and to tell of it, some when the event loop is gone.

@@ -19,6 +19,12 @@ class WorkdirError(UserError):
     """A workdir cannot be used: it is no folder, cannot be written, holds something else, or is in use."""
 
 
+class LostPeerError(UserError):
+    """Another process of the same run is gone, so this one cannot go on."""
+
+    exit_status = 4
+
+
 class NonFiniteLossError(UserError):
     """The loss became NaN or infinite; training further would only spoil the weights."""
 

@@ -40,12 +40,14 @@ class RunLog:
       origin: how the run began, as JSON.
     """
 
-    def __init__(self, config: Config, folder: pathlib.Path, saved: Mapping[str, Any], *, quiet: bool = False) -> None:
+    def __init__(
+        self, config: Config, folder: pathlib.Path | None, saved: Mapping[str, Any], *, quiet: bool = False
+    ) -> None:
         """Starts from the record of a checkpoint, or from one that holds nothing but an origin.
 
         Args:
           config: of the run.
-          folder: of the run.
+          folder: of the run; None keeps the log and writes nothing, for another process does.
           saved: the record.
           quiet: show no progress, for another does.
 
@@ -62,9 +64,10 @@ class RunLog:
         # Loss, correct and examples: of each step since the last train line, and summed over the epoch so far.
         self._window: list[list[float]] = list(saved.get("window", ()))
         self._epoch: list[float] = saved.get("epoch_sums", [0.0, 0, 0])
-        self._metrics = folder / workdirs.METRICS
-        workdirs.write_text(self._metrics, "".join(json.dumps(record) + "\n" for record in self._records))
-        self._events = Events(folder / workdirs.TENSORBOARD) if config.train.tensorboard else None
+        self._metrics = folder / workdirs.METRICS if folder else None
+        if self._metrics:
+            workdirs.write_text(self._metrics, "".join(json.dumps(record) + "\n" for record in self._records))
+        self._events = Events(folder / workdirs.TENSORBOARD) if folder and config.train.tensorboard else None
         if self._events:
             self._events.start(self._records, self.seconds)
         self._progress = Progress(config, self.step, quiet=quiet)
@@ -129,7 +132,8 @@ class RunLog:
         Raises:
           WorkdirError: it cannot be written.
         """
-        workdirs.sync(self._metrics)
+        if self._metrics:
+            workdirs.sync(self._metrics)
 
     def close(self) -> None:
         """Leaves the progress bar; the files are not kept open."""
@@ -139,7 +143,8 @@ class RunLog:
         place = {"step": self.step, "epoch": self.step / self._config.steps_per_epoch, "split": split}
         record = place | values | {"seconds": round(self.seconds, 3)}
         self._records.append(record)
-        workdirs.append_bytes(self._metrics, (json.dumps(record) + "\n").encode())
+        if self._metrics:
+            workdirs.append_bytes(self._metrics, (json.dumps(record) + "\n").encode())
         if self._events:
             self._events.append(record)
 

@@ -5,6 +5,9 @@
 Any field of the config can be overridden: --config.optimizer.learning_rate=0.05 --config.model.widths="(16,32)".
 The same command again goes on with a run that was stopped, or says that it is finished. `--fork=DIR` starts a new run
 with the weights of the one in DIR.
+
+Several processes train one network with --distributed: the same command in each, on one file system. SLURM, GKE and
+Cloud TPU tell JAX the rest; elsewhere say it: --coordinator=HOST:PORT --num_processes=2 --process_index=0, then 1.
 """
 
 import pathlib
@@ -13,18 +16,29 @@ from collections.abc import Sequence
 from absl import flags
 
 from mnist_flax import cli
+from mnist_flax.errors import ConfigError
+
+FLAGS = flags.FLAGS
+CLUSTER = ("coordinator", "num_processes", "process_index")  # flags that say what --distributed has to know
 
 
 def main(argv: Sequence[str]) -> None:
     """Trains what the flags describe."""
     del argv
     config = cli.config()
-    workdir = flags.FLAGS.workdir or pathlib.Path("runs", pathlib.Path(cli.config_file()).stem)
-    from mnist_flax import compilation, train  # only now: --help and a wrong flag need not wait for JAX
+    workdir = FLAGS.workdir or pathlib.Path("runs", pathlib.Path(cli.config_file()).stem)
+    for name in CLUSTER:
+        if FLAGS[name].present and not FLAGS.distributed:
+            raise ConfigError(f"--{name}: has a meaning only with --distributed; add that, or leave it out")
+    from mnist_flax import compilation, processes, train  # only now: --help and a wrong flag need not wait for JAX
 
     compilation.keep_programs()
-    fork = pathlib.Path(flags.FLAGS.fork) if flags.FLAGS.fork else None
-    train.fit(config, pathlib.Path(workdir), fork=fork)
+    if FLAGS.distributed:
+        processes.join(*(FLAGS[name].value for name in CLUSTER))
+    fork = pathlib.Path(FLAGS.fork) if FLAGS.fork else None
+    with processes.bound_together():
+        train.fit(config, pathlib.Path(workdir), fork=fork)
+    processes.leave()
 
 
 if __name__ == "__main__":
@@ -33,4 +47,8 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "fork", None, "the folder of a run: start a new one in --workdir with that one's latest weights"
     )
+    flags.DEFINE_boolean("distributed", False, "be one of several processes that train one network together")
+    flags.DEFINE_string("coordinator", None, "HOST:PORT where the first process is reached; if not given, found out")
+    flags.DEFINE_integer("num_processes", None, "how many there are; if not given, found out", lower_bound=1)
+    flags.DEFINE_integer("process_index", None, "which of them this is; if not given, found out", lower_bound=0)
     cli.run(main)

@@ -8,6 +8,7 @@ its own part of it, and all must make the same calls in the same order.
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -78,25 +79,28 @@ def _place_own_part(leaf: Any, sharding: NamedSharding) -> jax.Array:
     """Puts this process's part of an array on its devices, without a word to the other processes."""
     if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
         return leaf
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(_place_own_part(jax.random.key_data(leaf), sharding))
     on_host = np.asarray(jax.device_get(leaf))
-    return jax.make_array_from_callback(on_host.shape, sharding, lambda index: on_host[index])
+    with jax.transfer_guard("allow"):  # JAX does not count this as the explicit transfer that it is
+        return jax.make_array_from_callback(on_host.shape, sharding, lambda index: on_host[index])
 
 
 def own_rows(sharding: NamedSharding, batch_size: int) -> slice:
     """Returns which rows of a batch this process's devices hold: neighbours, for so the mesh is ordered."""
-    parts = [index[0].indices(batch_size) for index in sharding.addressable_devices_indices_map((batch_size,)).values()]
-    return slice(min(start for start, _, _ in parts), max(stop for _, stop, _ in parts))
+    parts: Any = sharding.addressable_devices_indices_map((batch_size,)).values()
+    bounds = [rows.indices(batch_size) for (rows,) in parts]
+    return slice(min(start for start, _, _ in bounds), max(stop for _, stop, _ in bounds))
 
 
 def place_rows(tree: Any, sharding: NamedSharding, batch_size: int) -> Any:
     """Puts this process's rows, as `own_rows` says, on its devices: with those of the others they are the batch."""
     if sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)
-    return jax.tree.map(
-        lambda rows: jax.make_array_from_process_local_data(sharding, rows, (batch_size, *rows.shape[1:])), tree
-    )
+    with jax.transfer_guard("allow"):  # as above
+        return jax.tree.map(
+            lambda rows: jax.make_array_from_process_local_data(sharding, rows, (batch_size, *rows.shape[1:])), tree
+        )
 
 
 def gather(tree: Any) -> Any:

@@ -1,5 +1,6 @@
 """The loop: claims a workdir, goes on from its newest checkpoint, trains, logs, evaluates, saves."""
 
+import contextlib
 import json
 import logging
 import pathlib
@@ -14,7 +15,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from mnist_flax import batches, checkpoint, rng, sharding
+from mnist_flax import batches, checkpoint, processes, rng, sharding
 from mnist_flax import workdir as workdirs
 from mnist_flax.config import IMAGE_SIZE, Config
 from mnist_flax.data import Splits, follow, load_splits
@@ -60,6 +61,9 @@ def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = No
     Raises:
       UserError: the data, the workdir or the config does not allow it; or the loss is no longer finite.
       Interrupted: a signal asked to stop; the state is saved.
+
+    Several processes, once they have joined (`processes.join`), call this with the same arguments, and see the same
+    folder; the primary claims it, logs and writes.
     """
     workdirs.check(workdir)
     if (workdir / workdirs.MEMBERS).exists():
@@ -70,10 +74,12 @@ def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = No
     mesh_of(config)  # before anything is read or written
     splits = load_splits(config)
     config = follow(config, splits)
+    is_primary = processes.is_primary()
     with (
         stop_wish() as wish,
-        workdirs.claim(workdir),
+        workdirs.claim(workdir) if is_primary else contextlib.nullcontext(),
         checkpoint.open_store(config, splits.fingerprint, workdir) as store,
+        processes.bound_together(),
     ):
         found, skipped = store.restore_latest()
         for line in skipped:
@@ -86,13 +92,16 @@ def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = No
             record = {"origin": origin}
         if found and is_finished(config, found.record, workdir):
             return state
-        workdirs.write_text(workdir / workdirs.CONFIG, config.to_json())
-        log = RunLog(config, workdir, record)
+        if is_primary:
+            workdirs.write_text(workdir / workdirs.CONFIG, config.to_json())
+        log = RunLog(config, workdir if is_primary else None, record, quiet=not is_primary)
         try:
-            announce(config, splits, workdir, log.step)
+            if is_primary:
+                announce(config, splits, workdir, log.step)
             state = train(config, state, splits, rng.root_key(config.seed), log=log, store=store, wish=wish)
             store.wait()
             finish(config, state, splits, workdir, log)
+            processes.agree(0)  # none leaves before the primary has written all
         finally:
             log.close()
     return state
@@ -204,14 +213,14 @@ def scan_driver(config: Config, state: TrainState, examples: Examples, rows: np.
     mesh = mesh_of(config)
     everywhere, order_split = sharding.replicated(mesh), sharding.split(mesh, axis=1)
     num_epochs = max(1, config.train.epochs_per_dispatch)  # that one order covers
-    rows = jax.device_put(rows)
+    rows_there = jax.device_put(rows)
     orders: dict[int, Array] = {}
 
     def order_of(part: int) -> Array:
         if part not in orders:
             orders.clear()
             # Drawn on one device and split afterwards: random values may depend on how their computation is split.
-            order = batches.epochs_order(key, part * num_epochs, num_epochs, rows, config.train.batch_size)
+            order = batches.epochs_order(key, part * num_epochs, num_epochs, rows_there, config.train.batch_size)
             orders[part] = sharding.place(order, order_split)
         return orders[part]
 
@@ -282,9 +291,10 @@ def train(
     advance = DRIVERS[config.train.driver](config, state, splits.train, rows, key)
     logger.info("compiled in %.1f s", time.perf_counter() - started)
 
-    if wish.signum is not None:
-        raise stopped(config, step, wish.signum)
-    num_steps = first_num_steps(config)  # of the next call
+    (signum,) = processes.agree(wish.signum or 0)
+    if signum:
+        raise stopped(config, step, signum)
+    num_steps, rate = first_num_steps(config), 0.0  # of the next call; of the last that was measured, in steps a second
     under_way: list[Fetch] = []
     last_save = mark = time.perf_counter()
     while step < config.num_steps:
@@ -293,15 +303,19 @@ def train(
             state, fetch = advance(state, step, target - step)
         under_way.append(fetch)
         step = target
-        timed_save = 0 < config.checkpoint.every_seconds <= time.perf_counter() - last_save
-        pause = step == next_stop(config, step - 1) or timed_save or wish.signum is not None
+        is_late = 0 < config.checkpoint.every_seconds <= time.perf_counter() - last_save
+        # No process has the same clock or hears the same signals, but all have to do the same.
+        num_steps, timed_save, signum = processes.agree(
+            next_num_steps(config, num_steps, rate), is_late, wish.signum or 0
+        )
+        pause = step == next_stop(config, step - 1) or timed_save or signum
         # While the device works on this call, the host reads the metrics of the one before.
         while len(under_way) > (0 if pause else 1):
             sums = under_way.pop(0)()
             now, since = time.perf_counter(), mark
             mark = now
             log.steps(sums, now - since)
-            num_steps = next_num_steps(config, num_steps, len(sums.loss) / max(now - since, 1e-9))
+            rate = len(sums.loss) / max(now - since, 1e-9)
         if not pause:
             continue
         refuse_spoilt(state, step)
@@ -311,12 +325,13 @@ def train(
                 scores = judge(config, state, holdout)
                 log.evaluation("holdout", **scores)
             log.epoch_line()
-        if is_save_due(config, step) or timed_save or wish.signum is not None:
+        (signum,) = processes.agree(wish.signum or 0)
+        if is_save_due(config, step) or timed_save or signum:
             store.save(state, log.snapshot(), holdout=scores)
             last_save = time.perf_counter()
-        if wish.signum is not None:
+        if signum:
             store.wait()
-            raise stopped(config, step, wish.signum)
+            raise stopped(config, step, signum)
         mark = time.perf_counter()
     return state
 
@@ -392,6 +407,9 @@ def finish(config: Config, state: TrainState, splits: Splits, workdir: pathlib.P
     evaluation = evaluate(config, variables, splits.test)
     scores = scores_of(evaluation)
     log.evaluation("test", **scores)
+    if not processes.is_primary():
+        return
+    variables = jax.device_get(variables)  # from here on the primary is alone
     log.sync()
     checkpoint.save_weights(config, workdir, variables)
     summary = {
@@ -409,6 +427,8 @@ def finish(config: Config, state: TrainState, splits: Splits, workdir: pathlib.P
         "images_per_second": config.num_train * config.train.epochs / log.seconds,
         "restarts": log.restarts,
         "fork": log.origin["fork"],
+        "num_devices": sharding.make_mesh(config.train.num_devices).size,
+        "num_processes": jax.process_count(),
         **provenance(),
     }
     workdirs.write_text(workdir / workdirs.SUMMARY, json.dumps(summary, indent=2) + "\n")

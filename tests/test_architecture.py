@@ -15,6 +15,7 @@ LAYERS = [
         "ops",
         "metrics",
         "sharding",
+        "processes",
         "datasets",
         "pictures",
         "compilation",

@@ -88,7 +88,7 @@ def test_in_the_form_for_accelerators_devices_tell_each_other_sums_and_nothing_e
     logits = jax.jit(forward, static_argnums=0)(config, eval_variables(state), batch["image"])
     assert {shard.data.shape for shard in logits.addressable_shards} == {(2, 10)}  # each device has made its own
     step = jax.jit(train_step, static_argnums=0, out_shardings=everywhere)
-    program = step.lower(config, state, batch, key).compile().as_text()
+    program = str(step.lower(config, state, batch, key).compile().as_text())
     assert set(re.findall(r" (all-[a-z]+|collective-permute|reduce-scatter)[(-]", program)) == {"all-reduce"}
 
 

@@ -1,0 +1,27 @@
+"""Runs `mnist_flax.main` with the flags that follow, and kills itself when its log has come to a step.
+
+python tests/killed_process.py STEP [flags of main]
+"""
+
+import os
+import runpy
+import signal
+import sys
+
+from mnist_flax.logs import RunLog
+from mnist_flax.step import StepMetrics
+
+take_in = RunLog.steps
+
+
+def steps_and_die(self: RunLog, sums: StepMetrics, seconds: float) -> None:
+    """Ends this process like a power cut, after the steps that bring it to the one it is to die at."""
+    take_in(self, sums, seconds)
+    if self.step >= die_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    die_at = int(sys.argv.pop(1))
+    RunLog.steps = steps_and_die  # type: ignore[method-assign]
+    runpy.run_module("mnist_flax.main", run_name="__main__", alter_sys=True)
