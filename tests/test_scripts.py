@@ -1,6 +1,7 @@
 """The scripts: the two commands of the README, and the measurements."""
 
 import importlib.util
+import json
 import os
 import pathlib
 import subprocess
@@ -153,3 +154,21 @@ def test_a_preset_over_seeds_has_its_interval_and_counts_its_target(monkeypatch:
     assert low < min(result["accuracies"]) < result["accuracy_mean"] < max(result["accuracies"]) < high
     assert result["reached"] == 0
     assert bench_presets.statistics_of("x", [2.0]) == {"x_mean": 2.0, "x_sd": None, "x_interval": None}
+
+
+def test_the_accelerators_bench_runs_without_one(tmp_path: pathlib.Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "bench_accelerator.py"), "--config=configs/tiny.py"]
+    command += ["--images=64", "--batch_sizes=32", "--dtypes=float32", "--drivers=scan", "--members=2", "--repeats=1"]
+    command += [f"--picture={tmp_path / 'picture.png'}", f"--profile={tmp_path / 'trace'}"]
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250)
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    found = [(line["kind"], line["num_devices"], line["members_per_device"]) for line in lines]
+    assert found == [("scan", 1, 1), ("scan", 2, 1), ("members", 1, 2), ("members", 2, 2)]
+    for line in lines:
+        assert line["images_per_second_median"] > 0
+        assert line["flop_utilisation"] > 0
+        assert (line["scaling_efficiency"] == 1) == (line["num_devices"] == 1)
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    assert list((tmp_path / "trace").rglob("*.xplane.pb"))

@@ -1,0 +1,339 @@
+"""Measures training by batch size, type, driver, devices and members: a JSON line each, and at the end a picture.
+
+    python scripts/bench_accelerator.py --config=configs/three_conv_adam.py --batch_sizes=64,256,1024,4096
+
+A call trains one epoch of random pixels, with all it has to do: order, augmentation, gradient, optimiser, metrics to
+the host. What is measured beside its time: compile time, peak memory so far, the device's own matrix-product rate in
+that type and the share of it that the network's arithmetic comes to (`flop_utilisation`), the share of n times one
+device's speed that n devices reach (`scaling_efficiency`), and energy, where nvidia-smi tells the power. On GPUs with
+PyTorch, the same network there, as fast as a user can have it: channels_last, bfloat16 or TF32, torch.compile, the
+step as a CUDA graph, the data on the device. To try it on a CPU: XLA_FLAGS=--xla_force_host_platform_device_count=4
+and small numbers.
+"""
+
+import contextlib
+import datetime
+import importlib.util
+import itertools
+import json
+import os
+import pathlib
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import flags
+from bench_steps import training_flops
+
+from mnist_flax import cli
+from mnist_flax.config import IMAGE_SIZE, Config, replace
+
+FLAGS = flags.FLAGS
+
+
+class Program(NamedTuple):
+    """Something that trains, compiled and warm.
+
+    Attributes:
+      compile_seconds: that took, the first call included.
+      images: of one call.
+      steps: of one call.
+      call: trains, and returns when all is done.
+    """
+
+    compile_seconds: float
+    images: int
+    steps: int
+    call: Callable[[], None]
+
+
+def warm(started: float, images: int, steps: int, call: Callable[[], None]) -> Program:
+    """Makes the first call, and counts it and what was before it as compiling."""
+    call()
+    return Program(time.perf_counter() - started, images, steps, call)
+
+
+def random_examples(config: Config) -> Any:
+    """Returns as many random pictures as the config trains on: `u8[N,28,28,1]`, `i32[N]`."""
+    from mnist_flax.datasets import Examples
+
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (config.num_train, IMAGE_SIZE, IMAGE_SIZE, 1), dtype=np.uint8)
+    return Examples(images, generator.integers(0, config.num_classes, config.num_train).astype(np.int32))
+
+
+def run_program(config: Config) -> Program:
+    """Compiles a driver; a call is an epoch."""
+    from mnist_flax import rng
+    from mnist_flax.step import jit_init_state
+    from mnist_flax.train import DRIVERS
+
+    key, rows = rng.root_key(config.seed), np.arange(config.num_train, dtype=np.int32)
+    state, step, examples = jit_init_state(config, key), 0, random_examples(config)
+    started = time.perf_counter()
+    advance = DRIVERS[config.train.driver](config, state, examples, rows, key)
+
+    def call() -> None:
+        nonlocal state, step
+        state, fetch = advance(state, step, config.steps_per_epoch)
+        fetch()
+        step += config.steps_per_epoch
+
+    return warm(started, config.num_train, config.steps_per_epoch, call)
+
+
+def members_program(config: Config, num_members: int) -> Program:
+    """Compiles a population, spread over the devices, all of a device's members at once; a call is an epoch of each."""
+    import jax
+    import jax.numpy as jnp
+
+    from mnist_flax import batches, rng, sharding
+    from mnist_flax.population.members import jit_train_members
+    from mnist_flax.step import jit_init_state
+
+    mesh = sharding.make_mesh(config.train.num_devices)
+    by_member, everywhere = sharding.split(mesh), sharding.replicated(mesh)
+    rows = jax.device_put(np.arange(config.num_train, dtype=np.int32))
+    all_keys = [rng.root_key(seed) for seed in range(num_members)]
+    states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[jit_init_state(config, key) for key in all_keys])
+    orders = jnp.stack([batches.epochs_order(key, 0, 1, rows, config.train.batch_size) for key in all_keys])
+    states, orders, keys = sharding.place((states, orders, jnp.stack(all_keys)), by_member)
+    examples, count = sharding.place((random_examples(config), np.int32(config.steps_per_epoch)), everywhere)
+
+    def call() -> None:
+        nonlocal states
+        states, metrics = jit_train_members(config, states, examples, orders, keys, count, mesh=mesh, vectorized=True)
+        jax.device_get(metrics)
+
+    images = config.num_train * num_members
+    return warm(time.perf_counter(), images, config.steps_per_epoch, call)
+
+
+def torch_program(config: Config) -> Program:
+    """Builds the same network in PyTorch: compiled, the step captured in a CUDA graph; a call is an epoch."""
+    import torch
+    from torch import nn
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+    layers: list[Any] = []
+    size, channels = IMAGE_SIZE, 1
+    for block in config.model.blocks():
+        padding = "same" if block.padding == "SAME" else 0
+        layers += [nn.Conv2d(channels, block.width, block.kernel_size, block.stride, padding), nn.ReLU()]
+        layers += [nn.MaxPool2d(block.pool)] * (block.pool > 1)
+        size, channels = block.conv_size(size) // block.pool, block.width
+    layers.append(nn.Flatten())
+    features = size**2 * channels
+    for width in config.model.dense:
+        layers += [nn.Linear(features, width), nn.ReLU()]
+        features = width
+    model = nn.Sequential(*layers, nn.Linear(features, config.num_classes)).cuda().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters(), config.optimizer.learning_rate, fused=True, capturable=True)
+    batch_size, num_steps = config.train.batch_size, config.num_train // config.train.batch_size
+    images, labels = (torch.from_numpy(column).cuda() for column in random_examples(config))
+    images, labels = images.permute(0, 3, 1, 2), labels.long()
+    rows = torch.zeros(batch_size, dtype=torch.long, device="cuda")  # of the captured step
+    started = time.perf_counter()
+    forward = torch.compile(model)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=False)
+        with torch.autocast("cuda", torch.bfloat16, enabled=config.model.dtype == "bfloat16"):
+            pixels = (images[rows].float() / 255).contiguous(memory_format=torch.channels_last)
+            logits = forward(pixels)
+        nn.functional.cross_entropy(logits.float(), labels[rows]).backward()
+        optimizer.step()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # as PyTorch wants it before a capture
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+
+    def call() -> None:
+        order = torch.randperm(len(labels), device="cuda")
+        for i in range(num_steps):
+            rows.copy_(order[i * batch_size : (i + 1) * batch_size])
+            graph.replay()
+        torch.cuda.synchronize()
+
+    return warm(started, num_steps * batch_size, num_steps, call)
+
+
+def matmul_rate(dtype: str) -> float:
+    """Measures one device's matrix products of a type, as JAX does them by default: the best of five, in FLOP/s."""
+    import jax
+    import jax.numpy as jnp
+
+    size, count = (512, 20) if jax.default_backend() == "cpu" else (8192, 20)
+    matrix = jnp.full((size, size), 1e-3, dtype)
+    program = jax.jit(lambda a: jax.lax.fori_loop(0, count, lambda _, x: x @ a, a))
+    program(matrix).block_until_ready()
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        program(matrix).block_until_ready()
+        seconds.append(time.perf_counter() - started)
+    return 2 * count * size**3 / min(seconds)
+
+
+def peak_memory() -> int | None:
+    """Returns the most bytes that a device has held so far, if it tells."""
+    import jax
+
+    told = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    return max((count for count in told if count is not None), default=None)
+
+
+@contextlib.contextmanager
+def power() -> Iterator[list[float]]:
+    """Collects the power of all GPUs together, in watts, while the context lasts; nothing where nvidia-smi is not."""
+    watts: list[float] = []
+    if not shutil.which("nvidia-smi"):
+        yield watts
+        return
+    done = threading.Event()
+    command = ["nvidia-smi", "--query-gpu=power.draw", "--format=csv,noheader,nounits"]
+
+    def sample() -> None:
+        while not done.wait(0.1):
+            told = subprocess.run(command, capture_output=True, text=True).stdout.split()
+            with contextlib.suppress(ValueError):  # a device that does not tell says so in words
+                watts.append(sum(map(float, told)))
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield watts
+    finally:
+        done.set()
+        thread.join()
+
+
+def measure(program: Program, config: Config, rate: float, num_devices: int) -> dict[str, Any]:
+    """Times a program, and says how well it uses its devices."""
+    seconds = []
+    with power() as watts:
+        for _ in range(FLAGS.repeats):
+            started = time.perf_counter()
+            program.call()
+            seconds.append(time.perf_counter() - started)
+    speeds = [program.images / each for each in seconds]
+    speed = statistics.median(speeds)
+    return {
+        "images_per_second_median": speed,
+        "images_per_second": speeds,
+        "ms_per_step": 1e3 * statistics.median(seconds) / program.steps,
+        "compile_seconds": program.compile_seconds,
+        "peak_memory_bytes": peak_memory(),
+        "matmul_flops_per_second": rate,
+        "flop_utilisation": speed * training_flops(config) / (rate * num_devices),
+        "joules_per_1000_images": 1e3 * statistics.mean(watts) / speed if watts else None,
+    }
+
+
+def results(config: Config) -> Iterator[dict[str, Any]]:
+    """Yields a line for each combination that the flags name."""
+    import jax
+
+    rates: dict[str, float] = {}
+    first: dict[Any, float] = {}  # the speed of one device, by all that is not the number of devices
+    counts = [int(count) for count in FLAGS.devices] or [2**i for i in range(jax.device_count().bit_length())]
+    kinds = [(driver, 1) for driver in FLAGS.drivers] + [("members", int(count)) for count in FLAGS.members]
+    has_torch = jax.default_backend() == "gpu" and importlib.util.find_spec("torch") is not None
+    for dtype, batch_size in itertools.product(FLAGS.dtypes, map(int, FLAGS.batch_sizes)):
+        rates.setdefault(dtype, matmul_rate(dtype))
+        chosen = replace(config, model__dtype=dtype, train__batch_size=batch_size, train__epochs=10**6)
+        for (kind, members), count in itertools.product(kinds, counts):
+            print(f"{dtype}, batch {batch_size}, {kind}, {members} members, {count} devices ...", file=sys.stderr)
+            sized = replace(chosen, train__num_devices=count)
+            if kind == "members":
+                program = members_program(sized, members * count)
+            else:
+                program = run_program(replace(sized, train__driver=kind))
+            measured = measure(program, sized, rates[dtype], count)
+            if FLAGS.profile:
+                with jax.profiler.trace(FLAGS.profile):
+                    program.call()
+            speed = measured["images_per_second_median"]
+            alone = first.setdefault((dtype, batch_size, kind, members), speed if count == 1 else float("nan"))
+            yield {
+                "kind": kind,
+                "dtype": dtype,
+                "batch_size": batch_size,
+                "num_devices": count,
+                "members_per_device": members,
+                **measured,
+                "scaling_efficiency": None if np.isnan(alone) else speed / (alone * count),
+            }
+        if has_torch:
+            print(f"{dtype}, batch {batch_size}, PyTorch ...", file=sys.stderr)
+            measured = measure(torch_program(chosen), chosen, rates[dtype], 1)
+            yield {"kind": "pytorch", "dtype": dtype, "batch_size": batch_size, "num_devices": 1,
+                   "members_per_device": 1, **measured, "scaling_efficiency": None}  # fmt: skip
+
+
+def draw(lines: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
+    """Draws images/s over the batch size, a curve for each way to train."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    names = ("kind", "dtype", "num_devices", "members_per_device")
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for way in dict.fromkeys(tuple(line[name] for name in names) for line in lines):
+        points = sorted(
+            (line["batch_size"], line["images_per_second_median"])
+            for line in lines
+            if tuple(line[name] for name in names) == way
+        )
+        kind, dtype, count, members = way
+        label = f"{kind}, {dtype}, {count} device{'s' * (count > 1)}" + f", {members} members each" * (members > 1)
+        axes.plot(*zip(*points, strict=True), marker="o", label=label)
+    axes.set(xscale="log", yscale="log", xlabel="batch size", ylabel="images/s", title=lines[0]["device"])
+    axes.grid(visible=True, which="both", alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measures what the flags name."""
+    del argv
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch wants some of the memory, too
+    from mnist_flax.provenance import provenance
+
+    config = replace(cli.config(), data__num_train=FLAGS.images, data__holdout=0)
+    facts = {"model": config.to_dict()["model"], "date": datetime.date.today().isoformat(), **provenance()}
+    lines = []
+    for line in results(config):
+        lines.append(line | facts)
+        print(json.dumps(lines[-1]), flush=True)
+    if lines and FLAGS.picture:
+        draw(lines, pathlib.Path(FLAGS.picture))
+        print(f"picture: {FLAGS.picture}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    cli.define_config()
+    flags.DEFINE_list("batch_sizes", "64,256,1024", "train.batch_size, over all devices together")
+    flags.DEFINE_list("dtypes", "float32,bfloat16", "model.dtype")
+    flags.DEFINE_list("drivers", "scan,stream", "train.driver")
+    flags.DEFINE_list("devices", "", "train.num_devices; if not given, 1, 2, 4 and so on")
+    flags.DEFINE_list("members", "8", "members of a population on each device, each with that batch size")
+    flags.DEFINE_integer("images", 60_000, "of an epoch, which is one call", lower_bound=1)
+    flags.DEFINE_integer("repeats", 5, "how often each is timed", lower_bound=1)
+    flags.DEFINE_string("picture", "bench_accelerator.png", "where the picture goes; empty means none")
+    flags.DEFINE_string("profile", None, "a folder for a trace of one call each, for TensorBoard or ui.perfetto.dev")
+    cli.run(main)
