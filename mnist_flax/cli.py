@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import os
 import re
 import signal
 import sys
@@ -85,10 +86,14 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
-    """Ends the program as Ctrl-C does, where no loop catches the signal: the status is 128 plus its number."""
+    """Ends the program, where no loop hears the signal: the status is 128 plus its number.
+
+    At once, for an exception can come at a bad moment: a config file or a library being imported may catch it, and one
+    that is written in C++ may crash.
+    """
     del frame
-    print("stopped", file=sys.stderr)
-    sys.exit(128 + signum)
+    os.write(2, b"stopped\n")
+    os._exit(128 + signum)
 
 
 def _parse(arguments: Sequence[str]) -> Sequence[str]:

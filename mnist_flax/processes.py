@@ -141,8 +141,6 @@ def _end(error: BaseException) -> NoReturn:
     if isinstance(error, UserError):
         status = error.exit_status
         print(f"{'' if status > 128 else 'error: '}{error}", file=sys.stderr)
-    elif isinstance(error, SystemExit):  # of `cli.run`'s own handler of signals, which has told
-        status = int(error.code or 0)
     else:
         traceback.print_exception(error)
     sys.stderr.flush()

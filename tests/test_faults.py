@@ -126,6 +126,17 @@ def test_a_signal_while_data_are_loaded_leaves_with_nothing_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_signal_while_the_config_file_is_read_is_not_its_fault(tmp_path: pathlib.Path) -> None:
+    config = tmp_path / "config.py"
+    config.write_text("import time\nprint('reading', flush=True)\ntime.sleep(100)\n")
+    with start("-m", "mnist_flax.main", f"--config={config}") as process:
+        assert process.stdout
+        assert process.stdout.readline() == "reading\n"
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (143, "stopped\n")
+
+
 # Numbers that are none ------------------------------------------------------------------------------------------------
 
 
