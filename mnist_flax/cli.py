@@ -74,22 +74,21 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     package.setLevel(logging.INFO)
     package.propagate = False
     absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax and JAX tell a lot; --verbosity=0 shows it
-    signal.signal(signal.SIGTERM, _terminate)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(signum) is not signal.SIG_IGN:  # as shells have it for SIGINT to a background job
+            signal.signal(signum, _leave)
     try:
         app.run(main, flags_parser=_parse)
     except UserError as error:
         print(f"{'' if error.exit_status > 128 else 'error: '}{error}", file=sys.stderr)
         sys.exit(error.exit_status)
-    except KeyboardInterrupt:  # where no loop catches it: while importing, or loading data
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
 
 
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    """Ends the program, where no loop hears the signal: the status is 128 plus its number.
+def _leave(signum: int, frame: FrameType | None) -> None:
+    """Ends the program, where no loop hears the signal (`signals.stop_wish`): the status is 128 plus its number.
 
-    At once, for an exception can come at a bad moment: a config file or a library being imported may catch it, and one
-    that is written in C++ may crash.
+    At once, for an exception, which Python makes of Ctrl-C, can come at a bad moment: in a config file that catches it,
+    in a callback that must not raise and loses it, or while a library is imported whose C++ crashes over it.
     """
     del frame
     os.write(2, b"stopped\n")

@@ -165,6 +165,8 @@ def _max_of(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 
 def _max_of_forward(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    # The gradient compares x with y. Were x computed anew for that, as XLA may choose, it could be rounded differently.
+    x = lax.optimization_barrier(x)
     y = _max_of(x, axes)
     return y, (x, y)
 

@@ -113,7 +113,7 @@ def test_a_signal_while_data_are_loaded_leaves_with_nothing_written(
         "import runpy, signal, sys, time; from mnist_flax import data;"
         # A shell's background job, as these tests may be, hands down an ignored SIGINT.
         "signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "data.load_splits = lambda *_: (print('loading', flush=True), time.sleep(100));"
+        "data.load_splits = lambda *_: (print('loading', flush=True), [time.sleep(0.1) for _ in range(1000)]);"
         f"sys.argv = ['main', '--config={config}', '--workdir={tmp_path / 'run'}'];"
         "runpy.run_module('mnist_flax.main', run_name='__main__', alter_sys=True)"
     )
@@ -128,7 +128,7 @@ def test_a_signal_while_data_are_loaded_leaves_with_nothing_written(
 
 def test_a_signal_while_the_config_file_is_read_is_not_its_fault(tmp_path: pathlib.Path) -> None:
     config = tmp_path / "config.py"
-    config.write_text("import time\nprint('reading', flush=True)\ntime.sleep(100)\n")
+    config.write_text("import time\nprint('reading', flush=True)\nfor _ in range(1000):\n    time.sleep(0.1)\n")
     with start("-m", "mnist_flax.main", f"--config={config}") as process:
         assert process.stdout
         assert process.stdout.readline() == "reading\n"
