@@ -103,7 +103,8 @@ class ModelConfig:
       dense: widths of the hidden dense layers.
       activation: one of `ACTIVATIONS`, after every layer but the last.
       init: one of `INITIALIZERS`, for all kernels; biases start at 0.
-      stem: `learned`; or `cosine`: the kernels of the first convolution are cosine patterns, and stay what they are.
+      stem: `learned`; or `cosine`: the kernels of the first convolution are cosine patterns that stay what they are, and
+        it has no bias.
       batch_norm: normalise each convolution's and hidden dense layer's output over the batch, before the activation.
       conv_dropout: rate after each convolution block.
       dropout: rate on the input of the last layer.

@@ -154,7 +154,7 @@ class CNN(nn.Module):
                 x = self._normalize(x, mask)
                 if pool_first:
                     x = pool(x, block.pool)
-            else:
+            elif not is_fixed:  # a bias would need the gradient by all that the fixed layer makes
                 x = Bias()(x)
             x = activation(x)
             if not pool_first:
