@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
     config.model.pools = (1, 2)
     config.model.dense = (256,)
     config.model.init = "he_normal"
+    config.model.test_views = 5
     config.model.pixel_mean = 0.1307
     config.model.pixel_std = 0.3081
     config.augment.shift = 1

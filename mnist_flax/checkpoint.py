@@ -16,6 +16,7 @@ import logging
 import os
 import pathlib
 import shutil
+import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -115,6 +116,18 @@ class Store:
         saving, self._saving = self._saving, None
         if saving:
             saving.result()
+
+    def preemption(self, call: int) -> int:
+        """Returns SIGTERM if one of several processes got it, otherwise 0; a single process hears its own signals.
+
+        Args:
+          call: counts the calls of this from 0, in all processes alike: JAX's service tells all at the same one.
+        """
+        if jax.process_count() == 1:
+            return 0
+        from orbax.checkpoint import multihost
+
+        return signal.SIGTERM if multihost.reached_preemption(call) else 0
 
     def restore_latest(self) -> tuple[Run | None, list[str]]:
         """Restores the newest good checkpoint.

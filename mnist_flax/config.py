@@ -103,8 +103,8 @@ class ModelConfig:
       dense: widths of the hidden dense layers.
       activation: one of `ACTIVATIONS`, after every layer but the last.
       init: one of `INITIALIZERS`, for all kernels; biases start at 0.
-      stem: `learned`; or `cosine`: the kernels of the first convolution are cosine patterns that stay what they are, and
-        it has no bias.
+      stem: `learned`; or `cosine`: the kernels of the first convolution are cosine patterns that stay what they are,
+        and it has no bias.
       batch_norm: normalise each convolution's and hidden dense layer's output over the batch, before the activation.
       conv_dropout: rate after each convolution block.
       dropout: rate on the input of the last layer.
@@ -112,6 +112,7 @@ class ModelConfig:
         layer, the loss and every sum over a batch are in float32 in any case.
       matmul_precision: of the products of float32: `default` is what the device is fastest at (TF32 on NVIDIA's GPUs,
         bfloat16 on TPUs, float32 on CPUs), `highest` float32 everywhere, `high` something between.
+      test_views: 1, or 5: outside training an image counts as the mean of itself and its shifts by a pixel.
       pixel_mean, pixel_std: pixels become (value / 255 - mean) / std; 0 and 1 leave them in [0, 1].
     """
 
@@ -130,6 +131,7 @@ class ModelConfig:
     dropout: float = 0.0
     dtype: str = "float32"
     matmul_precision: str = "default"
+    test_views: int = 1
     pixel_mean: float = 0.0
     pixel_std: float = 1.0
 
@@ -449,6 +451,8 @@ def _mistakes(config: Config) -> Iterator[str]:
     yield from among("model.activation", model.activation, ACTIVATIONS)
     yield from among("model.init", model.init, INITIALIZERS)
     yield from among("model.stem", model.stem, ("learned", "cosine"))
+    if model.test_views not in (1, 5):
+        yield f"config.model.test_views = {model.test_views}: must be 1 or 5"
     yield from among("model.dtype", model.dtype, DTYPES)
     yield from among("model.matmul_precision", model.matmul_precision, PRECISIONS)
     yield from within("model.conv_dropout", model.conv_dropout, 0, 1, open_high=True)

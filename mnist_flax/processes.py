@@ -53,8 +53,6 @@ def join(coordinator: str | None, num_processes: int | None, process_index: int 
     if coordinator is not None:
         _find(coordinator, is_first=process_index == 0)
         logger.info("waiting for %d processes at %s, up to %d s", num_processes, coordinator, JOIN_SECONDS)
-    # A signal to any process is agreed on by all (`agree`), so JAX's own handler, which would displace ours, stays out.
-    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             coordinator,

@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from mnist_flax.errors import UserError
 
@@ -41,8 +41,8 @@ class StopWish:
 
 
 @contextlib.contextmanager
-def stop_wish() -> Iterator[StopWish]:
-    """Turns SIGINT and SIGTERM into a `StopWish` while the context lasts (only the main thread may do so).
+def stop_wish(signals: Sequence[signal.Signals] = SIGNALS) -> Iterator[StopWish]:
+    """Turns signals into a `StopWish` while the context lasts (only the main thread may do so).
 
     Python runs a signal's handler in the main thread, and only when that is not inside a library: not while XLA
     compiles or the device is waited for. So the handlers do nothing, and a thread listens at the file descriptor that
@@ -57,13 +57,13 @@ def stop_wish() -> Iterator[StopWish]:
 
     def listen() -> None:
         while number := os.read(reader, 1):
-            if number[0] in SIGNALS:
+            if number[0] in signals:
                 wish.receive(number[0])
 
     listener = threading.Thread(target=listen, name="signals", daemon=True)
     listener.start()
     previous_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    previous = {signum: signal.signal(signum, lambda *_: None) for signum in SIGNALS}
+    previous = {signum: signal.signal(signum, lambda *_: None) for signum in signals}
     try:
         yield wish
     finally:

@@ -71,8 +71,21 @@ def init_state(config: Config, key: Array) -> TrainState:
 
 
 def forward(config: Config, variables: Variables, images: Array) -> Array:
-    """Computes the logits as at test time, `u8[B,28,28,1] -> f32[B,C]`."""
-    logits: Any = build(config).apply(variables, images)
+    """Computes the logits as at test time, `u8[B,28,28,1] -> f32[B,C]`.
+
+    Where `model.test_views` is 5 they are logarithms: of the mean of the probabilities of each image and of its shifts
+    by a pixel up, down, left and right.
+    """
+    views = images[:, None]
+    if config.model.test_views > 1:
+        height, width = images.shape[1:3]
+        padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        corners = ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2))
+        views = jnp.stack([padded[:, i : i + height, j : j + width] for i, j in corners], 1)
+    logits: Any = build(config).apply(variables, views.reshape(-1, *images.shape[1:]))
+    if config.model.test_views > 1:
+        logits = jax.nn.log_softmax(logits).reshape(*views.shape[:2], -1)
+        logits = jax.nn.logsumexp(logits, 1) - jnp.log(config.model.test_views)
     return logits
 
 

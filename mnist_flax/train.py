@@ -4,8 +4,9 @@ import contextlib
 import json
 import logging
 import pathlib
+import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -26,7 +27,7 @@ from mnist_flax.logs import RunLog, refuse_non_finite
 from mnist_flax.model import build
 from mnist_flax.provenance import provenance, versions
 from mnist_flax.report.write import write_report
-from mnist_flax.signals import Interrupted, StopWish, stop_wish
+from mnist_flax.signals import SIGNALS, Interrupted, StopWish, stop_wish
 from mnist_flax.step import (
     StepMetrics,
     TrainState,
@@ -76,7 +77,7 @@ def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = No
     config = follow(config, splits)
     is_primary = processes.is_primary()
     with (
-        stop_wish() as wish,
+        stop_wish(signals_to_hear()) as wish,
         workdirs.claim(workdir) if is_primary else contextlib.nullcontext(),
         checkpoint.open_store(config, splits.fingerprint, workdir) as store,
         processes.bound_together(),
@@ -297,6 +298,7 @@ def train(
     num_steps, rate = first_num_steps(config), 0.0  # of the next call; of the last that was measured, in steps a second
     under_way: list[Fetch] = []
     last_save = mark = time.perf_counter()
+    call = 0
     while step < config.num_steps:
         target = min(step + num_steps, next_stop(config, step))
         with jax.transfer_guard("disallow"):
@@ -306,8 +308,9 @@ def train(
         is_late = 0 < config.checkpoint.every_seconds <= time.perf_counter() - last_save
         # No process has the same clock or hears the same signals, but all have to do the same.
         num_steps, timed_save, signum = processes.agree(
-            next_num_steps(config, num_steps, rate), is_late, wish.signum or 0
+            next_num_steps(config, num_steps, rate), is_late, wish.signum or store.preemption(call)
         )
+        call += 1
         pause = step == next_stop(config, step - 1) or timed_save or signum
         # While the device works on this call, the host reads the metrics of the one before.
         while len(under_way) > (0 if pause else 1):
@@ -325,7 +328,7 @@ def train(
                 scores = judge(config, state, holdout)
                 log.evaluation("holdout", **scores)
             log.epoch_line()
-        (signum,) = processes.agree(wish.signum or 0)
+        (signum,) = processes.agree(signum or wish.signum or 0)
         if is_save_due(config, step) or timed_save or signum:
             store.save(state, log.snapshot(), holdout=scores)
             last_save = time.perf_counter()
@@ -354,6 +357,11 @@ def refuse_spoilt(state: TrainState, step: int) -> None:
     """
     for leaf in jax.tree.leaves(jax.device_get((state.params, state.batch_stats, state.ema))):
         refuse_non_finite(float(np.max(np.abs(leaf))), f"the largest weight after step {step}")
+
+
+def signals_to_hear() -> Sequence[signal.Signals]:
+    """Returns the signals that ask to stop; where several processes run, JAX hears SIGTERM (`Store.preemption`)."""
+    return SIGNALS if jax.process_count() == 1 else [signal.SIGINT]
 
 
 def stopped(config: Config, step: int, signum: int) -> Interrupted:

@@ -55,6 +55,7 @@ def test_a_changed_field_survives_json() -> None:
         ({"model__pools": (2, 2, 4)}, r"4x4 pooling of convolution 3 is larger than its 3x3 feature map"),
         ({"model__dropout": 1.0}, r"config.model.dropout = 1.0: must be from 0 to below 1"),
         ({"model__pixel_std": 0.0}, r"config.model.pixel_std = 0.0: must be above 0"),
+        ({"model__test_views": 3}, r"config.model.test_views = 3: must be 1 or 5"),
         ({"model__stem": "cosines"}, r"config.model.stem = 'cosines': did you mean 'cosine'"),
         ({"model__stem": "cosine"}, r"config.model.stem = 'cosine': a 3x3 kernel has only 18 patterns, not 32"),
         ({"model__stem": "cosine", "model__widths": (), "model__pools": (1,)}, r"stem = 'cosine': needs a convolution"),

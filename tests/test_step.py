@@ -172,6 +172,21 @@ def test_the_average_starts_short_and_is_what_is_evaluated(examples: Examples) -
     assert_equal(eval_variables(state)["params"], state.params)
 
 
+def test_five_views_are_the_mean_of_an_image_and_its_shifts(examples: Examples) -> None:
+    config = replace(SMALL, model__test_views=5)
+    variables = eval_variables(jit_init_state(config, rng.root_key(0)))
+    images = examples.image[:8]  # with ink at the borders
+    probabilities = np.exp(jit_forward(config, variables, images))
+    expected = np.zeros_like(probabilities)
+    for down, right in ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)):
+        shifted = np.zeros_like(images)
+        for i, j in itertools.product(range(28), repeat=2):
+            if 0 <= i - down < 28 and 0 <= j - right < 28:
+                shifted[:, i, j] = images[:, i - down, j - right]
+        expected += jax.nn.softmax(jit_forward(SMALL, variables, shifted)) / 5
+    np.testing.assert_allclose(probabilities, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_the_state_is_arrays_only_and_its_memory_is_reused(examples: Examples) -> None:
     state = jit_init_state(RICH, KEY)
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
