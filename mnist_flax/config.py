@@ -142,6 +142,22 @@ class ModelConfig:
         columns = [column * count if len(column) == 1 else column for column in per_block]
         return tuple(ConvBlock(*row) for row in zip(self.widths, *columns, strict=True))
 
+    def seen_size(self) -> int:
+        """Returns the side of the part of an image, from its upper left corner, that the logits depend on.
+
+        Strides and poolings leave out a remainder at the lower right: 2 of 28 pixels for two or three unpadded 3x3
+        convolutions with poolings of 2. Padding needs to know where an image ends, and batch norm looks at all of it.
+        """
+        if self.batch_norm:
+            return IMAGE_SIZE
+        sizes = [IMAGE_SIZE]
+        for block in self.blocks():
+            sizes.append(block.conv_size(sizes[-1]) // block.pool)
+        seen = sizes.pop()
+        for block, size in zip(reversed(self.blocks()), reversed(sizes), strict=True):
+            seen = size if block.padding == "SAME" else (seen * block.pool - 1) * block.stride + block.kernel_size
+        return seen
+
 
 class ConvBlock(NamedTuple):
     """One convolution and its pooling, sizes in pixels."""

@@ -100,8 +100,7 @@ def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = No
             if is_primary:
                 announce(config, splits, workdir, log.step)
             state = train(config, state, splits, rng.root_key(config.seed), log=log, store=store, wish=wish)
-            store.wait()
-            finish(config, state, splits, workdir, log)
+            finish(config, state, splits, workdir, log=log, store=store)
             processes.agree(0)  # none leaves before the primary has written all
         finally:
             log.close()
@@ -409,11 +408,18 @@ def is_save_due(config: Config, step: int) -> bool:
     )
 
 
-def finish(config: Config, state: TrainState, splits: Splits, workdir: pathlib.Path, log: RunLog) -> None:
-    """Reads the test set, once and whole, and writes what is left of a run: its weights, summary and report."""
+def finish(
+    config: Config, state: TrainState, splits: Splits, workdir: pathlib.Path, *, log: RunLog, store: checkpoint.Store
+) -> None:
+    """Reads the test set, once and whole, and writes what is left of a run: its weights, summary and report.
+
+    Raises:
+      WorkdirError: the last checkpoint, which was being written meanwhile, cannot be.
+    """
     variables = eval_variables(state)
     evaluation = evaluate(config, variables, splits.test)
     scores = scores_of(evaluation)
+    store.wait()
     log.evaluation("test", **scores)
     if not processes.is_primary():
         return

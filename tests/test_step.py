@@ -12,6 +12,7 @@ from mnist_flax import batches, metrics, rng
 from mnist_flax.batches import NO_LABEL, Batch
 from mnist_flax.config import Config, replace
 from mnist_flax.datasets import Examples
+from mnist_flax.model import build
 from mnist_flax.step import (
     StepMetrics,
     TrainState,
@@ -59,6 +60,34 @@ def assert_equal(one: Any, other: Any) -> None:
     assert len(leaves) == len(others) > 0
     for leaf, other_leaf in zip(leaves, others, strict=True):
         np.testing.assert_array_equal(leaf, other_leaf)
+
+
+@pytest.mark.parametrize(
+    ("fields", "size"),
+    [
+        ({}, 26),
+        ({"kernel_sizes": (5,), "widths": (4,), "pools": (5,)}, 24),  # 24 outputs, of which the pooling takes 20
+        ({"strides": (2, 1)}, 25),
+        ({"kernel_sizes": (4,), "strides": (2, 1), "pools": (1, 2)}, 28),  # nothing is left over
+        ({"paddings": ("SAME", "VALID")}, 28),
+        ({"paddings": ("VALID", "SAME")}, 28),
+        ({"batch_norm": True}, 28),  # in training
+    ],
+)
+def test_only_pixels_that_no_logit_depends_on_are_cropped(fields: dict[str, Any], size: int) -> None:
+    fields = {"pooling": "avg", "activation": "tanh", **fields}  # with these every pixel in use makes a difference
+    config = replace(SMALL, **{f"model__{name}": value for name, value in fields.items()})
+    assert config.model.seen_size() == size
+    variables = eval_variables(jit_init_state(config, KEY))
+    images = np.random.default_rng(0).integers(0, 256, (3, 28, 28, 1), dtype=np.uint8)
+    whole = jax.jit(build(config).apply)(variables, images)
+    np.testing.assert_allclose(jit_forward(config, variables, images), whole, rtol=1e-4, atol=1e-5)
+    for line in (size - 1, size):
+        for index in (np.s_[:, line:], np.s_[:, :, line:]):
+            other = images.copy()
+            other[index] ^= 255
+            changes = np.any(jax.jit(build(config).apply)(variables, other) != whole)
+            assert changes == (line < size) or config.model.batch_norm
 
 
 @pytest.mark.parametrize("fields", [{"name": "adam"}, {"name": "adamw"}, {"name": "sgd", "learning_rate": 0.1}])

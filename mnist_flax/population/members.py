@@ -131,10 +131,10 @@ def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, fol
         train_all(unfinished, splits, wish)
         for member in unfinished:
             assert member.log
-            member.store.wait()
             # A report of each would cost more than the training; `report --workdir` writes one when it is wanted.
             config = replace(member.config, train__report=False)
-            finish(config, jax.device_put(member.state), splits, member.folder, member.log)
+            state = jax.device_put(member.state)
+            finish(config, state, splits, member.folder, log=member.log, store=member.store)
         result, arrays = results.gather(
             {member.name: (member.config, member.state) for member in members}, splits, workdir / workdirs.MEMBERS
         )
