@@ -54,7 +54,7 @@ def test_a_killed_run_is_taken_up(
 def test_a_damaged_checkpoint_is_told_of_and_passed_over(
     quiet: dict[str, Any], tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("anything")
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="anything"):
