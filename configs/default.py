@@ -1,6 +1,6 @@
 """Ours: three convolutions, one-cycle AdamW, label smoothing, random shifts of up to a pixel.
 
-Measured: 99.52 +- 0.02 % test accuracy (mean and sd, n = 5), 39 s of training on two CPU cores.
+Measured: 99.53 +- 0.03 % test accuracy (mean and sd, n = 5), 27 s of training on two CPU cores.
 
     scripts/train --config=configs/default.py
 """
