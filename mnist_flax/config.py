@@ -254,7 +254,7 @@ class TrainConfig:
     label_smoothing: float = 0.0
     driver: str = cadence("scan")
     epochs_per_dispatch: int = cadence(0)
-    eval_batch_size: int = cadence(1000)
+    eval_batch_size: int = cadence(2000)
     num_devices: int = cadence(0)
     log_every_steps: int = cadence(100)
     tensorboard: bool = cadence(True)
