@@ -152,7 +152,7 @@ class ModelConfig:
             return IMAGE_SIZE
         sizes = [IMAGE_SIZE]
         for block in self.blocks():
-            sizes.append(block.conv_size(sizes[-1]) // block.pool)
+            sizes.append(block.output_size(sizes[-1]))
         seen = sizes.pop()
         for block, size in zip(reversed(self.blocks()), reversed(sizes), strict=True):
             seen = size if block.padding == "SAME" else (seen * block.pool - 1) * block.stride + block.kernel_size
@@ -172,6 +172,10 @@ class ConvBlock(NamedTuple):
         """The side of the convolution's output for an input of side `size`; 0 or less if the kernel does not fit."""
         covered = 0 if self.padding == "SAME" else self.kernel_size - 1
         return -((covered - size) // self.stride)
+
+    def output_size(self, size: int) -> int:
+        """The side after the pooling, which leaves out what fills no window."""
+        return self.conv_size(size) // self.pool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -61,6 +61,16 @@ def scale_pixels(config: ModelConfig, images: Array) -> Array:
     return (images.astype(jnp.float32) / 255.0 - config.pixel_mean) / config.pixel_std
 
 
+def crop(config: ModelConfig, images: Array) -> Array:
+    """Cuts off the pixels that no logit depends on, `u8[B,28,28,1] -> u8[B,S,S,1]`.
+
+    Not computing what becomes of them saves a sixth of the arithmetic of the classic networks. It is done before the
+    network, and not in it, so that its table and its activations can be of whole images.
+    """
+    size = config.seen_size()
+    return images[:, :size, :size]
+
+
 def operands(*args: Any, dtype: Any = None, inexact: bool = True) -> list[Any]:
     """Gives what is multiplied its type, and leaves the bias in float32, for its gradient is a sum over the batch."""
     del inexact  # what linen's own function, whose place this takes, asks for

@@ -13,7 +13,7 @@ from mnist_flax.augment import augment
 from mnist_flax.batches import Batch
 from mnist_flax.config import IMAGE_SIZE, Config
 from mnist_flax.datasets import Examples
-from mnist_flax.model import build
+from mnist_flax.model import build, crop
 from mnist_flax.optimizer import optimizer
 
 Variables = dict[str, Any]  # what linen's `apply` takes: params and batch_stats
@@ -82,20 +82,11 @@ def forward(config: Config, variables: Variables, images: Array) -> Array:
         padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
         corners = ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2))
         views = jnp.stack([padded[:, i : i + height, j : j + width] for i, j in corners], 1)
-    logits: Any = build(config).apply(variables, crop(config, views.reshape(-1, *images.shape[1:])))
+    logits: Any = build(config).apply(variables, crop(config.model, views.reshape(-1, *images.shape[1:])))
     if config.model.test_views > 1:
         logits = jax.nn.log_softmax(logits).reshape(*views.shape[:2], -1)
         logits = jax.nn.logsumexp(logits, 1) - jnp.log(config.model.test_views)
     return logits
-
-
-def crop(config: Config, images: Array) -> Array:
-    """Cuts off the pixels that no logit depends on, `u8[B,28,28,1] -> u8[B,S,S,1]`.
-
-    Not computing what becomes of them saves a sixth of the arithmetic of the classic networks.
-    """
-    size = config.model.seen_size()
-    return images[:, :size, :size]
 
 
 def eval_variables(state: TrainState) -> Variables:
@@ -119,7 +110,7 @@ def loss_fn(config: Config, params: Any, batch_stats: Any, batch: Batch, key: Ar
     is_example = batch["label"] != batches.NO_LABEL
     logits, updates = build(config, train=True).apply(
         {"params": params, "batch_stats": batch_stats},
-        crop(config, batch["image"]),
+        crop(config.model, batch["image"]),
         is_example,
         rngs={"dropout": key},
         mutable=["batch_stats"],

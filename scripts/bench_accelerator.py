@@ -127,7 +127,7 @@ def torch_program(config: Config) -> Program:
         padding = "same" if block.padding == "SAME" else 0
         layers += [nn.Conv2d(channels, block.width, block.kernel_size, block.stride, padding), nn.ReLU()]
         layers += [nn.MaxPool2d(block.pool)] * (block.pool > 1)
-        size, channels = block.conv_size(size) // block.pool, block.width
+        size, channels = block.output_size(size), block.width
     layers.append(nn.Flatten())
     features = size**2 * channels
     for width in config.model.dense:

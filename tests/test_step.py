@@ -1,5 +1,6 @@
 """The update: what it learns from, what it leaves alone, and that its two loops agree."""
 
+import functools
 import itertools
 from typing import Any
 
@@ -87,7 +88,29 @@ def test_only_pixels_that_no_logit_depends_on_are_cropped(fields: dict[str, Any]
             other = images.copy()
             other[index] ^= 255
             changes = np.any(jax.jit(build(config).apply)(variables, other) != whole)
-            assert changes == (line < size) or config.model.batch_norm
+            assert changes == (line < size and not config.model.batch_norm)
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_training_loses_nothing_by_the_crop(examples: Examples, batch_norm: bool) -> None:
+    config = replace(SMALL, model__batch_norm=batch_norm)
+    state, batch = jit_init_state(config, KEY), batch_of(examples, 20)
+    grads, (_, statistics) = jax.jit(jax.grad(loss_fn, argnums=1, has_aux=True), static_argnums=0)(
+        config, state.params, state.batch_stats, batch, KEY
+    )
+
+    @jax.jit
+    @functools.partial(jax.grad, has_aux=True)
+    def of_whole_images(params: Any) -> tuple[jax.Array, Any]:
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        network = build(config, train=True)
+        logits, updates = network.apply(variables, batch["image"], mutable=["batch_stats"])
+        return jnp.mean(metrics.cross_entropy(logits, batch["label"])), updates.get("batch_stats", {})
+
+    for one, other in zip(
+        jax.tree.leaves((grads, statistics)), jax.tree.leaves(of_whole_images(state.params)), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("fields", [{"name": "adam"}, {"name": "adamw"}, {"name": "sgd", "learning_rate": 0.1}])

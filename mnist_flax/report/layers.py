@@ -102,7 +102,7 @@ def activations(config: Config, variables: Variables, images: np.ndarray) -> lis
     blocks = config.model.blocks()
     size = images.shape[1]
     for block in blocks:
-        size = block.conv_size(size) // block.pool
+        size = block.output_size(size)
     if blocks:  # the last convolution's output arrives flat at the dense layer
         values[len(blocks) - 1] = values[len(blocks) - 1].reshape(len(images), size, size, blocks[-1].width)
     names = [f"convolution {i + 1}" for i in range(len(blocks))]
