@@ -69,6 +69,24 @@ def test_a_damaged_checkpoint_is_told_of_and_passed_over(
     assert summary(tmp_path)["restarts"] == 1
 
 
+def test_a_run_whose_last_checkpoint_cannot_be_written_is_not_finished(
+    quiet: dict[str, Any], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = checkpoint.Store._write
+
+    def full(self: checkpoint.Store, arrays: Any, record: dict[str, Any]) -> None:
+        if record["step"] == 14:
+            raise WorkdirError("the disk is full")
+        write(self, arrays, record)
+
+    with monkeypatch.context() as patch, pytest.raises(WorkdirError, match="the disk is full"):
+        patch.setattr(checkpoint.Store, "_write", full)
+        fit(CONFIG, tmp_path)
+    assert not (tmp_path / workdirs.SUMMARY).exists()
+    fit(CONFIG, tmp_path)
+    assert outcome(tmp_path) == quiet
+
+
 # Signals --------------------------------------------------------------------------------------------------------------
 
 
