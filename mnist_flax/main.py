@@ -30,7 +30,8 @@ def main(argv: Sequence[str]) -> None:
     for name in CLUSTER:
         if FLAGS[name].present and not FLAGS.distributed:
             raise ConfigError(f"--{name}: has a meaning only with --distributed; add that, or leave it out")
-    from mnist_flax import compilation, processes, train  # only now: --help and a wrong flag need not wait for JAX
+    from mnist_flax import train  # only now: --help and a wrong flag need not wait for JAX
+    from mnist_flax.run import compilation, processes  # only now: --help and a wrong flag need not wait for JAX
 
     compilation.keep_programs()
     if FLAGS.distributed:

@@ -69,8 +69,8 @@ def read_picture(config: Config, variables: dict[str, Any], content: bytes) -> l
     Raises:
       PictureError: it is no picture, or a damaged, huge or blank one.
     """
-    from mnist_flax.evaluate import predict_logits
-    from mnist_flax.pictures import read_digits
+    from mnist_flax.analysis.evaluation import predict_logits
+    from mnist_flax.pictures.segment import read_digits
 
     digits = read_digits(content)
     images = np.stack([digit.image for digit in digits])[..., None]
@@ -112,7 +112,7 @@ def find_files(names: Sequence[str]) -> Iterator[str]:
 
 def _in_folder(folder: pathlib.Path) -> list[str]:
     """Returns the pictures in a folder and below, by their names; hidden ones are left out."""
-    from mnist_flax.pictures import SUFFIXES
+    from mnist_flax.pictures.segment import SUFFIXES
 
     return sorted(
         str(path)
@@ -129,7 +129,7 @@ def read_file(name: str) -> bytes:
     Raises:
       PictureError: there are none to be had.
     """
-    from mnist_flax.pictures import PictureError
+    from mnist_flax.pictures.segment import PictureError
 
     if name == STDIN:
         return sys.stdin.buffer.read()
@@ -209,8 +209,8 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError("no picture is named: name files, folders or patterns, or - for standard input")
     if not values.workdir:
         raise ConfigError("--workdir is missing: name the folder of a run, such as --workdir=runs/default")
-    from mnist_flax.checkpoint import load_run
-    from mnist_flax.pictures import PictureError
+    from mnist_flax.pictures.segment import PictureError
+    from mnist_flax.run.checkpoint import load_run
     from mnist_flax.step import eval_variables
 
     run = load_run(pathlib.Path(values.workdir), values.checkpoint)

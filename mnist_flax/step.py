@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from mnist_flax import batches, metrics, rng
-from mnist_flax.augment import augment
-from mnist_flax.batches import Batch
+from mnist_flax import metrics, rng
 from mnist_flax.config import IMAGE_SIZE, Config
-from mnist_flax.datasets import Examples
-from mnist_flax.model import build, crop
+from mnist_flax.data import batches
+from mnist_flax.data.augment import augment
+from mnist_flax.data.batches import Batch
+from mnist_flax.data.datasets import Examples
+from mnist_flax.models.cnn import build, crop
 from mnist_flax.optimizer import optimizer
 
 Variables = dict[str, Any]  # what linen's `apply` takes: params and batch_stats

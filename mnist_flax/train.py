@@ -16,18 +16,20 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from mnist_flax import batches, checkpoint, processes, rng, sharding
-from mnist_flax import workdir as workdirs
+from mnist_flax import rng, sharding
+from mnist_flax.analysis.evaluation import Evaluation, evaluate
+from mnist_flax.analysis.report.write import write_report
 from mnist_flax.config import IMAGE_SIZE, Config
-from mnist_flax.data import Splits, follow, load_splits
-from mnist_flax.datasets import Examples
+from mnist_flax.data import batches
+from mnist_flax.data.datasets import Examples
+from mnist_flax.data.load import Splits, follow, load_splits
 from mnist_flax.errors import WorkdirError
-from mnist_flax.evaluate import Evaluation, evaluate
-from mnist_flax.logs import RunLog, refuse_non_finite
-from mnist_flax.model import build
-from mnist_flax.provenance import provenance, versions
-from mnist_flax.report.write import write_report
-from mnist_flax.signals import SIGNALS, Interrupted, StopWish, stop_wish
+from mnist_flax.models.cnn import build
+from mnist_flax.run import checkpoint, processes
+from mnist_flax.run import workdir as workdirs
+from mnist_flax.run.log import RunLog, refuse_non_finite
+from mnist_flax.run.provenance import provenance, versions
+from mnist_flax.run.signals import SIGNALS, Interrupted, StopWish, stop_wish
 from mnist_flax.step import (
     StepMetrics,
     TrainState,

@@ -61,7 +61,7 @@ def warm(started: float, images: int, steps: int, call: Callable[[], None]) -> P
 
 def random_examples(config: Config) -> Any:
     """Returns as many random pictures as the config trains on: `u8[N,28,28,1]`, `i32[N]`."""
-    from mnist_flax.datasets import Examples
+    from mnist_flax.data.datasets import Examples
 
     generator = np.random.default_rng(0)
     images = generator.integers(0, 256, (config.num_train, IMAGE_SIZE, IMAGE_SIZE, 1), dtype=np.uint8)
@@ -93,8 +93,9 @@ def members_program(config: Config, num_members: int) -> Program:
     import jax
     import jax.numpy as jnp
 
-    from mnist_flax import batches, rng, sharding
-    from mnist_flax.population.members import jit_train_members
+    from mnist_flax import rng, sharding
+    from mnist_flax.data import batches
+    from mnist_flax.members import jit_train_members
     from mnist_flax.step import jit_init_state
 
     mesh = sharding.make_mesh(config.train.num_devices)
@@ -312,7 +313,7 @@ def main(argv: Sequence[str]) -> None:
     """Measures what the flags name."""
     del argv
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch wants some of the memory, too
-    from mnist_flax.provenance import provenance
+    from mnist_flax.run.provenance import provenance
 
     config = replace(cli.config(), data__num_train=FLAGS.images, data__holdout=0)
     facts = {"model": config.to_dict()["model"], "date": datetime.date.today().isoformat(), **provenance()}

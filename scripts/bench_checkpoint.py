@@ -57,7 +57,7 @@ def seconds_of(config: Config) -> float:
 def main(argv: Sequence[str]) -> None:
     """Compares, and prints the ratio of the medians."""
     del argv
-    from mnist_flax.provenance import provenance
+    from mnist_flax.run.provenance import provenance
 
     config = cli.config()
     kinds = {

@@ -53,8 +53,8 @@ def bench(config: Config, *, batch_sizes: Sequence[int], repeats: int, latencies
     from PIL import Image
 
     from mnist_flax import rng
-    from mnist_flax.datasets import Examples
-    from mnist_flax.evaluate import evaluate, predict_logits
+    from mnist_flax.analysis.evaluation import evaluate, predict_logits
+    from mnist_flax.data.datasets import Examples
     from mnist_flax.predict import read_picture
     from mnist_flax.step import eval_variables, jit_init_state
 
@@ -96,7 +96,7 @@ def main(argv: Sequence[str]) -> None:
     """Measures what the flags describe."""
     del argv
     config = cli.config()
-    from mnist_flax.provenance import provenance
+    from mnist_flax.run.provenance import provenance
 
     values = flags.FLAGS
     result = bench(

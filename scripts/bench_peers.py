@@ -135,8 +135,8 @@ def command(name: str, config: Config, data: pathlib.Path) -> list[str]:
 
 def write_data(config: Config, path: pathlib.Path) -> None:
     """Writes the rows that a config trains on, holds out and tests into an .npz."""
-    from mnist_flax import batches
-    from mnist_flax.data import load_splits
+    from mnist_flax.data import batches
+    from mnist_flax.data.load import load_splits
 
     splits = load_splits(replace(config, data__on_missing="error"))
     rows, holdout = batches.rows_of(splits.train.label, config.data)
@@ -262,7 +262,7 @@ def our_process(config: Config) -> dict[str, Any]:
     Raises:
       UserError: it failed.
     """
-    from mnist_flax.report.facts import config_source
+    from mnist_flax.analysis.report.facts import config_source
 
     with tempfile.TemporaryDirectory() as folder:
         file, workdir = pathlib.Path(folder, "config.py"), pathlib.Path(folder, "run")
@@ -328,7 +328,7 @@ def main(argv: Sequence[str]) -> None:
     for name in flags.FLAGS.peers:
         if name not in PEERS:
             raise ConfigError(f"--peers={name}: {nearest(name, PEERS)}")
-    from mnist_flax.provenance import provenance
+    from mnist_flax.run.provenance import provenance
 
     with tempfile.TemporaryDirectory() as folder:
         data = pathlib.Path(folder, "data.npz")

@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
             rounds.append(once(range(flags.FLAGS.seeds), pathlib.Path(folder)))
     ratios = [one["population"] / one["singles"] for one in rounds]
     train_ratios = [one["population_train"] / one["singles_train"] for one in rounds]
-    from mnist_flax.provenance import provenance  # only now: a wrong flag need not wait for JAX
+    from mnist_flax.run.provenance import provenance  # only now: a wrong flag need not wait for JAX
 
     result = {
         "date": datetime.date.today().isoformat(),

@@ -233,7 +233,11 @@ def edits(read: Sequence[int], written: Sequence[int]) -> int:
 def main(argv: Sequence[str]) -> None:
     """Renders, reads, counts."""
     del argv
-    from mnist_flax import checkpoint, data, evaluate, pictures, predict, provenance
+    from mnist_flax import predict
+    from mnist_flax.analysis import evaluation as evaluate
+    from mnist_flax.data import load as data
+    from mnist_flax.pictures import segment as pictures
+    from mnist_flax.run import checkpoint, provenance
     from mnist_flax.step import eval_variables
 
     values = flags.FLAGS

@@ -45,7 +45,7 @@ def load(preset: str) -> Config:
 
 def statistics_of(name: str, values: Sequence[float]) -> dict[str, Any]:
     """Returns mean, standard deviation and the 95 % interval of the mean; the last two need two values."""
-    from mnist_flax.population.results import spread
+    from mnist_flax.analysis.statistics import spread
 
     if len(values) == 1:
         return {f"{name}_mean": values[0], f"{name}_sd": None, f"{name}_interval": None}

@@ -38,7 +38,7 @@ def once(config: Config, programs: str) -> dict[str, float]:
     Raises:
       UserError: the process failed.
     """
-    from mnist_flax.report.facts import config_source
+    from mnist_flax.analysis.report.facts import config_source
 
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": programs}
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as told:
@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> None:
     """Measures what the flags describe."""
     del argv
     result = bench(cli.config(), flags.FLAGS.repeats)
-    from mnist_flax.provenance import provenance  # only now: JAX would take memory and threads from the processes
+    from mnist_flax.run.provenance import provenance  # only now: JAX would take memory and threads from the processes
 
     made = {"config": cli.config_file(), "date": datetime.date.today().isoformat(), **provenance()}
     print(json.dumps({**result, **made}))

@@ -38,7 +38,7 @@ def probe(started: float, arguments: Sequence[str]) -> None:
       started: by `time.monotonic`, when the parent started this process.
       arguments: of the command line.
     """
-    from mnist_flax import compilation
+    from mnist_flax.run import compilation
 
     seconds = dict.fromkeys(PARTS, 0.0)
 
@@ -126,7 +126,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     cli.config()  # so that a mistake is told here
     results = list(bench(cli.config_file(), flags.FLAGS.repeats))
-    from mnist_flax.provenance import provenance  # only now: JAX would take memory and threads from the processes
+    from mnist_flax.run.provenance import provenance  # only now: JAX would take memory and threads from the processes
 
     made = {"config": cli.config_file(), "date": datetime.date.today().isoformat(), **provenance()}
     for result in results:

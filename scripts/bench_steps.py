@@ -65,7 +65,7 @@ def timed_steps(config: Config, num_steps: int) -> Callable[[], float]:
     import numpy as np
 
     from mnist_flax import rng
-    from mnist_flax.datasets import Examples
+    from mnist_flax.data.datasets import Examples
     from mnist_flax.step import jit_init_state
     from mnist_flax.train import DRIVERS
 
@@ -95,7 +95,7 @@ def timed_steps(config: Config, num_steps: int) -> Callable[[], float]:
 
 def bench(config: Config, repeats: int) -> dict[str, Any]:
     """Measures one config, its repeats in turn with the machine's own rate."""
-    from mnist_flax.provenance import provenance
+    from mnist_flax.run.provenance import provenance
 
     num_steps = min(config.steps_per_epoch, max(10, 10_000 // config.train.batch_size))
     rate, seconds = matmul_rate(), timed_steps(config, num_steps)

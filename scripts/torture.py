@@ -29,9 +29,10 @@ from typing import Any
 from absl import flags
 from safetensors.numpy import load_file
 
-from mnist_flax import checkpoint, cli
-from mnist_flax import workdir as workdirs
-from mnist_flax.provenance import provenance
+from mnist_flax import cli
+from mnist_flax.run import checkpoint
+from mnist_flax.run import workdir as workdirs
+from mnist_flax.run.provenance import provenance
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MODES = ("kill", "term", "damage")

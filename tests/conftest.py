@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from mnist_flax.datasets import Examples
+from mnist_flax.data.datasets import Examples
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_legacy_prng_key", "error")

@@ -8,7 +8,7 @@ import runpy
 import signal
 import sys
 
-from mnist_flax.logs import RunLog
+from mnist_flax.run.log import RunLog
 from mnist_flax.step import StepMetrics
 
 take_in = RunLog.steps

@@ -11,9 +11,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from mnist_flax import checkpoint, logs, train
-from mnist_flax import workdir as workdirs
+from mnist_flax import train
 from mnist_flax.config import Config
+from mnist_flax.run import checkpoint
+from mnist_flax.run import log as logs
+from mnist_flax.run import workdir as workdirs
 
 
 def die(*_: Any, **__: Any) -> Any:

@@ -10,9 +10,9 @@ from typing import Any
 
 from safetensors.numpy import load_file
 
-from mnist_flax import checkpoint
-from mnist_flax import workdir as workdirs
 from mnist_flax.config import Config, replace
+from mnist_flax.run import checkpoint
+from mnist_flax.run import workdir as workdirs
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from mnist_flax import rng
-from mnist_flax.augment import augment, distort, random_affine
 from mnist_flax.config import AugmentConfig
-from mnist_flax.datasets import Examples
+from mnist_flax.data.augment import augment, distort, random_affine
+from mnist_flax.data.datasets import Examples
 
 KEY = rng.root_key(0)
 

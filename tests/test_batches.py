@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mnist_flax import batches, rng
-from mnist_flax.batches import NO_LABEL
-from mnist_flax.datasets import Examples
+from mnist_flax import rng
+from mnist_flax.data import batches
+from mnist_flax.data.batches import NO_LABEL
+from mnist_flax.data.datasets import Examples
 
 KEY = rng.root_key(0)
 

@@ -16,11 +16,12 @@ import pytest
 from safetensors import safe_open
 from small_run import SMALL, run, steps
 
-from mnist_flax import checkpoint, rng
-from mnist_flax import workdir as workdirs
-from mnist_flax.checkpoint import Store, load_run, open_store
+from mnist_flax import rng
 from mnist_flax.config import Config, replace
 from mnist_flax.errors import WorkdirError
+from mnist_flax.run import checkpoint
+from mnist_flax.run import workdir as workdirs
+from mnist_flax.run.checkpoint import Store, load_run, open_store
 from mnist_flax.step import TrainState, eval_variables, jit_init_state
 
 FINGERPRINT = "f" * 64
@@ -367,7 +368,7 @@ import pathlib, sys
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mnist_flax import rng
-from mnist_flax.checkpoint import open_store
+from mnist_flax.run.checkpoint import open_store
 from mnist_flax.config import Config
 from mnist_flax.step import jit_init_state
 config = Config.from_json(sys.argv[2])
@@ -382,7 +383,7 @@ with open_store(config, "f" * 64, pathlib.Path(sys.argv[1])) as store:
 LOAD = """
 import pathlib, sys
 import jax
-from mnist_flax.checkpoint import load_run
+from mnist_flax.run.checkpoint import load_run
 run = load_run(pathlib.Path(sys.argv[1]))
 assert jax.device_count() == int(sys.argv[2])
 print(sum(float(abs(leaf).sum()) for leaf in jax.tree.leaves(run.state.params)))

@@ -10,7 +10,7 @@ import pytest
 PROGRAM = """
 import logging, sys
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-from mnist_flax import compilation
+from mnist_flax.run import compilation
 compilation.keep_programs()
 import jax, jax.numpy as jnp
 jax.monitoring.register_event_listener(lambda event, **_: print(event) if "cache_hits" in event else None)

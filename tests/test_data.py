@@ -24,8 +24,10 @@ import numpy as np
 import pytest
 from idx_files import closed_url, make_official, random_arrays, write_files
 
-from mnist_flax import config, data, datasets
+from mnist_flax import config
 from mnist_flax.config import Config
+from mnist_flax.data import datasets
+from mnist_flax.data import load as data
 from mnist_flax.errors import DataError
 
 RAW_DIR = os.environ.get("MNIST_FLAX_RAW_DIR", "")
@@ -468,7 +470,8 @@ import logging, os, signal, sys
 from pathlib import Path
 import pytest
 from idx_files import closed_url, make_official, random_arrays
-from mnist_flax import config, data, datasets
+from mnist_flax import config
+from mnist_flax.data import load as data, datasets
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 raw_dir, data_dir, deadly = sys.argv[1:]
 make_official(pytest.MonkeyPatch(), Path(raw_dir), "mnist", random_arrays("mnist"), closed_url())
@@ -537,7 +540,8 @@ def test_imports_are_light(small: Published) -> None:
     small.load_raw()
     program = f"""
 import sys
-from mnist_flax import data, config
+from mnist_flax.data import load as data
+from mnist_flax import config
 config.DATASETS["mnist"] = config.DatasetInfo(10, 70, 50)
 fields = dict(data__data_dir={str(small.data_dir)!r}, train__batch_size=1)
 assert data.load_splits(config.replace(config.Config(), **fields)).source == "tfds"

@@ -13,8 +13,8 @@ import pytest
 from absl import logging
 from idx_files import Arrays, closed_url, idx, make_official, random_arrays, write_files
 
-from mnist_flax import datasets
 from mnist_flax.config import DATASETS
+from mnist_flax.data import datasets
 from mnist_flax.errors import DataError
 
 NAMES = [name for name in DATASETS if name != "digits"]

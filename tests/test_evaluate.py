@@ -12,16 +12,16 @@ import pytest
 import tiny_run
 from sklearn.metrics import precision_recall_fscore_support
 
-from mnist_flax import batches, datasets
-from mnist_flax import evaluate as evaluate_lib
-from mnist_flax.checkpoint import load_run
+from mnist_flax.analysis import evaluation as evaluate_lib
+from mnist_flax.analysis.evaluation import evaluate, evaluate_run, load_data, predict_logits, scores
 from mnist_flax.config import DATASETS, Config, replace
-from mnist_flax.data import Splits, load_splits
-from mnist_flax.datasets import Examples
+from mnist_flax.data import batches, datasets
+from mnist_flax.data.datasets import Examples
+from mnist_flax.data.labels import MNIST_TEST_DOUBTS, class_names, doubtful_rows
+from mnist_flax.data.load import Splits, load_splits
 from mnist_flax.errors import ConfigError, DataError, WorkdirError
-from mnist_flax.evaluate import evaluate, evaluate_run, load_data, predict_logits, scores
-from mnist_flax.labels import MNIST_TEST_DOUBTS, class_names, doubtful_rows
 from mnist_flax.metrics import negative_log_likelihood
+from mnist_flax.run.checkpoint import load_run
 from mnist_flax.step import eval_variables
 
 

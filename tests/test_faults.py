@@ -13,10 +13,11 @@ import pytest
 from killed_run import MOMENTS
 from small_run import ROOT, SMALL, config_file, outcome, run, start, steps, summary
 
-from mnist_flax import checkpoint, train
-from mnist_flax import workdir as workdirs
+from mnist_flax import train
 from mnist_flax.config import Config, replace
 from mnist_flax.errors import NonFiniteLossError, UserError, WorkdirError
+from mnist_flax.run import checkpoint
+from mnist_flax.run import workdir as workdirs
 from mnist_flax.train import fit
 
 CONFIG = replace(SMALL, checkpoint__every_steps=4, checkpoint__keep_latest=1)

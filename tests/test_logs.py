@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from small_run import SMALL, events, lines
 
-from mnist_flax import workdir as workdirs
 from mnist_flax.config import Config, replace
 from mnist_flax.errors import NonFiniteLossError, WorkdirError
-from mnist_flax.logs import RunLog
+from mnist_flax.run import workdir as workdirs
+from mnist_flax.run.log import RunLog
 from mnist_flax.step import StepMetrics
 
 NEW: dict[str, Any] = {"origin": {}}

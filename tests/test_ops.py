@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from mnist_flax import ops
+from mnist_flax.ops import conv as ops
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 Padding = str | list[tuple[int, int]]

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from small_run import SMALL, lines
 
-from mnist_flax import batches, checkpoint, rng
+from mnist_flax import rng
+from mnist_flax.analysis.evaluation import evaluate
 from mnist_flax.config import Config, replace
-from mnist_flax.data import load_splits
-from mnist_flax.datasets import Examples
-from mnist_flax.evaluate import evaluate
-from mnist_flax.logs import RunLog
+from mnist_flax.data import batches
+from mnist_flax.data.datasets import Examples
+from mnist_flax.data.load import load_splits
+from mnist_flax.run import checkpoint
+from mnist_flax.run.log import RunLog
 from mnist_flax.step import StepMetrics, eval_variables, jit_init_state
 from mnist_flax.train import DRIVERS, fit
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from mnist_flax import pictures
-from mnist_flax.pictures import PictureError, decode, find_digits, read_digits
+from mnist_flax.pictures import segment as pictures
+from mnist_flax.pictures.segment import PictureError, decode, find_digits, read_digits
 
 Array = np.ndarray
 

@@ -16,17 +16,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mnist_flax import batches, checkpoint
+from mnist_flax import members
+from mnist_flax.analysis import comparison as compare
+from mnist_flax.analysis import statistics as results
+from mnist_flax.analysis.comparison import Result
+from mnist_flax.analysis.evaluation import evaluate
 from mnist_flax.config import Config, replace
-from mnist_flax.data import load_splits
-from mnist_flax.datasets import Examples
+from mnist_flax.data import batches
+from mnist_flax.data.datasets import Examples
+from mnist_flax.data.load import load_splits
 from mnist_flax.errors import ConfigError, NonFiniteLossError, WorkdirError
-from mnist_flax.evaluate import evaluate
-from mnist_flax.logs import RunLog
-from mnist_flax.population import compare, members, results
-from mnist_flax.population.compare import Result
-from mnist_flax.population.members import Member, fit_population, jit_train_members, members_of
-from mnist_flax.signals import Interrupted
+from mnist_flax.members import Member, fit_population, jit_train_members, members_of
+from mnist_flax.run import checkpoint
+from mnist_flax.run.log import RunLog
+from mnist_flax.run.signals import Interrupted
 from mnist_flax.step import StepMetrics, eval_variables
 from mnist_flax.train import fit
 

@@ -15,9 +15,10 @@ import pytest
 from PIL import Image
 
 from mnist_flax import config as config_lib
-from mnist_flax import datasets, predict, train
+from mnist_flax import predict, train
 from mnist_flax.config import Config
-from mnist_flax.pictures import PictureError, read_digits
+from mnist_flax.data import datasets
+from mnist_flax.pictures.segment import PictureError, read_digits
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -203,7 +204,7 @@ def test_doubtful() -> None:
 
 def test_doubt_follows_the_probability(model: Model) -> None:
     """Whatever the network is sure of is called a digit, and nothing else."""
-    from mnist_flax.checkpoint import load_run
+    from mnist_flax.run.checkpoint import load_run
     from mnist_flax.step import eval_variables
 
     run = load_run(model.workdir)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from mnist_flax import rng
-from mnist_flax.batches import Batch
 from mnist_flax.config import Config, replace
+from mnist_flax.data.batches import Batch
 from mnist_flax.step import jit_init_state, jit_train_step
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from small_run import SMALL, config_file, lines, outcome, run, start, steps, summary
 
-from mnist_flax import checkpoint, processes
 from mnist_flax.config import replace
 from mnist_flax.errors import ConfigError
+from mnist_flax.run import checkpoint, processes
 from mnist_flax.train import fit
 
 # Plain gradient descent: Adam's first steps divide by the gradient's own size, and would show its rounding as large.

@@ -18,14 +18,14 @@ import tiny_run
 from PIL import Image
 
 from mnist_flax import metrics
+from mnist_flax.analysis.evaluation import Evaluation, evaluate
+from mnist_flax.analysis.report import facts, layers, page, pixels, plots, write
+from mnist_flax.analysis.report.write import report_run, shown, write_report
 from mnist_flax.config import DATASETS, Config, replace
-from mnist_flax.data import Splits, load_splits
-from mnist_flax.datasets import Examples
+from mnist_flax.data.datasets import Examples
+from mnist_flax.data.labels import MNIST_TEST_DOUBTS, class_names
+from mnist_flax.data.load import Splits, load_splits
 from mnist_flax.errors import WorkdirError
-from mnist_flax.evaluate import Evaluation, evaluate
-from mnist_flax.labels import MNIST_TEST_DOUBTS, class_names
-from mnist_flax.report import facts, layers, page, pixels, plots, write
-from mnist_flax.report.write import report_run, shown, write_report
 from mnist_flax.step import eval_variables, init_state, jit_forward, jit_init_state
 
 VOID = {"meta", "img", "br", "link", "hr", "input"}
@@ -447,7 +447,7 @@ def test_the_command(tmp_path: pathlib.Path) -> None:
 
 def test_the_report_is_of_the_whole_test_set(numbers: dict[str, Any]) -> None:
     test = load_splits(tiny_run.CONFIG).test
-    from mnist_flax.checkpoint import load_run
+    from mnist_flax.run.checkpoint import load_run
 
     run = load_run(tiny_run.workdir())
     evaluation = evaluate(run.config, eval_variables(run.state), test)

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from small_run import SMALL, lines, outcome, steps, summary
 
-from mnist_flax.checkpoint import load_run
 from mnist_flax.config import Config, replace
 from mnist_flax.errors import WorkdirError
-from mnist_flax.logs import RunLog
-from mnist_flax.signals import Interrupted, StopWish
+from mnist_flax.run.checkpoint import load_run
+from mnist_flax.run.log import RunLog
+from mnist_flax.run.signals import Interrupted, StopWish
 from mnist_flax.train import fit
 
 

@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 from small_run import SMALL, lines
 
-from mnist_flax import checkpoint, rng, sharding
-from mnist_flax.augment import augment
+from mnist_flax import rng, sharding
+from mnist_flax.analysis.evaluation import predict_logits
 from mnist_flax.config import AugmentConfig, Config, replace
-from mnist_flax.datasets import Examples
+from mnist_flax.data.augment import augment
+from mnist_flax.data.datasets import Examples
 from mnist_flax.errors import ConfigError
-from mnist_flax.evaluate import predict_logits
-from mnist_flax.logs import RunLog
-from mnist_flax.model import Dropout
-from mnist_flax.population.members import fit_population, mesh_of
+from mnist_flax.members import fit_population, mesh_of
+from mnist_flax.models.cnn import Dropout
+from mnist_flax.run import checkpoint
+from mnist_flax.run.log import RunLog
 from mnist_flax.step import StepMetrics, TrainState, eval_variables, forward, jit_init_state, train_step
 from mnist_flax.train import DRIVERS, fit
 

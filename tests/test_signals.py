@@ -8,12 +8,12 @@ import time
 import pytest
 from small_run import start
 
-from mnist_flax.signals import SIGNALS, Interrupted, stop_wish
+from mnist_flax.run.signals import SIGNALS, Interrupted, stop_wish
 
 # The main thread is in a library that does not return to Python, as when XLA compiles.
 BUSY = """
 import hashlib
-from mnist_flax.signals import stop_wish
+from mnist_flax.run.signals import stop_wish
 with stop_wish() as wish:
     print("ready", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", {rounds})

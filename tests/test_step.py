@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mnist_flax import batches, metrics, rng
-from mnist_flax.batches import NO_LABEL, Batch
+from mnist_flax import metrics, rng
 from mnist_flax.config import Config, replace
-from mnist_flax.datasets import Examples
-from mnist_flax.model import build
+from mnist_flax.data import batches
+from mnist_flax.data.batches import NO_LABEL, Batch
+from mnist_flax.data.datasets import Examples
+from mnist_flax.models.cnn import build
 from mnist_flax.step import (
     StepMetrics,
     TrainState,

@@ -9,12 +9,12 @@ import subprocess
 import pytest
 from small_run import start
 
-from mnist_flax import workdir as workdirs
 from mnist_flax.errors import WorkdirError
+from mnist_flax.run import workdir as workdirs
 
 CLAIM = """
 import pathlib, sys
-from mnist_flax import workdir
+from mnist_flax.run import workdir
 with workdir.claim(pathlib.Path(sys.argv[1])):
     print("claimed", flush=True)
     sys.stdin.read()

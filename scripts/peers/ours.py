@@ -8,9 +8,10 @@ import argparse
 import jax
 import numpy as np
 
-from mnist_flax import datasets, rng
+from mnist_flax import rng
+from mnist_flax.analysis.evaluation import evaluate
 from mnist_flax.config import Config
-from mnist_flax.evaluate import evaluate
+from mnist_flax.data import datasets
 from mnist_flax.step import eval_variables, jit_init_state
 from mnist_flax.train import DRIVERS
 from scripts.peers.harness import Examples, Recipe, serve

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 
 from mnist_flax import rng, sharding
 from mnist_flax.config import DataConfig
-from mnist_flax.datasets import Examples
+from mnist_flax.data.datasets import Examples
 from mnist_flax.errors import ConfigError
 
 NO_LABEL = -1  # the label of a place in a batch that holds no example

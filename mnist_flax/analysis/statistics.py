@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mnist_flax import batches, metrics
-from mnist_flax import workdir as workdirs
+from mnist_flax import metrics
+from mnist_flax.analysis.evaluation import predict_logits
+from mnist_flax.analysis.report import bands
 from mnist_flax.config import Config
-from mnist_flax.data import Splits
-from mnist_flax.evaluate import predict_logits
-from mnist_flax.provenance import provenance
-from mnist_flax.report import bands
+from mnist_flax.data import batches
+from mnist_flax.data.load import Splits
+from mnist_flax.run import workdir as workdirs
+from mnist_flax.run.provenance import provenance
 from mnist_flax.step import TrainState, eval_variables
 
 RESULT = "population.json"

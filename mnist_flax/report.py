@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(f"{argv[1]!r}: is no flag; a flag starts with two dashes")
     if not flags.FLAGS.workdir:
         raise ConfigError("--workdir is missing: name the folder of a run, such as --workdir=runs/default")
-    from mnist_flax.report.write import report_run  # only now: --help need not wait for JAX
+    from mnist_flax.analysis.report.write import report_run  # only now: --help need not wait for JAX
 
     print(report_run(pathlib.Path(flags.FLAGS.workdir), flags.FLAGS.checkpoint))
 

@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from mnist_flax import batches, labels, metrics
+from mnist_flax import metrics
+from mnist_flax.analysis.evaluation import Evaluation, scores
+from mnist_flax.analysis.report.layers import Layer
 from mnist_flax.config import Config
-from mnist_flax.data import Splits
-from mnist_flax.evaluate import Evaluation, scores
-from mnist_flax.provenance import provenance
-from mnist_flax.report.layers import Layer
+from mnist_flax.data import batches, labels
+from mnist_flax.data.load import Splits
+from mnist_flax.run.provenance import provenance
 
 GALLERY = 24  # examples in each gallery
 PAIRS = 12  # most confused pairs

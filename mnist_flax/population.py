@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> None:
                 raise ConfigError(f"--{name}: has no meaning with --compare; leave it out")
         if len(FLAGS.compare) != 2:
             raise ConfigError(f"--compare={','.join(FLAGS.compare)}: name two folders, such as --compare=runs/a,runs/b")
-        from mnist_flax.population import compare  # only now: --help and a wrong flag need not wait for JAX
+        from mnist_flax.analysis import comparison as compare  # only now: --help and a wrong flag need not wait for JAX
 
         comparison = compare.compare(*map(pathlib.Path, FLAGS.compare))
         print(json.dumps(comparison, indent=1) if FLAGS.json else compare.table(comparison))
@@ -39,8 +39,9 @@ def main(argv: Sequence[str]) -> None:
     config = cli.config()
     kind = f"seeds{FLAGS.seeds}" if FLAGS.seeds else f"folds{FLAGS.folds}"
     workdir = FLAGS.workdir or pathlib.Path("runs", f"{pathlib.Path(cli.config_file()).stem}-{kind}")
-    from mnist_flax import compilation
-    from mnist_flax.population import members, results
+    from mnist_flax import members
+    from mnist_flax.analysis import statistics as results
+    from mnist_flax.run import compilation
 
     compilation.keep_programs()
     result = members.fit_population(config, pathlib.Path(workdir), seeds=FLAGS.seeds or 0, folds=FLAGS.folds or 0)

@@ -13,10 +13,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mnist_flax import workdir as workdirs
 from mnist_flax.config import Config
 from mnist_flax.errors import NonFiniteLossError
 from mnist_flax.optimizer import schedule
+from mnist_flax.run import workdir as workdirs
 from mnist_flax.step import StepMetrics
 
 logger = logging.getLogger(__name__)

@@ -25,10 +25,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mnist_flax import processes, rng
-from mnist_flax import workdir as workdirs
+from mnist_flax import rng
 from mnist_flax.config import Config, differences
 from mnist_flax.errors import ConfigError, WorkdirError
+from mnist_flax.run import processes
+from mnist_flax.run import workdir as workdirs
 from mnist_flax.step import TrainState, init_state
 
 SCHEMA = 1  # of what a checkpoint holds; raised when an older program could not read it rightly

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mnist_flax import checkpoint, metrics
+from mnist_flax import metrics
+from mnist_flax.analysis import statistics as results
+from mnist_flax.analysis.evaluation import load_data, predict_logits
 from mnist_flax.errors import WorkdirError
-from mnist_flax.evaluate import load_data, predict_logits
-from mnist_flax.population import results
+from mnist_flax.run import checkpoint
 from mnist_flax.step import eval_variables
 
 SIGNIFICANCE = 0.05  # a difference counts as shown when chance alone makes such a one less often than this

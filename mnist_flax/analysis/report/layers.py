@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from mnist_flax.config import Config
-from mnist_flax.model import build
+from mnist_flax.models.cnn import build
 from mnist_flax.step import Variables
 
 

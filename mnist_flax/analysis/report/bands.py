@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from mnist_flax.report import plots
+from mnist_flax.analysis.report import plots
 
 _LEAST_ERROR = 1e-5  # a share of errors of 0 has no place on a logarithmic axis
 

@@ -22,9 +22,9 @@ from typing import NamedTuple
 import numpy as np
 
 from mnist_flax import config as config_lib
-from mnist_flax import datasets
 from mnist_flax.config import Config, DataConfig
-from mnist_flax.datasets import Examples
+from mnist_flax.data import datasets
+from mnist_flax.data.datasets import Examples
 from mnist_flax.errors import DataError
 
 logger = logging.getLogger(__name__)

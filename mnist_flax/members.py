@@ -17,15 +17,17 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from mnist_flax import batches, checkpoint, rng, sharding
-from mnist_flax import workdir as workdirs
+from mnist_flax import rng, sharding
+from mnist_flax.analysis import statistics as results
 from mnist_flax.config import Config, replace
-from mnist_flax.data import Splits, follow, load_splits
-from mnist_flax.datasets import Examples
+from mnist_flax.data import batches
+from mnist_flax.data.datasets import Examples
+from mnist_flax.data.load import Splits, follow, load_splits
 from mnist_flax.errors import NonFiniteLossError, WorkdirError
-from mnist_flax.logs import RunLog
-from mnist_flax.population import results
-from mnist_flax.signals import StopWish, stop_wish
+from mnist_flax.run import checkpoint
+from mnist_flax.run import workdir as workdirs
+from mnist_flax.run.log import RunLog
+from mnist_flax.run.signals import StopWish, stop_wish
 from mnist_flax.step import StepMetrics, TrainState, train_steps
 from mnist_flax.train import (
     begin,

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from mnist_flax import ops, rng
+from mnist_flax import rng
 from mnist_flax.config import Config, ModelConfig
+from mnist_flax.ops import conv as ops
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": nn.relu,

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from mnist_flax import workdir as workdirs
+from mnist_flax.analysis.evaluation import Evaluation, evaluate, load_data
+from mnist_flax.analysis.report import facts as facts_lib
+from mnist_flax.analysis.report import layers, page, pixels, plots
 from mnist_flax.config import Config
-from mnist_flax.data import Splits
+from mnist_flax.data.load import Splits
 from mnist_flax.errors import WorkdirError
-from mnist_flax.evaluate import Evaluation, evaluate, load_data
-from mnist_flax.report import facts as facts_lib
-from mnist_flax.report import layers, page, pixels, plots
+from mnist_flax.run import workdir as workdirs
 from mnist_flax.step import Variables, eval_variables
 
 FOLDER = "report"
@@ -125,7 +125,7 @@ def report_run(workdir: pathlib.Path, checkpoint: str = "latest") -> pathlib.Pat
     Raises:
       UserError: the run, the checkpoint or the data cannot be had, or the folder cannot be written.
     """
-    from mnist_flax.checkpoint import load_run  # only here: who has a run in memory needs no Orbax
+    from mnist_flax.run.checkpoint import load_run  # only here: who has a run in memory needs no Orbax
 
     run = load_run(workdir, checkpoint)
     config, splits = load_data(run.config, run.record["fingerprint"], {})

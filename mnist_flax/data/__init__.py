@@ -1,0 +1,1 @@
+"""From a dataset's name to batches on the device."""

@@ -1,0 +1,1 @@
+"""Convolution, pooling and normalisation in forms that each platform runs fast."""
