@@ -21,8 +21,8 @@ from mnist_flax import rng, sharding
 from mnist_flax.analysis import statistics as results
 from mnist_flax.config import Config, replace
 from mnist_flax.data import batches
-from mnist_flax.data.datasets import Examples
-from mnist_flax.data.load import Splits, follow, load_splits
+from mnist_flax.data.load import adapt_to_dataset, load_splits
+from mnist_flax.data.splits import Examples, Splits
 from mnist_flax.errors import NonFiniteLossError, WorkdirError
 from mnist_flax.run import checkpoint
 from mnist_flax.run import workdir as workdirs
@@ -98,7 +98,7 @@ def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, fol
     """Trains all members to their end, from wherever they are, and sums up what they say.
 
     Args:
-      config: of the members; the dataset may turn out to be another one (`data.follow`).
+      config: of the members; the dataset may turn out to be another one (`adapt_to_dataset`).
       workdir: the population's folder; made if it is missing, resumed if it holds members.
       seeds: M, the number of members; or
       folds: K.
@@ -114,7 +114,7 @@ def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, fol
     if (workdir / workdirs.CHECKPOINTS).exists():
         raise WorkdirError(f"--workdir={workdir}: holds a run, and no population; name another folder")
     splits = load_splits(config)
-    configs = members_of(follow(config, splits), seeds=seeds, folds=folds)
+    configs = members_of(adapt_to_dataset(config, splits), seeds=seeds, folds=folds)
     if folds and config.data.holdout:
         logger.info("config.data.holdout = %d is not used: each member holds out its fold", config.data.holdout)
     with stop_wish() as wish, contextlib.ExitStack() as stack:

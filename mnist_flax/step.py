@@ -13,7 +13,7 @@ from mnist_flax.config import IMAGE_SIZE, Config
 from mnist_flax.data import batches
 from mnist_flax.data.augment import augment
 from mnist_flax.data.batches import Batch
-from mnist_flax.data.datasets import Examples
+from mnist_flax.data.splits import Examples
 from mnist_flax.models.cnn import build, crop
 from mnist_flax.optimizer import optimizer
 

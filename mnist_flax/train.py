@@ -21,8 +21,8 @@ from mnist_flax.analysis.evaluation import Evaluation, evaluate
 from mnist_flax.analysis.report.write import write_report
 from mnist_flax.config import IMAGE_SIZE, Config
 from mnist_flax.data import batches
-from mnist_flax.data.datasets import Examples
-from mnist_flax.data.load import Splits, follow, load_splits
+from mnist_flax.data.load import adapt_to_dataset, load_splits
+from mnist_flax.data.splits import Examples, Splits
 from mnist_flax.errors import WorkdirError
 from mnist_flax.models.cnn import build
 from mnist_flax.run import checkpoint, processes
@@ -52,7 +52,7 @@ def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = No
     """Trains a run to its end, from wherever it is.
 
     Args:
-      config: of the run; the dataset may turn out to be another one (`data.follow`).
+      config: of the run; the dataset may turn out to be another one (`adapt_to_dataset`).
       workdir: the run's folder; made if it is missing, resumed if it holds checkpoints.
       fork: the folder of another run: a new run starts with the weights of that one's latest checkpoint (and its
         running statistics and averages), but at step 0 and with a fresh optimiser. When the run is resumed, nothing is
@@ -76,7 +76,7 @@ def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = No
         )
     mesh_of(config)  # before anything is read or written
     splits = load_splits(config)
-    config = follow(config, splits)
+    config = adapt_to_dataset(config, splits)
     is_primary = processes.is_primary()
     with (
         stop_wish(signals_to_hear()) as wish,

@@ -8,7 +8,7 @@ import pytest
 from mnist_flax import rng
 from mnist_flax.config import AugmentConfig
 from mnist_flax.data.augment import augment, distort, random_affine
-from mnist_flax.data.datasets import Examples
+from mnist_flax.data.splits import Examples
 
 KEY = rng.root_key(0)
 

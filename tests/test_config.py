@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from mnist_flax.config import DATASETS, Config, ModelConfig, default_config_dict, differences, replace
+from mnist_flax.config import Config, ModelConfig, default_config_dict, differences, replace
+from mnist_flax.data.registry import DATASETS
 from mnist_flax.errors import ConfigError
 
 

@@ -14,7 +14,7 @@ from jax import Array
 from mnist_flax import rng
 from mnist_flax.config import Config, replace
 from mnist_flax.data.batches import Batch
-from mnist_flax.data.datasets import Examples
+from mnist_flax.data.splits import Examples
 from mnist_flax.models.cnn import INITIALIZERS, Bias, Dropout, build, cosine_patterns, scale_pixels
 from mnist_flax.step import eval_variables, forward, jit_forward, jit_init_state, jit_train_step, train_step
 

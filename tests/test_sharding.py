@@ -15,7 +15,7 @@ from mnist_flax import rng, sharding
 from mnist_flax.analysis.evaluation import predict_logits
 from mnist_flax.config import AugmentConfig, Config, replace
 from mnist_flax.data.augment import augment
-from mnist_flax.data.datasets import Examples
+from mnist_flax.data.splits import Examples
 from mnist_flax.errors import ConfigError
 from mnist_flax.members import fit_population, mesh_of
 from mnist_flax.models.cnn import Dropout

@@ -13,7 +13,7 @@ from mnist_flax import metrics, rng
 from mnist_flax.config import Config, replace
 from mnist_flax.data import batches
 from mnist_flax.data.batches import NO_LABEL, Batch
-from mnist_flax.data.datasets import Examples
+from mnist_flax.data.splits import Examples
 from mnist_flax.models.cnn import build
 from mnist_flax.step import (
     StepMetrics,

@@ -11,10 +11,11 @@ import numpy as np
 from mnist_flax import config as config_lib
 from mnist_flax import metrics, sharding
 from mnist_flax.config import IMAGE_SIZE, Config
-from mnist_flax.data import batches, labels
+from mnist_flax.data import batches
 from mnist_flax.data.batches import NO_LABEL
-from mnist_flax.data.datasets import Examples
-from mnist_flax.data.load import Splits, load_splits
+from mnist_flax.data.load import load_splits
+from mnist_flax.data.registry import DATASETS
+from mnist_flax.data.splits import Examples, Splits
 from mnist_flax.errors import ConfigError, DataError
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.step import Variables, eval_variables, jit_forward
@@ -108,7 +109,7 @@ def scores(evaluation: Evaluation, label: np.ndarray, dataset: str) -> dict[str,
                     for field, column in classes._asdict().items()
                 },
             }
-            for number, name in enumerate(labels.class_names(dataset))
+            for number, name in enumerate(DATASETS[dataset].class_names)
         ],
     }
 
@@ -160,12 +161,12 @@ def refuse_other_classes(config: Config, name: str) -> None:
     Raises:
       ConfigError: there is no such dataset, or it has another number of classes.
     """
-    if name not in config_lib.DATASETS:
-        hint = config_lib.nearest(name, config_lib.DATASETS)
+    if name not in DATASETS:
+        hint = config_lib.nearest(name, DATASETS)
         raise ConfigError(f"config.data.name = {name!r}: {hint}")
-    wanted = config_lib.DATASETS[name].num_classes
+    wanted = DATASETS[name].num_classes
     if wanted != config.num_classes:
-        fitting = [other for other, info in config_lib.DATASETS.items() if info.num_classes == config.num_classes]
+        fitting = [other for other, info in DATASETS.items() if info.num_classes == config.num_classes]
         raise ConfigError(
             f"config.data.name = {name!r}: has {wanted} classes, but this network was trained on {config.data.name} and"
             f" tells {config.num_classes} apart; datasets that fit: {', '.join(fitting)}"

@@ -11,7 +11,7 @@ from mnist_flax.analysis.evaluation import Evaluation, evaluate, load_data
 from mnist_flax.analysis.report import facts as facts_lib
 from mnist_flax.analysis.report import layers, page, pixels, plots
 from mnist_flax.config import Config
-from mnist_flax.data.load import Splits
+from mnist_flax.data.splits import Splits
 from mnist_flax.errors import WorkdirError
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.step import Variables, eval_variables
