@@ -184,11 +184,13 @@ class CNN(nn.Module):
                 x = BatchNorm(train=train, **activate_pool)(x, mask)
             else:
                 x = conv(**activate_pool)(x)
-            x = Dropout(config.conv_dropout, train)(x)
+            if config.conv_dropout:
+                x = Dropout(config.conv_dropout, train)(x)
 
         x = flatten(x)
         for width in config.dense:
             x = Dense(width, use_bias=not config.batch_norm, dtype=dtype, **shared)(x)
             x = BatchNorm(activation=activation, train=train)(x, mask) if config.batch_norm else activation(x)
-        x = Dropout(config.dropout, train)(x)
+        if config.dropout:
+            x = Dropout(config.dropout, train)(x)
         return Dense(self.num_classes, dtype=jnp.float32, **shared)(x)

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from mnist_flax import ops, rng
+from mnist_flax import rng
+from mnist_flax.ops.conv import conv_block
+from mnist_flax.ops.norm import activate_pool, batch_norm, normalize
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": nn.relu,
@@ -35,7 +37,7 @@ INITIALIZERS: dict[str, nn.initializers.Initializer] = {
 
 
 class Conv(nn.Module):
-    """A convolution, then an activation, then pooling; `ops.conv_block` decides in which order it is fastest.
+    """A convolution, then an activation, then pooling; `ops.conv.conv_block` decides in which order it is fastest.
 
     Attributes:
       features: output channels.
@@ -78,7 +80,7 @@ class Conv(nn.Module):
             kernel = jnp.asarray(self.fixed_kernel)
             self.sow("intermediates", "kernel", kernel)  # for those who want to see it; it is no parameter
         bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
-        return ops.conv_block(
+        return conv_block(
             x.astype(self.dtype),
             kernel.astype(self.dtype),
             bias,
@@ -123,15 +125,14 @@ class BatchNorm(nn.Module):
         mean = self.variable("batch_stats", "mean", jnp.zeros, channels)
         var = self.variable("batch_stats", "var", jnp.ones, channels)
         if not self.train:
-            y = ops.normalize(x, scale, bias, mean.value, var.value, eps=self.eps)
-            return ops.activate_pool(y, self.activation, self.pool, self.pooling)
-        y, batch_mean, batch_var = ops.norm_block(
-            x, scale, bias, mask, eps=self.eps, activation=self.activation, pool=self.pool, pooling=self.pooling
-        )
-        if not self.is_initializing():
+            y = normalize(x, scale, bias, mean.value, var.value, eps=self.eps)
+        else:
+            y, batch_mean, batch_var = batch_norm(x, scale, bias, mask, eps=self.eps)
             mean.value = self.momentum * mean.value + (1 - self.momentum) * batch_mean
             var.value = self.momentum * var.value + (1 - self.momentum) * batch_var
-        return y
+        if self.activation is None:
+            return y
+        return activate_pool(y, self.activation, self.pool, self.pooling) if y.ndim == 4 else self.activation(y)
 
 
 class Dense(nn.Module):
@@ -168,7 +169,7 @@ class Dropout(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Maps `f32[B,...] -> f32[B,...]`."""
-        if not self.train or not self.rate:
+        if not self.train:
             return x
         # 16 random bits decide well enough (the rate is off by less than 1e-5) and cost half of 32.
         dropped = round(self.rate * 2**16)

@@ -68,5 +68,6 @@ class ResNet(nn.Module):
                 y = norm()(y, mask)
                 x = x + conv(width, 3)(y)
         x = norm()(x, mask).mean((1, 2))
-        x = Dropout(config.dropout, self.train)(x)
+        if config.dropout:
+            x = Dropout(config.dropout, self.train)(x)
         return Dense(self.num_classes, dtype=jnp.float32, **shared)(x)

@@ -29,8 +29,7 @@ def batch_norm(
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     mean = wide.mean(axes, where=where)
     var = jnp.maximum(0, jnp.square(wide).mean(axes, where=where) - jnp.square(mean))
-    expanded = [jnp.expand_dims(v, axes) for v in (mean, jax.lax.rsqrt(var + eps) * scale, bias)]
-    return ((wide - expanded[0]) * expanded[1] + expanded[2]).astype(x.dtype), mean, var
+    return normalize(x, scale, bias, mean, var, eps=eps), mean, var
 
 
 def activate_pool(x: jax.Array, activation: Callable[[jax.Array], jax.Array], pool: int, pooling: str) -> jax.Array:
@@ -42,3 +41,13 @@ def activate_pool(x: jax.Array, activation: Callable[[jax.Array], jax.Array], po
         return activation(max_pool(x, pool))
     x = activation(x)
     return max_pool(x, pool) if pooling == "max" else avg_pool(x, pool)
+
+
+def normalize(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, mean: jax.Array, var: jax.Array, *, eps: float = 1e-5
+) -> jax.Array:
+    """Normalises each channel by a given mean and variance, `f32[B,...,C] -> f32[B,...,C]`, in the type of `x`."""
+    axes = tuple(range(x.ndim - 1))
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    expanded = [jnp.expand_dims(v, axes) for v in (mean, jax.lax.rsqrt(var + eps) * scale, bias)]
+    return ((wide - expanded[0]) * expanded[1] + expanded[2]).astype(x.dtype)
