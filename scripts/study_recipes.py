@@ -182,7 +182,7 @@ def logits(model: nn.Module, images: Tensor, views: bool) -> Tensor:
 
 
 def score(values: Tensor, labels: Tensor) -> dict[str, float]:
-    """Returns errors, accuracy and loss, and the loss at the best temperature, fitted on one half, used on the other."""
+    """Returns errors, accuracy and loss; also the loss at a temperature that is fitted on one half and used on the other."""
     losses = {t: F.cross_entropy(values / t, labels, reduction="none") for t in np.arange(0.3, 2.01, 0.05)}
     halves = [slice(0, None, 2), slice(1, None, 2)]
     fitted = [min(losses, key=lambda t: losses[t][half].mean().item()) for half in halves]

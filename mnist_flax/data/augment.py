@@ -72,7 +72,7 @@ def shear(degrees: float, y: Array, x: Array, key: Array) -> tuple[Array, Array]
 
 
 def elastic(pixels: float, y: Array, x: Array, key: Array) -> tuple[Array, Array]:
-    """Warps by a smooth random field (Simard, Steinkraus and Platt, 2003): normal noise on a grid, spread by B-splines."""
+    """Warps by a smooth random field (Simard, Steinkraus and Platt, 2003): noise on a grid, spread by B-splines."""
     spread = _spline_spread(*y.shape)
     noise = jax.random.normal(key, (2, len(spread)))
     field = pixels * (noise @ spread).reshape(2, *y.shape)
@@ -135,7 +135,7 @@ def distort(strengths: dict[str, float], image: Array, key: Array) -> Array:
     if moves == {"shift"}:
         image = shifted(image, strengths["shift"], _key(key, "shift"))
     elif moves:
-        image = resampled(image, *source(strengths, image.shape[:2], key))
+        image = resampled(image, *source(strengths, (image.shape[0], image.shape[1]), key))
     for name, strength in strengths.items():
         if change := AUGMENTATIONS[name].change:
             image = change(strength, image, _key(key, name))
@@ -195,7 +195,7 @@ def _symmetric(key: Array, limit: float) -> Array:
 
 @functools.cache
 def _spline_spread(height: int, width: int, spacing: float = 9.0) -> NDArray[np.float32]:
-    """Returns what a unit at each grid point moves each pixel by, `f32[G,H*W]`, so that unit noise gives unit variance."""
+    """Returns how far a unit at each grid point moves each pixel, `f32[G,H*W]`: unit noise then has unit variance."""
 
     def weights(size: int) -> NDArray[np.float64]:
         knots = np.arange(-1, np.ceil((size - 1) / spacing) + 2) * spacing
