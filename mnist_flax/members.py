@@ -158,9 +158,7 @@ def announce(members: Sequence[Member], splits: Splits) -> None:
     """Prints what is about to be trained, on what, and where it goes."""
     config, workdir, step = members[0].config, members[0].workdir, members[0].step
     if config.model.dtype != "float32" and jax.default_backend() == "cpu":
-        logger.warning(
-            "config.model.dtype = %r: is several times slower than 'float32' on a CPU", config.model.dtype
-        )
+        logger.warning("config.model.dtype = %r: is several times slower than 'float32' on a CPU", config.model.dtype)
     if unused := config.optimizer.unused():
         logger.warning(
             "%s: changed, but %s with the schedule %s does not use it",

@@ -116,8 +116,7 @@ def member_configs(config: Config, *, seeds: int = 0, folds: int = 0) -> dict[st
     if folds:
         shared = {"data__folds": folds, "data__holdout": 0, "train__report": False}
         return {
-            f"fold-{fold}": replace(config, seed=config.seed + fold, data__fold=fold, **shared)
-            for fold in range(folds)
+            f"fold-{fold}": replace(config, seed=config.seed + fold, data__fold=fold, **shared) for fold in range(folds)
         }
     return {
         f"seed-{seed}": replace(config, seed=seed, train__report=False)
@@ -293,5 +292,3 @@ def is_save_due(config: Config, step: int) -> bool:
         or (every_epochs > 0 and rest == 0 and epoch % every_epochs == 0)
         or (every_steps > 0 and step % every_steps == 0)
     )
-
-

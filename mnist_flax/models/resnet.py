@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ class ResNet(nn.Module):
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
         """Maps scaled pixels to logits, `f32[B,H,W,1] -> f32[B,C]`."""
         config = self.config
-        shared = {"kernel_init": INITIALIZERS[config.init], "precision": config.matmul_precision}
+        shared: dict[str, Any] = {"kernel_init": INITIALIZERS[config.init], "precision": config.matmul_precision}
         conv = partial(Conv, use_bias=False, train=self.train, dtype=DTYPES[config.dtype], **shared)
         norm = partial(BatchNorm, activation=ACTIVATIONS[config.activation], train=self.train)
 

@@ -223,5 +223,3 @@ def _frame(event: Any) -> bytes:
     length = struct.pack("<Q", len(data))
     checksums = [struct.pack("<I", masked_crc32c(part)) for part in (length, data)]
     return length + checksums[0] + data + checksums[1]
-
-
