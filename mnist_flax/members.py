@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import logging
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from tqdm import tqdm
 
 from mnist_flax import rng, sharding
 from mnist_flax.analysis import statistics as results
@@ -24,10 +22,12 @@ from mnist_flax.data import batches
 from mnist_flax.data.datasets import Examples
 from mnist_flax.data.load import Splits, follow, load_splits
 from mnist_flax.errors import NonFiniteLossError, WorkdirError
-from mnist_flax.run import checkpoint
+from mnist_flax.optimizer import schedule
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.log import RunLog
-from mnist_flax.run.signals import StopWish, stop_wish
+from mnist_flax.run.progress import Progress
+from mnist_flax.run.signals import StopRequest, stop_request
+from mnist_flax.run.store import Store, open_store
 from mnist_flax.step import StepMetrics, TrainState, train_steps
 from mnist_flax.train import (
     begin,
@@ -40,6 +40,7 @@ from mnist_flax.train import (
     next_stop,
     refuse_spoilt,
     stopped,
+    sums_by_name,
     warn_of_slow_dtype,
 )
 
@@ -88,7 +89,7 @@ class Member:
     folder: pathlib.Path
     rows: np.ndarray
     holdout: Examples
-    store: checkpoint.Store
+    store: Store
     state: TrainState
     step: int
     log: RunLog | None
@@ -117,10 +118,10 @@ def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, fol
     configs = members_of(follow(config, splits), seeds=seeds, folds=folds)
     if folds and config.data.holdout:
         logger.info("config.data.holdout = %d is not used: each member holds out its fold", config.data.holdout)
-    with stop_wish() as wish, contextlib.ExitStack() as stack:
+    with stop_request() as wish, contextlib.ExitStack() as stack:
         stack.enter_context(workdirs.claim(workdir))
         members = [
-            open_member(name, of_member, workdir / workdirs.MEMBERS / name, splits, stack)
+            open_member(name, of_member, workdirs.inside(workdir, workdirs.MEMBERS, name), splits, stack)
             for name, of_member in configs.items()
         ]
         unfinished = [member for member in members if member.log]
@@ -162,7 +163,7 @@ def open_member(name: str, config: Config, folder: pathlib.Path, splits: Splits,
     """
     rows, holdout_rows = batches.rows_of(splits.train.label, config.data)
     stack.enter_context(workdirs.claim(folder))
-    store = stack.enter_context(checkpoint.open_store(config, splits.fingerprint, folder))
+    store = stack.enter_context(open_store(config, splits.fingerprint, folder))
     found, skipped = store.restore_latest()
     for line in skipped:
         logger.warning("%s: %s", name, line)
@@ -178,13 +179,12 @@ def open_member(name: str, config: Config, folder: pathlib.Path, splits: Splits,
     log = None
     if step < config.num_steps or not isinstance(summary, dict) or summary.get("steps") != step:
         workdirs.write_text(folder / workdirs.CONFIG, config.to_json())
-        log = RunLog(config, folder, record, quiet=True)
-        stack.callback(log.close)
+        log = RunLog(config, folder, record, learning_rate=schedule(config))
     holdout = Examples(splits.train.image[holdout_rows], splits.train.label[holdout_rows])
     return Member(name, config, folder, rows, holdout, store, state, step, log)
 
 
-def train_all(members: Sequence[Member], splits: Splits, wish: StopWish) -> None:
+def train_all(members: Sequence[Member], splits: Splits, wish: StopRequest) -> None:
     """Makes all the updates that are left.
 
     Members that are behind (another one was saved later, or they are new) catch up first.
@@ -266,7 +266,7 @@ def is_vectorized() -> bool:
     return jax.default_backend() != "cpu"
 
 
-def train_group(members: Sequence[Member], examples: Examples, *, until: int, wish: StopWish) -> None:
+def train_group(members: Sequence[Member], examples: Examples, *, until: int, wish: StopRequest) -> None:
     """Trains members that are all at one step, up to another step.
 
     Raises:
@@ -295,7 +295,7 @@ def train_group(members: Sequence[Member], examples: Examples, *, until: int, wi
     )  # fmt: skip
     if wish.signum is not None:
         raise stopped(config, step, wish.signum)
-    progress = Progress(members, step)
+    progress = Progress(config, step, num_runs=len(members))
     num_steps = first_num_steps(config)  # of the next call
     last_save = mark = time.perf_counter()
     try:
@@ -308,7 +308,7 @@ def train_group(members: Sequence[Member], examples: Examples, *, until: int, wi
             place = slice(start, start + target - step)
             step, seconds = target, time.perf_counter() - mark
             tell(members, jax.tree.map(lambda column, place=place: column[:, place], sums), seconds)
-            progress.update(step, seconds)
+            progress.update(step, seconds, [member.log.epoch() for member in members if member.log])
             num_steps = next_num_steps(config, num_steps, (place.stop - place.start) / seconds)
             mark = time.perf_counter()
             timed_save = 0 < config.checkpoint.every_seconds <= mark - last_save
@@ -320,7 +320,7 @@ def train_group(members: Sequence[Member], examples: Examples, *, until: int, wi
             scores: list[dict[str, float] | None] = [None] * len(members)
             if step % config.steps_per_epoch == 0:
                 scores = [judge_holdout(member) for member in members]
-                progress.line(step, scores)
+                progress.epoch_line(step, [member.log.epoch() for member in members if member.log], scores)
             if is_save_due(config, step) or is_asked_to_save:
                 for member, of_member in zip(members, scores, strict=True):
                     assert member.log
@@ -369,7 +369,7 @@ def tell(members: Sequence[Member], sums: StepMetrics, seconds: float) -> None:
     for i, member in enumerate(members):
         assert member.log
         try:
-            member.log.steps(jax.tree.map(lambda column, i=i: column[i], sums), seconds / len(members))
+            member.log.steps(sums_by_name(jax.tree.map(lambda column, i=i: column[i], sums)), seconds / len(members))
         except NonFiniteLossError as error:
             raise NonFiniteLossError(f"{member.name}: {error}") from error
 
@@ -390,46 +390,3 @@ def judge_holdout(member: Member) -> dict[str, float] | None:
     scores = judge(member.config, jax.device_put(member.state), member.holdout)
     member.log.evaluation("holdout", **scores)
     return scores
-
-
-class Progress:
-    """Where the training of all members is: a bar on a terminal, and a line an epoch."""
-
-    def __init__(self, members: Sequence[Member], step: int) -> None:
-        """Starts at `step`."""
-        self._config = members[0].config
-        self._num_members = len(members)
-        self._step, self._seconds, self._steps = step, 0.0, 0
-        self._bar = tqdm(
-            total=self._config.num_steps * len(members),
-            initial=step * len(members),
-            unit="step",
-            disable=not sys.stderr.isatty(),
-            dynamic_ncols=True,
-        )
-
-    def update(self, step: int, seconds: float) -> None:
-        """Shows that all members have come to `step`, in `seconds` more."""
-        self._bar.update((step - self._step) * self._num_members)
-        self._steps += step - self._step
-        self._step, self._seconds = step, self._seconds + seconds
-
-    def line(self, step: int, scores: Sequence[Mapping[str, float] | None]) -> None:
-        """Prints the mean and the range on hold-out rows, the speed and the time that is left."""
-        accuracies = [of_member["accuracy"] for of_member in scores if of_member]
-        held_out = (
-            f"  hold-out {np.mean(accuracies):.2%} ({min(accuracies):.2%} to {max(accuracies):.2%})"
-            if accuracies
-            else ""
-        )
-        rate = self._steps / max(self._seconds, 1e-9)
-        logger.info(
-            "epoch %d/%d of %d members%s  %s images/s  %s left",
-            step // self._config.steps_per_epoch, self._config.train.epochs, self._num_members, held_out,
-            f"{rate * self._num_members * self._config.num_train / self._config.steps_per_epoch:,.0f}",
-            tqdm.format_interval((self._config.num_steps - step) / max(rate, 1e-9)),
-        )  # fmt: skip
-
-    def close(self) -> None:
-        """Leaves the bar as it is."""
-        self._bar.close()

@@ -4,9 +4,8 @@ import contextlib
 import json
 import logging
 import pathlib
-import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -25,11 +24,15 @@ from mnist_flax.data.datasets import Examples
 from mnist_flax.data.load import Splits, follow, load_splits
 from mnist_flax.errors import WorkdirError
 from mnist_flax.models.cnn import build
+from mnist_flax.optimizer import schedule
 from mnist_flax.run import checkpoint, processes
 from mnist_flax.run import workdir as workdirs
-from mnist_flax.run.log import RunLog, refuse_non_finite
+from mnist_flax.run.log import RunLog, check_finite
+from mnist_flax.run.progress import Progress
 from mnist_flax.run.provenance import provenance, versions
-from mnist_flax.run.signals import SIGNALS, Interrupted, StopWish, stop_wish
+from mnist_flax.run.signals import Interrupted, StopRequest, stop_request
+from mnist_flax.run.store import Store, open_store
+from mnist_flax.run.weights import save_weights
 from mnist_flax.step import (
     StepMetrics,
     TrainState,
@@ -79,9 +82,9 @@ def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = No
     config = follow(config, splits)
     is_primary = processes.is_primary()
     with (
-        stop_wish(signals_to_hear()) as wish,
+        stop_request(processes.stop_signals()) as wish,
         workdirs.claim(workdir) if is_primary else contextlib.nullcontext(),
-        checkpoint.open_store(config, splits.fingerprint, workdir) as store,
+        open_store(config, splits.fingerprint, workdir) as store,
         processes.bound_together(),
     ):
         found, skipped = store.restore_latest()
@@ -97,15 +100,12 @@ def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = No
             return state
         if is_primary:
             workdirs.write_text(workdir / workdirs.CONFIG, config.to_json())
-        log = RunLog(config, workdir if is_primary else None, record, quiet=not is_primary)
-        try:
-            if is_primary:
-                announce(config, splits, workdir, log.step)
-            state = train(config, state, splits, rng.root_key(config.seed), log=log, store=store, wish=wish)
-            finish(config, state, splits, workdir, log=log, store=store)
-            processes.agree(0)  # none leaves before the primary has written all
-        finally:
-            log.close()
+        log = RunLog(config, workdir if is_primary else None, record, learning_rate=schedule(config))
+        if is_primary:
+            announce(config, splits, workdir, log.step)
+        state = train(config, state, splits, rng.root_key(config.seed), log=log, store=store, wish=wish)
+        finish(config, state, splits, workdir, log=log, store=store)
+        processes.agree(0)  # none leaves before the primary has written all
     return state
 
 
@@ -275,8 +275,8 @@ def train(
     key: Array,
     *,
     log: RunLog,
-    store: checkpoint.Store,
-    wish: StopWish,
+    store: Store,
+    wish: StopRequest,
 ) -> TrainState:
     """Makes all the updates that are left, and at every epoch's end evaluates on the rows held out, and saves.
 
@@ -296,6 +296,7 @@ def train(
     (signum,) = processes.agree(wish.signum or 0)
     if signum:
         raise stopped(config, step, signum)
+    progress = Progress(config, step, quiet=not processes.is_primary())
     num_steps, rate = first_num_steps(config), 0.0  # of the next call; of the last that was measured, in steps a second
     under_way: list[Fetch] = []
     last_save = mark = time.perf_counter()
@@ -318,7 +319,8 @@ def train(
             sums = under_way.pop(0)()
             now, since = time.perf_counter(), mark
             mark = now
-            log.steps(sums, now - since)
+            log.steps(sums_by_name(sums), now - since)
+            progress.update(log.step, now - since, [log.epoch()])
             rate = len(sums.loss) / max(now - since, 1e-9)
         if not pause:
             continue
@@ -328,7 +330,7 @@ def train(
             if len(holdout_rows):
                 scores = judge(config, state, holdout)
                 log.evaluation("holdout", **scores)
-            log.epoch_line()
+            progress.epoch_line(step, [log.epoch()], [scores])
         (signum,) = processes.agree(signum or wish.signum or 0)
         if is_save_due(config, step) or timed_save or signum:
             store.save(state, log.snapshot(), holdout=scores)
@@ -337,7 +339,13 @@ def train(
             store.wait()
             raise stopped(config, step, signum)
         mark = time.perf_counter()
+    progress.close()
     return state
+
+
+def sums_by_name(sums: StepMetrics) -> dict[str, np.ndarray]:
+    """Returns the metrics of some steps as the log takes them."""
+    return {"loss": sums.loss, "accuracy": sums.correct, "examples": sums.examples}  # type: ignore[dict-item]
 
 
 def judge(config: Config, state: TrainState, examples: Examples) -> dict[str, Any]:
@@ -357,12 +365,7 @@ def refuse_spoilt(state: TrainState, step: int) -> None:
       NonFiniteLossError: a weight, a running statistic or an average is NaN or infinite.
     """
     for leaf in jax.tree.leaves(jax.device_get((state.params, state.batch_stats, state.ema))):
-        refuse_non_finite(float(np.max(np.abs(leaf))), f"the largest weight after step {step}")
-
-
-def signals_to_hear() -> Sequence[signal.Signals]:
-    """Returns the signals that ask to stop; where several processes run, JAX hears SIGTERM (`Store.preemption`)."""
-    return SIGNALS if jax.process_count() == 1 else [signal.SIGINT]
+        check_finite(float(np.max(np.abs(leaf))), f"the largest weight after step {step}")
 
 
 def stopped(config: Config, step: int, signum: int) -> Interrupted:
@@ -411,7 +414,7 @@ def is_save_due(config: Config, step: int) -> bool:
 
 
 def finish(
-    config: Config, state: TrainState, splits: Splits, workdir: pathlib.Path, *, log: RunLog, store: checkpoint.Store
+    config: Config, state: TrainState, splits: Splits, workdir: pathlib.Path, *, log: RunLog, store: Store
 ) -> None:
     """Reads the test set, once and whole, and writes what is left of a run: its weights, summary and report.
 
@@ -427,7 +430,7 @@ def finish(
         return
     variables = jax.device_get(variables)  # from here on the primary is alone
     log.sync()
-    checkpoint.save_weights(config, workdir, variables)
+    save_weights(config, workdir, variables)
     summary = {
         "dataset": splits.name,
         "dataset_fingerprint": splits.fingerprint,
@@ -445,6 +448,7 @@ def finish(
         "fork": log.origin["fork"],
         "num_devices": sharding.make_mesh(config.train.num_devices).size,
         "num_processes": jax.process_count(),
+        "earlier_versions": log.versions[:-1],
         **provenance(),
     }
     workdirs.write_text(workdir / workdirs.SUMMARY, json.dumps(summary, indent=2) + "\n")
