@@ -54,8 +54,8 @@ def define_config() -> None:
         None,
         "a preset such as default, or a file; --config.section.field=value overrides one of its fields",
     )
-    flags.DEFINE_multi_string("config_override", [], "section.field=value: what --config.section.field=value becomes")
-    flags.declare_key_flag("config")
+    flags.DEFINE_multi_string("override", [], "section.field=value: what --config.section.field=value becomes")
+    FLAGS.register_key_flag_for_module(sys.argv[0], FLAGS["config"])  # so that --help shows it
 
 
 def config_file() -> str:
@@ -71,12 +71,13 @@ def config() -> Config:
     """
     if FLAGS.config is None:
         raise ConfigError("--config is missing: name a preset or a file, such as --config=configs/default.py")
-    return preset.load(preset.find(FLAGS.config), FLAGS.config_override)
+    return preset.load(preset.find(FLAGS.config), FLAGS.override)
 
 
 def define_output() -> None:
     """Defines `--output=DIR`, for a verb that writes into the folder of a run (`workdir.output_folder`)."""
     flags.DEFINE_string("output", None, "write into this folder; if not given, into the run's folder")
+    FLAGS.register_key_flag_for_module(sys.argv[0], FLAGS["output"])
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
@@ -110,7 +111,7 @@ def _parse(arguments: Sequence[str]) -> Sequence[str]:
     Raises:
       ConfigError: a flag is unknown, or its value cannot be read.
     """
-    takes_config = "config_override" in FLAGS
+    takes_config = "override" in FLAGS
     arguments = _with_overrides(arguments) if takes_config else arguments
     if any(re.fullmatch(r"--?help(short|full|xml)?", argument) for argument in arguments):
         try:
@@ -127,7 +128,7 @@ def _parse(arguments: Sequence[str]) -> Sequence[str]:
 
 
 def _with_overrides(arguments: Sequence[str]) -> list[str]:
-    """Replaces every `--config.section.field=value` by `--config_override=section.field=value`, which absl knows."""
+    """Replaces every `--config.section.field=value` by `--override=section.field=value`, which absl knows."""
     result: list[str] = []
     rest = list(arguments)
     while rest:
@@ -140,6 +141,6 @@ def _with_overrides(arguments: Sequence[str]) -> list[str]:
             if value is None:
                 has_value = not is_negated and rest and not rest[0].startswith("--")
                 value = "=" + (rest.pop(0) if has_value else "false" if is_negated else "true")
-            argument = f"--config_override={field}{value}"
+            argument = f"--override={field}{value}"
         result.append(argument)
     return result

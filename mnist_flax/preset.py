@@ -5,6 +5,7 @@ line, and the field or the error.
 """
 
 import ast
+import contextlib
 import linecache
 import pathlib
 import sys
@@ -12,6 +13,8 @@ import traceback
 import types
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from ml_collections import ConfigDict
 
 from mnist_flax.config import Config, nearest
 from mnist_flax.errors import ConfigError
@@ -76,16 +79,16 @@ def run(path: pathlib.Path) -> dict[str, Any]:
     sys.path.insert(0, str(path.parent))  # a preset may import what lies beside it, such as another preset
     try:
         exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
-        if not hasattr(module, "get_config"):
-            raise ConfigError(f"--config={path}: defines no get_config()")
-        values = module.get_config()
-        values = values.to_dict() if hasattr(values, "to_dict") else values
-    except ConfigError:
-        raise
+        get_config = getattr(module, "get_config", None)
+        values = get_config() if callable(get_config) else None
+        values = values.to_dict() if isinstance(values, ConfigDict) else values
     except BaseException as error:  # a preset may even exit; Ctrl-C does not come as an exception (`signals.listening`)
         raise ConfigError(f"--config={path}: {_describe(error, path)}") from error
     finally:
-        sys.path.remove(str(path.parent))
+        with contextlib.suppress(ValueError):
+            sys.path.remove(str(path.parent))
+    if not callable(get_config):
+        raise ConfigError(f"--config={path}: defines no function get_config()")
     if not isinstance(values, Mapping):
         raise ConfigError(f"--config={path}: its get_config() must return a ConfigDict, not {values!r:.60}")
     return dict(values)
@@ -98,14 +101,24 @@ def _describe(error: BaseException, path: pathlib.Path) -> str:
     message = " ".join(str(error).split())[:300]
     if isinstance(error, SyntaxError):
         return f"line {error.lineno}: {type(error).__name__}: {error.msg}"
+    message = message if isinstance(error, ConfigError) else f"{type(error).__name__}: {message}".rstrip(": ")
     if not lines:
-        return f"{type(error).__name__}: {message}".rstrip(": ")
+        return message
     number = lines[-1][0]
-    source = linecache.getline(str(path), number).strip()
-    assigned = next((f.f_locals for f, _ in reversed(frames) if f.f_code.co_name == "__setitem__"), {})
-    value = repr(assigned["value"])[:60] if "value" in assigned else ""  # a ConfigDict refused it
-    value = "" if value.strip("'") in source else f" (value: {value})"
-    return f"line {number}: {source}: {type(error).__name__}: {message}".rstrip(": ") + value
+    place = f"line {number}: {linecache.getline(str(path), number).strip()}"
+    for frame in (frame for frame, _ in frames if isinstance(frame.f_locals.get("self"), ConfigDict)):
+        refused = dict(frame.f_locals)
+        key = refused.get("key", refused.get("attribute"))
+        if "value" in refused and isinstance(key, str):
+            return f"{place}: {_refusal(refused['self'], key, refused['value'])}"
+    return f"{place}: {message}"
+
+
+def _refusal(fields: ConfigDict, key: str, value: Any) -> str:
+    """Returns why a locked ConfigDict did not accept a value; its own message lists all fields and their values."""
+    if key not in fields:
+        return f"{key}: no such field; {nearest(key, fields)}"
+    return f"{key} = {value!r:.60}: must be of type {type(fields[key]).__name__}, not {type(value).__name__}"
 
 
 def _place(path: pathlib.Path, message: str) -> str:

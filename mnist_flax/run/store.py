@@ -3,10 +3,10 @@
 A checkpoint is written under another name, and renamed when it is complete and on the disk: a folder whose name is a
 number was finished once, and its checksums tell whether it still is what it was.
 
-Orbax's `CheckpointManager` (0.12.8) was tried. `AnyPreservationPolicy([LatestN(n), BestN(m)])` keeps what `_prune` keeps,
-but the rest is missing: it has no hook between writing and renaming, where checksums and fsync belong; it deletes under
-the checkpoint's own name, so a kill leaves a damaged folder that looks finished; it raises when the newest is damaged
-instead of restoring the one before; and a checkpoint whose metrics are damaged silently stops being the best.
+Orbax's `CheckpointManager` (0.12.8) was tried. Its `AnyPreservationPolicy([LatestN(n), BestN(m)])` keeps what `_prune`
+keeps, but the rest is missing: it has no hook between writing and renaming, where checksums and fsync belong; it
+deletes under the checkpoint's own name, so a kill leaves a damaged folder that looks finished; it raises when the
+newest is damaged instead of restoring the one before; and a checkpoint with damaged metrics silently stops being best.
 """
 
 import concurrent.futures
