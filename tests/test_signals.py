@@ -8,7 +8,8 @@ import time
 import pytest
 from small_run import start
 
-from mnist_flax.run.signals import SIGNALS, Interrupted, stop_request
+from mnist_flax.run import signals
+from mnist_flax.run.signals import SIGNALS, Interrupted, StopRequest, stop_request
 
 # The main thread is in a library that does not return to Python, as when XLA compiles.
 BUSY = """
@@ -82,3 +83,46 @@ def test_a_second_signal_leaves_at_once(second: int, status: int) -> None:
     process.send_signal(second)
     process.communicate(timeout=10)
     assert process.returncode == status
+
+
+def test_second_hang_up_is_not_a_second_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[int] = []
+    monkeypatch.setattr(signals, "leave", left.append)
+    request = StopRequest()
+    for signum in (signal.SIGHUP, signal.SIGHUP):  # a closed terminal and its shell each send one
+        request.receive(signum)
+    assert (request.signum, left) == (signal.SIGHUP, [])
+    request.receive(signal.SIGTERM)
+    assert left == [143]
+
+
+def test_signal_that_the_parent_ignores_stays_ignored() -> None:
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_request() as request:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert request.signum is None
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+WAITS = """
+import hashlib, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from mnist_flax import cli
+def main(argv):
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_signal_ends_a_verb_at_once_even_inside_a_library(signum: int) -> None:
+    process = start("-c", WAITS)
+    assert process.stdout
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signum)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (128 + signum, "", "stopped\n")

@@ -42,6 +42,8 @@ def check(workdir: pathlib.Path) -> None:
       WorkdirError: it is not a folder, cannot be read, or holds something that is not a run.
     """
     try:
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(workdir)  # `exists` would hide why it cannot be read
         if workdir.exists() and not workdir.is_dir():
             raise WorkdirError(f"--workdir={workdir}: is a file; name a folder")
         names = {path.name for path in workdir.iterdir()} if workdir.is_dir() else set()
