@@ -27,6 +27,8 @@ from mnist_flax.run import checkpoint, processes
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.log import RunLog
 from mnist_flax.run.provenance import provenance, versions
+from mnist_flax.run.store import Store, open_store
+from mnist_flax.run.weights import save_weights
 from mnist_flax.step import TrainState, eval_variables
 
 logger = logging.getLogger(__name__)
@@ -51,7 +53,7 @@ class Member:
     workdir: pathlib.Path
     rows: np.ndarray
     holdout: Examples
-    store: checkpoint.Store
+    store: Store
     state: TrainState
     log: RunLog
     is_finished: bool
@@ -73,7 +75,7 @@ def open_member(
     is_primary = processes.is_primary()
     if is_primary:
         stack.enter_context(workdirs.claim(workdir))
-    store = stack.enter_context(checkpoint.open_store(config, splits.fingerprint, workdir))
+    store = stack.enter_context(open_store(config, splits.fingerprint, workdir))
     found, skipped = store.restore_latest()
     for line in skipped:
         logger.warning("%s: %s", workdir, line)
@@ -88,7 +90,7 @@ def open_member(
     if writes:
         workdirs.write_text(workdir / workdirs.CONFIG, config.to_json())
     rate = schedule(config.optimizer, config.num_steps, config.steps_per_epoch)
-    log = RunLog(config, workdir if writes else None, record, rate)
+    log = RunLog(config, workdir if writes else None, record, learning_rate=rate)
     rows, holdout_rows = batches.rows_of(splits.train.label, config.data)
     holdout = Examples(splits.train.image[holdout_rows], splits.train.label[holdout_rows])
     return Member(config, workdir, rows, holdout, store, state, log, is_finished)
@@ -205,7 +207,7 @@ def finish(member: Member, splits: Splits) -> None:
     if not processes.is_primary():
         return
     log.sync()
-    checkpoint.save_weights(config, workdir, variables)
+    save_weights(config, workdir, variables)
     summary = {
         "dataset": splits.name,
         "dataset_fingerprint": splits.fingerprint,
@@ -223,6 +225,7 @@ def finish(member: Member, splits: Splits) -> None:
         "fork": log.origin["fork"],
         "num_devices": sharding.make_mesh(config.train.num_devices).size,
         "num_processes": jax.process_count(),
+        "earlier_versions": log.versions[:-1],
         **provenance(),
     }
     logger.info(

@@ -12,7 +12,6 @@ from mnist_flax.analysis.report import facts as facts_lib
 from mnist_flax.analysis.report import layers, page, pixels, plots
 from mnist_flax.config import Config
 from mnist_flax.data.load import Splits
-from mnist_flax.errors import WorkdirError
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.step import Variables, eval_variables
 
@@ -93,10 +92,7 @@ def write_report(
         "metrics.json": text.encode(),
         "index.html": page.render(json.loads(text), shown_pictures).encode(),  # so no number is missing in the file
     }
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise WorkdirError(f"{folder}: cannot be made ({error.strerror}); make {workdir} writable") from error
+    workdirs.subfolder(workdir, FOLDER)
     for name, content in pieces.items():
         workdirs.write_bytes(folder / name, content)
     return folder / "index.html"
