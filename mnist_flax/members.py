@@ -28,7 +28,7 @@ from mnist_flax.run import checkpoint
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.log import RunLog
 from mnist_flax.run.signals import StopWish, stop_wish
-from mnist_flax.step import StepMetrics, TrainState, train_steps
+from mnist_flax.step import StepMetrics, TrainState, eval_variables, train_steps
 from mnist_flax.train import (
     begin,
     check_origin,
@@ -138,7 +138,9 @@ def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, fol
             state = jax.device_put(member.state)
             finish(config, state, splits, member.folder, log=member.log, store=member.store)
         result, arrays = results.gather(
-            {member.name: (member.config, member.state) for member in members}, splits, workdir / workdirs.MEMBERS
+            {member.name: (member.config, eval_variables(member.state)) for member in members},
+            splits,
+            workdir / workdirs.MEMBERS,
         )
         results.save(result, arrays, workdir)
     return result

@@ -17,7 +17,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from mnist_flax import rng, sharding
-from mnist_flax.analysis.evaluation import Evaluation, evaluate
+from mnist_flax.analysis.evaluation import Evaluation, evaluate, make_predictor
 from mnist_flax.analysis.report.write import write_report
 from mnist_flax.config import IMAGE_SIZE, Config
 from mnist_flax.data import batches
@@ -342,7 +342,7 @@ def train(
 
 def judge(config: Config, state: TrainState, examples: Examples) -> dict[str, Any]:
     """Evaluates on some examples, for the log."""
-    return scores_of(evaluate(config, eval_variables(state), examples))
+    return scores_of(evaluate(make_predictor(config, eval_variables(state)), examples))
 
 
 def scores_of(evaluation: Evaluation) -> dict[str, Any]:
@@ -419,7 +419,7 @@ def finish(
       WorkdirError: the last checkpoint, which was being written meanwhile, cannot be.
     """
     variables = eval_variables(state)
-    evaluation = evaluate(config, variables, splits.test)
+    evaluation = evaluate(make_predictor(config, variables), splits.test)
     scores = scores_of(evaluation)
     store.wait()
     log.evaluation("test", **scores)
@@ -456,7 +456,7 @@ def finish(
     if config.train.report:
         page = write_report(
             config,
-            variables,
+            make_predictor(config, variables),
             records=log.snapshot()["log"],
             splits=splits,
             evaluation=evaluation,
