@@ -3,30 +3,7 @@
 import statistics
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
-
-
-def cross_entropy(logits: Array, labels: Array, *, label_smoothing: float = 0.0) -> Array:
-    """Returns the categorical cross-entropy against one-hot labels, in nats: `f32[B,C], i32[B] -> f32[B]`.
-
-    A label outside 0..C-1 gives a one-hot row of zeros, and so, without smoothing, a loss of 0.
-
-    Args:
-      logits: before the softmax.
-      labels: class numbers.
-      label_smoothing: this share of each label is spread evenly over all classes (Szegedy et al., 2016).
-    """
-    num_classes = logits.shape[-1]
-    targets = jax.nn.one_hot(labels, num_classes) * (1.0 - label_smoothing) + label_smoothing / num_classes
-    return -jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1)
-
-
-def correct(logits: Array, labels: Array) -> Array:
-    """Returns whether the likeliest class is the label: `f32[B,C], i32[B] -> bool[B]`."""
-    return jnp.argmax(logits, axis=-1) == labels
 
 
 def log_probabilities(logits: np.ndarray) -> np.ndarray:

@@ -74,7 +74,7 @@ def read_picture(config: Config, variables: dict[str, Any], content: bytes) -> l
 
     digits = read_digits(content)
     images = np.stack([digit.image for digit in digits])[..., None]
-    predictor = make_predictor(replace(config, train__eval_batch_size=_BATCH_SIZE), variables)
+    predictor = make_predictor(replace(config, eval__batch_size=_BATCH_SIZE), variables)
     probs = softmax(predict_logits(predictor, images))
     readings = []
     for digit, row in zip(digits, probs, strict=True):

@@ -23,11 +23,12 @@ from mnist_flax.analysis.evaluation import (
 )
 from mnist_flax.analysis.run_data import load_data
 from mnist_flax.analysis.scores import evaluate_workdir, scores
-from mnist_flax.config import DATASETS, Config, replace
+from mnist_flax.config import Config, replace
 from mnist_flax.data import batches, datasets
 from mnist_flax.data.datasets import Examples
 from mnist_flax.data.labels import MNIST_TEST_DOUBTS, class_names, doubtful_rows
 from mnist_flax.data.load import Splits, load_splits
+from mnist_flax.data.registry import DATASETS
 from mnist_flax.errors import ConfigError, DataError, WorkdirError
 from mnist_flax.metrics import negative_log_likelihood
 from mnist_flax.run.checkpoint import load_run
@@ -50,7 +51,7 @@ def test_every_example_counts_once(examples: int) -> None:
     test = load_splits(tiny_run.CONFIG).test
     run = load_run(tiny_run.workdir())
     several, alone = (
-        make_predictor(replace(run.config, train__eval_batch_size=size), eval_variables(run.state)) for size in (7, 1)
+        make_predictor(replace(run.config, eval__batch_size=size), eval_variables(run.state)) for size in (7, 1)
     )
     image, label = test.image[:examples], test.label[:examples]
     logits = np.concatenate([predict_logits(alone, one[None]) for one in image])

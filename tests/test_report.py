@@ -21,12 +21,14 @@ from mnist_flax import metrics
 from mnist_flax.analysis.evaluation import Evaluation, evaluate, load_predictor, make_predictor
 from mnist_flax.analysis.report import facts, layers, page, pictures, plots, write
 from mnist_flax.analysis.report.write import report_workdir, shown, write_report
-from mnist_flax.config import DATASETS, Config, replace
+from mnist_flax.config import Config, replace
 from mnist_flax.data.datasets import Examples
 from mnist_flax.data.labels import MNIST_TEST_DOUBTS, class_names
 from mnist_flax.data.load import Splits, load_splits
+from mnist_flax.data.registry import DATASETS
+from mnist_flax.drivers import jit_forward, jit_init_state
 from mnist_flax.errors import WorkdirError
-from mnist_flax.step import eval_variables, init_state, jit_forward, jit_init_state
+from mnist_flax.step import eval_variables, init_state
 
 VOID = {"meta", "img", "br", "link", "hr", "input"}
 PIECES = {
@@ -103,7 +105,7 @@ def made_up(
     folder.mkdir()
     path = write_report(
         config,
-        make_predictor(config, eval_variables(jit_init_state(config, jax.random.key(0)))),
+        make_predictor(config, eval_variables(jit_init_state(config.program, jax.random.key(0)))),
         records=records,
         splits=Splits(dataset, split, split, "f" * 64, "made up"),
         evaluation=evaluation,
@@ -364,11 +366,11 @@ def test_the_plots_beside_the_page_are_files_for_any_program(report: pathlib.Pat
 )
 def test_activations_are_those_of_the_network(fields: dict[str, Any]) -> None:
     config = replace(Config(), **{"model__widths": (4, 5, 6), "model__dense": (7,), **fields})
-    state = jit_init_state(config, jax.random.key(0))
+    state = jit_init_state(config.program, jax.random.key(0))
     variables = eval_variables(state)
     images = np.random.default_rng(0).integers(0, 256, (3, 28, 28, 1), dtype=np.uint8)
-    found = layers.activations(config, variables, images)
-    np.testing.assert_allclose(found[-1].values, jit_forward(config, variables, images), rtol=1e-4, atol=1e-5)
+    found = layers.activations(config.program, variables, images)
+    np.testing.assert_allclose(found[-1].values, jit_forward(config.program, variables, images), rtol=1e-4, atol=1e-5)
     names = ["Conv_1", "Conv_2", "Dense_0"] * bool(config.model.widths) + ["Dense_1", "logits"]
     assert [stage.name for stage in found] == names
     if config.model.widths:
@@ -380,30 +382,30 @@ def test_activations_are_those_of_the_network(fields: dict[str, Any]) -> None:
     np.testing.assert_allclose(
         found[-2].values @ np.asarray(last["kernel"]) + np.asarray(last["bias"]), found[-1].values, rtol=1e-4, atol=1e-5
     )
-    rows = layers.layers(config, variables)
+    rows = layers.layers(config.program, variables)
     assert sum(row.parameters for row in rows) == sum(leaf.size for leaf in jax.tree.leaves(state.params))
 
 
 def test_layers_by_hand() -> None:
     config = Config()
-    shapes = jax.eval_shape(lambda: init_state(config, jax.random.key(0)))  # all that is looked at
-    rows = {row.name: row for row in layers.layers(config, eval_variables(shapes))}
-    assert list(rows) == ["Conv_0", "Bias_0", "Conv_1", "Bias_1", "Conv_2", "Bias_2", "Dense_0", "Dense_1"]
+    shapes = jax.eval_shape(lambda: init_state(config.program, jax.random.key(0)))  # all that is looked at
+    rows = {row.name: row for row in layers.layers(config.program, eval_variables(shapes))}
+    assert list(rows) == ["Conv_0", "Conv_1", "Conv_2", "Dense_0", "Dense_1"]
     assert rows["Conv_1"] == layers.Layer(
-        "Conv_1", "Conv", (12, 12, 32), (5, 5, 64), 9 * 32 * 64, 10 * 10 * 9 * 32 * 64
+        "Conv_1", "Conv", (12, 12, 32), (5, 5, 64), 9 * 32 * 64 + 64, 10 * 10 * 9 * 32 * 64
     )
     assert rows["Dense_1"].multiply_adds == 640 and rows["Dense_1"].parameters == 650
 
 
 def test_first_filters_are_pictures_of_weights() -> None:
     config = replace(Config(), model__widths=(), model__pools=(1,), model__dense=(5,))
-    variables = eval_variables(jit_init_state(config, jax.random.key(0)))
-    filters = layers.first_filters(config, variables)
+    variables = eval_variables(jit_init_state(config.program, jax.random.key(0)))
+    filters = layers.first_filters(config.program, variables)
     assert filters is not None and filters.shape == (5, 28, 28)
     assert filters[2, 1, 3] == variables["params"]["Dense_0"]["kernel"][28 + 3, 2]
     config = replace(Config(), model__widths=(4,), model__pools=(1,))
-    variables = eval_variables(jit_init_state(config, jax.random.key(0)))
-    filters = layers.first_filters(config, variables)
+    variables = eval_variables(jit_init_state(config.program, jax.random.key(0)))
+    filters = layers.first_filters(config.program, variables)
     assert filters is not None
     np.testing.assert_array_equal(filters[1], variables["params"]["Conv_0"]["kernel"][:, :, 0, 1])
 

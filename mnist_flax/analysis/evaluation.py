@@ -11,19 +11,18 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mnist_flax import metrics, sharding
-from mnist_flax.config import Config, replace
+from mnist_flax.config import Config, Program
 from mnist_flax.data.batches import NO_LABEL
 from mnist_flax.data.datasets import Examples
+from mnist_flax.drivers import jit_forward
 from mnist_flax.errors import WorkdirError
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.checkpoint import Run, load_run
-from mnist_flax.step import Variables, eval_variables, forward
+from mnist_flax.step import Variables, eval_variables
 
 POPULATION = "population.json"
 KINDS = ("seeds", "folds")  # of populations
 VIEWS = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))  # by how many pixels each view is shifted down and right
-
-_jit_forward = jax.jit(forward, static_argnums=0)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,7 +38,7 @@ class Predictor:
       num_devices: devices to split a batch over, at most as many as there are; 0 means all accelerators, or one CPU.
     """
 
-    program: Any
+    program: Program
     members: tuple[Variables, ...]
     views: int = 1
     temperature: float = 1.0
@@ -50,17 +49,13 @@ class Predictor:
 def make_predictor(config: Config, *members: Variables, temperature: float = 1.0) -> Predictor:
     """Returns a predictor with the program, views, batch size and devices of a config."""
     return Predictor(
-        program=_program(config),
+        program=config.program,
         members=members,
-        views=config.model.test_views,
+        views=config.eval.views,
         temperature=temperature,
-        batch_size=config.train.eval_batch_size,
+        batch_size=config.eval.batch_size,
         num_devices=config.train.num_devices,
     )
-
-
-def _program(config: Config) -> Any:
-    return replace(config, model__test_views=1)
 
 
 def member_logits(predictor: Predictor, images: np.ndarray) -> np.ndarray:
@@ -80,7 +75,7 @@ def _run(predictor: Predictor, mesh: Mesh, images: np.ndarray) -> np.ndarray:
         batch = images[start : start + size]
         batch = sharding.place(np.pad(batch, [(0, size - len(batch)), *[(0, 0)] * 3]), sharding.split(mesh))
         for logits, variables in zip(outputs, predictor.members, strict=True):
-            logits.append(_jit_forward(predictor.program, variables, batch))
+            logits.append(jit_forward(predictor.program, variables, batch))
     if not len(images):
         return np.zeros((len(predictor.members), 0, predictor.program.num_classes), np.float32)
     return np.stack([np.concatenate(sharding.gather(logits))[: len(images)] for logits in outputs])
@@ -126,6 +121,10 @@ class Evaluation(NamedTuple):
     examples: int
     logits: np.ndarray
     temperature: float = 1.0
+
+    def scores(self) -> dict[str, Any]:
+        """Returns what the log holds."""
+        return {"loss": self.loss, "accuracy": self.accuracy, "examples": self.examples}
 
 
 def evaluate(predictor: Predictor, examples: Examples) -> Evaluation:
@@ -185,7 +184,7 @@ def load_predictor(workdir: pathlib.Path, checkpoint: str = "latest") -> tuple[P
     runs = tuple(load_run(folder, checkpoint) for folder in folders)
     config, fingerprint = runs[0].config, runs[0].record["fingerprint"]
     for folder, run in zip(folders, runs, strict=True):
-        if run.record["fingerprint"] != fingerprint or _program(run.config) != _program(config):
+        if run.record["fingerprint"] != fingerprint or run.config.program != config.program:
             raise WorkdirError(f"{folder}: was trained with another config or on other data than {folders[0]}")
     steps = tuple(int(run.state.step) for run in runs)
     is_last = set(steps) == {result.get("steps", config.num_steps)}

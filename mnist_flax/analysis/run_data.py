@@ -5,11 +5,12 @@ from typing import Any
 
 from absl import flags
 
-from mnist_flax import config as config_lib
-from mnist_flax.config import IMAGE_SIZE, Config
+from mnist_flax.checks import nearest
+from mnist_flax.config import Config, replace
 from mnist_flax.data import batches
 from mnist_flax.data.datasets import Examples
 from mnist_flax.data.load import Splits, load_splits
+from mnist_flax.data.registry import DATASETS, IMAGE_SIZE
 from mnist_flax.errors import ConfigError, DataError
 
 SPLITS = ("train", "holdout", "test")
@@ -60,7 +61,7 @@ def load_data(config: Config, fingerprint: str, overrides: Mapping[str, Any]) ->
         check_classes(config, name)
         # None of its rows was trained on or held out.
         changed |= dict.fromkeys(("data__num_train", "data__holdout", "data__folds", "data__fold"), 0)
-    used = config_lib.replace(config, **changed)
+    used = replace(config, **changed)
     splits = load_splits(used)
     for split in (splits.train, splits.test):
         if split.image.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 1):
@@ -79,12 +80,12 @@ def check_classes(config: Config, name: str) -> None:
     Raises:
       ConfigError: there is no such dataset, or it has another number of classes.
     """
-    if name not in config_lib.DATASETS:
-        hint = config_lib.nearest(name, config_lib.DATASETS)
+    if name not in DATASETS:
+        hint = nearest(name, DATASETS)
         raise ConfigError(f"config.data.name = {name!r}: {hint}")
-    num_classes = config_lib.DATASETS[name].num_classes
+    num_classes = DATASETS[name].num_classes
     if num_classes != config.num_classes:
-        fitting = [other for other, info in config_lib.DATASETS.items() if info.num_classes == config.num_classes]
+        fitting = [other for other, info in DATASETS.items() if info.num_classes == config.num_classes]
         raise ConfigError(
             f"config.data.name = {name!r}: has {num_classes} classes, but this network was trained on the"
             f" {config.num_classes} of {config.data.name}; these datasets fit: {', '.join(fitting)}"

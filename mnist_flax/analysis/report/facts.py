@@ -1,6 +1,5 @@
 """Every number of a report: the contents of `metrics.json`, which the page shows."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -181,23 +180,22 @@ def smoothed(values: Sequence[float], reach: int) -> list[float]:
 
 
 def changed_fields(config: Config) -> Facts:
-    """Returns the fields that differ from the defaults, dotted, with their values."""
-    defaults = Config()
-    changed: Facts = {}
-    for field in dataclasses.fields(config):
-        old, new = getattr(defaults, field.name), getattr(config, field.name)
-        if not dataclasses.is_dataclass(new):
-            changed |= {field.name: new} if new != old else {}
-            continue
-        for inner in dataclasses.fields(new):
-            value = getattr(new, inner.name)
-            if value != getattr(old, inner.name):
-                changed[f"{field.name}.{inner.name}"] = value
-    return changed
+    """Returns the fields that differ from the defaults of the model's family, dotted, with their values."""
+    defaults = _dotted(Config(model=type(config.model)()))
+    return {name: value for name, value in _dotted(config).items() if value != defaults[name]}
+
+
+def _dotted(config: Config) -> Facts:
+    return {
+        f"{section}.{name}" if name else section: value
+        for section, fields in config.to_dict().items()
+        for name, value in (fields.items() if isinstance(fields, dict) else [("", fields)])
+    }
 
 
 def config_source(config: Config, dataset: str) -> str:
     """Returns a config file that repeats the run, even if the presets change."""
+    family = config.to_dict()["model"]["name"]
     lines = [f"    config.{name} = {value!r}" for name, value in changed_fields(config).items()]
     return "\n".join(
         [
@@ -210,7 +208,7 @@ def config_source(config: Config, dataset: str) -> str:
             "",
             "def get_config() -> ConfigDict:",
             '    """Returns what differs from the defaults."""',
-            "    config = default_config_dict()",
+            f"    config = default_config_dict({family!r})",
             *lines,
             "    return config",
             "",

@@ -13,7 +13,8 @@ import jax
 import numpy as np
 from jax import Array
 
-from mnist_flax.config import IMAGE_SIZE
+from mnist_flax.config import Program
+from mnist_flax.data.registry import IMAGE_SIZE
 from mnist_flax.step import Variables, forward
 
 
@@ -63,7 +64,7 @@ class _Call(NamedTuple):
         return "/".join(self.module.path)
 
 
-def _trace(program: Any, variables: Variables) -> list[_Call]:
+def _trace(program: Program, variables: Variables) -> list[_Call]:
     """Returns the calls of all layers, in their order, for one image; nothing is computed."""
     calls: list[_Call] = []
     image = jax.ShapeDtypeStruct((1, IMAGE_SIZE, IMAGE_SIZE, 1), np.uint8)
@@ -72,7 +73,7 @@ def _trace(program: Any, variables: Variables) -> list[_Call]:
 
 
 def _observed(
-    program: Any, traced: Variables, images: Array, variables: Variables, note: Callable[[_Call], None]
+    program: Program, traced: Variables, images: Array, variables: Variables, note: Callable[[_Call], None]
 ) -> Array:
     """Computes the logits, and calls `note` after every call of a layer."""
 
@@ -91,7 +92,7 @@ def _observed(
         return forward(program, traced, images)
 
 
-def layers(program: Any, variables: Variables) -> list[Layer]:
+def layers(program: Program, variables: Variables) -> list[Layer]:
     """Lists the layers in the order in which they are called."""
     return [
         Layer(
@@ -121,7 +122,7 @@ def _multiply_adds(call: _Call) -> int:
     return math.prod(sizes) * int(kernel.size)
 
 
-def activations(program: Any, variables: Variables, images: np.ndarray) -> list[Activation]:
+def activations(program: Program, variables: Variables, images: np.ndarray) -> list[Activation]:
     """Computes what each layer with a kernel sees for some images, `u8[B,28,28,1]`, from the second on, and the logits.
 
     What several layers see, such as the two branches of a residual block, is listed once.
@@ -159,7 +160,7 @@ def _unflatten(values: np.ndarray, channels: int) -> np.ndarray:
     return values.reshape(len(values), side, side, channels) if is_map else values
 
 
-def first_filters(program: Any, variables: Variables) -> np.ndarray | None:
+def first_filters(program: Program, variables: Variables) -> np.ndarray | None:
     """Returns the kernel that touches the pixels as pictures of what each output looks for, `f32[W,k,k]`.
 
     None if there is none, or it does not apply to the pixels of one grey image.

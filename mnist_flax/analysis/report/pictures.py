@@ -10,7 +10,7 @@ import numpy as np
 
 from mnist_flax import rng
 from mnist_flax.analysis.report import layers
-from mnist_flax.config import Config
+from mnist_flax.config import Config, Program
 from mnist_flax.data import batches
 from mnist_flax.data.augment import augment
 from mnist_flax.data.load import Splits
@@ -80,7 +80,7 @@ def thumbnails(facts: Mapping[str, Any], images: np.ndarray) -> dict[int, str]:
 
 
 def sheets(
-    config: Config, program: Any, variables: Variables, facts: dict[str, Any], splits: Splits
+    config: Config, program: Program, variables: Variables, facts: dict[str, Any], splits: Splits
 ) -> dict[str, bytes]:
     """Draws the first filters, augmented training images, and each gallery in the order of `metrics.json`.
 
@@ -109,7 +109,7 @@ def augmented(config: Config, splits: Splits) -> tuple[np.ndarray, np.ndarray]:
       augmentation.
     """
     train, _ = batches.rows_of(splits.train.label, config.data)
-    if config.augment == type(config.augment)():
+    if not config.augment.strengths:
         return train[:0], splits.train.image[:0]
     rows = batches.spread_rows(splits.train.label, train, min(TRAINING_IMAGES, len(train)))
     rows = rows[np.argsort(splits.train.label[rows], kind="stable")]
@@ -122,7 +122,7 @@ def augmented(config: Config, splits: Splits) -> tuple[np.ndarray, np.ndarray]:
     return rows, np.concatenate([originals[:, None], variants], axis=1).reshape(-1, *originals.shape[1:])
 
 
-def activations(program: Any, variables: Variables, facts: dict[str, Any], images: np.ndarray) -> list[list[str]]:
+def activations(program: Program, variables: Variables, facts: dict[str, Any], images: np.ndarray) -> list[list[str]]:
     """Draws what each layer sees of a few digits: some that are right, and the worst mistake.
 
     Args:
