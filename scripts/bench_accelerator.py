@@ -32,7 +32,8 @@ from absl import flags
 from bench_steps import training_flops
 
 from mnist_flax import cli
-from mnist_flax.config import IMAGE_SIZE, Config, replace
+from mnist_flax.config import Config, replace
+from mnist_flax.data.registry import IMAGE_SIZE
 
 FLAGS = flags.FLAGS
 
