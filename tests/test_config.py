@@ -5,11 +5,7 @@ from typing import Any
 
 import pytest
 
-<<<<<<< HEAD
-from mnist_flax.config import Config, ModelConfig, default_config_dict, differences, replace
-=======
 from mnist_flax.config import Config, default_config_dict, differences, replace
->>>>>>> main
 from mnist_flax.data.registry import DATASETS
 from mnist_flax.errors import ConfigError
 from mnist_flax.models.cnn import CNNConfig
