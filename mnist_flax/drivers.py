@@ -22,7 +22,7 @@ from mnist_flax import rng, sharding
 from mnist_flax.config import Program
 from mnist_flax.data import batches
 from mnist_flax.data.batches import Batch
-from mnist_flax.data.datasets import Examples
+from mnist_flax.data.splits import Examples
 from mnist_flax.step import TrainState, forward, init_state, train_step, train_steps
 
 Advance = Callable[[TrainState, int], tuple[TrainState, dict[str, np.ndarray]]]

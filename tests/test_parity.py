@@ -14,8 +14,8 @@ from mnist_flax import rng
 from mnist_flax.analysis.evaluation import evaluate, make_predictor
 from mnist_flax.config import DRIVERS, Config, Program, replace
 from mnist_flax.data import batches
-from mnist_flax.data.datasets import Examples
 from mnist_flax.data.load import load_splits
+from mnist_flax.data.splits import Examples
 from mnist_flax.drivers import Job, driver, jit_init_state, stack
 from mnist_flax.run import checkpoint
 from mnist_flax.run.log import RunLog

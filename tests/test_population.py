@@ -22,8 +22,8 @@ from mnist_flax.analysis.comparison import Result
 from mnist_flax.analysis.evaluation import combine_members, evaluate, make_predictor
 from mnist_flax.config import Config, replace
 from mnist_flax.data import batches
-from mnist_flax.data.datasets import Examples
 from mnist_flax.data.load import load_splits
+from mnist_flax.data.splits import Examples
 from mnist_flax.errors import ConfigError, NonFiniteLossError, WorkdirError
 from mnist_flax.members import Member
 from mnist_flax.run import checkpoint
