@@ -5,9 +5,9 @@
 Every run trains a small network with dropout, augmentation, batch norm and averaged weights, and saves every few steps;
 the scan and the stream driver take turns. The modes:
 
-  kill, term, hangup  SIGKILL, SIGTERM or SIGHUP, one to three times, each at a moment drawn from the time of a quiet run
+  kill, term, hangup  SIGKILL, SIGTERM or SIGHUP, one to three times, at moments drawn from the time of a quiet run
   damage              SIGKILL, and a file of the newest checkpoint truncated, zeroed or deleted
-  end                 SIGKILL, one to three times, while the test set is evaluated and weights, summary and report written
+  end                 SIGKILL, one to three times, while the run evaluates and writes weights, summary and report
   console             standard error is closed, full, or a pipe whose reader leaves; the run must not notice
   disk                no file may grow past a size drawn from those of a quiet run
 
@@ -82,7 +82,7 @@ class Process:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
-        self._said = tempfile.TemporaryFile()
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115, `finish` closes it
         self.process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -231,9 +231,8 @@ def stripped(source: pathlib.Path, workdir: pathlib.Path) -> None:
         workdirs.remove(workdir / name)
 
 
-def torture(mode: str, folder: pathlib.Path, deadline: float) -> dict[str, Any]:
-    """Disturbs runs one after the other, and returns the result as JSON."""
-    chance = random.Random(f"{_SEED.value} {mode}")
+def quiet_runs(mode: str, folder: pathlib.Path) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
+    """Makes the undisturbed runs, and returns by driver what they leave, and the seconds that one takes."""
     quiet, seconds = {}, {}
     for driver in DRIVERS:
         for name in ("cold", "warm"):  # the first compiles, the second shows how long a run takes
@@ -245,37 +244,56 @@ def torture(mode: str, folder: pathlib.Path, deadline: float) -> dict[str, Any]:
                 raise RuntimeError(f"the quiet run failed with status {status}: {said}")
             seconds[driver] = time.monotonic() - began
         quiet[driver] = outcome(folder / f"warm-{driver}")
-    largest = max(path.stat().st_size for path in (folder / "warm-scan").rglob("*") if path.is_file())
+    return quiet, seconds
+
+
+def disturb(
+    mode: str, workdir: pathlib.Path, driver: str, seconds: float, chance: random.Random
+) -> tuple[collections.Counter[str], str]:
+    """Disturbs one run in a mode, and lets the same command finish it.
+
+    Returns:
+      How often what happened, and what help the run would have needed: empty if none.
+    """
+    warm = workdir.with_name(f"warm-{driver}")
+    if mode == "console":
+        kind, help_needed = lose_console(workdir, driver, seconds, chance)
+        return collections.Counter([kind]), help_needed
+    if mode == "disk":
+        largest = max(path.stat().st_size for path in warm.rglob("*") if path.is_file())
+        kind, help_needed = fill_disk(workdir, driver, largest, chance)
+        tally = collections.Counter([kind])
+    else:
+        if mode == "end":
+            stripped(warm, workdir)
+        tally, help_needed = hit(mode, workdir, driver, seconds, chance)
+    if not help_needed:
+        status, said = Process(workdir, driver).finish()
+        help_needed = f"status {status}: {said}" if status else ""
+    return tally, help_needed
+
+
+def torture(mode: str, folder: pathlib.Path, deadline: float) -> dict[str, Any]:
+    """Disturbs runs one after the other, and returns the result as JSON."""
+    chance = random.Random(f"{_SEED.value} {mode}")
+    quiet, seconds = quiet_runs(mode, folder)
     tally: collections.Counter[str] = collections.Counter()
     runs, differing, helped = 0, [], []
     for driver in itertools.islice(itertools.cycle(DRIVERS), _RUNS.value):
         if time.monotonic() > deadline:
             break
         workdir = folder / f"run-{runs}"
-        if mode == "end":
-            stripped(folder / f"warm-{driver}", workdir)
-        if mode in SIGNALS:
-            counted, needed = hit(mode, workdir, driver, seconds[driver], chance)
-            tally.update(counted)
-        elif mode == "console":
-            kind, needed = lose_console(workdir, driver, seconds[driver], chance)
-            tally[kind] += 1
-        else:
-            kind, needed = fill_disk(workdir, driver, largest, chance)
-            tally[kind] += 1
-        if not needed and mode != "console":
-            status, said = Process(workdir, driver).finish()
-            needed = f"status {status}: {said}" if status else ""
+        counted, help_needed = disturb(mode, workdir, driver, seconds[driver], chance)
+        tally.update(counted)
         runs += 1
         try:
-            found = {} if needed else outcome(workdir)
+            found = {} if help_needed else outcome(workdir)
         except (OSError, ValueError, KeyError) as error:
-            found, needed = {}, f"incomplete: {error!r}"
-        if needed:
-            helped.append(needed)
-        else:
-            names = [name for name in quiet[driver] | found if quiet[driver].get(name) != found.get(name)]
-            differing += [names] if names else []
+            found, help_needed = {}, f"incomplete: {error!r}"
+        if help_needed:
+            helped.append(help_needed)
+        elif names := [name for name in quiet[driver] | found if quiet[driver].get(name) != found.get(name)]:
+            differing.append(names)
         shutil.rmtree(workdir, ignore_errors=True)
         flaws = f"{len(differing)} differing {differing[-1:]}, {len(helped)} needing help {helped[-1:]}"
         print(f"{mode}: run {runs} of {_RUNS.value}, {dict(tally)}, {flaws}", file=sys.stderr, flush=True)
