@@ -212,7 +212,7 @@ def read_state(path: pathlib.Path, config: Config, record: Mapping[str, Any]) ->
       WorkdirError: they are not the arrays that this program would have for this config.
       Exception: of other types, if they are damaged.
     """
-    shapes = jax.eval_shape(lambda: init_state(config, rng.root_key(0)))
+    shapes = jax.eval_shape(lambda: init_state(config.program, rng.root_key(0)))
     wanted = layout(shapes)
     for name in (*wanted, *record["arrays"]):
         if wanted.get(name) != record["arrays"].get(name):
