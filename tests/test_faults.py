@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from killed_run import MOMENTS
+from killed_run import MOMENTS, MOMENTS_OF_A_REPORT
 from small_run import ROOT, SMALL, config_file, outcome, run, start, steps, summary
 
 from mnist_flax import train
@@ -51,6 +51,19 @@ def test_a_killed_run_is_taken_up(
     assert steps(workdir)[-1] == 14
     assert not list(workdir.glob(".*.tmp"))
     assert not (workdir / workdirs.DAMAGED).exists()
+
+
+@pytest.mark.parametrize("moment", MOMENTS_OF_A_REPORT)
+def test_run_killed_at_its_report_gets_it(tmp_path: pathlib.Path, cache: pathlib.Path, moment: str) -> None:
+    config, workdir = tmp_path / "config.json", tmp_path / "run"
+    config.write_text(replace(CONFIG, train__report=True).to_json())
+    killed = run("tests/killed_run.py", str(config), str(workdir), moment, cache=cache, devices=8)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (workdir / workdirs.SUMMARY).exists()  # so the run does not count as finished
+    fit(Config.from_json(config.read_text()), workdir)
+    assert summary(workdir)["steps"] == 14
+    assert (workdir / "report" / "index.html").read_text().rstrip().endswith("</html>")
+    assert not list(workdir.rglob(".*.tmp"))
 
 
 def test_a_damaged_checkpoint_is_told_of_and_passed_over(
