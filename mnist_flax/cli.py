@@ -11,7 +11,8 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from mnist_flax import preset
-from mnist_flax.config import Config, nearest
+from mnist_flax.checks import nearest
+from mnist_flax.config import Config
 from mnist_flax.errors import ConfigError, UserError
 from mnist_flax.run import console, signals
 

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mnist_flax import drivers, rng, sharding
-from mnist_flax.analysis.evaluation import evaluate, run_predictor
+from mnist_flax.analysis.calibration import calibrate
+from mnist_flax.analysis.evaluation import evaluate, make_predictor
 from mnist_flax.analysis.report.write import write_report
 from mnist_flax.config import Config
 from mnist_flax.data import batches
@@ -186,7 +187,7 @@ def evaluate_holdout(member: Member) -> dict[str, Any] | None:
     """Evaluates a run on the rows that it holds out, if any, and logs the scores."""
     if not len(member.holdout.label):
         return None
-    evaluation = evaluate(run_predictor(member.config, eval_variables(member.state)), member.holdout)
+    evaluation = evaluate(make_predictor(member.config, eval_variables(member.state)), member.holdout)
     member.log.evaluation("holdout", **evaluation.scores())
     return evaluation.scores()
 
@@ -201,7 +202,8 @@ def finish(member: Member, splits: Splits) -> None:
     """
     config, workdir, log = member.config, member.workdir, member.log
     variables = eval_variables(member.state)
-    evaluation = evaluate(run_predictor(config, variables), splits.test)
+    predictor = calibrate(make_predictor(config, variables), member.holdout)
+    evaluation = evaluate(predictor, splits.test)
     member.store.wait()
     log.evaluation("test", **evaluation.scores())
     if not processes.is_primary():
@@ -219,6 +221,7 @@ def finish(member: Member, splits: Splits) -> None:
         "test_accuracy": evaluation.accuracy,
         "test_loss": evaluation.loss,
         "test_examples": evaluation.examples,
+        "temperature": predictor.temperature,
         "train_seconds": log.seconds,
         "images_per_second": config.num_train * config.train.epochs / log.seconds,
         "restarts": log.restarts,
@@ -236,7 +239,7 @@ def finish(member: Member, splits: Splits) -> None:
     if config.train.report:
         page = write_report(
             config,
-            variables,
+            predictor,
             records=log.snapshot()["log"],
             splits=splits,
             evaluation=evaluation,

@@ -16,7 +16,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mnist_flax.config import Config, default_config_dict, nearest
+from mnist_flax.checks import nearest
+from mnist_flax.config import Config, default_config_dict
 from mnist_flax.errors import ConfigError
 
 _PACKAGE = pathlib.Path(__file__).resolve().parent

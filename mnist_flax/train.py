@@ -25,7 +25,7 @@ from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.log import check_finite
 from mnist_flax.run.progress import Progress
 from mnist_flax.run.signals import Interrupted, StopRequest, stop_request
-from mnist_flax.step import TrainState
+from mnist_flax.step import TrainState, eval_variables
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, fol
         if result and [member["name"] for member in result["members"]] == list(configs):
             logger.info("%s is finished; a larger --seeds, or more epochs, trains further", workdir)
             return result
-        named = {member.workdir.name: (member.config, member.state) for member in members}
+        named = {member.workdir.name: (member.config, eval_variables(member.state)) for member in members}
         result, arrays = statistics.gather(named, splits, folder)
         statistics.save(result, arrays, workdir)
     return result

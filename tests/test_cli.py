@@ -145,7 +145,7 @@ def test_override_may_choose_another_family() -> None:
         ("train=3", "--config.train=3: is a group of fields; name one of them"),
         ("=3", "config.: no such field"),
         ("model.name=rsenet", "config.model.name = 'rsenet': did you mean 'resnet'?"),
-        ("train.epochs=-1", "config.train.epochs = -1: must be at least 1"),
+        ("train.batch_size=0", "config.train.batch_size = 0: must be at least 1"),
         ("train.report=perhaps", "--config.train.report=perhaps: must be true or false"),
         ("optimizer.learning_rate=fast", "--config.optimizer.learning_rate=fast: must be a number"),
         ("optimizer.learning_rate=nan", "config.optimizer.learning_rate = nan: must be finite"),
@@ -197,7 +197,7 @@ def test_failing_preset_names_line_and_reason(statement: str, message: str, tmp_
 @pytest.mark.parametrize(
     ("statement", "message"),
     [
-        ("config.train.epochs = -1", "config.train.epochs = -1: must be at least 1"),
+        ("config.train.batch_size = 0", "config.train.batch_size = 0: must be at least 1"),
         ("config.train.epochs = None", "config.train.epochs = None: must be of type int, not NoneType"),
         ("config.model.widths = (1, 'a')", "config.model.widths[1] = 'a': must be of type int, not str"),
         ("return {'train': {'epochs': '3'}}", "config.train.epochs = '3': must be of type int, not str"),
