@@ -51,7 +51,7 @@ def write_report(
       WorkdirError: the folder cannot be written.
     """
     place = shown(folder) if folder else f"{shown(workdir)}/{FOLDER}"
-    folder = folder or workdir / FOLDER
+    folder = folder or workdirs.subfolder(workdir, FOLDER)
     variables = predictor.members[0]
     facts = facts_lib.gather(
         config,
