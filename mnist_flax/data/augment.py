@@ -4,9 +4,8 @@ To add an operation, add an entry before the config is built; its strength is th
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from jax import Array
 from numpy.typing import NDArray
 
 from mnist_flax import rng
+from mnist_flax.checks import within
 
 Move = Callable[[float, Array, Array, Array], tuple[Array, Array]]  # strength, y, x, key
 Change = Callable[[float, Array, Array], Array]  # strength, image, key
@@ -114,20 +114,54 @@ AUGMENTATIONS: dict[str, Augmentation] = {
 }
 
 
-def augment(config: Any, images: Array, key: Array) -> Array:
+@dataclass(frozen=True, init=False)
+class AugmentConfig:
+    """The strength of each operation, with a field for each entry of `AUGMENTATIONS`; 0 turns an operation off.
+
+    Attributes:
+      strengths: name and strength of the operations that are on, in the order of `AUGMENTATIONS`.
+    """
+
+    strengths: tuple[tuple[str, float], ...]
+
+    def __init__(self, **strengths: float) -> None:
+        on = tuple((name, strengths[name]) for name in AUGMENTATIONS if strengths.get(name))
+        object.__setattr__(self, "strengths", on)
+
+    def __getattr__(self, name: str) -> float:
+        if name not in AUGMENTATIONS:
+            raise AttributeError(name)
+        return self.to_dict()[name]
+
+    def to_dict(self) -> dict[str, float]:
+        """Returns all strengths by name."""
+        on = dict(self.strengths)
+        return {name: on.get(name, kind(0)) for name, kind in self.field_types().items()}
+
+    @staticmethod
+    def field_types() -> dict[str, type]:
+        """Returns the type of each field."""
+        return {name: int if entry.whole else float for name, entry in AUGMENTATIONS.items()}
+
+    def check(self) -> Iterator[str]:
+        """Yields a message for each strength that is out of range."""
+        for name, strength in self.strengths:
+            entry = AUGMENTATIONS[name]
+            yield from within(f"augment.{name}", strength, 0, entry.high, open_high=entry.open_high)
+
+
+def augment(config: AugmentConfig, images: Array, key: Array) -> Array:
     """Distorts each image of a batch in its own way, `u8[B,H,W,1] -> u8[B,H,W,1]`.
 
     Args:
-      config: has the strength of each entry of `AUGMENTATIONS` as a field of its name; without one it is off.
+      config: the strengths.
       images: 0 is paper; what comes in from outside is paper too.
       key: of the step. An image's draws depend on its place in the batch, not on the batch or the devices.
     """
-    given = {name: getattr(config, name, 0) for name in AUGMENTATIONS}
-    active = {name: strength for name, strength in given.items() if strength}
-    if not active:
+    if not config.strengths:
         return images
     keys = rng.per_example(key, len(images))
-    return jax.vmap(functools.partial(distort, active))(images, keys)
+    return jax.vmap(functools.partial(distort, dict(config.strengths)))(images, keys)
 
 
 def distort(strengths: dict[str, float], image: Array, key: Array) -> Array:
