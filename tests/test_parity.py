@@ -12,7 +12,8 @@ from small_run import SMALL, lines
 
 from mnist_flax import rng
 from mnist_flax.analysis.evaluation import evaluate, make_predictor
-from mnist_flax.config import DRIVERS, Config, Program, replace
+from mnist_flax.config import Config, Program, replace
+from mnist_flax.sections import DRIVERS
 from mnist_flax.data import batches
 from mnist_flax.data.load import load_splits
 from mnist_flax.data.splits import Examples

@@ -13,7 +13,8 @@ from small_run import SMALL, lines
 
 from mnist_flax import rng, sharding
 from mnist_flax.analysis.evaluation import make_predictor, predict_logits
-from mnist_flax.config import DRIVERS, Config, replace
+from mnist_flax.config import Config, replace
+from mnist_flax.sections import DRIVERS
 from mnist_flax.data.augment import AugmentConfig, augment
 from mnist_flax.data.splits import Examples
 from mnist_flax.drivers import Job, driver, jit_init_state, job_mesh, stack
