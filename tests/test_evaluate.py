@@ -88,7 +88,8 @@ def test_predictor_averages_probabilities_over_members_and_views(members: int, v
     several = [jax.tree.map(lambda leaf, scale=scale: leaf * scale, variables) for scale in (1.0, 0.8, 1.3)]
     config = replace(run.config, eval__views=views, eval__batch_size=4)
     predictor = make_predictor(config, *several[:members])
-    np.testing.assert_allclose(softmax(predict_logits(predictor, images), axis=-1), by_hand(predictor, images), atol=1e-5)
+    probs = softmax(predict_logits(predictor, images), axis=-1)
+    np.testing.assert_allclose(probs, by_hand(predictor, images), atol=1e-5)
     assert member_logits(predictor, images).shape == (members, 11, 10)
     warm = make_predictor(config, *several[:members], temperature=2.0)
     np.testing.assert_allclose(2 * predict_logits(warm, images), predict_logits(predictor, images), rtol=1e-6)
@@ -266,7 +267,7 @@ def test_the_command_prints_before_it_fails_to_write(workdir: pathlib.Path) -> N
     ("arguments", "message"),
     [
         (["--config.data.name=emnist/letters"], "has 37 classes"),
-        (["--config.data.nam=kmnist"], "did you mean 'name'"),
+        (["--config.data.nam=kmnist"], "Did you mean: config.data.name"),
         (["--split=tset"], "train|holdout|test"),
         (["here"], "'here': is no flag"),
         (["--workdir="], "--workdir is missing"),
