@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import tiny_run
-from mnist_flax.data.datasets import Examples
+from mnist_flax.data.splits import Examples
 from scipy.optimize import minimize
 
 from mnist_flax.analysis import calibration

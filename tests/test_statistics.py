@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 import small_population
-from mnist_flax.data.datasets import Examples
+from mnist_flax.data.splits import Examples
 from small_population import CONFIG
 
 from mnist_flax.analysis import comparison, statistics
