@@ -1,8 +1,8 @@
 """How steps are compiled and fed to the device: the only place that jits training.
 
 A driver advances M runs of one program together, M >= 1: `advance(states, num_steps) -> (states, metrics)`. The states
-carry a leading axis M and are all at the same step; the metrics are on the host, `[M, num_steps]`. The place of the runs
-in their epochs follows from `state.step` alone.
+have a leading axis M and are all at the same step; the metrics are on the host, `[M, num_steps]`. The position of the
+runs in their epochs follows from `state.step` alone.
 
 `scan` keeps the data on the device and makes many steps in one call. `stream` sends one batch a call from the host, so
 the data need not fit on the device. Both train on the same batches.
