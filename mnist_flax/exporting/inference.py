@@ -8,21 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mnist_flax.config import Program
+from mnist_flax.analysis.evaluation import VIEWS, Predictor
 from mnist_flax.exporting.graph import Graph, trace
 from mnist_flax.step import Variables, forward
-
-VIEWS = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Predictor:
-    """Until analysis.evaluation has it."""
-
-    program: Program
-    members: tuple[Variables, ...]
-    views: int = 1
-    temperature: float = 1.0
 
 
 def in_float32(predictor: Predictor) -> Predictor:

@@ -12,9 +12,11 @@ import numpy as np
 from mnist_flax.exporting import reference
 from mnist_flax.exporting.graph import INPUT, Graph, Node
 
-HEADER = '''"""A trained network in NumPy alone: `predict(images)` maps u8[N,28,28,1] to probabilities and logits, f32[N,C].
+HEADER = '''"""A trained network in NumPy alone: `predict(images)` maps images to probabilities and logits.
 
-Made by mnist_flax; the weights are in the .npz file beside it, under the names used below.
+u8[N,28,28,1] -> {"logits": f32[N,C], "probabilities": f32[N,C]}, for any N.
+
+Made by mnist_flax. The weights are in the .npz file beside it, under the names used below.
 """
 
 import math

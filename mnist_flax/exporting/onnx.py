@@ -124,7 +124,7 @@ class _Writer:
         return (*node.inputs, self.ints(f"{node.name}/axes", node.attrs["axes"]))
 
     def _slice(self, node: Node) -> tuple[str, ...]:
-        of = self.shapes[node.inputs[0]] if node.inputs[0] in self.shapes else ()
+        of = self.shapes.get(node.inputs[0], ())
         parts = list(zip(node.attrs["starts"], node.attrs["limits"], node.attrs["strides"], strict=True))
         axes = [axis for axis, part in enumerate(parts) if part != (0, of[axis], 1)]
         if any(of[axis] < 0 for axis in axes):

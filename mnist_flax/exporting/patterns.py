@@ -5,7 +5,6 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 

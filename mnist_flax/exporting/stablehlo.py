@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
+from mnist_flax.analysis.evaluation import Predictor
 from mnist_flax.exporting.graph import IMAGE_SHAPE, ExportError
-from mnist_flax.exporting.inference import Predictor, in_float32, logits_of
+from mnist_flax.exporting.inference import in_float32, logits_of
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -30,7 +31,7 @@ def to_stablehlo(predictor: Predictor) -> bytes:
     images = jax.ShapeDtypeStruct((batch, *IMAGE_SHAPE), jnp.uint8)
     try:
         exported = export.export(jax.jit(outputs), platforms=PLATFORMS)(images)
-    except (TypeError, jax.errors.JAXTypeError, export.InconclusiveDimensionOperation) as error:
+    except (TypeError, jax.errors.InconclusiveDimensionOperation) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ExportError(
             f"the network cannot be traced for any number of images ({reason}); use x.shape[0] rather than len(x), and"
