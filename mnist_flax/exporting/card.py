@@ -1,6 +1,5 @@
 """The model card beside an export: what the network was trained on, how good it is, its limits, how to load it."""
 
-import json
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,7 +8,7 @@ import jax
 
 from mnist_flax import metrics
 from mnist_flax.analysis.evaluation import POPULATION, Predictor, RunInfo
-from mnist_flax.config import Config
+from mnist_flax.config import Config, differences
 from mnist_flax.run import workdir as workdirs
 
 FILE = "MODEL_CARD.md"
@@ -112,23 +111,22 @@ def _data(info: RunInfo) -> Rows:
 
 def _recipe(predictor: Predictor, info: RunInfo) -> Rows:
     config = info.config
-    sections: dict[str, Any] = config.to_dict()
-    defaults = Config(model=type(config.model)()).to_dict()
+    defaults = Config(model=type(config.model)())
     yield "networks", f"{len(predictor.members)}, whose probabilities are averaged" if info.kind != "run" else "1"
-    yield "family", sections["model"]["name"]
+    yield "family", config.to_dict()["model"]["name"]
     yield (
         "parameters",
         f"{sum(leaf.size for leaf in jax.tree.leaves(predictor.members[0]['params'])):,} in each network",
     )
-    yield "updates", f"{max(info.steps):,} on batches of {config.train.batch_size}"
+    yield "updates", f"{max(info.steps):,}, of {config.num_steps:,} in {config.train.epochs} epochs"
+    yield "batch size", str(config.train.batch_size)
     yield "seed", str(config.seed)
-    for section in ("model", "augment", "optimizer", "train", "eval"):
-        changed = {name: value for name, value in sections[section].items() if value != defaults[section][name]}
-        if changed:
-            yield section, "`" + json.dumps(changed) + "`"
+    for field, (_, value) in sorted(differences(defaults, config).items()):
+        if field not in ("seed", "train.batch_size", "train.epochs") and not field.startswith("data."):
+            yield f"`config.{field}`", f"`{value!r}`"
     yield (
-        "arithmetic of the exports",
-        "float32" + f", trained in {config.model.dtype}" * (config.model.dtype != "float32"),
+        "the exports compute in",
+        "float32" + f" (trained in {config.model.dtype})" * (config.model.dtype != "float32"),
     )
 
 

@@ -40,7 +40,7 @@ def _renumber(graph: Graph) -> Graph:
         dataclasses.replace(node, name=names[node.name], inputs=tuple(names[name] for name in node.inputs))
         for node in graph.nodes
     ]
-    constants = {names[name]: np.ascontiguousarray(array) for name, array in graph.constants.items()}
+    constants = {names[name]: np.asarray(array, order="C") for name, array in graph.constants.items()}
     return Graph(tuple(nodes), constants, {name: names[node] for name, node in graph.outputs.items()})
 
 
