@@ -16,8 +16,8 @@ import numpy as np
 from mnist_flax import drivers
 from mnist_flax.analysis import statistics
 from mnist_flax.config import Config, replace
-from mnist_flax.data.datasets import Examples
-from mnist_flax.data.load import Splits, adapt_to_dataset, load_splits
+from mnist_flax.data.load import adapt_to_dataset, load_splits
+from mnist_flax.data.splits import Examples, Splits
 from mnist_flax.errors import NonFiniteLossError, WorkdirError
 from mnist_flax.members import Member, announce, evaluate_holdout, finish, open_member
 from mnist_flax.run import processes

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_run
+from mnist_flax.data.labels import MNIST_TEST_DOUBTS, class_names, doubtful_rows
 from sklearn.metrics import precision_recall_fscore_support
 
 from mnist_flax.analysis import run_data
@@ -25,10 +26,9 @@ from mnist_flax.analysis.run_data import load_data
 from mnist_flax.analysis.scores import evaluate_workdir, scores
 from mnist_flax.config import Config, replace
 from mnist_flax.data import batches, datasets
-from mnist_flax.data.datasets import Examples
-from mnist_flax.data.labels import MNIST_TEST_DOUBTS, class_names, doubtful_rows
-from mnist_flax.data.load import Splits, load_splits
+from mnist_flax.data.load import load_splits
 from mnist_flax.data.registry import DATASETS
+from mnist_flax.data.splits import Examples, Splits
 from mnist_flax.errors import ConfigError, DataError, WorkdirError
 from mnist_flax.metrics import negative_log_likelihood
 from mnist_flax.run.checkpoint import load_run

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
+from mnist_flax.data.labels import MNIST_TEST_DOUBTS, class_names
 from PIL import Image
 
 from mnist_flax import metrics
@@ -22,10 +23,9 @@ from mnist_flax.analysis.evaluation import Evaluation, evaluate, load_predictor,
 from mnist_flax.analysis.report import facts, layers, page, pictures, plots, write
 from mnist_flax.analysis.report.write import report_workdir, shown, write_report
 from mnist_flax.config import Config, replace
-from mnist_flax.data.datasets import Examples
-from mnist_flax.data.labels import MNIST_TEST_DOUBTS, class_names
-from mnist_flax.data.load import Splits, load_splits
+from mnist_flax.data.load import load_splits
 from mnist_flax.data.registry import DATASETS
+from mnist_flax.data.splits import Examples, Splits
 from mnist_flax.drivers import jit_forward, jit_init_state
 from mnist_flax.errors import WorkdirError
 from mnist_flax.step import eval_variables, init_state
