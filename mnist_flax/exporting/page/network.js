@@ -9,6 +9,7 @@ class Network {
   constructor(graph, weights) {
     this.outputs = graph.outputs;
     this.nodes = graph.nodes.map((node) => ({ ...node, shape: concrete(node.shape) }));
+    this.byName = new Map(this.nodes.map((node) => [node.name, node]));
     this.constants = graph.constants;
     this.values = new Map(); // name -> { data, shape }
     for (const [name, constant] of Object.entries(graph.constants)) {
@@ -24,6 +25,11 @@ class Network {
     this.input.data.set(pixels);
     for (const step of this.steps) step();
     return this.values.get(this.outputs.probabilities).data;
+  }
+
+  // The node of a name; undefined for the image and for constants.
+  node(name) {
+    return this.byName.get(name);
   }
 
   compile(node) {
