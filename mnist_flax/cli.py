@@ -85,7 +85,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
 
 def _leave(signum: int, frame: FrameType | None) -> None:
-    """Ends the program, where no loop hears the signal (`signals.stop_wish`): the status is 128 plus its number.
+    """Ends the program, where no loop hears the signal (`signals.stop_request`): the status is 128 plus its number.
 
     At once, for an exception, which Python makes of Ctrl-C, can come at a bad moment: in a config file that catches it,
     in a callback that must not raise and loses it, or while a library is imported whose C++ crashes over it.

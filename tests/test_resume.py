@@ -14,7 +14,7 @@ from mnist_flax.config import Config, replace
 from mnist_flax.errors import WorkdirError
 from mnist_flax.run.checkpoint import load_run
 from mnist_flax.run.log import RunLog
-from mnist_flax.run.signals import Interrupted, StopWish
+from mnist_flax.run.signals import Interrupted, StopRequest
 from mnist_flax.train import fit
 
 
@@ -111,14 +111,14 @@ def test_a_signal_changes_nothing(
 def test_a_wish_before_the_first_step_leaves_without_one(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    started = StopWish.__init__
+    started = StopRequest.__init__
 
-    def started_with_a_wish(self: StopWish) -> None:
+    def started_with_a_wish(self: StopRequest) -> None:
         started(self)
         self.signum = signal.SIGINT
 
     with monkeypatch.context() as patch:
-        patch.setattr(StopWish, "__init__", started_with_a_wish)
+        patch.setattr(StopRequest, "__init__", started_with_a_wish)
         with pytest.raises(Interrupted, match="stopped at step 0 of 14; nothing is lost") as stopped:
             fit(SMALL, tmp_path)
     assert stopped.value.exit_status == 130

@@ -8,13 +8,13 @@ import time
 import pytest
 from small_run import start
 
-from mnist_flax.run.signals import SIGNALS, Interrupted, stop_wish
+from mnist_flax.run.signals import SIGNALS, Interrupted, stop_request
 
 # The main thread is in a library that does not return to Python, as when XLA compiles.
 BUSY = """
 import hashlib
-from mnist_flax.run.signals import stop_wish
-with stop_wish() as wish:
+from mnist_flax.run.signals import stop_request
+with stop_request() as wish:
     print("ready", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", {rounds})
 print(wish.signum)
@@ -24,7 +24,7 @@ print(wish.signum)
 @pytest.mark.parametrize("signum", SIGNALS)
 def test_the_first_signal_is_a_wish(signum: int) -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
-    with stop_wish() as wish:
+    with stop_request() as wish:
         assert wish.signum is None
         os.kill(os.getpid(), signum)
         for _ in range(100):
@@ -42,7 +42,7 @@ def test_no_thread_and_no_file_are_left() -> None:
 
     before = left()
     for _ in range(3):
-        with stop_wish():
+        with stop_request():
             assert left() > before
     assert left() == before
     assert signal.set_wakeup_fd(-1) == -1
@@ -52,7 +52,7 @@ def test_other_threads_get_no_signals() -> None:
     signums = []
 
     def work() -> None:
-        with stop_wish() as wish:
+        with stop_request() as wish:
             signums.append(wish.signum)
 
     thread = threading.Thread(target=work)

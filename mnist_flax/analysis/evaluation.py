@@ -15,9 +15,10 @@ from mnist_flax.data import batches, labels
 from mnist_flax.data.batches import NO_LABEL
 from mnist_flax.data.datasets import Examples
 from mnist_flax.data.load import Splits, load_splits
+from mnist_flax.drivers import jit_forward
 from mnist_flax.errors import ConfigError, DataError
 from mnist_flax.run import workdir as workdirs
-from mnist_flax.step import Variables, eval_variables, jit_forward
+from mnist_flax.step import Variables, eval_variables, forward
 
 SPLITS = ("train", "holdout", "test")
 OVERRIDES = ("data.name", "data.source", "data.data_dir", "data.raw_dir")  # which of a run's fields may be other ones
@@ -38,6 +39,19 @@ class Evaluation(NamedTuple):
     examples: int
     logits: np.ndarray
 
+    def scores(self) -> dict[str, Any]:
+        """Returns what the log holds."""
+        return {"loss": self.loss, "accuracy": self.accuracy, "examples": self.examples}
+
+
+class Predictor(NamedTuple):
+    config: Config
+    variables: Variables
+
+
+def run_predictor(config: Config, variables: Variables) -> Predictor:
+    return Predictor(config, variables)
+
 
 def predict_logits(config: Config, variables: Variables, images: np.ndarray) -> np.ndarray:
     """Computes the logits of any number of images, `u8[N,28,28,1] -> f32[N,C]`.
@@ -46,24 +60,43 @@ def predict_logits(config: Config, variables: Variables, images: np.ndarray) -> 
     up and its filling cut off again, so one compiled program serves every N.
     """
     mesh = sharding.make_mesh(min(config.train.num_devices, jax.device_count()))
-    size = -(-config.train.eval_batch_size // mesh.size) * mesh.size
+    size = -(-config.eval.batch_size // mesh.size) * mesh.size
     variables = sharding.place(variables, sharding.replicated(mesh))
     batches = []
     for start in range(0, len(images), size):
         batch = images[start : start + size]
         padding = [(0, size - len(batch))] + [(0, 0)] * (images.ndim - 1)
         batch = sharding.place(np.pad(batch, padding), sharding.split(mesh))
-        batches.append(jit_forward(config, variables, batch))
+        batches.append(_views(config, variables, batch))
     logits = np.concatenate(sharding.gather(batches)) if batches else np.zeros((0, config.num_classes), np.float32)
     return logits[: len(images)]
 
 
-def evaluate(config: Config, variables: Variables, examples: Examples) -> Evaluation:
+def _views(config, variables, images):
+    if config.eval.views == 1:
+        return jit_forward(config.program, variables, images)
+    return jit_views(config.program, variables, images)
+
+
+def views(program, variables, images):
+    padded = jax.numpy.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    corners = ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2))
+    height, width = images.shape[1:3]
+    v = jax.numpy.stack([padded[:, i : i + height, j : j + width] for i, j in corners], 1)
+    logits = jax.nn.log_softmax(forward(program, variables, v.reshape(-1, *images.shape[1:]))).reshape(*v.shape[:2], -1)
+    return jax.nn.logsumexp(logits, 1) - jax.numpy.log(5)
+
+
+jit_views = jax.jit(views, static_argnames="program")
+
+
+def evaluate(predictor: Predictor, examples: Examples) -> Evaluation:
     """Judges `variables` on all of `examples`.
 
     Raises:
       ValueError: there are no examples, or a label is no class of the config's dataset.
     """
+    config, variables = predictor
     labels = np.asarray(examples.label)
     if not len(labels) or labels.min() <= NO_LABEL or labels.max() >= config.num_classes:
         raise ValueError(f"evaluation needs examples with labels from 0 to {config.num_classes - 1}")
@@ -214,7 +247,7 @@ def evaluate_run(
     run = load_run(workdir, checkpoint)
     config, splits = load_data(run.config, run.record["fingerprint"], overrides)
     examples = choose(config, splits, split)
-    evaluation = evaluate(config, eval_variables(run.state), examples)
+    evaluation = evaluate(run_predictor(config, eval_variables(run.state)), examples)
     result = {
         "dataset": splits.name,
         "dataset_fingerprint": splits.fingerprint,

@@ -1,12 +1,40 @@
 """Random distortions of training images, drawn and applied on the device."""
 
+import dataclasses
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.scipy.ndimage import map_coordinates
 
 from mnist_flax import rng
-from mnist_flax.config import AugmentConfig
+from mnist_flax.checks import within
+from mnist_flax.data.registry import IMAGE_SIZE
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Random distortions of training images, each drawn uniformly between minus and plus its value; 0 means none.
+
+    Attributes:
+      shift: whole pixels, in x and in y.
+      rotate: degrees.
+      scale: fraction of the size (0.1: between 0.9 and 1.1 times).
+      shear: degrees.
+    """
+
+    shift: int = 0
+    rotate: float = 0.0
+    scale: float = 0.0
+    shear: float = 0.0
+
+    def check(self) -> Iterator[str]:
+        """Yields a message for each wrong value."""
+        yield from within("augment.shift", self.shift, 0, IMAGE_SIZE - 1)
+        yield from within("augment.rotate", self.rotate, 0, 180)
+        yield from within("augment.scale", self.scale, 0, 1, open_high=True)
+        yield from within("augment.shear", self.shear, 0, 90, open_high=True)
 
 
 def random_affine(config: AugmentConfig, key: Array) -> tuple[Array, Array]:

@@ -105,7 +105,7 @@ def load_splits(config: Config) -> Splits:
     return _splits("digits", datasets.embedded_digits(), "embedded")
 
 
-def follow(config: Config, splits: Splits) -> Config:
+def adapt_to_dataset(config: Config, splits: Splits) -> Config:
     """Returns the config of the dataset in hand.
 
     When another was asked for, the numbers of rows are scaled down in proportion: at least one held-out row a class

@@ -403,7 +403,7 @@ def _read_state(path: pathlib.Path, config: Config, record: Mapping[str, Any]) -
     """
     import orbax.checkpoint as ocp
 
-    shapes = jax.eval_shape(lambda: init_state(config, rng.root_key(0)))
+    shapes = jax.eval_shape(lambda: init_state(config.program, rng.root_key(0)))
     wanted = layout(shapes)
     for name in (*wanted, *record["arrays"]):
         if wanted.get(name) != record["arrays"].get(name):

@@ -20,7 +20,7 @@ class Interrupted(UserError):
         self.exit_status = 128 + signum
 
 
-class StopWish:
+class StopRequest:
     """Whether a signal has asked the run to stop.
 
     Attributes:
@@ -41,14 +41,14 @@ class StopWish:
 
 
 @contextlib.contextmanager
-def stop_wish(signals: Sequence[signal.Signals] = SIGNALS) -> Iterator[StopWish]:
-    """Turns signals into a `StopWish` while the context lasts (only the main thread may do so).
+def stop_request(signals: Sequence[signal.Signals] = SIGNALS) -> Iterator[StopRequest]:
+    """Turns signals into a `StopRequest` while the context lasts (only the main thread may do so).
 
     Python runs a signal's handler in the main thread, and only when that is not inside a library: not while XLA
     compiles or the device is waited for. So the handlers do nothing, and a thread listens at the file descriptor that
     the interpreter writes each signal's number to as it arrives.
     """
-    wish = StopWish()
+    wish = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield wish
         return

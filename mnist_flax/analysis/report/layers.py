@@ -8,7 +8,6 @@ import jax
 import numpy as np
 
 from mnist_flax.config import Config
-from mnist_flax.models.cnn import build
 from mnist_flax.step import Variables
 
 
@@ -73,7 +72,7 @@ def layers(config: Config, variables: Variables) -> list[Layer]:
 
     def run(variables: Variables, images: jax.Array) -> Any:
         with nn.intercept_methods(note):
-            logits: Any = build(config).apply(variables, images)
+            logits: Any = config.model.module(config.num_classes).apply(variables, images)
         return logits
 
     jax.eval_shape(run, variables, jax.ShapeDtypeStruct((1, 28, 28, 1), np.uint8))
@@ -95,7 +94,7 @@ def activations(config: Config, variables: Variables, images: np.ndarray) -> lis
             return next_function(*args, **kwargs)
 
         with nn.intercept_methods(note):
-            logits: Any = build(config).apply(variables, images)
+            logits: Any = config.model.module(config.num_classes).apply(variables, images)
         return [*inputs, logits]
 
     values = [np.asarray(value) for value in jax.device_get(jax.jit(run)(variables, images))][1:]  # without the pixels
