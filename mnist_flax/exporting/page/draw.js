@@ -104,7 +104,7 @@ class Pad {
     return this.backdrop ?? frame(this.raster(), side, side);
   }
 
-  // Shows the drawing, as sharp as the screen is.
+  // Shows the drawing, as sharp as the screen is; ink is [r, g, b].
   paint(ink) {
     const side = Math.round(this.canvas.clientWidth * devicePixelRatio) || PAD;
     if (this.canvas.width !== side) this.canvas.width = this.canvas.height = side;
@@ -112,7 +112,7 @@ class Pad {
     context.setTransform(side / PAD, 0, 0, side / PAD, 0, 0);
     context.clearRect(0, 0, PAD, PAD);
     if (this.backdrop) paintBackdrop(context, this.backdrop, ink);
-    drawStrokes(context, this.strokes, PEN, ink);
+    drawStrokes(context, this.strokes, PEN, `rgb(${ink})`);
   }
 }
 
@@ -127,11 +127,8 @@ function drawStrokes(context, strokes, width, color) {
 }
 
 function paintBackdrop(context, pixels, ink) {
-  const size = PAD / SIDE;
-  context.fillStyle = ink;
-  pixels.forEach((value, i) => {
-    context.globalAlpha = value / 255;
-    if (value) context.fillRect((i % SIDE) * size, Math.floor(i / SIDE) * size, size + 0.3, size + 0.3);
-  });
-  context.globalAlpha = 1;
+  const digit = Object.assign(document.createElement("canvas"), { width: SIDE, height: SIDE });
+  paintDigit(digit.getContext("2d"), pixels, ink);
+  context.imageSmoothingEnabled = false;
+  context.drawImage(digit, 0, 0, PAD, PAD);
 }
