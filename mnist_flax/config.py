@@ -190,9 +190,9 @@ class Config:
 
     seed: int = 0
     data: DataConfig = DataConfig()
-    model: ModelConfig = CNNConfig()
-    augment: AugmentConfig = AugmentConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
+    model: ModelConfig = dataclasses.field(default_factory=CNNConfig)
+    augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -272,8 +272,11 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns nested dicts, for JSON and for comparing field by field."""
-        values = dataclasses.asdict(self)
-        return {**values, "model": _model_dict(self.model)}
+        return {
+            field.name: _section_dict(value) if dataclasses.is_dataclass(value) else value
+            for field in dataclasses.fields(self)
+            for value in [getattr(self, field.name)]
+        }
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -293,9 +296,12 @@ class Config:
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
 
-def _model_dict(model: ModelConfig) -> dict[str, Any]:
-    names = [name for name, family in MODELS.items() if family is type(model)]
-    return {"name": names[0], **dataclasses.asdict(model)}
+def _section_dict(section: Any) -> dict[str, Any]:
+    """Returns the fields of one section; that of the model carries the family's name."""
+    if isinstance(section, AugmentConfig):
+        return section.to_dict()
+    names = [{"name": name} for name, family in MODELS.items() if family is type(section)]
+    return {**(names[0] if names else {}), **dataclasses.asdict(section)}
 
 
 def default_config_dict(model: str = "cnn") -> ConfigDict:
@@ -339,23 +345,21 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     return changed
 
 
-def _result_fields(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _result_fields(config: Config) -> Iterator[tuple[str, Any]]:
     """Yields the dotted name and value of every field that changes a result."""
-    if isinstance(section, ModelConfig):
-        yield from ((prefix + name, value) for name, value in _model_dict(section).items())
-        return
-    for field in dataclasses.fields(section):
-        value = getattr(section, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from _result_fields(value, f"{prefix}{field.name}.")
-        elif field.metadata.get("changes_result", True):
-            yield prefix + field.name, value
+    yield "seed", config.seed
+    for name, values in config.to_dict().items():
+        if not isinstance(values, dict):
+            continue
+        section = getattr(config, name)
+        hidden = {field.name for field in dataclasses.fields(section) if not field.metadata.get("changes_result", True)}
+        yield from ((f"{name}.{field}", value) for field, value in values.items() if field not in hidden)
 
 
 def _build(cls: type, values: Any, path: str) -> Any:
     """Builds a dataclass from a mapping, strictly."""
     if dataclasses.is_dataclass(values) and isinstance(values, cls):
-        values = _model_dict(values) if isinstance(values, ModelConfig) else dataclasses.asdict(values)
+        values = _section_dict(values)
     if isinstance(values, ConfigDict):
         values = values.to_dict()
     if not isinstance(values, Mapping):
@@ -366,7 +370,7 @@ def _build(cls: type, values: Any, path: str) -> Any:
         for message in among("model.name", str(name), MODELS):
             raise ConfigError(message)
         cls = MODELS[name]
-    known = typing.get_type_hints(cls)
+    known = AugmentConfig.field_types() if cls is AugmentConfig else typing.get_type_hints(cls)
     for name in values:
         if name not in known:
             raise ConfigError(f"{path}.{name}: no such field; {nearest(str(name), known)}")
