@@ -160,6 +160,7 @@ function windowTable(caption, window, cell, theme) {
   const most = Math.max(...values.filter(Number.isFinite).map(Math.abs), 1e-9);
   if (window.rows * window.columns > 36) return windowPicture(caption, window, values, most, theme);
   const table = element("table", {}, element("caption", { textContent: caption }));
+  table.style.setProperty("--columns", window.columns);
   for (let i = 0; i < window.rows; i++) {
     const row = table.insertRow();
     for (const value of values.slice(i * window.columns, (i + 1) * window.columns)) {
