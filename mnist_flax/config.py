@@ -19,7 +19,9 @@ from mnist_flax.data.augment import AugmentConfig
 from mnist_flax.data.registry import DATASETS, IMAGE_SIZE
 from mnist_flax.errors import ConfigError
 from mnist_flax.losses import LOSSES
-from mnist_flax.models import MODELS, CNNConfig, ModelConfig
+from mnist_flax.models import MODELS
+from mnist_flax.models.base import ModelConfig
+from mnist_flax.models.cnn import CNNConfig
 from mnist_flax.optimizer import SCHEDULES, OptimizerConfig
 
 SOURCES = ("auto", "tfds", "raw", "download")

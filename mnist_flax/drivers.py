@@ -1,8 +1,8 @@
 """How steps are compiled and fed to the device: the only place that jits training.
 
 A driver advances M runs of one program together, M >= 1: `advance(states, num_steps) -> (states, metrics)`. The states
-carry a leading axis M and are all at the same step; the metrics are on the host, `[M, num_steps]`. The place of the runs
-in their epochs follows from `state.step` alone.
+have a leading axis M and are all at the same step; the metrics are on the host, `[M, num_steps]`. The position of the
+runs in their epochs follows from `state.step` alone.
 
 `scan` keeps the data on the device and makes many steps in one call. `stream` sends one batch a call from the host, so
 the data need not fit on the device. Both train on the same batches.
@@ -77,11 +77,15 @@ def _run_sharding(mesh: Mesh, num_runs: int) -> Any:
     return sharding.replicated(mesh) if num_runs == 1 else sharding.split(mesh)
 
 
+def runs_take_turns() -> bool:
+    """Returns whether the runs of a device train one after the other, as is faster on a CPU, or all at once."""
+    return jax.default_backend() == "cpu"
+
+
 def over_runs(steps: Callable[..., Any], mesh: Mesh, num_runs: int) -> Callable[..., Any]:
     """Maps `steps(state, order, key, examples, num_steps)` over the leading axis M of its first three arguments.
 
-    On a CPU the runs of a device take turns, which gives each the same bits as a run of its own; accelerators are
-    faster with all runs at once (`vmap`), which is the same up to rounding.
+    Runs that take turns get the same bits as a run of its own; all at once (`vmap`), they get the same up to rounding.
     """
     if num_runs == 1:
 
@@ -100,7 +104,7 @@ def over_runs(steps: Callable[..., Any], mesh: Mesh, num_runs: int) -> Callable[
             return steps(*run, examples, num_steps)
 
         runs = (states, orders, keys)
-        return jax.lax.map(one, runs) if jax.default_backend() == "cpu" else jax.vmap(one)(runs)
+        return jax.lax.map(one, runs) if runs_take_turns() else jax.vmap(one)(runs)
 
     return on_device
 

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mnist_flax import drivers, rng, sharding
-from mnist_flax.analysis.evaluation import evaluate, run_predictor
+from mnist_flax.analysis.calibration import calibrate
+from mnist_flax.analysis.evaluation import evaluate, make_predictor
 from mnist_flax.analysis.report.write import write_report
 from mnist_flax.config import Config
 from mnist_flax.data import batches
@@ -27,6 +28,8 @@ from mnist_flax.run import checkpoint, processes
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.log import RunLog
 from mnist_flax.run.provenance import provenance, versions
+from mnist_flax.run.store import Store, open_store
+from mnist_flax.run.weights import save_weights
 from mnist_flax.step import TrainState, eval_variables
 
 logger = logging.getLogger(__name__)
@@ -51,7 +54,7 @@ class Member:
     workdir: pathlib.Path
     rows: np.ndarray
     holdout: Examples
-    store: checkpoint.Store
+    store: Store
     state: TrainState
     log: RunLog
     is_finished: bool
@@ -73,7 +76,7 @@ def open_member(
     is_primary = processes.is_primary()
     if is_primary:
         stack.enter_context(workdirs.claim(workdir))
-    store = stack.enter_context(checkpoint.open_store(config, splits.fingerprint, workdir))
+    store = stack.enter_context(open_store(config, splits.fingerprint, workdir))
     found, skipped = store.restore_latest()
     for line in skipped:
         logger.warning("%s: %s", workdir, line)
@@ -88,7 +91,7 @@ def open_member(
     if writes:
         workdirs.write_text(workdir / workdirs.CONFIG, config.to_json())
     rate = schedule(config.optimizer, config.num_steps, config.steps_per_epoch)
-    log = RunLog(config, workdir if writes else None, record, rate)
+    log = RunLog(config, workdir if writes else None, record, learning_rate=rate)
     rows, holdout_rows = batches.rows_of(splits.train.label, config.data)
     holdout = Examples(splits.train.image[holdout_rows], splits.train.label[holdout_rows])
     return Member(config, workdir, rows, holdout, store, state, log, is_finished)
@@ -158,9 +161,7 @@ def announce(members: Sequence[Member], splits: Splits) -> None:
     """Prints what is about to be trained, on what, and where it goes."""
     config, workdir, step = members[0].config, members[0].workdir, members[0].step
     if config.model.dtype != "float32" and jax.default_backend() == "cpu":
-        logger.warning(
-            "config.model.dtype = %r: is several times slower than 'float32' on a CPU", config.model.dtype
-        )
+        logger.warning("config.model.dtype = %r: is several times slower than 'float32' on a CPU", config.model.dtype)
     if unused := config.optimizer.unused():
         logger.warning(
             "%s: changed, but %s with the schedule %s does not use it",
@@ -186,7 +187,7 @@ def evaluate_holdout(member: Member) -> dict[str, Any] | None:
     """Evaluates a run on the rows that it holds out, if any, and logs the scores."""
     if not len(member.holdout.label):
         return None
-    evaluation = evaluate(run_predictor(member.config, eval_variables(member.state)), member.holdout)
+    evaluation = evaluate(make_predictor(member.config, eval_variables(member.state)), member.holdout)
     member.log.evaluation("holdout", **evaluation.scores())
     return evaluation.scores()
 
@@ -201,13 +202,14 @@ def finish(member: Member, splits: Splits) -> None:
     """
     config, workdir, log = member.config, member.workdir, member.log
     variables = eval_variables(member.state)
-    evaluation = evaluate(run_predictor(config, variables), splits.test)
+    predictor = calibrate(make_predictor(config, variables), member.holdout)
+    evaluation = evaluate(predictor, splits.test)
     member.store.wait()
     log.evaluation("test", **evaluation.scores())
     if not processes.is_primary():
         return
     log.sync()
-    checkpoint.save_weights(config, workdir, variables)
+    save_weights(config, workdir, variables)
     summary = {
         "dataset": splits.name,
         "dataset_fingerprint": splits.fingerprint,
@@ -219,12 +221,14 @@ def finish(member: Member, splits: Splits) -> None:
         "test_accuracy": evaluation.accuracy,
         "test_loss": evaluation.loss,
         "test_examples": evaluation.examples,
+        "temperature": predictor.temperature,
         "train_seconds": log.seconds,
         "images_per_second": config.num_train * config.train.epochs / log.seconds,
         "restarts": log.restarts,
         "fork": log.origin["fork"],
         "num_devices": sharding.make_mesh(config.train.num_devices).size,
         "num_processes": jax.process_count(),
+        "earlier_versions": log.versions[:-1],
         **provenance(),
     }
     logger.info(
@@ -235,7 +239,7 @@ def finish(member: Member, splits: Splits) -> None:
     if config.train.report:
         page = write_report(
             config,
-            variables,
+            predictor,
             records=log.snapshot()["log"],
             splits=splits,
             evaluation=evaluation,

@@ -69,7 +69,8 @@ class OptimizerConfig:
     def unused(self) -> list[str]:
         """Returns the fields that were changed but that the chosen optimiser and schedule do not read."""
         default = OptimizerConfig()
-        optional = {field for entry in (*OPTIMIZERS.values(), *SCHEDULES.values()) for field in entry.fields}
+        entries: list[Optimizer | Schedule] = [*OPTIMIZERS.values(), *SCHEDULES.values()]
+        optional = {field for entry in entries for field in entry.fields}
         read = {*OPTIMIZERS[self.name].fields, *SCHEDULES[self.schedule].fields}
         return [name for name in sorted(optional - read) if getattr(self, name) != getattr(default, name)]
 

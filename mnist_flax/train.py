@@ -6,7 +6,6 @@ A single run is a population of one: there is one loop, and it does not know how
 import contextlib
 import logging
 import pathlib
-import signal
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,8 +24,8 @@ from mnist_flax.run import processes
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.log import check_finite
 from mnist_flax.run.progress import Progress
-from mnist_flax.run.signals import SIGNALS, Interrupted, StopRequest, stop_request
-from mnist_flax.step import TrainState
+from mnist_flax.run.signals import Interrupted, StopRequest, stop_request
+from mnist_flax.step import TrainState, eval_variables
 
 logger = logging.getLogger(__name__)
 
@@ -89,12 +88,13 @@ def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, fol
         logger.info("config.data.holdout = %d is not used: each member holds out its fold", config.data.holdout)
     with workdirs.claim(workdir):
         folder = workdir / workdirs.MEMBERS
-        members = fit_all({folder / name: of_member for name, of_member in configs.items()}, splits)
+        folders = [workdirs.inside(workdir, workdirs.MEMBERS, name) for name in configs]
+        members = fit_all(dict(zip(folders, configs.values(), strict=True)), splits)
         result = statistics.load(workdir) if all(member.is_finished for member in members) else None
         if result and [member["name"] for member in result["members"]] == list(configs):
             logger.info("%s is finished; a larger --seeds, or more epochs, trains further", workdir)
             return result
-        named = {member.workdir.name: (member.config, member.state) for member in members}
+        named = {member.workdir.name: (member.config, eval_variables(member.state)) for member in members}
         result, arrays = statistics.gather(named, splits, folder)
         statistics.save(result, arrays, workdir)
     return result
@@ -116,8 +116,7 @@ def member_configs(config: Config, *, seeds: int = 0, folds: int = 0) -> dict[st
     if folds:
         shared = {"data__folds": folds, "data__holdout": 0, "train__report": False}
         return {
-            f"fold-{fold}": replace(config, seed=config.seed + fold, data__fold=fold, **shared)
-            for fold in range(folds)
+            f"fold-{fold}": replace(config, seed=config.seed + fold, data__fold=fold, **shared) for fold in range(folds)
         }
     return {
         f"seed-{seed}": replace(config, seed=seed, train__report=False)
@@ -138,9 +137,7 @@ def fit_all(
     Raises:
       UserError, Interrupted: as for `fit`.
     """
-    # Of several processes, JAX notices SIGTERM for all of them (`Store.preemption`).
-    signals = SIGNALS if jax.process_count() == 1 else [signal.SIGINT]
-    with stop_request(signals) as request, contextlib.ExitStack() as stack, processes.bound_together():
+    with stop_request(processes.stop_signals()) as request, contextlib.ExitStack() as stack, processes.bound_together():
         members = [open_member(config, workdir, splits, fork, stack) for workdir, config in configs.items()]
         unfinished = [member for member in members if not member.is_finished]
         if unfinished and processes.is_primary():
@@ -193,7 +190,9 @@ def train_group(members: Sequence[Member], examples: Examples, *, until: int, re
     num_steps = config.num_steps if config.train.epochs_per_dispatch else 1  # of the next call, at most
     last_save = mark = time.perf_counter()
     call = 0
-    with contextlib.closing(Progress(config, step, len(members))) as progress:
+    with contextlib.closing(
+        Progress(config, step, num_runs=len(members), quiet=not processes.is_primary())
+    ) as progress:
         while step < until:
             target = min(step + num_steps, next_stop(config, step), until)
             with jax.transfer_guard("disallow"):
@@ -202,7 +201,7 @@ def train_group(members: Sequence[Member], examples: Examples, *, until: int, re
             log_steps(members, metrics, seconds)
             rate = (target - step) / max(seconds, 1e-9)
             step, mark = target, time.perf_counter()
-            progress.update(step, seconds, [member.log.epoch_average() for member in members])
+            progress.update(step, seconds, [member.log.epoch() for member in members])
             is_late = 0 < config.checkpoint.every_seconds <= mark - last_save
             # Processes have different clocks and receive different signals, but must all do the same.
             num_steps, timed_save, signum = processes.agree(
@@ -215,7 +214,7 @@ def train_group(members: Sequence[Member], examples: Examples, *, until: int, re
             scores: list[dict[str, Any] | None] = [None] * len(members)
             if step % config.steps_per_epoch == 0:
                 scores = [evaluate_holdout(member) for member in members]
-                progress.line(step, [member.log.epoch_average() for member in members], scores)
+                progress.epoch_line(step, [member.log.epoch() for member in members], scores)
             (signum,) = processes.agree(signum or request.signum or 0)
             if is_save_due(config, step) or timed_save or signum:
                 for member, of_member in zip(members, scores, strict=True):
@@ -293,5 +292,3 @@ def is_save_due(config: Config, step: int) -> bool:
         or (every_epochs > 0 and rest == 0 and epoch % every_epochs == 0)
         or (every_steps > 0 and step % every_steps == 0)
     )
-
-

@@ -13,8 +13,8 @@ from typing import Any
 
 from mnist_flax import train
 from mnist_flax.config import Config
-from mnist_flax.run import checkpoint
 from mnist_flax.run import log as logs
+from mnist_flax.run import store
 from mnist_flax.run import workdir as workdirs
 
 
@@ -57,12 +57,12 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "before its first checkpoint": lambda: instead(logs.RunLog, "steps", die, calls=2),
     "while Orbax writes": orbax_writing,
     "between a save and its rename": lambda: instead(workdirs, "sync", die, calls=20),
-    "after the rename": lambda: instead(checkpoint.Store, "_prune", die, calls=2),
+    "after the rename": lambda: instead(store.Store, "_prune", die, calls=2),
     "while an old checkpoint is deleted": lambda: instead(shutil, "rmtree", half_a_folder),
     "while a line is written": lambda: instead(workdirs, "append_bytes", half_a_line, calls=10),
     "while it evaluates": lambda: instead(train, "judge", die, calls=2),
     "before it reads the test set": lambda: instead(train, "finish", die),
-    "before its weights": lambda: instead(checkpoint, "save_weights", die),
+    "before its weights": lambda: instead(train, "save_weights", die),
     "before its summary": lambda: instead(train, "provenance", die),
 }
 

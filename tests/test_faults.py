@@ -18,6 +18,7 @@ from mnist_flax.config import Config, replace
 from mnist_flax.errors import NonFiniteLossError, UserError, WorkdirError
 from mnist_flax.run import checkpoint
 from mnist_flax.run import workdir as workdirs
+from mnist_flax.run.store import Store
 from mnist_flax.train import fit
 
 CONFIG = replace(SMALL, checkpoint__every_steps=4, checkpoint__keep_latest=1)
@@ -73,15 +74,15 @@ def test_a_damaged_checkpoint_is_told_of_and_passed_over(
 def test_a_run_whose_last_checkpoint_cannot_be_written_is_not_finished(
     quiet: dict[str, Any], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = checkpoint.Store._write
+    write = Store._write
 
-    def full(self: checkpoint.Store, arrays: Any, record: dict[str, Any]) -> None:
+    def full(self: Store, arrays: Any, record: dict[str, Any]) -> None:
         if record["step"] == 14:
             raise WorkdirError("the disk is full")
         write(self, arrays, record)
 
     with monkeypatch.context() as patch, pytest.raises(WorkdirError, match="the disk is full"):
-        patch.setattr(checkpoint.Store, "_write", full)
+        patch.setattr(Store, "_write", full)
         fit(CONFIG, tmp_path)
     assert not (tmp_path / workdirs.SUMMARY).exists()
     fit(CONFIG, tmp_path)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -162,7 +162,7 @@ class CNN(nn.Module):
         """Maps scaled pixels to logits, `f32[B,H,W,1] -> f32[B,C]`."""
         config, train = self.config, self.train
         activation, dtype = ACTIVATIONS[config.activation], DTYPES[config.dtype]
-        shared = {"kernel_init": INITIALIZERS[config.init], "precision": config.matmul_precision}
+        shared: dict[str, Any] = {"kernel_init": INITIALIZERS[config.init], "precision": config.matmul_precision}
 
         for i, block in enumerate(config.blocks()):
             fixed = cosine_patterns(block.kernel_size, block.width) if i == 0 and config.stem == "cosine" else None
@@ -178,7 +178,7 @@ class CNN(nn.Module):
                 dtype=dtype,
                 **shared,
             )
-            activate_pool = {"activation": activation, "pool": block.pool, "pooling": config.pooling}
+            activate_pool: dict[str, Any] = {"activation": activation, "pool": block.pool, "pooling": config.pooling}
             if config.batch_norm:
                 x = conv()(x)
                 x = BatchNorm(train=train, **activate_pool)(x, mask)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -53,20 +54,20 @@ class ResNet(nn.Module):
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
         """Maps scaled pixels to logits, `f32[B,H,W,1] -> f32[B,C]`."""
         config = self.config
-        shared = {"kernel_init": INITIALIZERS[config.init], "precision": config.matmul_precision}
-        conv = partial(Conv, use_bias=False, train=self.train, dtype=DTYPES[config.dtype], **shared)
+        shared: dict[str, Any] = {"kernel_init": INITIALIZERS[config.init], "precision": config.matmul_precision}
+        conv = partial(Conv, kernel_size=3, use_bias=False, train=self.train, dtype=DTYPES[config.dtype], **shared)
         norm = partial(BatchNorm, activation=ACTIVATIONS[config.activation], train=self.train)
 
-        x = conv(config.widths[0], 3)(x)
+        x = conv(features=config.widths[0])(x)
         for stage, width in enumerate(config.widths):
             for block in range(config.blocks):
                 stride = 2 if stage and not block else 1
                 y = norm()(x, mask)
                 if stride > 1 or x.shape[-1] != width:  # the shortcut has another shape
-                    x = conv(width, 1, stride)(y)
-                y = conv(width, 3, stride)(y)
+                    x = conv(features=width, kernel_size=1, stride=stride)(y)
+                y = conv(features=width, stride=stride)(y)
                 y = norm()(y, mask)
-                x = x + conv(width, 3)(y)
+                x = x + conv(features=width)(y)
         x = norm()(x, mask).mean((1, 2))
         if config.dropout:
             x = Dropout(config.dropout, self.train)(x)
