@@ -103,11 +103,6 @@ class _Pass:
         node = self.nodes.get(name)
         return node if node and node.op == op and self.uses[name] == 1 else None
 
-    def take(self, inner: Node, outer: Node, **changes: Any) -> Node:
-        """Lets `inner`, whose only user is `outer`, do the work of both."""
-        del self.nodes[inner.name]
-        return dataclasses.replace(inner, shape=outer.shape, dtype=outer.dtype, **changes)
-
 
 Rule = Callable[[_Pass, Node], Node | str | None]
 
@@ -168,16 +163,23 @@ def _relu(state: _Pass, node: Node) -> Node | None:
     return None
 
 
-def _bias(state: _Pass, node: Node) -> Node | None:
-    """Joins a constant that is added to each channel with the convolution or dense layer before it."""
+def _bias(state: _Pass, node: Node) -> Node | str | None:
+    """Joins a constant that is added to each channel with the convolution or dense layer before it.
+
+    A max-pooling between them changes nothing: max(x) + b and max(x + b) are equal, rounding included.
+    """
     if node.op != "add":
         return None
     for x, bias in (node.inputs, node.inputs[::-1]):
-        inner = state.only(x, "conv") or state.only(x, "dense")
         array = state.constants.get(bias)
-        if inner and len(inner.inputs) == 2 and array is not None and array.size == array.shape[-1] == node.shape[-1]:
+        if array is None or array.ndim == 0 or array.size != array.shape[-1] or array.size != node.shape[-1]:
+            continue
+        pool = state.only(x, "max_pool")
+        inner = state.only(pool.inputs[0], "conv") if pool else state.only(x, "conv") or state.only(x, "dense")
+        if inner and len(inner.inputs) == 2 and inner.dtype == node.dtype and state.shape(x) == node.shape:
             state.constants[bias] = array.reshape(-1)
-            return state.take(inner, node, inputs=(*inner.inputs, bias))
+            state.nodes[inner.name] = dataclasses.replace(inner, inputs=(*inner.inputs, bias))
+            return x
     return None
 
 
