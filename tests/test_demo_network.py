@@ -16,8 +16,9 @@ from browser import browser
 from mnist_flax.config import Config, replace
 from mnist_flax.data.framing import frame
 from mnist_flax.exporting import reference
-from mnist_flax.exporting.demo import PAGE, textbook_order
+from mnist_flax.exporting.demo import PAGE
 from mnist_flax.exporting.graph import Graph, trace
+from mnist_flax.exporting.textbook import textbook_order
 from mnist_flax.models.resnet import ResNetConfig
 from mnist_flax.step import crop, forward, init_state, scale_pixels
 

@@ -1,7 +1,7 @@
-"""The demo page: one HTML file in which a trained network reads what one draws, and shows how."""
+"""The demo page: one HTML file in which a trained network reads what you draw, and shows how."""
 
 import base64
-import dataclasses
+import itertools
 import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -9,9 +9,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mnist_flax.exporting import patterns
-from mnist_flax.exporting.graph import Graph, Node
+from mnist_flax import metrics
+from mnist_flax.analysis.evaluation import Evaluation, Predictor, RunInfo, evaluate, load_predictor
+from mnist_flax.analysis.report import facts
+from mnist_flax.analysis.run_data import load_data
+from mnist_flax.data import labels
+from mnist_flax.data.load import Splits
+from mnist_flax.exporting.graph import Graph
+from mnist_flax.exporting.inference import graph_of
+from mnist_flax.exporting.textbook import textbook_order
+from mnist_flax.run import workdir as workdirs
+from mnist_flax.run.checkpoint import steps_in
 
+FILE = "demo.html"
 PAGE = pathlib.Path(__file__).with_name("page")
 SCRIPTS = ("framing", "network", "inspect", "draw", "views", "inspector", "app")  # in the order that they need
 
@@ -39,6 +49,78 @@ class Example(NamedTuple):
     title: str
     label: int
     image: np.ndarray
+
+
+def write_demo(
+    workdir: pathlib.Path,
+    checkpoint: str = "latest",
+    *,
+    output: pathlib.Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> pathlib.Path:
+    """Writes the demo page of a run, or of a population as a committee.
+
+    Args:
+      workdir: the folder of the run or population.
+      checkpoint: `latest`, `best` (on hold-out rows) or a step. If the run has an earlier one, the page compares the
+        two.
+      output: where to write; if not given, `demo.html` in the run's folder.
+      overrides: where the data are, as for `load_data`.
+
+    Returns:
+      The page.
+
+    Raises:
+      UserError: the run or its data cannot be read, its network cannot be exported, or the page cannot be written.
+    """
+    predictor, info = load_predictor(workdir, checkpoint)
+    _, splits = load_data(info.config, info.fingerprint, overrides or {})
+    evaluation = evaluate(predictor, splits.test)
+    checkpoints = [Checkpoint(_title(info), graph_of(predictor))]
+    steps = steps_in(workdir / workdirs.CHECKPOINTS)
+    if info.kind == "run" and steps[0] < info.steps[0]:
+        early, early_info = load_predictor(workdir, str(steps[0]))
+        checkpoints.append(Checkpoint(_title(early_info), graph_of(early)))
+    page = render(
+        checkpoints,
+        choose_examples(splits, np.exp(metrics.log_probabilities(evaluation.logits))),
+        classes=labels.class_names(splits.name),
+        title=workdir.absolute().name,
+        **_texts(predictor, evaluation, splits.name),
+    )
+    path = output or workdir / FILE
+    workdirs.write_text(path, page, remedy="name another file with --output=FILE")
+    return path
+
+
+def _title(info: RunInfo) -> str:
+    step = max(info.steps)
+    return f"step {step:,}" + (" (end)" if step == info.config.num_steps else "")
+
+
+def _texts(predictor: Predictor, evaluation: Evaluation, dataset: str) -> dict[str, str]:
+    """Returns the sentences of the page that depend on the run."""
+    import jax
+
+    name = DATASET_TITLES.get(dataset, dataset)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves([member["params"] for member in predictor.members]))
+    what = "A network" if len(predictor.members) == 1 else f"A committee of {len(predictor.members)} networks"
+    right = round(evaluation.accuracy * evaluation.examples)
+    lead = (
+        f"{what} with {parameters:,} weights runs inside this page. Trained on {name}, it reads {right:,} of"
+        f" {evaluation.examples:,} test images correctly. Nothing you draw leaves the page."
+    )
+    note = (
+        f"The mistakes are the test images that cost this network the highest loss. Its probabilities are calibrated on"
+        f" images held out from training (temperature {predictor.temperature:.3g})."
+        if predictor.temperature != 1
+        else "The mistakes are the test images that cost this network the highest loss."
+    )
+    return {"dataset": name, "lead": lead, "note": note}
+
+
+# Names as their authors write them; other datasets keep the name that the config has.
+DATASET_TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "kmnist": "KMNIST", "digits": "scikit-learn's digits"}
 
 
 def render(
@@ -94,71 +176,30 @@ def _base64(content: bytes) -> str:
     return base64.b64encode(content).decode("ascii")
 
 
-def textbook_order(graph: Graph) -> Graph:
-    """Moves max pooling behind the bias and the activation that come after it.
-
-    Models may pool first because that is faster. The values are the same: adding a number and every non-decreasing
-    function commute with a maximum. On the page each convolution then shows its activations before they are pooled.
-    """
-    nodes = list(graph.nodes)
-    users: dict[str, list[Node]] = {}
-    for node in nodes:
-        for name in node.inputs:
-            users.setdefault(name, []).append(node)
-    for i, pool in enumerate(nodes):
-        if pool.op != "max_pool" or len(users.get(pool.name, ())) != 1:
-            continue
-        (after,) = users[pool.name]
-        if not _commutes(graph, after) or pool.name in graph.outputs.values():
-            continue
-        shape = next((node.shape for node in nodes if node.name == pool.inputs[0]), None)
-        if shape is None:
-            continue
-        # The two change places, and with them their names' users.
-        before = dataclasses.replace(
-            after, inputs=tuple(pool.inputs[0] if name == pool.name else name for name in after.inputs), shape=shape
-        )
-        pooled = dataclasses.replace(pool, inputs=(after.name,), layer=pool.layer)
-        nodes[i], nodes[nodes.index(after)] = before, pooled
-        renamed = [
-            dataclasses.replace(node, inputs=tuple(pool.name if name == after.name else name for name in node.inputs))
-            if node not in (before, pooled)
-            else node
-            for node in nodes
-        ]
-        return textbook_order(patterns.simplify(dataclasses.replace(graph, nodes=tuple(renamed))))
-    return graph
-
-
-def _commutes(graph: Graph, node: Node) -> bool:
-    """Tells whether max pooling may as well come after this operation."""
-    if node.op == "add":
-        return any(name in graph.constants and graph.constants[name].size in (1, node.shape[-1]) for name in node.inputs)
-    return node.op in ("relu", "tanh", "logistic")
-
-
-def choose_examples(images: np.ndarray, labels: np.ndarray, probs: np.ndarray) -> list[Example]:
-    """Picks test images to step through: right ones of every class, the worst mistakes, and corrupted ones.
+def choose_examples(splits: Splits, probs: np.ndarray) -> list[Example]:
+    """Picks test images to step through: a correct one of each class, the worst mistakes, and corrupted ones.
 
     Args:
-      images: `u8[N,28,28,1]`.
-      labels: `i32[N]`.
-      probs: `f32[N,C]`, what the network says of them.
+      splits: the data.
+      probs: `f32[N,C]`, what the network says of the test images.
     """
-    prediction = probs.argmax(axis=-1)
-    of_label = np.take_along_axis(probs, labels[:, None].astype(np.int64), axis=-1)[:, 0]
-    right, wrong = np.flatnonzero(prediction == labels), np.flatnonzero(prediction != labels)
-    first = [int(rows[0]) for label in np.unique(labels) if len(rows := right[labels[right] == label])][:EXAMPLES]
-    worst = wrong[np.argsort(of_label[wrong], kind="stable")][:EXAMPLES]
+    images, labels = splits.test.image[..., 0], splits.test.label
+    found = facts.galleries(probs, labels, splits.name)
+    correct = list({example["label"]: example["row"] for example in reversed(found["correct"])}.values())[::-1]
+    worst = [example["row"] for example in found["mistakes"]]
 
     def example(kind: str, row: int) -> Example:
-        return Example(kind, f"Test image {row}", int(labels[row]), images[row, :, :, 0])
+        return Example(kind, f"Test image {row}", int(labels[row]), images[row])
 
     corrupted = [
-        example("corrupted", row)._replace(title=f"Test image {row}, {name}", image=corrupt(images[row, :, :, 0]))
-        for (name, corrupt), row in zip(CORRUPTIONS.items(), first[1:] + first, strict=False)
+        example("corrupted", row)._replace(title=f"Test image {row}, {name}", image=corrupt(images[row]))
+        for (name, corrupt), row in zip(CORRUPTIONS.items(), itertools.cycle(correct[1:] or correct), strict=False)
     ]
-    return [*(example("right", row) for row in first), *(example("mistake", int(row)) for row in worst), *corrupted]
+    return [
+        *(example("right", row) for row in correct[:EXAMPLES]),
+        *(example("mistake", row) for row in worst[:EXAMPLES]),
+        *corrupted,
+    ]
 
 
 def _noise(image: np.ndarray) -> np.ndarray:

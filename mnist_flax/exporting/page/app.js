@@ -12,7 +12,7 @@ class App {
     this.chosen = 0; // the checkpoint that answers
     this.example = -1; // the example that is shown; -1 for a drawing
     this.pixels = new Uint8Array(SIDE * SIDE);
-    this.selected = null; // { stage, place }: the value that is explained
+    this.selected = null; // { maps, place }: the value that is explained
     this.theme = readTheme();
     this.pad = new Pad($("#pad"), (finished) => this.drawn(finished));
     this.bars = new Bars($("#bars"), data.classes);
@@ -25,7 +25,11 @@ class App {
   }
 
   network(i = this.chosen) {
-    this.networks[i] ??= new Network(this.data.checkpoints[i].graph, bytesOf(this.data.checkpoints[i].weights));
+    if (!this.networks[i]) {
+      const { graph, weights } = this.data.checkpoints[i];
+      this.networks[i] = new Network(graph, bytesOf(weights));
+      this.networks[i].stages = findStages(this.networks[i]);
+    }
     return this.networks[i];
   }
 
@@ -58,7 +62,10 @@ class App {
     $("#clear").disabled = blank;
     this.showAnswer(blank ? null : probabilities, blank ? null : other, best);
     this.showComparison(blank ? null : other);
-    for (const maps of this.maps) maps.paint(this.network().values.get(maps.stage.node.name).data, this.theme);
+    this.maps.forEach((maps, i) => {
+      maps.stage = this.network().stages[i];
+      maps.paint(this.network().values.get(maps.stage.node.name).data, this.theme);
+    });
     this.explain();
     document.documentElement.dataset.ready = "true";
   }
@@ -146,7 +153,7 @@ class App {
   // Maps -----------------------------------------------------------------------------------------------------------------
 
   buildStages() {
-    this.maps = findStages(this.network()).map((stage) => {
+    this.maps = this.network().stages.map((stage) => {
       const maps = new Maps(stage, mapSize(stage.node.shape));
       const { height, width, channels } = maps;
       const size = height * width > 1 ? `${channels} maps of ${height} × ${width}` : `${channels} values`;
@@ -207,9 +214,8 @@ class App {
     if (!this.selected) return;
     const { maps, place } = this.selected;
     const network = this.network();
-    const stage = findStage(network, maps.stage);
-    this.inspector.show({ network, stage, place, theme: this.theme });
-    const { top, left, bottom, right } = receptiveField(network, stage.node, place);
+    this.inspector.show({ network, stage: maps.stage, place, theme: this.theme });
+    const { top, left, bottom, right } = receptiveField(network, maps.stage.node, place);
     const percent = (pixels) => `${(100 * pixels) / SIDE}%`;
     Object.assign(field.style, { top: percent(top), left: percent(left), width: percent(right - left), height: percent(bottom - top) });
   }
@@ -240,12 +246,6 @@ class App {
     event.preventDefault();
     $(button).click();
   }
-}
-
-// The same stage in another checkpoint's network.
-function findStage(network, { first }) {
-  network.stages ??= findStages(network);
-  return network.stages.find((stage) => stage.first.name === first.name);
 }
 
 function bytesOf(base64) {

@@ -8,13 +8,15 @@ const FUNCTIONS = { relu: "ReLU", leaky_relu: "leaky ReLU", elu: "ELU", gelu: "G
 // is shown, and `steps` are the operations from one to the other, all of the same shape.
 function findStages(network) {
   const owners = findOwners(network);
-  const numbers = { conv: 0, dense: 0 };
+  const numbers = {}; // of each kind of layer, in each member of a committee
   const stages = [];
   for (const first of network.nodes.filter((node) => hasWeights(network, node))) {
     const own = network.nodes.filter((node) => owners.get(node.name) === first.name);
     const isLast = own.some((node) => node.name === network.outputs.logits);
-    numbers[first.op]++;
-    const title = isLast ? "Logits" : `${first.op === "conv" ? "Convolution" : "Dense layer"} ${numbers[first.op]}`;
+    const member = first.layer.match(/^member_(\d+)/)?.[1];
+    const kind = (member ? `Network ${Number(member) + 1}: ` : "") + (first.op === "conv" ? "Convolution" : "Dense layer");
+    numbers[kind] = (numbers[kind] ?? 0) + 1;
+    const title = isLast ? "Logits" : `${kind} ${numbers[kind]}`;
     stages.push(stageOf(title, first, own));
     const pooling = own.find((node) => node.op in POOLS);
     if (pooling && !isLast) stages.push(stageOf(POOLS[pooling.op], pooling, own));

@@ -28,8 +28,8 @@ class Inspector {
     else this.showPooling(window, stage, theme);
     const isLayer = window.weight !== null;
     const first = isLayer ? `sum of ${window.rows * window.columns * window.channels} products` : stage.title.toLowerCase();
-    this.lines.replaceChildren(...[{ label: first, value: sum }, ...lines].map(({ label, value }, i) =>
-      element("tr", {}, element("th", { textContent: (i ? "" : "") + label, scope: "row" }), element("td", { textContent: format(value) }))));
+    this.lines.replaceChildren(...[{ label: first, value: sum }, ...lines].map(({ label, value }) =>
+      element("tr", {}, element("th", { textContent: label, scope: "row" }), element("td", { textContent: format(value) }))));
   }
 
   showProducts(window, input, theme) {
