@@ -207,35 +207,3 @@ def test_digits_are_split_the_same_everywhere() -> None:
     np.testing.assert_array_equal(test_labels[:9], [2, 4, 7, 0, 6, 8, 9, 5, 1])
     # Another value here means that everybody's test set has changed.
     assert hashlib.sha256(train_labels.tobytes() + test_labels.tobytes()).hexdigest()[:16] == "048b2a8a935f3934"
-
-
-def test_digits_look_like_mnist() -> None:
-    images = np.concatenate([images for images, _ in datasets.embedded_digits().values()])[..., 0].astype(float)
-    assert images.max() == 255
-    assert np.median(images) == 0  # white on black
-    heights = [np.ptp(np.flatnonzero(image.any(axis=1))) + 1 for image in images]
-    widths = [np.ptp(np.flatnonzero(image.any(axis=0))) + 1 for image in images]
-    assert max(heights + widths) == 20
-    for axis in (1, 2):
-        middle = (images.sum(axis=3 - axis) * np.arange(28)).sum(axis=1) / images.sum(axis=(1, 2))
-        assert abs(middle - 13.5).max() <= 0.51  # placed to the nearest pixel
-
-
-def test_centered_by_hand() -> None:
-    assert not datasets.centered(np.zeros((9, 5), np.uint8)).any()
-    square = np.zeros((40, 60), np.uint8)
-    square[5:15, 7:17] = 200
-    expected = np.zeros((28, 28), np.uint8)
-    expected[4:24, 4:24] = 200
-    np.testing.assert_array_equal(datasets.centered(square), expected)
-    bar = np.zeros((40, 60), np.uint8)
-    bar[5:15, 7:9] = 255  # 10 high and 2 wide becomes 20 and 4
-    expected = np.zeros((28, 28), np.uint8)
-    expected[4:24, 12:16] = 255
-    np.testing.assert_array_equal(datasets.centered(bar), expected)
-    heavy_top = np.full((20, 20), 1, np.uint8)
-    heavy_top[:2] = 255  # its mass is so far up that the box reaches the lower edge
-    assert datasets.centered(heavy_top)[8:].any(axis=1).all()
-    dot = np.zeros((9, 9), np.uint8)
-    dot[3, 3] = 1
-    assert datasets.centered(dot).shape == (28, 28)

@@ -255,15 +255,6 @@ def test_round_trip_through_a_larger_picture(wanted: Array) -> None:
     assert difference(only(encode(255 - large)).image, wanted) < 12
 
 
-def test_centered_leaves_its_own_work_alone() -> None:
-    once = pictures.centered(255 - draw("7"))
-    np.testing.assert_array_equal(pictures.centered(once), once)
-
-
-def test_centered_without_ink() -> None:
-    assert not pictures.centered(np.zeros((9, 5), np.uint8)).any()
-
-
 # What is no picture ---------------------------------------------------------------------------------------------------
 
 

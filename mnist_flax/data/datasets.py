@@ -23,6 +23,7 @@ from urllib.parse import urljoin
 import numpy as np
 from absl import logging
 
+from mnist_flax.data.framing import frame
 from mnist_flax.errors import DataError
 
 # Also part of the path of a prepared copy, which is looked for without importing TFDS.
@@ -305,35 +306,10 @@ def embedded_digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    images = np.stack([centered((image * 255 / 16).astype(np.uint8)) for image in digits.images])[..., None]
+    images = np.stack([frame((image * 255 / 16).astype(np.uint8)) for image in digits.images])[..., None]
     labels = digits.target.astype(np.int32)
     num_test = 360
     by_digit = np.argsort(labels, kind="stable")
     is_test = np.zeros(len(labels), bool)
     is_test[by_digit[(2 * np.arange(num_test) + 1) * len(labels) // (2 * num_test)]] = True
     return {"train": (images[~is_test], labels[~is_test]), "test": (images[is_test], labels[is_test])}
-
-
-def centered(image: np.ndarray) -> np.ndarray:
-    """Fits the ink of a white-on-black image as MNIST does: u8[H,W] -> u8[28,28].
-
-    The ink is scaled, aspect kept and anti-aliased, to fit in a box of 20x20, and its centre of mass is put in the
-    middle, as far as the box stays inside (LeCun et al., "Gradient-based learning applied to document recognition",
-    1998). An image without ink stays black.
-    """
-    from PIL import Image
-
-    canvas = np.zeros((_SIDE, _SIDE), np.uint8)
-    rows, columns = np.flatnonzero(image.any(axis=1)), np.flatnonzero(image.any(axis=0))
-    if not len(rows):
-        return canvas
-    ink = image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    height, width = (max(1, round(side * 20 / max(ink.shape))) for side in ink.shape)
-    box = np.asarray(Image.fromarray(ink).resize((width, height), Image.Resampling.BICUBIC))
-    mass = box.astype(np.float64)
-    middle_row = float(np.arange(height) @ mass.sum(axis=1) / mass.sum())
-    middle_column = float(np.arange(width) @ mass.sum(axis=0) / mass.sum())
-    top = int(np.clip(round((_SIDE - 1) / 2 - middle_row), 0, _SIDE - height))
-    left = int(np.clip(round((_SIDE - 1) / 2 - middle_column), 0, _SIDE - width))
-    canvas[top : top + height, left : left + width] = box
-    return canvas

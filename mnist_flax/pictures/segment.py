@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy import ndimage
 
+from mnist_flax.data.framing import frame
 from mnist_flax.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF")
@@ -522,26 +523,4 @@ def _draw(strength: np.ndarray, labels: np.ndarray, blob: _Blob, pen: float) -> 
         size = int(np.ceil(radius))
         y, x = np.mgrid[-size : size + 1, -size : size + 1]
         image = ndimage.grey_dilation(image, footprint=np.hypot(x, y) <= max(radius, 0.5))
-    return Digit(centered(np.round(image * 255).astype(np.uint8)), blob[1:])
-
-
-def centered(image: np.ndarray) -> np.ndarray:
-    """Fits the ink of a white-on-black image into MNIST's frame, `u8[H,W] -> u8[28,28]`.
-
-    The ink is scaled, aspect kept and anti-aliased, to a box of 20x20; its centre of mass goes to pixel (14, 14), as in
-    MNIST's own images, as far as the box stays inside; the darkest ink becomes 255.
-    """
-    canvas = np.zeros((28, 28), np.uint8)
-    rows, columns = np.flatnonzero(image.any(axis=1)), np.flatnonzero(image.any(axis=0))
-    if not len(rows):
-        return canvas
-    tight = image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    height, width = (max(1, round(side * 20 / max(tight.shape))) for side in tight.shape)
-    mass = np.asarray(Image.fromarray(tight).resize((width, height), Image.Resampling.BICUBIC)).astype(np.float64)
-    if not mass.any():
-        return canvas
-    row, column = ndimage.center_of_mass(mass)
-    top = int(np.clip(round(14 - row), 0, 28 - height))
-    left = int(np.clip(round(14 - column), 0, 28 - width))
-    canvas[top : top + height, left : left + width] = np.round(mass * (255 / mass.max()))
-    return canvas
+    return Digit(frame(np.round(image * 255).astype(np.uint8)), blob[1:])

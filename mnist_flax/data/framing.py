@@ -1,0 +1,37 @@
+"""How a digit is framed: MNIST's own layout, for every digit that does not come from MNIST."""
+
+import numpy as np
+
+IMAGE_SIZE = 28
+BOX_SIZE = 20
+CENTRE = 14
+
+
+def frame(image: np.ndarray) -> np.ndarray:
+    """Fits the ink of a white-on-black image into MNIST's frame, `u8[H,W] -> u8[28,28]`.
+
+    The ink is scaled, with its aspect ratio kept, until its longer side is 20 pixels, and placed so that its centre of
+    mass is as close as possible to pixel (14, 14) (LeCun et al., "Gradient-based learning applied to document
+    recognition", 1998). Its brightest pixel becomes 255. An image without ink stays black.
+
+    Measured on MNIST's 60,000 training images: the longer side is 20 pixels in 59,987 of them. The mean centre of mass
+    is row 13.996, column 14.007 (standard deviation 0.29 pixels), and 59,998 are within half a pixel of 14 in both.
+    The brightest pixel is 255 in 90 % of them and 254 in the rest, so contrast is stretched to the full range.
+    """
+    from PIL import Image
+
+    canvas = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.uint8)
+    rows, columns = np.flatnonzero(image.any(axis=1)), np.flatnonzero(image.any(axis=0))
+    if not len(rows):
+        return canvas
+    tight = image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    height, width = (max(1, round(side * BOX_SIZE / max(tight.shape))) for side in tight.shape)
+    box = np.asarray(Image.fromarray(tight).resize((width, height), Image.Resampling.BICUBIC)).astype(np.float64)
+    if not box.any():  # ink too thin and faint to survive the scaling
+        return canvas
+    centre_row = np.arange(height) @ box.sum(axis=1) / box.sum()
+    centre_column = np.arange(width) @ box.sum(axis=0) / box.sum()
+    top = int(np.clip(round(CENTRE - centre_row), 0, IMAGE_SIZE - height))
+    left = int(np.clip(round(CENTRE - centre_column), 0, IMAGE_SIZE - width))
+    canvas[top : top + height, left : left + width] = np.round(box * (255 / box.max()))
+    return canvas

@@ -1,0 +1,86 @@
+"""The frame that MNIST's digits have, and that all others are put into."""
+
+import gzip
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mnist_flax.data.datasets import embedded_digits
+from mnist_flax.data.framing import BOX_SIZE, CENTRE, frame
+
+RAW_DIR = os.environ.get("MNIST_FLAX_RAW_DIR", "")
+
+
+def offsets(images: np.ndarray) -> np.ndarray:
+    """Distances of the centres of mass from (14, 14), rows and columns, `u8[N,28,28] -> f64[N,2]`."""
+    mass = images.astype(np.float64)
+    total = mass.sum(axis=(1, 2))
+    return np.stack([mass.sum(axis=3 - axis) @ np.arange(28) / total - CENTRE for axis in (1, 2)], axis=1)
+
+
+def longer_sides(images: np.ndarray) -> np.ndarray:
+    """Lengths of the longer sides of the ink's bounding boxes, `u8[N,28,28] -> i64[N]`."""
+    return np.array([max(np.ptp(np.flatnonzero(image.any(axis=axis))) + 1 for axis in (0, 1)) for image in images])
+
+
+def test_frame_scales_a_square_to_the_box() -> None:
+    square = np.zeros((40, 60), np.uint8)
+    square[5:15, 7:17] = 200
+    expected = np.zeros((28, 28), np.uint8)
+    expected[4:24, 4:24] = 255  # its centre of mass is 13.5: between two pixels, the upper one is taken
+    np.testing.assert_array_equal(frame(square), expected)
+
+
+def test_frame_keeps_the_aspect_ratio() -> None:
+    bar = np.zeros((40, 60), np.uint8)
+    bar[5:15, 7:9] = 255
+    expected = np.zeros((28, 28), np.uint8)
+    expected[4:24, 12:16] = 255
+    np.testing.assert_array_equal(frame(bar), expected)
+
+
+def test_frame_stays_inside_the_image() -> None:
+    heavy_top = np.full((20, 20), 1, np.uint8)
+    heavy_top[:2] = 255  # its centre of mass would put the box below the image
+    assert frame(heavy_top)[8:].any(axis=1).all()
+
+
+def test_frame_stretches_faint_ink() -> None:
+    dot = np.zeros((9, 9), np.uint8)
+    dot[3, 3] = 1
+    assert frame(dot).max() == 255
+
+
+def test_frame_without_ink_is_black() -> None:
+    for shape in ((9, 5), (28, 28), (1, 1)):
+        assert not frame(np.zeros(shape, np.uint8)).any()
+    assert frame(np.ones((900, 1), np.uint8)).shape == (28, 28)
+
+
+def test_frame_leaves_a_framed_digit_alone() -> None:
+    for image in embedded_digits()["test"][0][..., 0]:
+        np.testing.assert_array_equal(frame(image), image)
+
+
+def test_embedded_digits_are_framed_like_mnist() -> None:
+    images = np.concatenate([images for images, _ in embedded_digits().values()])[..., 0]
+    assert np.median(images) == 0  # white on black
+    assert (images.max(axis=(1, 2)) == 255).all()
+    assert (longer_sides(images) == BOX_SIZE).all()
+    assert abs(offsets(images)).max() <= 0.51  # placed to the nearest pixel
+
+
+@pytest.mark.skipif(not RAW_DIR, reason="needs the real files in $MNIST_FLAX_RAW_DIR")
+def test_mnist_is_framed_as_the_docstring_says() -> None:
+    content = gzip.decompress(Path(RAW_DIR, "train-images-idx3-ubyte.gz").read_bytes())
+    images = np.frombuffer(content, np.uint8, offset=16).reshape(-1, 28, 28)
+    distance = offsets(images)
+    np.testing.assert_allclose(distance.mean(axis=0) + CENTRE, [13.996, 14.007], atol=5e-4)
+    np.testing.assert_allclose(distance.std(axis=0), 0.29, atol=5e-3)
+    assert (abs(distance).max(axis=1) <= 0.5).sum() == 59_998
+    assert (longer_sides(images) == BOX_SIZE).sum() == 59_987
+    brightest = images.max(axis=(1, 2))
+    assert brightest.min() == 254
+    assert round(float((brightest == 255).mean()), 3) == 0.9
