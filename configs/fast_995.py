@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
     config.model.pools = (1, 2)
     config.model.dense = (256,)
     config.model.init = "he_normal"
-    config.model.test_views = 5
+    config.eval.views = 5
     config.model.pixel_mean = 0.1307
     config.model.pixel_std = 0.3081
     config.augment.shift = 1
@@ -36,6 +36,6 @@ def get_config() -> ConfigDict:
     config.train.batch_size = 256
     config.train.epochs = 7
     config.train.label_smoothing = 0.1
-    config.train.eval_batch_size = 250  # five views each
+    config.eval.batch_size = 250  # five views each
     config.train.report = False
     return config

@@ -1,14 +1,14 @@
-"""Errors that speak to the user: one message, no traceback, an exit status that is not 0."""
+"""Errors for the user: one message, no traceback, and an exit status that is not 0."""
 
 
 class UserError(Exception):
-    """A mistake or a mishap that the user can mend; the message names what is wrong, its value, and the remedy."""
+    """Something that the user can put right; the message names what is wrong, its value, and the remedy."""
 
     exit_status = 2
 
 
 class ConfigError(UserError):
-    """A field of the config, or the config file itself, is wrong."""
+    """A flag, a field of the config, or the config file itself is wrong."""
 
 
 class DataError(UserError):
@@ -16,16 +16,16 @@ class DataError(UserError):
 
 
 class WorkdirError(UserError):
-    """A workdir cannot be used: it is no folder, cannot be written, holds something else, or is in use."""
+    """A workdir cannot be used: it is not a folder, cannot be written, holds something else, or is in use."""
 
 
 class LostPeerError(UserError):
-    """Another process of the same run is gone, so this one cannot go on."""
+    """Another process of the same run is gone, so this one cannot continue."""
 
     exit_status = 4
 
 
 class NonFiniteLossError(UserError):
-    """The loss became NaN or infinite; training further would only spoil the weights."""
+    """The loss became NaN or infinite; training on would only corrupt the weights."""
 
     exit_status = 3

@@ -1,57 +1,209 @@
-"""The learning rate over a run, and the optax chain that turns a gradient into an update."""
+"""Learning-rate schedules and optimisers: one entry each turns the config into an optax transformation."""
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import optax
 
-from mnist_flax.config import Config
+from mnist_flax.checks import among, within
 
 
-def schedule(config: Config) -> optax.Schedule:
-    """Returns the learning rate as a function of the number of finished updates.
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The optimiser, its learning rate over the run, and what happens to gradients and weights around it.
 
-    One-cycle is Smith and Topin's (2018), with cosine flanks; cosine is Loshchilov and Hutter's (2017), no restarts.
+    Attributes:
+      name: a key of `OPTIMIZERS`.
+      learning_rate: the peak of the schedule.
+      b1, b2, eps: decay rates and stabiliser of Adam and its relatives.
+      momentum, nesterov: of SGD, and `momentum` also of Muon.
+      weight_decay: applied to kernels, not to biases or norms. L2 (added to the gradient) for `adam` and `sgd`,
+        decoupled for the others.
+      clip_norm: largest global norm of the gradient; 0 turns clipping off.
+      schedule: a key of `SCHEDULES`.
+      warmup_epochs: linear warm-up from 0 before any schedule but `one_cycle`, which has its own.
+      start_fraction, peak_at: `one_cycle` starts at this fraction of the peak and reaches it at this fraction of
+        the run.
+      end_fraction: the last learning rate of `cosine`, `linear` and `one_cycle`, as a fraction of the peak.
+      decay_rate, decay_epochs: `exponential` and `step` multiply by this rate over this many epochs.
+      ema_decay: evaluate an exponential moving average of the weights with this decay; 0 evaluates the weights.
     """
-    o = config.optimizer
-    peak, total = o.learning_rate, config.num_steps
-    warmup = round(o.warmup_epochs * config.steps_per_epoch)
-    decay_steps = max(1, round(o.decay_epochs * config.steps_per_epoch))
-    if o.schedule == "one_cycle":
-        peak_step = min(max(1, round(o.peak_at * total)), max(1, total - 1))
-        scales = {peak_step: 1 / o.start_fraction, total: o.end_fraction}
-        return optax.piecewise_interpolate_schedule("cosine", peak * o.start_fraction, scales)
-    main: optax.Schedule = {
-        "constant": lambda: optax.constant_schedule(peak),
-        "cosine": lambda: optax.cosine_decay_schedule(peak, max(1, total - warmup), alpha=o.end_fraction),
-        "exponential": lambda: optax.exponential_decay(peak, decay_steps, o.decay_rate),
-        "step": lambda: optax.exponential_decay(peak, decay_steps, o.decay_rate, staircase=True),
-    }[o.schedule]()
+
+    name: str = "adam"
+    learning_rate: float = 1e-3
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    clip_norm: float = 0.0
+    schedule: str = "constant"
+    warmup_epochs: float = 0.0
+    start_fraction: float = 0.04
+    end_fraction: float = 0.0
+    peak_at: float = 0.25
+    decay_rate: float = 0.95
+    decay_epochs: float = 1.0
+    ema_decay: float = 0.0
+
+    def check(self, epochs: int) -> Iterator[str]:
+        """Yields a message for each value that is out of range."""
+        yield from among("optimizer.name", self.name, OPTIMIZERS)
+        yield from among("optimizer.schedule", self.schedule, SCHEDULES)
+        for name in ("learning_rate", "eps", "decay_rate", "decay_epochs"):
+            yield from within(f"optimizer.{name}", getattr(self, name), 0, open_low=True)
+        for name in ("b1", "b2", "momentum", "ema_decay"):
+            yield from within(f"optimizer.{name}", getattr(self, name), 0, 1, open_high=True)
+        for name in ("weight_decay", "clip_norm"):
+            yield from within(f"optimizer.{name}", getattr(self, name), 0)
+        yield from within("optimizer.end_fraction", self.end_fraction, 0, 1)
+        for name in ("start_fraction", "peak_at"):
+            yield from within(f"optimizer.{name}", getattr(self, name), 0, 1, open_low=True, open_high=True)
+        yield from within("optimizer.warmup_epochs", self.warmup_epochs, 0, epochs)
+        if self.nesterov and not self.momentum:
+            yield "config.optimizer.nesterov = True: needs config.optimizer.momentum above 0"
+
+    def unused(self) -> list[str]:
+        """Returns the fields that were changed but that the chosen optimiser and schedule do not read."""
+        default = OptimizerConfig()
+        entries: list[Optimizer | Schedule] = [*OPTIMIZERS.values(), *SCHEDULES.values()]
+        optional = {field for entry in entries for field in entry.fields}
+        read = {*OPTIMIZERS[self.name].fields, *SCHEDULES[self.schedule].fields}
+        return [name for name in sorted(optional - read) if getattr(self, name) != getattr(default, name)]
+
+
+class RunLength(NamedTuple):
+    """The length of a run, in updates."""
+
+    num_steps: int
+    steps_per_epoch: int
+
+
+class Schedule(NamedTuple):
+    """A learning rate over a run.
+
+    Attributes:
+      make: builds the schedule, which maps the number of finished updates to a learning rate.
+      fields: the fields of `OptimizerConfig` that it reads, `learning_rate` aside.
+      needs_end: whether it depends on where the run ends; if not, a finished run can be trained further.
+    """
+
+    make: Callable[[OptimizerConfig, RunLength], optax.Schedule]
+    fields: tuple[str, ...] = ()
+    needs_end: bool = False
+
+
+def _one_cycle(o: OptimizerConfig, run: RunLength) -> optax.Schedule:
+    """Smith and Topin (2018), with cosine flanks."""
+    peak_step = min(max(1, round(o.peak_at * run.num_steps)), max(1, run.num_steps - 1))
+    scales = {peak_step: 1 / o.start_fraction, run.num_steps: o.end_fraction}
+    return optax.piecewise_interpolate_schedule("cosine", o.learning_rate * o.start_fraction, scales)
+
+
+def _decay(o: OptimizerConfig, run: RunLength, *, staircase: bool) -> optax.Schedule:
+    decay_steps = max(1, round(o.decay_epochs * run.steps_per_epoch))
+    return optax.exponential_decay(o.learning_rate, decay_steps, o.decay_rate, staircase=staircase)
+
+
+SCHEDULES: dict[str, Schedule] = {
+    "constant": Schedule(lambda o, run: optax.constant_schedule(o.learning_rate), ("warmup_epochs",)),
+    "linear": Schedule(
+        lambda o, run: optax.linear_schedule(o.learning_rate, o.learning_rate * o.end_fraction, max(1, run.num_steps)),
+        ("warmup_epochs", "end_fraction"),
+        needs_end=True,
+    ),
+    "cosine": Schedule(  # Loshchilov and Hutter (2017), without restarts
+        lambda o, run: optax.cosine_decay_schedule(o.learning_rate, max(1, run.num_steps), alpha=o.end_fraction),
+        ("warmup_epochs", "end_fraction"),
+        needs_end=True,
+    ),
+    "one_cycle": Schedule(_one_cycle, ("start_fraction", "peak_at", "end_fraction"), needs_end=True),
+    "exponential": Schedule(
+        lambda o, run: _decay(o, run, staircase=False), ("warmup_epochs", "decay_rate", "decay_epochs")
+    ),
+    "step": Schedule(lambda o, run: _decay(o, run, staircase=True), ("warmup_epochs", "decay_rate", "decay_epochs")),
+}
+
+
+def schedule(o: OptimizerConfig, num_steps: int, steps_per_epoch: int) -> optax.Schedule:
+    """Returns the learning rate as a function of the number of finished updates."""
+    entry = SCHEDULES[o.schedule]
+    warmup = round(o.warmup_epochs * steps_per_epoch) if "warmup_epochs" in entry.fields else 0
+    main = entry.make(o, RunLength(num_steps - warmup, steps_per_epoch))
     if not warmup:
         return main
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), main], [warmup])
+    return optax.join_schedules([optax.linear_schedule(0.0, o.learning_rate, warmup), main], [warmup])
 
 
-def is_decayed(config: Config, params: optax.Params) -> optax.Params:
-    """Marks the leaves that weight decay applies to: kernels, but not a fixed one, and neither biases nor norms."""
-    fixed = {"Conv_0"} if config.model.stem == "cosine" else set()
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaf.ndim > 1 and path[0].key not in fixed, params)
+def is_decayed(params: optax.Params) -> optax.Params:
+    """Marks the leaves that weight decay applies to: kernels, but neither biases nor norms."""
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
-def optimizer(config: Config) -> optax.GradientTransformation:
-    """Returns the chain: clip the gradient, add L2 (with AdamW: decay later), scale by the optimiser and the rate."""
-    o = config.optimizer
-    rate = schedule(config)
-    decayed = partial(is_decayed, config)
-    make: dict[str, Callable[[], optax.GradientTransformation]] = {
-        "adam": lambda: optax.adam(rate, o.b1, o.b2, o.eps),  # Kingma and Ba, 2015
-        "adamw": lambda: optax.adamw(rate, o.b1, o.b2, o.eps, weight_decay=o.weight_decay, mask=decayed),
-        "sgd": lambda: optax.sgd(rate, o.momentum or None, o.nesterov),
-    }
-    chain = [make[o.name]()]
-    if o.weight_decay and o.name != "adamw":
-        chain.insert(0, optax.add_decayed_weights(o.weight_decay, mask=decayed))
-    if o.clip_norm:
-        chain.insert(0, optax.clip_by_global_norm(o.clip_norm))
-    return optax.chain(*chain)
+class Optimizer(NamedTuple):
+    """An update rule.
+
+    Attributes:
+      make: builds the optax transformation from the config and the learning-rate schedule.
+      fields: the fields of `OptimizerConfig` that it reads, `learning_rate` aside.
+    """
+
+    make: Callable[[OptimizerConfig, optax.Schedule], optax.GradientTransformation]
+    fields: tuple[str, ...]
+
+
+def _with_l2(o: OptimizerConfig, rule: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Adds the gradient of the L2 penalty before the update rule sees the gradient."""
+    return optax.chain(optax.add_decayed_weights(o.weight_decay, mask=is_decayed), rule) if o.weight_decay else rule
+
+
+def _muon(o: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
+    """Jordan et al. (2024): orthogonalised momentum for kernels, AdamW for all other weights.
+
+    A convolution's kernel counts as a matrix from its patches to its output channels. Without being told so, optax
+    would give all but 2-D leaves to Adam, at Muon's learning rate.
+    """
+    from optax.contrib import MuonDimensionNumbers, muon
+
+    def dimensions(params: optax.Params) -> optax.Params:
+        def of_leaf(leaf: jax.Array) -> MuonDimensionNumbers | None:
+            last = leaf.ndim - 1
+            return MuonDimensionNumbers(tuple(range(last)), last) if last else None
+
+        return jax.tree.map(of_leaf, params)
+
+    return muon(
+        rate,
+        beta=o.momentum,
+        eps=o.eps,
+        weight_decay=o.weight_decay,
+        weight_decay_mask=is_decayed,
+        adam_b1=o.b1,
+        adam_b2=o.b2,
+        muon_weight_dimension_numbers=dimensions,
+    )
+
+
+OPTIMIZERS: dict[str, Optimizer] = {
+    "adam": Optimizer(  # Kingma and Ba (2015)
+        lambda o, rate: _with_l2(o, optax.adam(rate, o.b1, o.b2, o.eps)), ("b1", "b2", "eps", "weight_decay")
+    ),
+    "adamw": Optimizer(  # Loshchilov and Hutter (2019)
+        lambda o, rate: optax.adamw(rate, o.b1, o.b2, o.eps, weight_decay=o.weight_decay, mask=is_decayed),
+        ("b1", "b2", "eps", "weight_decay"),
+    ),
+    "sgd": Optimizer(
+        lambda o, rate: _with_l2(o, optax.sgd(rate, o.momentum or None, o.nesterov)),
+        ("momentum", "nesterov", "weight_decay"),
+    ),
+    "muon": Optimizer(_muon, ("b1", "b2", "eps", "momentum", "weight_decay")),
+}
+
+
+def optimizer(o: OptimizerConfig, num_steps: int, steps_per_epoch: int) -> optax.GradientTransformation:
+    """Returns the whole chain: clip the gradient, then the update rule at the scheduled learning rate."""
+    rule = OPTIMIZERS[o.name].make(o, schedule(o, num_steps, steps_per_epoch))
+    return optax.chain(optax.clip_by_global_norm(o.clip_norm), rule) if o.clip_norm else rule

@@ -39,13 +39,13 @@ def main(argv: Sequence[str]) -> None:
     config = cli.config()
     kind = f"seeds{FLAGS.seeds}" if FLAGS.seeds else f"folds{FLAGS.folds}"
     workdir = FLAGS.workdir or pathlib.Path("runs", f"{pathlib.Path(cli.config_file()).stem}-{kind}")
-    from mnist_flax import members
-    from mnist_flax.analysis import statistics as results
+    from mnist_flax import train
+    from mnist_flax.analysis import statistics
     from mnist_flax.run import compilation
 
     compilation.keep_programs()
-    result = members.fit_population(config, pathlib.Path(workdir), seeds=FLAGS.seeds or 0, folds=FLAGS.folds or 0)
-    print(json.dumps(result, indent=1) if FLAGS.json else results.table(result))
+    result = train.fit_population(config, pathlib.Path(workdir), seeds=FLAGS.seeds or 0, folds=FLAGS.folds or 0)
+    print(json.dumps(result, indent=1) if FLAGS.json else statistics.table(result))
 
 
 if __name__ == "__main__":

@@ -69,12 +69,13 @@ def read_picture(config: Config, variables: dict[str, Any], content: bytes) -> l
     Raises:
       PictureError: it is no picture, or a damaged, huge or blank one.
     """
-    from mnist_flax.analysis.evaluation import predict_logits
+    from mnist_flax.analysis.evaluation import make_predictor, predict_logits
     from mnist_flax.pictures.segment import read_digits
 
     digits = read_digits(content)
     images = np.stack([digit.image for digit in digits])[..., None]
-    probs = softmax(predict_logits(replace(config, train__eval_batch_size=_BATCH_SIZE), variables, images))
+    predictor = make_predictor(replace(config, eval__batch_size=_BATCH_SIZE), variables)
+    probs = softmax(predict_logits(predictor, images))
     readings = []
     for digit, row in zip(digits, probs, strict=True):
         top = [(int(label), float(row[label])) for label in np.argsort(-row, kind="stable")[:_TOP]]

@@ -1,8 +1,8 @@
-"""Writes the report of a run into its folder: report/index.html and what belongs to it.
+"""Writes the report of a run into its folder: report/index.html, and its pieces beside it.
 
-    python -m mnist_flax.report --workdir=runs/default [--checkpoint=latest|best|STEP]
+    python -m mnist_flax.report --workdir=runs/default [--checkpoint=latest|best|STEP] [--output=DIR]
 
-Training does so itself at its end; this does it again, or for a run that is not finished, or for another checkpoint.
+Training does this at its end; this verb does it again, or for an unfinished run, or for another checkpoint.
 """
 
 import pathlib
@@ -11,21 +11,33 @@ from collections.abc import Sequence
 from absl import flags
 
 from mnist_flax import cli
+from mnist_flax.analysis import run_data
 from mnist_flax.errors import ConfigError
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Defines the flags of this verb."""
+    flags.DEFINE_string("workdir", None, "the run's folder")
+    flags.DEFINE_string("checkpoint", "latest", "latest, best (on hold-out rows) or a step")
+    flags.DEFINE_string("output", None, "the folder to write to; if not given, report/ in --workdir")
+    run_data.define_flags()
 
 
 def main(argv: Sequence[str]) -> None:
     """Reports what the flags describe."""
     if argv[1:]:
         raise ConfigError(f"{argv[1]!r}: is no flag; a flag starts with two dashes")
-    if not flags.FLAGS.workdir:
+    if not FLAGS.workdir:
         raise ConfigError("--workdir is missing: name the folder of a run, such as --workdir=runs/default")
-    from mnist_flax.analysis.report.write import report_run  # only now: --help need not wait for JAX
+    from mnist_flax.analysis.report.write import report_workdir  # only now: --help need not wait for matplotlib
 
-    print(report_run(pathlib.Path(flags.FLAGS.workdir), flags.FLAGS.checkpoint))
+    folder = pathlib.Path(FLAGS.output) if FLAGS.output else None
+    overrides = run_data.given_overrides()
+    print(report_workdir(pathlib.Path(FLAGS.workdir), FLAGS.checkpoint, folder=folder, overrides=overrides))
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "the run's folder")
-    flags.DEFINE_string("checkpoint", "latest", "latest, best (on hold-out rows) or a step")
+    define_flags()
     cli.run(main)

@@ -53,11 +53,11 @@ def split(mesh: Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, AXIS))
 
 
-def refuse_uneven(mesh: Mesh, batch_size: int) -> None:
-    """Stops when the devices would get unequal parts of a batch.
+def check_batch_size(mesh: Mesh, batch_size: int) -> None:
+    """Checks that a batch can be split evenly over the devices.
 
     Raises:
-      ConfigError: names the nearest sizes that divide.
+      ConfigError: it cannot; the message names the nearest sizes that can.
     """
     below = batch_size // mesh.size * mesh.size
     if below != batch_size:

@@ -1,5 +1,6 @@
-"""The state of a run and the pure functions that take it forward: from an image to a gradient to new weights."""
+"""The state of a run and the pure functions that advance it: from an image to a gradient to new weights."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -8,16 +9,18 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from mnist_flax import metrics, rng
-from mnist_flax.config import IMAGE_SIZE, Config
+from mnist_flax import rng
+from mnist_flax.config import Program
 from mnist_flax.data import batches
 from mnist_flax.data.augment import augment
 from mnist_flax.data.batches import Batch
-from mnist_flax.data.datasets import Examples
-from mnist_flax.models.cnn import build, crop
+from mnist_flax.data.registry import IMAGE_SIZE
+from mnist_flax.data.splits import Examples
+from mnist_flax.losses import LOSSES
 from mnist_flax.optimizer import optimizer
 
 Variables = dict[str, Any]  # what linen's `apply` takes: params and batch_stats
+Metrics = dict[str, Array]  # sums over examples; divided by `examples` they are means
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -38,98 +41,116 @@ class TrainState(flax.struct.PyTreeNode):
     ema: Any
 
 
-class StepMetrics(NamedTuple):
-    """Sums over the examples of a batch, so that batches of unequal size add up.
+class StepView(NamedTuple):
+    """What a logged metric may look at: one step, before the weights change.
 
     Attributes:
-      loss: `f32[]`, in nats, label smoothing included.
-      correct: `i32[]`.
-      examples: `i32[]`.
+      logits: `f32[B,C]`.
+      losses: `f32[B]`, with label smoothing.
+      labels: `i32[B]`.
+      is_example: `bool[B]`; the other places of the batch are padding.
+      grads: the gradient of the mean loss.
+      params: the weights before the step.
     """
 
-    loss: Array
-    correct: Array
-    examples: Array
+    logits: Array
+    losses: Array
+    labels: Array
+    is_example: Array
+    grads: Any
+    params: Any
 
 
-def init_state(config: Config, key: Array) -> TrainState:
-    """Draws the first weights.
+# Each entry is a sum over the examples of a batch, so that batches of unequal size add up. Every entry is logged.
+METRICS: dict[str, Callable[[StepView], Array]] = {
+    "loss": lambda view: jnp.sum(view.losses, where=view.is_example),
+    "accuracy": lambda view: jnp.sum(
+        jnp.argmax(view.logits, axis=-1) == view.labels, where=view.is_example, dtype=jnp.int32
+    ),
+    "examples": lambda view: jnp.sum(view.is_example, dtype=jnp.int32),
+}
+
+
+def scale_pixels(program: Program, images: Array) -> Array:
+    """Turns grey values into the network's input, `u8[B,H,W,1] -> f32[B,H,W,1]`."""
+    return (images.astype(jnp.float32) / 255.0 - program.model.pixel_mean) / program.model.pixel_std
+
+
+def crop(program: Program, images: Array) -> Array:
+    """Cuts off the pixels that no logit depends on, `u8[B,28,28,1] -> u8[B,S,S,1]`.
+
+    That saves a sixth of the arithmetic of the classic networks.
+    """
+    size = program.model.seen_size(images.shape[1])
+    return images[:, :size, :size]
+
+
+def init_state(program: Program, key: Array) -> TrainState:
+    """Draws the initial weights.
 
     Args:
-      config: of the run.
-      key: its root key.
+      program: of the run.
+      key: the run's root key.
     """
-    images = jnp.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 1), jnp.uint8)
-    variables = build(config).init(rng.stream(key, "init"), images)
+    images = jnp.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 1))
+    variables = program.model.module(program.num_classes).init(rng.stream(key, "init"), images)
     params = variables["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=variables.get("batch_stats", {}),
-        opt_state=optimizer(config).init(params),
-        ema=jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else {},
+        opt_state=_optimizer(program).init(params),
+        ema=jax.tree.map(jnp.copy, params) if program.optimizer.ema_decay else {},
     )
 
 
-def forward(config: Config, variables: Variables, images: Array) -> Array:
-    """Computes the logits as at test time, `u8[B,28,28,1] -> f32[B,C]`.
+def _optimizer(program: Program) -> optax.GradientTransformation:
+    return optimizer(program.optimizer, program.num_steps, program.steps_per_epoch)
 
-    Where `model.test_views` is 5 they are logarithms: of the mean of the probabilities of each image and of its shifts
-    by a pixel up, down, left and right.
-    """
-    views = images[:, None]
-    if config.model.test_views > 1:
-        height, width = images.shape[1:3]
-        padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        corners = ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2))
-        views = jnp.stack([padded[:, i : i + height, j : j + width] for i, j in corners], 1)
-    logits: Any = build(config).apply(variables, crop(config.model, views.reshape(-1, *images.shape[1:])))
-    if config.model.test_views > 1:
-        logits = jax.nn.log_softmax(logits).reshape(*views.shape[:2], -1)
-        logits = jax.nn.logsumexp(logits, 1) - jnp.log(config.model.test_views)
+
+def forward(program: Program, variables: Variables, images: Array) -> Array:
+    """Computes the logits as at test time, `u8[B,28,28,1] -> f32[B,C]`."""
+    module = program.model.module(program.num_classes)
+    logits: Any = module.apply(variables, scale_pixels(program, crop(program, images)))
     return logits
 
 
 def eval_variables(state: TrainState) -> Variables:
-    """Returns what `forward` wants: the averaged weights where there are any, else the weights."""
+    """Returns what `forward` takes: the averaged weights if there are any, else the weights."""
     return {"params": state.ema or state.params, "batch_stats": state.batch_stats}
 
 
-def loss_fn(config: Config, params: Any, batch_stats: Any, batch: Batch, key: Array) -> tuple[Array, Any]:
+def loss_fn(program: Program, params: Any, batch_stats: Any, batch: Batch, key: Array) -> tuple[Array, Any]:
     """Computes the mean loss of a batch in training.
 
     Args:
-      config: of the run.
+      program: of the run.
       params: the weights to differentiate by.
       batch_stats: running statistics before the batch.
-      batch: augmented; places labelled `NO_LABEL` weigh nothing.
+      batch: augmented; places labelled `NO_LABEL` have no weight.
       key: for dropout.
 
     Returns:
-      `f32[]` the loss, and beside it the sums of the batch and the statistics after it.
+      `f32[]` the loss, and beside it logits, losses `f32[B]` and the running statistics after the batch.
     """
     is_example = batch["label"] != batches.NO_LABEL
-    logits, updates = build(config, train=True).apply(
+    logits, updates = program.model.module(program.num_classes, train=True).apply(
         {"params": params, "batch_stats": batch_stats},
-        crop(config.model, batch["image"]),
+        scale_pixels(program, crop(program, batch["image"])),
         is_example,
         rngs={"dropout": key},
         mutable=["batch_stats"],
     )
-    losses = metrics.cross_entropy(logits, batch["label"], label_smoothing=config.train.label_smoothing)
-    sums = StepMetrics(
-        loss=jnp.sum(losses, where=is_example),
-        correct=jnp.sum(metrics.correct(logits, batch["label"]), where=is_example, dtype=jnp.int32),
-        examples=jnp.sum(is_example, dtype=jnp.int32),
-    )
-    return sums.loss / sums.examples, (sums, updates.get("batch_stats", {}))
+    losses = LOSSES[program.loss](logits, batch["label"], label_smoothing=program.label_smoothing)
+    total = jnp.sum(losses, where=is_example)
+    return total / jnp.sum(is_example, dtype=jnp.int32), (logits, losses, updates.get("batch_stats", {}))
 
 
-def train_step(config: Config, state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, StepMetrics]:
+def train_step(program: Program, state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
     """Makes one update: augment, forward, loss, gradient, optimiser, moving average.
 
     Args:
-      config: of the run.
+      program: of the run.
       state: before the step.
       batch: `u8[B,28,28,1]` and `i32[B]`, with at least one example.
       key: the run's root key, the same at every call.
@@ -137,29 +158,30 @@ def train_step(config: Config, state: TrainState, batch: Batch, key: Array) -> t
     Returns:
       The state after the step, and the metrics of the batch under the weights before it.
     """
-    images = augment(config.augment, batch["image"], rng.stream(key, "augment", state.step))
+    images = augment(program.augment, batch["image"], rng.stream(key, "augment", state.step))
     augmented: Batch = {"image": images, "label": batch["label"]}
-    grads, (sums, batch_stats) = jax.grad(loss_fn, argnums=1, has_aux=True)(
-        config, state.params, state.batch_stats, augmented, rng.stream(key, "dropout", state.step)
+    grads, (logits, losses, batch_stats) = jax.grad(loss_fn, argnums=1, has_aux=True)(
+        program, state.params, state.batch_stats, augmented, rng.stream(key, "dropout", state.step)
     )
-    updates, opt_state = optimizer(config).update(grads, state.opt_state, state.params)
+    updates, opt_state = _optimizer(program).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    view = StepView(logits, losses, batch["label"], batch["label"] != batches.NO_LABEL, grads, state.params)
     return (
         TrainState(
             step=state.step + 1,
             params=params,
             batch_stats=batch_stats,
             opt_state=opt_state,
-            ema=moving_average(config.optimizer.ema_decay, state.ema, params, state.step),
+            ema=moving_average(program.optimizer.ema_decay, state.ema, params, state.step),
         ),
-        sums,
+        {name: metric(view) for name, metric in METRICS.items()},
     )
 
 
 def moving_average(decay: float, ema: Any, params: Any, step: Array) -> Any:
-    """Takes the weights into their exponential moving average, which starts short so that the first weights fade.
+    """Moves the average of the weights towards the weights.
 
-    The decay grows as (1 + t) / (10 + t) up to its value (An et al., 2020).
+    The decay grows as (1 + t) / (10 + t) up to its value, so that the first weights fade (An et al., 2020).
     """
     if not decay:
         return ema
@@ -168,63 +190,32 @@ def moving_average(decay: float, ema: Any, params: Any, step: Array) -> Any:
 
 
 def train_steps(
-    config: Config, state: TrainState, examples: Examples, order: Array, key: Array, num_steps: Array | int
-) -> tuple[TrainState, StepMetrics]:
-    """Makes `num_steps` updates within an epoch, or within several, all in one loop on the device.
+    program: Program, state: TrainState, examples: Examples, order: Array, key: Array, num_steps: Array | int
+) -> tuple[TrainState, Metrics]:
+    """Makes `num_steps` updates in one loop on the device.
 
     Args:
-      config: of the run.
-      state: before the first of them; `state.step` tells the place in the order.
+      program: of the run.
+      state: before the first of them; the place in the order is `state.step` modulo its length.
       examples: the training split, on the device.
-      order: `i32[S,B]`, of the epoch that `state.step` is in; or the orders of E epochs, `i32[E*S,B]`, the first of
-        which has a number that E divides.
+      order: `i32[S,B]`, rows of every batch of the epoch that `state.step` is in; or `i32[E*S,B]`, of E epochs, the
+        first of which has a number that E divides.
       key: the run's root key.
-      num_steps: at most what is left of the order. A traced number serves any part of it with one program; a Python
-        int gives the compiler the trip count.
+      num_steps: at most what is left of the order. A traced number serves any part of it with one program.
 
     Returns:
-      The state after them, and the metrics `[S]` of the order, filled at the places of these steps and 0 elsewhere.
+      The state after them, and their metrics `[S]`; places past `num_steps` hold 0.
     """
-    length = len(order)
+    length = order.shape[0]
 
-    def body(_: int, carry: tuple[TrainState, StepMetrics]) -> tuple[TrainState, StepMetrics]:
+    def step(state: TrainState) -> tuple[TrainState, Metrics]:
+        return train_step(program, state, batches.take(examples, order[state.step % length]), key)
+
+    def body(i: Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
         state, history = carry
-        place = state.step % length
-        state, sums = train_step(config, state, batches.take(examples, order[place]), key)
-        return state, jax.tree.map(lambda column, value: column.at[place].set(value), history, sums)
+        state, metrics = step(state)
+        return state, jax.tree.map(lambda column, value: column.at[i].set(value), history, metrics)
 
-    empty = StepMetrics(
-        loss=jnp.zeros(length),
-        correct=jnp.zeros(length, jnp.int32),
-        examples=jnp.zeros(length, jnp.int32),
-    )
+    _, shapes = jax.eval_shape(step, state)
+    empty = jax.tree.map(lambda leaf: jnp.zeros((length, *leaf.shape), leaf.dtype), shapes)
     return jax.lax.fori_loop(0, num_steps, body, (state, empty))
-
-
-def train_epoch(
-    config: Config, state: TrainState, examples: Examples, rows: Array, key: Array
-) -> tuple[TrainState, StepMetrics]:
-    """Trains one epoch over `rows`, from its first step to its last, in one loop on the device.
-
-    Args:
-      config: of the run.
-      state: at the start of an epoch.
-      examples: the training split, on the device.
-      rows: `i32[R]`, the row numbers to train on.
-      key: the run's root key.
-
-    Returns:
-      The state after the epoch, and the metrics `[S]` of its steps.
-    """
-    steps_per_epoch = -(-len(rows) // config.train.batch_size)
-    order = batches.epoch_order(key, state.step // steps_per_epoch, rows, config.train.batch_size)
-    return train_steps(config, state, examples, order, key, steps_per_epoch)
-
-
-# The compiled handles. The state's memory is given over to the new state. The first weights are drawn once in a run: a
-# program that is not optimised draws them in 10 ms and is compiled in 0.5 s, an optimised one takes 3 s to compile.
-jit_init_state = jax.jit(init_state, static_argnames="config", compiler_options={"xla_backend_optimization_level": 0})
-jit_train_step = jax.jit(train_step, static_argnames="config", donate_argnames="state")
-jit_train_steps = jax.jit(train_steps, static_argnames="config", donate_argnames="state")
-jit_train_epoch = jax.jit(train_epoch, static_argnames="config", donate_argnames="state")
-jit_forward = jax.jit(forward, static_argnames="config")

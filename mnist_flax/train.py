@@ -1,62 +1,46 @@
-"""The loop: claims a workdir, goes on from its newest checkpoint, trains, logs, evaluates, saves."""
+"""The loop: trains runs together, logs, evaluates and saves them.
+
+A single run is a population of one: there is one loop, and it does not know how many runs it trains.
+"""
 
 import contextlib
-import json
 import logging
 import pathlib
-import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
-from jax.sharding import Mesh
 
-from mnist_flax import rng, sharding
-from mnist_flax.analysis.evaluation import Evaluation, evaluate
-from mnist_flax.analysis.report.write import write_report
-from mnist_flax.config import IMAGE_SIZE, Config
-from mnist_flax.data import batches
-from mnist_flax.data.datasets import Examples
-from mnist_flax.data.load import Splits, follow, load_splits
-from mnist_flax.errors import WorkdirError
-from mnist_flax.models.cnn import build
-from mnist_flax.run import checkpoint, processes
+from mnist_flax import drivers
+from mnist_flax.analysis import statistics
+from mnist_flax.config import Config, replace
+from mnist_flax.data.load import adapt_to_dataset, load_splits
+from mnist_flax.data.splits import Examples, Splits
+from mnist_flax.errors import NonFiniteLossError, WorkdirError
+from mnist_flax.members import Member, announce, evaluate_holdout, finish, open_member
+from mnist_flax.run import processes
 from mnist_flax.run import workdir as workdirs
-from mnist_flax.run.log import RunLog, refuse_non_finite
-from mnist_flax.run.provenance import provenance, versions
-from mnist_flax.run.signals import SIGNALS, Interrupted, StopWish, stop_wish
-from mnist_flax.step import (
-    StepMetrics,
-    TrainState,
-    eval_variables,
-    jit_init_state,
-    train_step,
-    train_steps,
-)
+from mnist_flax.run.log import check_finite
+from mnist_flax.run.progress import Progress
+from mnist_flax.run.signals import Interrupted, StopRequest, stop_request
+from mnist_flax.step import TrainState, eval_variables
 
 logger = logging.getLogger(__name__)
 
 # How long the device works on one call: the longest that the progress bar, a signal or a timed checkpoint waits.
 DISPATCH_SECONDS = 0.5
 
-Fetch = Callable[[], StepMetrics]  # waits for the metrics of some steps, `[n]`, and brings them to the host
-Advance = Callable[[TrainState, int, int], tuple[TrainState, Fetch]]  # (state, step, n) -> n updates later
-
 
 def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = None) -> TrainState:
     """Trains a run to its end, from wherever it is.
 
     Args:
-      config: of the run; the dataset may turn out to be another one (`data.follow`).
-      workdir: the run's folder; made if it is missing, resumed if it holds checkpoints.
-      fork: the folder of another run: a new run starts with the weights of that one's latest checkpoint (and its
-        running statistics and averages), but at step 0 and with a fresh optimiser. When the run is resumed, nothing is
-        read there any more.
+      config: of the run. If its dataset cannot be had, that of the substitute is used (`adapt_to_dataset`).
+      workdir: the run's folder; created if it is missing, resumed if it holds checkpoints.
+      fork: the folder of another run, whose latest weights a new run starts from, at step 0 and with a fresh optimiser.
+        A resumed run does not read it again.
 
     Returns:
       The state at the end.
@@ -65,322 +49,222 @@ def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = No
       UserError: the data, the workdir or the config does not allow it; or the loss is no longer finite.
       Interrupted: a signal asked to stop; the state is saved.
 
-    Several processes, once they have joined (`processes.join`), call this with the same arguments, and see the same
-    folder; the primary claims it, logs and writes.
+    Several processes call this with the same arguments after `processes.join`; the primary claims the folder, logs and
+    writes.
     """
     workdirs.check(workdir)
     if (workdir / workdirs.MEMBERS).exists():
         raise WorkdirError(
-            f"--workdir={workdir}: holds a population; name another folder, or go on with it by"
+            f"--workdir={workdir}: holds a population; name another folder, or continue it with"
             " python -m mnist_flax.population"
         )
-    mesh_of(config)  # before anything is read or written
+    drivers.job_mesh(config.program, 1, config.train.num_devices)  # before anything is read or written
     splits = load_splits(config)
-    config = follow(config, splits)
-    is_primary = processes.is_primary()
-    with (
-        stop_wish(signals_to_hear()) as wish,
-        workdirs.claim(workdir) if is_primary else contextlib.nullcontext(),
-        checkpoint.open_store(config, splits.fingerprint, workdir) as store,
-        processes.bound_together(),
-    ):
-        found, skipped = store.restore_latest()
-        for line in skipped:
-            logger.warning(line)
-        if found:
-            check_origin(found.record["origin"], fork, workdir)
-            state, record = found.state, found.record
-        else:
-            state, origin = begin(config, fork)
-            record = {"origin": origin}
-        if found and is_finished(config, found.record, workdir):
-            return state
-        if is_primary:
-            workdirs.write_text(workdir / workdirs.CONFIG, config.to_json())
-        log = RunLog(config, workdir if is_primary else None, record, quiet=not is_primary)
-        try:
-            if is_primary:
-                announce(config, splits, workdir, log.step)
-            state = train(config, state, splits, rng.root_key(config.seed), log=log, store=store, wish=wish)
-            finish(config, state, splits, workdir, log=log, store=store)
-            processes.agree(0)  # none leaves before the primary has written all
-        finally:
-            log.close()
-    return state
+    (member,) = fit_all({workdir: adapt_to_dataset(config, splits)}, splits, fork=fork)
+    return member.state
 
 
-def is_finished(config: Config, record: dict[str, Any], workdir: pathlib.Path) -> bool:
-    """Returns whether nothing is left to do after a checkpoint, and if so, says how to train further.
+def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, folds: int = 0) -> dict[str, Any]:
+    """Trains the members of a population to their end, from wherever they are, and sums up their results.
 
-    The summary is what a run writes last.
-    """
-    summary = workdirs.read_json(workdir / workdirs.SUMMARY)
-    if record["step"] < config.num_steps or not isinstance(summary, dict) or summary.get("steps") != record["step"]:
-        return False
-    logger.info(
-        "%s is finished: %s epochs, test accuracy %.2f %%. To train further, raise --config.train.epochs (under a"
-        " schedule that does not depend on it); to train anew, name another --workdir.",
-        workdir, summary["epochs"], 100 * summary["test_accuracy"],
-    )  # fmt: skip
-    return True
+    Args:
+      config: of the members.
+      workdir: the population's folder; created if it is missing, resumed if it holds members.
+      seeds: M, the number of members; or
+      folds: K.
 
-
-def begin(config: Config, fork: pathlib.Path | None) -> tuple[TrainState, dict[str, Any]]:
-    """Returns the first state of a new run, and how it begins, as JSON.
+    Returns:
+      What is saved as `population.json`.
 
     Raises:
-      WorkdirError: there is no checkpoint to fork, or its weights do not fit this config's network.
+      UserError, Interrupted: as for `fit`.
     """
-    state = jit_init_state(config, rng.root_key(config.seed))
-    origin: dict[str, Any] = {"fork": None, "versions": versions()}
-    if fork is None:
-        return state, origin
-    source = checkpoint.load_run(fork)
-    weights = {"params": source.state.params, "batch_stats": source.state.batch_stats}
-    there = checkpoint.layout(weights)
-    here = checkpoint.layout({"params": state.params, "batch_stats": state.batch_stats})
-    differing = [name for name in there | here if there.get(name) != here.get(name)]
-    if differing:
-        lines = [f"  {name}: {there.get(name)} there, {here.get(name)} here" for name in differing]
-        raise WorkdirError(
-            f"--fork={fork}: its weights do not fit this config's network:\n" + "\n".join(lines) + "\nGive config.model"
-            f" the values that it has in {fork / workdirs.CONFIG}."
-        )
-    # A moving average goes on from theirs, or starts at the weights; it must not share memory with them.
-    ema = jax.tree.map(jnp.copy, source.state.ema or source.state.params) if config.optimizer.ema_decay else {}
-    origin["fork"] = {"workdir": str(fork), "step": source.record["step"]}
-    logger.info("starting with the weights of %s at step %d", fork, source.record["step"])
-    return state.replace(**weights, ema=ema), origin
+    workdirs.check(workdir)
+    if (workdir / workdirs.CHECKPOINTS).exists():
+        raise WorkdirError(f"--workdir={workdir}: holds a run, not a population; name another folder")
+    splits = load_splits(config)
+    configs = member_configs(adapt_to_dataset(config, splits), seeds=seeds, folds=folds)
+    if folds and config.data.holdout:
+        logger.info("config.data.holdout = %d is not used: each member holds out its fold", config.data.holdout)
+    with workdirs.claim(workdir):
+        folder = workdir / workdirs.MEMBERS
+        folders = [workdirs.inside(workdir, workdirs.MEMBERS, name) for name in configs]
+        members = fit_all(dict(zip(folders, configs.values(), strict=True)), splits)
+        result = statistics.load(workdir) if all(member.is_finished for member in members) else None
+        if result and [member["name"] for member in result["members"]] == list(configs):
+            logger.info("%s is finished; a larger --seeds, or more epochs, trains further", workdir)
+            return result
+        named = {member.workdir.name: (member.config, eval_variables(member.state)) for member in members}
+        result, arrays = statistics.gather(named, splits, folder)
+        statistics.save(result, arrays, workdir)
+    return result
 
 
-def check_origin(origin: Mapping[str, Any], fork: pathlib.Path | None, workdir: pathlib.Path) -> None:
-    """Compares how a run began with how this command would begin it, and warns of other versions.
+def member_configs(config: Config, *, seeds: int = 0, folds: int = 0) -> dict[str, Config]:
+    """Returns the config of each member of a population, by its name.
+
+    A report of each would cost more than the training; the `report` verb writes one on request.
+
+    Args:
+      config: of all; the first member has its seed, the others those that follow.
+      seeds: M, the number of members; or
+      folds: K, each member holding out another part of the training rows, instead of `data.holdout`.
 
     Raises:
-      WorkdirError: it would be a fork, and was none.
+      ConfigError: there are not as many seeds, or the rows cannot be divided so.
     """
-    if fork and not origin["fork"]:
-        raise WorkdirError(
-            f"--fork={fork}: {workdir} holds a run that began without it; leave it out to go on with that run, or name"
-            " another --workdir"
-        )
-    there, here = origin["versions"], versions()
-    changed = [
-        f"{name} {there.get(name)} -> {here.get(name)}" for name in there | here if there.get(name) != here.get(name)
-    ]
-    if changed:
-        logger.warning("not the versions that this run began with, so its last bits may differ: %s", ", ".join(changed))
+    if folds:
+        shared = {"data__folds": folds, "data__holdout": 0, "train__report": False}
+        return {
+            f"fold-{fold}": replace(config, seed=config.seed + fold, data__fold=fold, **shared) for fold in range(folds)
+        }
+    return {
+        f"seed-{seed}": replace(config, seed=seed, train__report=False)
+        for seed in range(config.seed, config.seed + seeds)
+    }
 
 
-def mesh_of(config: Config) -> Mesh:
-    """Returns the devices to train on.
+def fit_all(
+    configs: Mapping[pathlib.Path, Config], splits: Splits, *, fork: pathlib.Path | None = None
+) -> list[Member]:
+    """Trains every run to its end, those of equal programs together.
+
+    Args:
+      configs: of each run, by its folder.
+      splits: the data of all.
+      fork: as for `fit`.
 
     Raises:
-      ConfigError: there are not as many, or a batch cannot be split evenly over them.
+      UserError, Interrupted: as for `fit`.
     """
-    mesh = sharding.make_mesh(config.train.num_devices)
-    sharding.refuse_uneven(mesh, config.train.batch_size)
-    return mesh
+    with stop_request(processes.stop_signals()) as request, contextlib.ExitStack() as stack, processes.bound_together():
+        members = [open_member(config, workdir, splits, fork, stack) for workdir, config in configs.items()]
+        unfinished = [member for member in members if not member.is_finished]
+        if unfinished and processes.is_primary():
+            announce(unfinished, splits)
+        train_all(unfinished, splits.train, request)
+        for member in unfinished:
+            finish(member, splits)
+        processes.agree(0)  # none leaves before the primary has written everything
+    return members
 
 
-def warn_of_slow_dtype(config: Config) -> None:
-    """Says so when the type of the products is not one that the platform is fast at."""
-    if config.model.dtype != "float32" and jax.default_backend() == "cpu":
-        logger.warning(
-            "config.model.dtype = %r: is several times slower than 'float32' on a CPU, and gains nothing there",
-            config.model.dtype,
-        )
+def train_all(members: Sequence[Member], examples: Examples, request: StopRequest) -> None:
+    """Makes all the updates that are left; runs that are behind the others catch up first.
+
+    Raises:
+      NonFiniteLossError: nothing is saved after the last good checkpoints.
+      Interrupted: a signal asked to stop; all runs are saved.
+    """
+    while behind := [member for member in members if member.step < member.config.num_steps]:
+        first = min(behind, key=lambda member: member.step)
+        alike = [member for member in behind if member.config.program == first.config.program]
+        group = [member for member in alike if member.step == first.step]
+        ahead = [member.step for member in alike if member.step > first.step]
+        train_group(group, examples, until=min(ahead, default=first.config.num_steps), request=request)
 
 
-def announce(config: Config, splits: Splits, workdir: pathlib.Path, step: int) -> None:
-    """Tells what is about to be trained, on what, and where it goes."""
-    warn_of_slow_dtype(config)
-    images = jnp.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 1), jnp.uint8)
-    style = {"width": 100, "force_terminal": False, "no_color": True}
-    table = nn.tabulate(build(config), rng.root_key(0), compute_flops=True, console_kwargs=style)(images)
-    logger.info(table.strip("\n"))
-    logger.info(
-        "%s (%s, fingerprint %s): %d rows to train on, %d held out, %d to test",
-        splits.name, splits.source, splits.fingerprint[:12], config.num_train, config.num_holdout,
-        len(splits.test.label),
-    )  # fmt: skip
-    if step:
-        logger.info("resuming %s at step %d of %d", workdir, step, config.num_steps)
-    else:
-        logger.info("training %d steps (%d epochs) into %s", config.num_steps, config.train.epochs, workdir)
+def train_group(members: Sequence[Member], examples: Examples, *, until: int, request: StopRequest) -> None:
+    """Trains runs of one program that are all at one step up to another step.
 
-
-def scan_driver(config: Config, state: TrainState, examples: Examples, rows: np.ndarray, key: Array) -> Advance:
-    """Compiles the loop on the device: the data lie there, and one call makes any steps up to the next common stop."""
-    mesh = mesh_of(config)
-    everywhere, order_split = sharding.replicated(mesh), sharding.split(mesh, axis=1)
-    num_epochs = max(1, config.train.epochs_per_dispatch)  # that one order covers
-    rows_there = jax.device_put(rows)
-    orders: dict[int, Array] = {}
-
-    def order_of(part: int) -> Array:
-        if part not in orders:
-            orders.clear()
-            # Drawn on one device and split afterwards: random values may depend on how their computation is split.
-            order = batches.epochs_order(key, part * num_epochs, num_epochs, rows_there, config.train.batch_size)
-            orders[part] = sharding.place(order, order_split)
-        return orders[part]
-
-    state, examples, root = sharding.place((state, examples, key), everywhere)
-    program = jax.jit(train_steps, static_argnames="config", donate_argnames="state", out_shardings=everywhere)
-    none = sharding.place(np.int32(0), everywhere)
-    compiled = program.lower(config, state, examples, order_of(0), root, none).compile()
-
-    def advance(state: TrainState, step: int, num_steps: int) -> tuple[TrainState, Fetch]:
-        part, start = divmod(step, num_epochs * config.steps_per_epoch)
-        state, count = sharding.place((state, np.int32(num_steps)), everywhere)
-        state, sums = compiled(state, examples, order_of(part), root, count)
-        return state, lambda: jax.tree.map(lambda column: column[start : start + num_steps], jax.device_get(sums))
-
-    return advance
-
-
-def stream_driver(config: Config, state: TrainState, examples: Examples, rows: np.ndarray, key: Array) -> Advance:
-    """Compiles one step: each batch comes from the host, so the data need not fit on the device."""
-    mesh = mesh_of(config)
-    everywhere, batch_split = sharding.replicated(mesh), sharding.split(mesh)
-    step, batch_size = int(jax.device_get(state.step)), config.train.batch_size
-    stream = batches.stream(examples, jax.device_put(rows), key, step, batch_size, batch_split)
-    batch = jax.tree.map(
-        lambda column: jax.ShapeDtypeStruct((batch_size, *column.shape[1:]), column.dtype, sharding=batch_split),
+    Raises:
+      NonFiniteLossError, Interrupted: as for `train_all`.
+    """
+    config, step = members[0].config, members[0].step
+    job = drivers.Job(
+        config.program,
+        [member.config.seed for member in members],
+        [member.rows for member in members],
         examples,
+        config.train.num_devices,
+        config.train.epochs_per_dispatch,
     )
-    state, root = sharding.place((state, key), everywhere)
-    program = jax.jit(train_step, static_argnames="config", donate_argnames="state", out_shardings=everywhere)
-    compiled = program.lower(config, state, batch._asdict(), root).compile()
-
-    def advance(state: TrainState, step: int, num_steps: int) -> tuple[TrainState, Fetch]:
-        del step  # the stream is there already
-        state, sums = sharding.place(state, everywhere), []
-        for _ in range(num_steps):
-            state, of_step = compiled(state, next(stream), root)
-            sums.append(of_step)
-        return state, lambda: jax.tree.map(lambda *values: np.stack(values), *jax.device_get(sums))
-
-    return advance
-
-
-DRIVERS = {"scan": scan_driver, "stream": stream_driver}
-
-
-def train(
-    config: Config,
-    state: TrainState,
-    splits: Splits,
-    key: Array,
-    *,
-    log: RunLog,
-    store: checkpoint.Store,
-    wish: StopWish,
-) -> TrainState:
-    """Makes all the updates that are left, and at every epoch's end evaluates on the rows held out, and saves.
-
-    Raises:
-      NonFiniteLossError: nothing is saved after the last good checkpoint.
-      Interrupted: a signal asked to stop; the state is saved.
-    """
-    rows, holdout_rows = batches.rows_of(splits.train.label, config.data)
-    holdout = Examples(splits.train.image[holdout_rows], splits.train.label[holdout_rows])
-    step = log.step
-    if step >= config.num_steps:
-        return state
     started = time.perf_counter()
-    advance = DRIVERS[config.train.driver](config, state, splits.train, rows, key)
+    states = drivers.stack([member.state for member in members], job)
+    advance = drivers.driver(config.train.driver, job, states)
     logger.info("compiled in %.1f s", time.perf_counter() - started)
-
-    (signum,) = processes.agree(wish.signum or 0)
+    (signum,) = processes.agree(request.signum or 0)
     if signum:
         raise stopped(config, step, signum)
-    num_steps, rate = first_num_steps(config), 0.0  # of the next call; of the last that was measured, in steps a second
-    under_way: list[Fetch] = []
+
+    num_steps = config.num_steps if config.train.epochs_per_dispatch else 1  # of the next call, at most
     last_save = mark = time.perf_counter()
     call = 0
-    while step < config.num_steps:
-        target = min(step + num_steps, next_stop(config, step))
-        with jax.transfer_guard("disallow"):
-            state, fetch = advance(state, step, target - step)
-        under_way.append(fetch)
-        step = target
-        is_late = 0 < config.checkpoint.every_seconds <= time.perf_counter() - last_save
-        # No process has the same clock or hears the same signals, but all have to do the same.
-        num_steps, timed_save, signum = processes.agree(
-            next_num_steps(config, num_steps, rate), is_late, wish.signum or store.preemption(call)
-        )
-        call += 1
-        pause = step == next_stop(config, step - 1) or timed_save or signum
-        # While the device works on this call, the host reads the metrics of the one before.
-        while len(under_way) > (0 if pause else 1):
-            sums = under_way.pop(0)()
-            now, since = time.perf_counter(), mark
-            mark = now
-            log.steps(sums, now - since)
-            rate = len(sums.loss) / max(now - since, 1e-9)
-        if not pause:
-            continue
-        refuse_spoilt(state, step)
-        scores = None
-        if step % config.steps_per_epoch == 0:
-            if len(holdout_rows):
-                scores = judge(config, state, holdout)
-                log.evaluation("holdout", **scores)
-            log.epoch_line()
-        (signum,) = processes.agree(signum or wish.signum or 0)
-        if is_save_due(config, step) or timed_save or signum:
-            store.save(state, log.snapshot(), holdout=scores)
-            last_save = time.perf_counter()
-        if signum:
-            store.wait()
-            raise stopped(config, step, signum)
-        mark = time.perf_counter()
-    return state
+    with contextlib.closing(
+        Progress(config, step, num_runs=len(members), quiet=not processes.is_primary())
+    ) as progress:
+        while step < until:
+            target = min(step + num_steps, next_stop(config, step), until)
+            with jax.transfer_guard("disallow"):
+                states, metrics = advance(states, target - step)
+            seconds = time.perf_counter() - mark
+            log_steps(members, metrics, seconds)
+            rate = (target - step) / max(seconds, 1e-9)
+            step, mark = target, time.perf_counter()
+            progress.update(step, seconds, [member.log.epoch() for member in members])
+            is_late = 0 < config.checkpoint.every_seconds <= mark - last_save
+            # Processes have different clocks and receive different signals, but must all do the same.
+            num_steps, timed_save, signum = processes.agree(
+                next_num_steps(config, num_steps, rate), is_late, request.signum or members[0].store.preemption(call)
+            )
+            call += 1
+            if step not in (until, next_stop(config, step - 1)) and not timed_save and not signum:
+                continue
+            keep_states(members, states, step)
+            scores: list[dict[str, Any] | None] = [None] * len(members)
+            if step % config.steps_per_epoch == 0:
+                scores = [evaluate_holdout(member) for member in members]
+                progress.epoch_line(step, [member.log.epoch() for member in members], scores)
+            (signum,) = processes.agree(signum or request.signum or 0)
+            if is_save_due(config, step) or timed_save or signum:
+                for member, of_member in zip(members, scores, strict=True):
+                    member.store.save(member.state, member.log.snapshot(), holdout=of_member)
+                last_save = time.perf_counter()
+            if signum:
+                for member in members:
+                    member.store.wait()
+                raise stopped(config, step, signum)
+            mark = time.perf_counter()
 
 
-def judge(config: Config, state: TrainState, examples: Examples) -> dict[str, Any]:
-    """Evaluates on some examples, for the log."""
-    return scores_of(evaluate(config, eval_variables(state), examples))
-
-
-def scores_of(evaluation: Evaluation) -> dict[str, Any]:
-    """Returns loss, accuracy and number of examples: what the log holds of an evaluation."""
-    return {"loss": evaluation.loss, "accuracy": evaluation.accuracy, "examples": evaluation.examples}
-
-
-def refuse_spoilt(state: TrainState, step: int) -> None:
-    """Stops before weights are saved with which the next loss would not be finite, though the last one was.
+def log_steps(members: Sequence[Member], metrics: Mapping[str, np.ndarray], seconds: float) -> None:
+    """Logs the metrics `[M,n]` of some steps; each run counts its share of the time.
 
     Raises:
-      NonFiniteLossError: a weight, a running statistic or an average is NaN or infinite.
+      NonFiniteLossError: names the run.
     """
-    for leaf in jax.tree.leaves(jax.device_get((state.params, state.batch_stats, state.ema))):
-        refuse_non_finite(float(np.max(np.abs(leaf))), f"the largest weight after step {step}")
+    for i, member in enumerate(members):
+        try:
+            member.log.steps({name: column[i] for name, column in metrics.items()}, seconds / len(members))
+        except NonFiniteLossError as error:
+            raise NonFiniteLossError(f"{member.workdir}: {error}") from error
 
 
-def signals_to_hear() -> Sequence[signal.Signals]:
-    """Returns the signals that ask to stop; where several processes run, JAX hears SIGTERM (`Store.preemption`)."""
-    return SIGNALS if jax.process_count() == 1 else [signal.SIGINT]
+def keep_states(members: Sequence[Member], states: TrainState, step: int) -> None:
+    """Gives each run its own state, on the host.
+
+    Raises:
+      NonFiniteLossError: a weight, a running statistic or an average is NaN or infinite, so the next loss would be,
+        although the last one was not.
+    """
+    on_host = jax.device_get(states)
+    for i, member in enumerate(members):
+        member.state = jax.tree.map(lambda leaf, i=i: np.array(leaf[i]), on_host)
+        for leaf in jax.tree.leaves((member.state.params, member.state.batch_stats, member.state.ema)):
+            check_finite(float(np.max(np.abs(leaf))), f"{member.workdir}: the largest weight after step {step}")
 
 
 def stopped(config: Config, step: int, signum: int) -> Interrupted:
-    """Returns what ends the program when a signal asked for it and `step` is saved, or none was made."""
-    message = f"stopped at step {step} of {config.num_steps}; nothing is lost: the same command goes on from here"
+    """Returns what ends the program when a signal asked for it and `step` is saved, or no step was made."""
+    message = f"stopped at step {step} of {config.num_steps}; nothing is lost: the same command continues from here"
     return Interrupted(message, signum)
-
-
-def first_num_steps(config: Config) -> int:
-    """Returns how many steps the first call makes, at most: one, or all that `next_stop` lets it."""
-    return config.num_steps if config.train.epochs_per_dispatch else 1
 
 
 def next_num_steps(config: Config, num_steps: int, rate: float) -> int:
     """Returns how many steps the next call makes, at most: up to twice as many, until it takes `DISPATCH_SECONDS`.
 
     Args:
-      config: of the run; if it says how many epochs a call makes, it is those.
+      config: of the run; if it says how many epochs a call makes, the number stays.
       num_steps: of the last call.
       rate: measured, in steps a second.
     """
@@ -408,60 +292,3 @@ def is_save_due(config: Config, step: int) -> bool:
         or (every_epochs > 0 and rest == 0 and epoch % every_epochs == 0)
         or (every_steps > 0 and step % every_steps == 0)
     )
-
-
-def finish(
-    config: Config, state: TrainState, splits: Splits, workdir: pathlib.Path, *, log: RunLog, store: checkpoint.Store
-) -> None:
-    """Reads the test set, once and whole, and writes what is left of a run: its weights, summary and report.
-
-    Raises:
-      WorkdirError: the last checkpoint, which was being written meanwhile, cannot be.
-    """
-    variables = eval_variables(state)
-    evaluation = evaluate(config, variables, splits.test)
-    scores = scores_of(evaluation)
-    store.wait()
-    log.evaluation("test", **scores)
-    if not processes.is_primary():
-        return
-    variables = jax.device_get(variables)  # from here on the primary is alone
-    log.sync()
-    checkpoint.save_weights(config, workdir, variables)
-    summary = {
-        "dataset": splits.name,
-        "dataset_fingerprint": splits.fingerprint,
-        "config": config.to_dict(),
-        "seed": config.seed,
-        "steps": log.step,
-        "epochs": config.train.epochs,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-        "test_accuracy": scores["accuracy"],
-        "test_loss": scores["loss"],
-        "test_examples": scores["examples"],
-        "train_seconds": log.seconds,
-        "images_per_second": config.num_train * config.train.epochs / log.seconds,
-        "restarts": log.restarts,
-        "fork": log.origin["fork"],
-        "num_devices": sharding.make_mesh(config.train.num_devices).size,
-        "num_processes": jax.process_count(),
-        **provenance(),
-    }
-    workdirs.write_text(workdir / workdirs.SUMMARY, json.dumps(summary, indent=2) + "\n")
-    logger.info(
-        "%s: test accuracy %.2f %% (%d of %d right), loss %.4f, after %.1f s of training",
-        splits.name, 100 * scores["accuracy"], round(scores["accuracy"] * scores["examples"]), scores["examples"],
-        scores["loss"], log.seconds,
-    )  # fmt: skip
-    if config.train.report:
-        page = write_report(
-            config,
-            variables,
-            records=log.snapshot()["log"],
-            splits=splits,
-            evaluation=evaluation,
-            step=log.step,
-            summary=summary,
-            workdir=workdir,
-        )
-        logger.info("report: %s", page)

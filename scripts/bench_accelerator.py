@@ -61,7 +61,7 @@ def warm(started: float, images: int, steps: int, call: Callable[[], None]) -> P
 
 def random_examples(config: Config) -> Any:
     """Returns as many random pictures as the config trains on: `u8[N,28,28,1]`, `i32[N]`."""
-    from mnist_flax.data.datasets import Examples
+    from mnist_flax.data.splits import Examples
 
     generator = np.random.default_rng(0)
     images = generator.integers(0, 256, (config.num_train, IMAGE_SIZE, IMAGE_SIZE, 1), dtype=np.uint8)

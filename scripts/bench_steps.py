@@ -65,7 +65,7 @@ def timed_steps(config: Config, num_steps: int) -> Callable[[], float]:
     import numpy as np
 
     from mnist_flax import rng
-    from mnist_flax.data.datasets import Examples
+    from mnist_flax.data.splits import Examples
     from mnist_flax.step import jit_init_state
     from mnist_flax.train import DRIVERS
 

@@ -7,16 +7,18 @@ import os
 import runpy
 import signal
 import sys
+from collections.abc import Mapping
+
+import numpy as np
 
 from mnist_flax.run.log import RunLog
-from mnist_flax.step import StepMetrics
 
 take_in = RunLog.steps
 
 
-def steps_and_die(self: RunLog, sums: StepMetrics, seconds: float) -> None:
+def steps_and_die(self: RunLog, metrics: Mapping[str, np.ndarray], seconds: float) -> None:
     """Ends this process like a power cut, after the steps that bring it to the one it is to die at."""
-    take_in(self, sums, seconds)
+    take_in(self, metrics, seconds)
     if self.step >= die_at:
         os.kill(os.getpid(), signal.SIGKILL)
 

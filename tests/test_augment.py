@@ -1,87 +1,172 @@
 """Random distortions: what they draw, and what they do to an image."""
 
+import dataclasses
+import functools
+from types import SimpleNamespace
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import Array
+from jax.scipy.ndimage import map_coordinates
 
 from mnist_flax import rng
-from mnist_flax.config import AugmentConfig
-from mnist_flax.data.augment import augment, distort, random_affine
-from mnist_flax.data.datasets import Examples
+from mnist_flax.data.augment import AUGMENTATIONS, Augmentation, augment, distort, resampled, source
+from mnist_flax.data.splits import Examples
 
 KEY = rng.root_key(0)
+SHAPE = (28, 28)
 
 
-def test_no_distortion_leaves_the_images_alone(examples: Examples) -> None:
+def strengths(**given: Any) -> SimpleNamespace:
+    """A config section: what is not given is off."""
+    return SimpleNamespace(**{**dict.fromkeys(AUGMENTATIONS, 0), **given})
+
+
+def keys(count: int) -> list[Array]:
+    return [jax.random.fold_in(KEY, i) for i in range(count)]
+
+
+def test_augment_with_everything_off_returns_the_images(examples: Examples) -> None:
     images = jnp.asarray(examples.image[:4])
-    assert augment(AugmentConfig(), images, KEY) is images
+    assert augment(strengths(), images, KEY) is images
 
 
-def test_a_shift_moves_whole_pixels_and_brings_in_paper(examples: Examples) -> None:
+def test_shift_moves_whole_pixels_and_brings_in_paper(examples: Examples) -> None:
     image = np.asarray(examples.image[0])
     seen = set()
-    for i in range(60):
-        key = jax.random.fold_in(KEY, i)
-        dy, dx = (int(pixels) for pixels in random_affine(AugmentConfig(shift=2), key)[1])
+    for key in keys(60):
+        # How the first presets drew it: their results are to stay the same bit for bit.
+        drawn = jax.random.randint(jax.random.split(key)[0], (2,), -2, 3)
+        dy, dx = int(drawn[0]), int(drawn[1])
         seen.add((dy, dx))
-        padded = np.pad(image, ((2, 2), (2, 2), (0, 0)))
-        expected = padded[2 + dy : 30 + dy, 2 + dx : 30 + dx]
-        np.testing.assert_array_equal(distort(AugmentConfig(shift=2), jnp.asarray(image), key), expected)
+        expected = np.pad(image, ((2, 2), (2, 2), (0, 0)))[2 + dy : 30 + dy, 2 + dx : 30 + dx]
+        np.testing.assert_array_equal(distort({"shift": 2}, jnp.asarray(image), key), expected)
     assert {dy for dy, _ in seen} == {dx for _, dx in seen} == {-2, -1, 0, 1, 2}
 
 
-def test_resampling_at_whole_pixels_equals_the_shift(examples: Examples) -> None:
-    # A rotation so small that it moves no pixel takes the other path.
+def test_shift_by_resampling_equals_shift_by_slicing(examples: Examples) -> None:
     image = jnp.asarray(examples.image[1])
-    for i in range(5):
-        key = jax.random.fold_in(KEY, i)
-        shifted = distort(AugmentConfig(shift=3), image, key)
-        np.testing.assert_array_equal(distort(AugmentConfig(shift=3, rotate=1e-6), image, key), shifted)
+    for key in keys(5):
+        by_slicing = distort({"shift": 3}, image, key)
+        np.testing.assert_array_equal(distort({"rotate": 1e-6, "shift": 3}, image, key), by_slicing)
+
+
+def test_resampled_equals_map_coordinates(examples: Examples) -> None:
+    image = jnp.asarray(examples.image[3])
+    y, x = jax.random.uniform(KEY, (2, *SHAPE), minval=-4.0, maxval=32.0)
+    expected = map_coordinates(image[..., 0].astype(jnp.float32), [y, x], order=1)
+    assert np.abs(np.asarray(resampled(image, y, x))[..., 0] - np.asarray(expected)).max() <= 0.51
 
 
 def at_the_limit(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
     """Makes every uniform draw the same."""
-    monkeypatch.setattr("jax.random.uniform", lambda key, shape, minval: jnp.full(shape, value))
+    monkeypatch.setattr("jax.random.uniform", lambda key, minval: jnp.full((), value))
 
 
-def test_a_quarter_turn_is_exact(examples: Examples, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rotate_by_a_quarter_turn_is_exact(examples: Examples, monkeypatch: pytest.MonkeyPatch) -> None:
     at_the_limit(monkeypatch, 1.0)
     image = jnp.asarray(examples.image[2])
-    turned = np.asarray(distort(AugmentConfig(rotate=90.0), image, KEY))[..., 0].astype(int)
+    turned = np.asarray(distort({"rotate": 90.0}, image, KEY))[..., 0].astype(int)
     matches = [np.abs(turned - np.rot90(image[..., 0].astype(int), k)).max() <= 1 for k in (1, -1)]
     assert sorted(matches) == [False, True]  # one of the two directions, up to the rounding of grey values
 
 
-def test_scale_and_shear_do_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    square = np.zeros((28, 28, 1), np.uint8)
-    square[9:19, 9:19] = 255  # 10 x 10, in the middle
+@pytest.fixture
+def square() -> Array:
+    """10 x 10 pixels of ink in the middle."""
+    return jnp.zeros((28, 28, 1), jnp.uint8).at[9:19, 9:19].set(255)
+
+
+def test_scale_changes_the_area_and_shear_slants(square: Array, monkeypatch: pytest.MonkeyPatch) -> None:
     at_the_limit(monkeypatch, 1.0)
-    larger = np.asarray(distort(AugmentConfig(scale=0.4), jnp.asarray(square), KEY)).astype(float)
+    larger = np.asarray(distort({"scale": 0.4}, square, KEY)).astype(float)
     assert larger.sum() / square.sum() == pytest.approx(1.4**2, rel=0.02)
-    sheared = np.asarray(distort(AugmentConfig(shear=30.0), jnp.asarray(square), KEY)).astype(float)
+    sheared = np.asarray(distort({"shear": 30.0}, square, KEY)).astype(float)
     assert sheared.sum() / square.sum() == pytest.approx(1.0, rel=0.02)
     rows = sheared[..., 0].sum(axis=1)
     middle = (sheared[..., 0] * np.arange(28)).sum(axis=1)[rows > 0] / rows[rows > 0]
     assert abs(np.diff(middle).mean()) == pytest.approx(np.tan(np.deg2rad(30)), rel=0.1)
 
 
-def test_an_image_is_distorted_in_its_own_way_whatever_the_batch(examples: Examples) -> None:
-    config = AugmentConfig(shift=2, rotate=10.0, scale=0.1, shear=5.0)
+def test_elastic_moves_smoothly_by_the_given_sd() -> None:
+    middle = np.stack(np.meshgrid(np.arange(28), np.arange(28), indexing="ij"))
+    fields = np.stack([np.stack(source({"elastic": 0.7}, SHAPE, key)) - middle for key in keys(300)])
+    sd = fields.std(axis=0)
+    assert sd.min() > 0.55
+    assert sd.max() < 0.85
+    assert abs(fields.mean()) < 0.05
+    assert np.abs(np.diff(fields, axis=-1)).max() < 0.5  # pixels keep their order
+
+
+def test_stroke_at_full_strength_is_dilation_or_erosion(square: Array, monkeypatch: pytest.MonkeyPatch) -> None:
+    for amount, side in ((1.0, 12), (-1.0, 8), (0.0, 10)):
+        at_the_limit(monkeypatch, amount)
+        assert (np.asarray(distort({"stroke": 1.0}, square, KEY)) == 255).sum() == side**2
+
+
+def test_erase_blanks_one_square(examples: Examples) -> None:
+    ink = jnp.full((28, 28, 1), 255, jnp.uint8)
+    for key in keys(20):
+        blank = np.argwhere(np.asarray(distort({"erase": 6}, ink, key))[..., 0] == 0)
+        height, width = np.ptp(blank, axis=0) + 1
+        assert len(blank) == height * width
+        assert max(height, width) <= 6
+        assert min(height, width) >= 3
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_every_entry_changes_images_and_keeps_their_form(name: str, examples: Examples) -> None:
+    images = jnp.asarray(examples.image[:8])
+    strength = 3 if AUGMENTATIONS[name].whole else 0.5
+    out = augment(strengths(**{name: strength}), images, KEY)
+    assert (out.dtype, out.shape) == (images.dtype, images.shape)
+    assert (np.asarray(out) != np.asarray(images)).any(axis=(1, 2, 3)).sum() >= 7
+
+
+def test_augment_does_not_depend_on_the_batch(examples: Examples) -> None:
+    config = strengths(shift=2, rotate=10.0, scale=0.1, shear=5.0, elastic=0.5, stroke=0.3, erase=4)
     images = jnp.repeat(jnp.asarray(examples.image[:1]), 8, axis=0)
-    out = augment(config, images, KEY)
-    assert out.dtype == jnp.uint8
-    assert out.shape == images.shape
+    augment_all = jax.jit(functools.partial(augment, config))
+    out = augment_all(images, KEY)
     assert len({np.asarray(image).tobytes() for image in out}) == 8
-    np.testing.assert_array_equal(augment(config, images[:3], KEY), out[:3])
+    np.testing.assert_array_equal(augment_all(images[:3], KEY), out[:3])
 
 
-def test_draws_stay_within_their_limits() -> None:
-    config = AugmentConfig(rotate=20.0, scale=0.2)
-    for i in range(50):
-        matrix, shift = random_affine(config, jax.random.fold_in(KEY, i))
-        size = 1 / np.sqrt(np.linalg.det(np.asarray(matrix)))
-        angle = np.rad2deg(np.arctan2(matrix[1, 0], matrix[0, 0]))
-        assert 0.8 <= size <= 1.2
-        assert abs(angle) <= 20
-        assert not np.asarray(shift).any()
+def test_draws_of_one_operation_do_not_depend_on_the_others() -> None:
+    for name in ("rotate", "scale", "elastic"):
+        alone = source({name: 0.3}, SHAPE, KEY)
+        again = source({name: 0.3, "shift": 2}, SHAPE, KEY)
+        differences = [np.ptp(np.asarray(b - a)) for a, b in zip(alone, again, strict=True)]
+        assert max(differences) < 1e-4  # the same for all pixels: a shift
+
+
+def test_rotate_and_scale_stay_within_their_limits() -> None:
+    for key in keys(50):
+        y, x = (np.asarray(places) for places in source({"rotate": 20.0, "scale": 0.2}, SHAPE, key))
+        along = np.array([y[0, 1] - y[0, 0], x[0, 1] - x[0, 0]])  # a step to the right
+        assert 0.8 <= 1 / np.linalg.norm(along) <= 1.2
+        assert abs(np.rad2deg(np.arctan2(*along))) <= 20
+
+
+def test_new_entries_need_nothing_else(examples: Examples, monkeypatch: pytest.MonkeyPatch) -> None:
+    def invert(strength: float, image: Array, key: Array) -> Array:
+        return jnp.where(jax.random.uniform(key) < strength, 255 - image, image)
+
+    def mirror(strength: float, y: Array, x: Array, key: Array) -> tuple[Array, Array]:
+        return y, jnp.where(jax.random.uniform(key) < strength, -x, x)
+
+    monkeypatch.setitem(AUGMENTATIONS, "invert", Augmentation("probability", 1, change=invert))
+    monkeypatch.setitem(AUGMENTATIONS, "mirror", Augmentation("probability", 1, move=mirror))
+    images = jnp.asarray(examples.image[:2])
+    out = augment(strengths(invert=1.0, mirror=1.0), images, KEY)
+    np.testing.assert_array_equal(out, 255 - images[:, :, ::-1])
+
+
+def test_an_entry_is_either_a_move_or_a_change() -> None:
+    with pytest.raises(ValueError, match="either move or change"):
+        Augmentation("nothing", 1)
+    with pytest.raises(ValueError, match="either move or change"):
+        dataclasses.replace(AUGMENTATIONS["erase"], move=AUGMENTATIONS["shift"].move)

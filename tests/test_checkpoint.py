@@ -1,6 +1,7 @@
 """Checkpoints: which are kept, which are believed, and who can read them."""
 
 import json
+import logging
 import pathlib
 import resource
 import shutil
@@ -19,9 +20,11 @@ from small_run import SMALL, run, steps
 from mnist_flax import rng
 from mnist_flax.config import Config, replace
 from mnist_flax.errors import WorkdirError
-from mnist_flax.run import checkpoint
+from mnist_flax.run import checkpoint, storage
 from mnist_flax.run import workdir as workdirs
-from mnist_flax.run.checkpoint import Store, load_run, open_store
+from mnist_flax.run.checkpoint import load_run
+from mnist_flax.run.store import Store, open_store
+from mnist_flax.run.weights import save_weights
 from mnist_flax.step import TrainState, eval_variables, jit_init_state
 
 FINGERPRINT = "f" * 64
@@ -38,9 +41,23 @@ def at(state: TrainState, step: int) -> TrainState:
     return moved.replace(step=jax.numpy.int32(step))
 
 
+def record(step: int) -> dict[str, Any]:
+    """What a log of that many steps returns as its snapshot."""
+    return {
+        "step": step,
+        "seconds": 0.5,
+        "restarts": 0,
+        "origin": {"fork": None, "versions": {"python": "3.11.7"}},
+        "versions": [{"python": "3.11.7"}],
+        "log": [{"step": 1, "epoch": 1 / 7, "split": "train", "loss": 2.0, "grad_norm": None, "seconds": 0.1}],
+        "window": [{"loss": 0.1, "accuracy": 2, "examples": 3}],
+        "epoch_sums": {"loss": 0.1, "accuracy": 2, "examples": 3},
+    }
+
+
 def save(store: Store, state: TrainState, step: int, accuracy: float | None = None) -> None:
     holdout = None if accuracy is None else {"loss": 1.0 - accuracy, "accuracy": accuracy, "examples": 20}
-    store.save(at(state, step), {"step": step, "log": []}, holdout=holdout)
+    store.save(at(state, step), record(step), holdout=holdout)
 
 
 def same(left: Any, right: Any) -> bool:
@@ -70,13 +87,13 @@ def test_what_was_saved_comes_back_bit_for_bit(tmp_path: pathlib.Path, state: Tr
         assert not list(tmp_path.iterdir())  # to look leaves nothing
         saved = at(state, 5)
         keys = jax.tree.map(lambda leaf: leaf.copy(), saved)
-        store.save(saved, {"step": 5, "window": [[0.1, 2, 3]]})
+        store.save(saved, record(5))
         jax.tree.map(lambda leaf: leaf.delete(), saved)  # as donating it does
         store.wait()
         found, _ = store.restore_latest()
     assert found
     assert same(found.state, keys)
-    assert found.record["window"] == [[0.1, 2, 3]]
+    assert found.record["window"] == record(5)["window"]
     assert found.record["schema"] == checkpoint.SCHEMA
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(found.state))
     assert same(load_run(tmp_path).state, keys)
@@ -198,7 +215,7 @@ def test_a_run_starts_anew_when_no_checkpoint_is_good(workdir: pathlib.Path) -> 
 
 def test_a_damaged_checkpoint_is_not_loaded_to_look_at(workdir: pathlib.Path) -> None:
     zero(workdir / workdirs.CHECKPOINTS / "6" / "state" / "manifest.ocdbt")
-    with pytest.raises(WorkdirError, match=r"checkpoint 6 is damaged \(.+\); there are these others: 3"):
+    with pytest.raises(WorkdirError, match=r"checkpoint 6 is damaged \(.+\); the others are: 3"):
         load_run(workdir)
     empty(workdir / workdirs.CHECKPOINTS / "6" / "record" / "metadata")
     with pytest.raises(WorkdirError, match="checkpoint 6 is damaged"):
@@ -252,7 +269,7 @@ def rewrite(workdir: pathlib.Path) -> Iterator[Callable[[dict[str, Any]], None]]
 
     def change(fields: dict[str, Any]) -> None:
         path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-        (newest / "files.sha256").write_text(checkpoint.checksums(newest))
+        (newest / "files.sha256").write_text(storage.checksums(newest))
 
     yield change
 
@@ -260,8 +277,8 @@ def rewrite(workdir: pathlib.Path) -> Iterator[Callable[[dict[str, Any]], None]]
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"schema": 0}, r"was written by an older version of this program \(schema 0 there, 1 now\)"),
-        ({"schema": 2, "config": "?"}, r"was written by a newer version of this program \(schema 2 there, 1 now\)"),
+        ({"schema": 1}, r"was written by an older version .+ \(schema 1 there, 2 now\); use that version to continue"),
+        ({"schema": 3, "config": "?"}, r"was written by a newer version of this program \(schema 3 there, 2 now\)"),
         ({"config": {"model": {"depth": 3}}}, r"another version of this program \(config.model.depth: no such field"),
         ({"arrays": {".step": "int64()"}}, r"of optax \(.step: int64\(\) there, int32\(\) now\)"),
     ],
@@ -277,6 +294,114 @@ def test_another_version_is_refused_and_nothing_moved(
     ):
         restored(workdir)
     assert steps(workdir) == [3, 6]
+
+
+# Foreign and live folders ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"schema": "2"}, "record.schema = '2': must be int"),
+        ({"schema": True}, "record.schema = True: must be int"),
+        ({"config": [1]}, "record.config = [1]: must be an object"),
+        ({"holdout": 3}, "record.holdout = 3: must be an object"),
+        ({"holdout": {"loss": 1.0}}, "record.holdout.accuracy is missing"),
+        ({"step": 7}, "record.step = 7: must be 6"),
+        ({"seconds": "x"}, "record.seconds = 'x': must be int or float"),
+        ({"restarts": None}, "record.restarts = None: must be int"),
+        ({"origin": {"versions": {}}}, "record.origin.fork is missing"),
+        ({"origin": {"fork": None, "versions": {"jax": 1}}}, "record.origin.versions.jax = 1: must be str"),
+        ({"versions": {}}, "record.versions = {}: must be an array"),
+        ({"log": [3]}, "record.log[0] = 3: must be an object"),
+        ({"log": [record(6)["log"][0] | {"step": 2**70}]}, "record.log[0].step = 1180591620717411303424: is too large"),
+        ({"log": [record(6)["log"][0] | {"loss": "x"}]}, "record.log[0].loss = 'x': must be int or float or None"),
+        ({"window": [[1.0, 2, 3]]}, "record.window[0] = [1.0, 2, 3]: must be an object"),
+        ({"window": [{}]}, "record.window[0].loss is missing"),
+        ({"epoch_sums": {"loss": None}}, "record.epoch_sums.loss = None: must be int or float"),
+        ({"arrays": {".step": 3}}, "record.arrays..step = 3: must be str"),
+    ],
+)
+def test_record_of_wrong_types_is_one_message(
+    workdir: pathlib.Path, rewrite: Callable[[dict[str, Any]], None], fields: dict[str, Any], message: str
+) -> None:
+    rewrite(fields)
+    for read in (load_run, restored):
+        with pytest.raises(WorkdirError, match="6: holds what this program would not write") as error:
+            read(workdir)
+        assert message in str(error.value)
+    assert int(load_run(workdir, "best").state.step) == 3
+    assert steps(workdir) == [3, 6]
+
+
+def test_checkpoint_that_became_a_link_is_pruned_and_its_target_kept(
+    workdir: pathlib.Path, tmp_path_factory: pytest.TempPathFactory, state: TrainState
+) -> None:
+    moved = tmp_path_factory.mktemp("elsewhere") / "3"
+    path = workdir / workdirs.CHECKPOINTS / "3"
+    shutil.move(path, moved)
+    path.symlink_to(moved)
+    with open_store(replace(SMALL, checkpoint__keep_best=0), FINGERPRINT, workdir) as store:
+        save(store, state, 9)
+    assert steps(workdir) == [6, 9]
+    assert (moved / "state").is_dir()
+
+
+@pytest.mark.parametrize("name", [workdirs.CHECKPOINTS, workdirs.DAMAGED])
+def test_no_checkpoint_is_written_through_a_link(
+    workdir: pathlib.Path, tmp_path_factory: pytest.TempPathFactory, state: TrainState, name: str
+) -> None:
+    outside = tmp_path_factory.mktemp("outside") / "folder"
+    if name == workdirs.CHECKPOINTS:
+        shutil.move(workdir / name, outside)
+    else:
+        outside.mkdir()
+        truncate(workdir / workdirs.CHECKPOINTS / "6" / "record" / "metadata")
+    (workdir / name).symlink_to(outside)
+    before = sorted(outside.rglob("*"))
+    with (
+        pytest.raises(WorkdirError, match="symbolic link"),
+        open_store(SMALL, FINGERPRINT, workdir) as store,
+    ):
+        store.restore_latest()
+        save(store, state, 9)
+    assert sorted(outside.rglob("*")) == before
+
+
+def test_checkpoint_deleted_while_it_is_read_is_not_damage(
+    workdir: pathlib.Path, state: TrainState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, saved = storage.read_state, []
+
+    def live_run(folder: pathlib.Path, target: Any) -> Any:
+        if not saved:  # a run saves two more, and deletes the one that is being read
+            saved.append(folder)
+            with open_store(replace(SMALL, checkpoint__keep_best=0), FINGERPRINT, workdir) as store:
+                for step in (9, 12):
+                    save(store, state, step)
+        return read(folder, target)
+
+    monkeypatch.setattr(storage, "read_state", live_run)
+    assert int(load_run(workdir).state.step) == 12
+    saved.clear()
+    monkeypatch.setattr(storage, "read_state", lambda *a: (shutil.rmtree(workdir / workdirs.CHECKPOINTS / "9"), 1 / 0))
+    with pytest.raises(WorkdirError, match="has no checkpoint '9'; kept are the steps: 12"):
+        load_run(workdir, "9")
+
+
+def test_failed_read_leaves_the_log_level_of_absl(workdir: pathlib.Path) -> None:
+    newest = workdir / workdirs.CHECKPOINTS / "6"
+    (newest / "record" / "metadata").write_text("{")
+    (newest / "files.sha256").write_text(storage.checksums(newest))
+    level = logging.getLogger("absl").level
+    with pytest.raises(WorkdirError, match="damaged"):
+        load_run(workdir)
+    assert logging.getLogger("absl").level == level != logging.CRITICAL
+
+
+def test_paths_of_a_run_are_forgotten() -> None:
+    config = replace(SMALL, data__data_dir="/outside", data__raw_dir="/outside", data__source="raw")
+    assert checkpoint.without_paths(config).data == replace(SMALL, data__on_missing="error").data
 
 
 # A full disk ----------------------------------------------------------------------------------------------------------
@@ -368,16 +493,18 @@ import pathlib, sys
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mnist_flax import rng
-from mnist_flax.run.checkpoint import open_store
+from mnist_flax.run.store import open_store
 from mnist_flax.config import Config
 from mnist_flax.step import jit_init_state
+sys.path.insert(0, "tests")
+from test_checkpoint import record
 config = Config.from_json(sys.argv[2])
 state = jit_init_state(config, rng.root_key(0))
 mesh = NamedSharding(Mesh(jax.devices(), ("data",)), PartitionSpec())
 state = jax.device_put(state, mesh)
 assert len(state.step.sharding.device_set) == jax.device_count() == int(sys.argv[3])
 with open_store(config, "f" * 64, pathlib.Path(sys.argv[1])) as store:
-    store.save(state, {"step": 0})
+    store.save(state, record(0))
 """
 
 LOAD = """
@@ -425,7 +552,7 @@ def test_orbax_alone_reads_a_checkpoint(workdir: pathlib.Path, state: TrainState
 
 def test_the_weights_need_no_framework(tmp_path: pathlib.Path, state: TrainState) -> None:
     variables = eval_variables(state)
-    checkpoint.save_weights(SMALL, tmp_path, variables)
+    save_weights(SMALL, tmp_path, variables)
     with safe_open(tmp_path / workdirs.WEIGHTS, framework="numpy") as file:
         assert Config.from_json(file.metadata()["config"]).to_dict() == SMALL.to_dict()
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict

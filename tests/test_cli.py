@@ -1,10 +1,17 @@
 """The command line: one clear message and an exit status for every mistake, and nothing written."""
 
+import io
+import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
+
+from mnist_flax import cli, preset
+from mnist_flax.config import default_config_dict
+from mnist_flax.errors import ConfigError, UserError
+from mnist_flax.run import console
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TINY = "--config=configs/tiny.py"
@@ -12,74 +19,41 @@ TINY = "--config=configs/tiny.py"
 
 def run(*arguments: str, module: str = "mnist_flax.main", cwd: pathlib.Path = ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", module, *arguments], cwd=cwd, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", module, *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=250,
     )
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--config is missing: name a file, such as --config=configs/default.py"),
-        (["--config=nowhere.py"], "--config=nowhere.py: cannot be read"),
-        (["--confg=configs/tiny.py"], "Unknown command line flag 'confg'. Did you mean: config"),
-        ([TINY, "stray"], "'stray': is no flag"),
-        ([TINY, "--config.optimzer.name=sgd"], "config.optimzer: no such field; did you mean 'optimizer'?"),
-        ([TINY, "--config.optimizer.nam=sgd"], "config.optimizer.nam: no such field; did you mean 'name'?"),
-        ([TINY, "--config.train.epochs.x=1"], "config.train.epochs is a value and has none"),
-        ([TINY, "--config.train.epochs=1e3"], "--config.train.epochs=1e3: invalid literal for int()"),
-        ([TINY, "--config.train.epochs=-1"], "config.train.epochs = -1: must be at least 1"),
-        ([TINY, "--config.optimizer.learning_rate=nan"], "config.optimizer.learning_rate = nan: must be finite"),
-        ([TINY, "--config.model.kernel_sizes=(29,)"], "29x29 kernel of convolution 1 is larger than its 28x28"),
-        ([TINY, "--config.train.batch_size=5000"], "config.train.batch_size = 5000: more than the 1800 rows"),
+        ([], "error: --config is missing: name a preset or a file, such as --config=configs/default.py"),
+        (["--confg=configs/tiny.py"], "error: Unknown command line flag 'confg'. Did you mean: config ?"),
+        ([TINY, "stray"], "error: 'stray': is not a flag; a flag starts with two dashes"),
+        ([TINY, "--config.train.epochs=1e3"], "error: --config.train.epochs=1e3: must be an integer"),
     ],
 )
-def test_a_mistake_gets_one_message(arguments: list[str], message: str, tmp_path: pathlib.Path) -> None:
+def test_mistake_gets_one_message(arguments: list[str], message: str, tmp_path: pathlib.Path) -> None:
     workdir = tmp_path / "run"
     result = run(*arguments, f"--workdir={workdir}")
-    assert result.returncode == 2
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
+    assert (result.returncode, result.stderr) == (2, message + "\n")
     assert not workdir.exists()
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("def get_config():\n    return 1 / 0\n", "the config file fails with ZeroDivisionError: division by zero"),
-        ("this is no Python\n", "the config file fails with SyntaxError"),
-        ("import nothing_like_this\n", "the config file fails with ModuleNotFoundError"),
-        ("x = 1\n", "the config file fails with AttributeError"),
-        ("def get_config():\n    return 5\n", "its get_config() must return a ConfigDict"),
-        ("def get_config():\n    pass\n", "--config"),
-        (
-            "from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict({'model': 3})\n",
-            "config.model = 3: must be a group of fields",
-        ),
-    ],
-)
-def test_a_bad_config_file_gets_one_message(text: str, message: str, tmp_path: pathlib.Path) -> None:
-    path = tmp_path / "bad.py"
-    path.write_text(text)
-    result = run(f"--config={path}", cwd=tmp_path)
-    assert result.returncode == 2
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
-    assert not (tmp_path / "runs").exists()
-
-
-def test_help_says_all_and_needs_neither_jax_nor_tensorflow() -> None:
-    result = run("--help")
-    assert result.returncode == 0
-    assert "--workdir" in result.stdout
-    assert "--config" in result.stdout
+def test_help_needs_neither_jax_nor_tensorflow() -> None:
     code = (
         "import sys, runpy; sys.argv = ['main', '--help']\n"
         "try: runpy.run_module('mnist_flax.main', run_name='__main__')\n"
         "except SystemExit as e: assert not e.code\n"
         "assert not {'jax', 'flax', 'tensorflow', 'tensorflow_datasets', 'orbax'} & set(sys.modules), 'slow'"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, timeout=60)
+    assert b"--workdir" in done.stdout
+    assert b"--config" in done.stdout
 
 
 def test_no_module_imports_tensorflow_or_a_heavy_library() -> None:
@@ -92,3 +66,255 @@ def test_no_module_imports_tensorflow_or_a_heavy_library() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
+
+
+# Verbs ----------------------------------------------------------------------------------------------------------------
+
+
+def test_verb_does_what_python_m_does(tmp_path: pathlib.Path) -> None:
+    code = "import sys; from mnist_flax import cli; sys.argv[0] = 'mnist-flax'; cli.main()"
+    command = [sys.executable, "-c", code, "main", "--config=tiny", "stray"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (2, "error: 'stray': is not a flag; a flag starts with two dashes\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        ([], 2, "usage: mnist-flax VERB [flags]"),
+        (["--help"], 0, "usage: mnist-flax VERB [flags]"),
+        (["predcit"], 2, "error: 'predcit': no such verb; did you mean 'predict'?\n"),
+    ],
+)
+def test_verbs_are_listed(
+    arguments: list[str],
+    status: int,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["mnist-flax", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr()
+    assert ended.value.code == status
+    assert (said.err or said.out).startswith(message)
+
+
+# Overrides ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_spelling_of_an_override_is_understood() -> None:
+    given = ["main", "--config=x", "--config.train.epochs=3", "-config.seed", "4", "--config.train.report"]
+    given += ["--noconfig.train.tensorboard", "--config.data.raw_dir=a=b", "--", "--config.seed=5"]
+    assert cli._with_overrides(given) == [
+        "main",
+        "--config=x",
+        "--override=train.epochs=3",
+        "--override=seed=4",
+        "--override=train.report=true",
+        "--override=train.tensorboard=false",
+        "--override=data.raw_dir=a=b",
+        "--",
+        "--config.seed=5",
+    ]
+
+
+def test_override_gets_the_type_of_its_field() -> None:
+    overrides = ["train.epochs=3", "model.widths=(3, 4)", "model.dense=5", "train.report=false", "seed=7"]
+    overrides += ["optimizer.learning_rate=1e-2", "data.raw_dir=/a=b", "model.paddings=('SAME',)"]
+    config = preset.load(preset.find("tiny"), overrides)
+    assert (config.train.epochs, config.model.widths, config.model.dense) == (3, (3, 4), (5,))
+    assert (config.train.report, config.seed, config.optimizer.learning_rate) == (False, 7, 0.01)
+    assert (config.data.raw_dir, config.model.paddings) == ("/a=b", ("SAME",))
+
+
+def test_override_may_choose_another_family() -> None:
+    config = preset.load(preset.find("tiny"), ["model.name=resnet", "model.dropout=0.5"])
+    assert config.to_dict()["model"] == default_config_dict("resnet").model.to_dict() | {"dropout": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimzer.name=sgd", "config.optimzer: no such field; did you mean 'optimizer'?"),
+        ("optimizer.nam=sgd", "config.optimizer.nam: no such field; did you mean 'name'?"),
+        ("train.epochs.x=1", "config.train.epochs.x: no such field; config.train.epochs is a value and has none"),
+        ("train=3", "--config.train=3: is a group of fields; name one of them"),
+        ("=3", "config.: no such field"),
+        ("model.name=rsenet", "config.model.name = 'rsenet': did you mean 'resnet'?"),
+        ("train.batch_size=0", "config.train.batch_size = 0: must be at least 1"),
+        ("train.report=perhaps", "--config.train.report=perhaps: must be true or false"),
+        ("optimizer.learning_rate=fast", "--config.optimizer.learning_rate=fast: must be a number"),
+        ("optimizer.learning_rate=nan", "config.optimizer.learning_rate = nan: must be finite"),
+        ("model.widths=(16,", "--config.model.widths=(16,: must be a tuple, such as (16,32)"),
+        ("model.widths=" + "(" * 10_000, "must be a tuple"),
+        ("model.widths=('a',)", "config.model.widths[0] = 'a': must be of type int, not str"),
+        ("train.batch_size=5000", "config.train.batch_size = 5000: more than the 1800 rows"),
+    ],
+)
+def test_wrong_override_is_one_message(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        preset.load(preset.find("tiny"), [override])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# Presets --------------------------------------------------------------------------------------------------------------
+
+START = "from mnist_flax.config import default_config_dict\n\n\ndef get_config():\n    config = default_config_dict()\n"
+
+
+@pytest.mark.parametrize(
+    ("statement", "message"),
+    [
+        ('config.train.epochs = "three"', "epochs = 'three': must be of type int, not str"),
+        ("config.train.epochs = 3.0", "epochs = 3.0: must be of type int, not float"),
+        ("config.model.widths = 32", "widths = 32: must be of type tuple, not int"),
+        ('config.train["epochs"] = "x"', "epochs = 'x': must be of type int, not str"),
+        ('setattr(config.train, "epochs", 3.5)', "epochs = 3.5: must be of type int, not float"),
+        ("config.train.epoch = 3", "epoch: no such field; did you mean 'epochs'?"),
+        ('config.train.epochs = int("abc")', "ValueError: invalid literal for int() with base 10: 'abc'"),
+        ("config.trian.epochs = 3", "AttributeError: "),
+        ("raise RuntimeError('no luck')", "RuntimeError: no luck"),
+        ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+        ("raise SystemExit(0)", "SystemExit: 0"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("import nothing_like_this", "ModuleNotFoundError: No module named 'nothing_like_this'"),
+    ],
+)
+def test_failing_preset_names_line_and_reason(statement: str, message: str, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "own.py"
+    path.write_text(f"{START}    {statement}\n    return config\n")
+    with pytest.raises(ConfigError) as error:
+        preset.load(path)
+    assert str(error.value).startswith(f"--config={path}: line 6: {statement}: {message}")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("statement", "message"),
+    [
+        ("config.train.batch_size = 0", "config.train.batch_size = 0: must be at least 1"),
+        ("config.train.epochs = None", "config.train.epochs = None: must be of type int, not NoneType"),
+        ("config.model.widths = (1, 'a')", "config.model.widths[1] = 'a': must be of type int, not str"),
+        ("return {'train': {'epochs': '3'}}", "config.train.epochs = '3': must be of type int, not str"),
+        ("return {'train': {'epoch': 3}}", "config.train.epoch: no such field; did you mean 'epochs'?"),
+        ("return {'model': 3}", "config.model = 3: must be a group of fields"),
+    ],
+)
+def test_wrong_value_in_a_preset_names_its_line(statement: str, message: str, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "own.py"
+    path.write_text(f"{START}    {statement}\n    return config\n")
+    with pytest.raises(ConfigError) as error:
+        preset.load(path)
+    assert str(error.value).startswith(message)
+    assert str(error.value).endswith(f"({path}, line 6)")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("this is no Python\n", "line 1: SyntaxError: invalid syntax"),
+        ("x = 1\n", "defines no function get_config()"),
+        ("get_config = 1\n", "defines no function get_config()"),
+        ("def get_config():\n    return 5\n", "its get_config() must return a ConfigDict, not 5"),
+        ("def get_config():\n    pass\n", "its get_config() must return a ConfigDict, not None"),
+        ("def get_config(a):\n    pass\n", "TypeError: get_config() missing 1 required positional argument: 'a'"),
+        ("\0", "SyntaxError: source code string cannot contain null bytes"),
+    ],
+)
+def test_file_that_is_not_a_preset_is_one_message(text: str, message: str, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "bad.py"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        preset.load(path)
+    assert str(error.value).startswith(f"--config={path}: ")
+    assert message in str(error.value)
+
+
+def test_preset_may_import_its_neighbour_and_define_dataclasses(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "neighbour_of_a_preset.py").write_text("EPOCHS = 3\n")
+    path = tmp_path / "own.py"
+    path.write_text(
+        "from __future__ import annotations\nimport dataclasses\nimport neighbour_of_a_preset\n"
+        f"{START}    config.train.epochs = neighbour_of_a_preset.EPOCHS\n    return config\n"
+        "@dataclasses.dataclass\nclass Own:\n    width: int = 1\n"
+    )
+    before = list(sys.path)
+    assert preset.load(path).train.epochs == 3
+    assert sys.path == before
+
+
+def test_preset_is_found_by_name_or_path(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert preset.find("tiny") == ROOT / "configs" / "tiny.py"
+    (tmp_path / "tiny").write_text(START + "    return config\n")
+    assert preset.find("tiny") == pathlib.Path("tiny")
+    monkeypatch.setattr(preset, "FOLDERS", (tmp_path / "nowhere", ROOT / "configs"))  # as in a wheel
+    assert preset.find("default") == ROOT / "configs" / "default.py"
+    with pytest.raises(ConfigError, match=r"--config=defautl: cannot be read \(No such file.+; did you mean 'default'"):
+        preset.find("defautl")
+    for name in (".", "zero\0byte", "nowhere.py", "long" * 100):
+        with pytest.raises(ConfigError, match="cannot be read"):
+            preset.find(name)
+
+
+# Streams --------------------------------------------------------------------------------------------------------------
+
+
+class Failing(io.StringIO):
+    """A stream on which nothing can be written."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+    def write(self, text: str) -> int:
+        raise self.error
+
+    def flush(self) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), OSError(28, "No space left on device"), ValueError("closed")])
+def test_lost_console_raises_nothing_and_lost_output_ends_the_program(error: Exception) -> None:
+    lost = console.Console(Failing(error))
+    print("text", file=lost, flush=True)
+    with pytest.raises(UserError) as ended:
+        print("text", file=console.Output(Failing(error)))
+    assert ended.value.exit_status == (141 if isinstance(error, BrokenPipeError) else 2)
+    assert str(ended.value) == (
+        "" if isinstance(error, BrokenPipeError) else f"standard output cannot be written ({error.args[-1]})"
+    )
+
+
+PRINTS = """
+import os, sys
+from mnist_flax import cli
+def main(argv):
+    assert not {0, 1, 2} & {os.open("/dev/null", os.O_RDONLY)}, "a file must not get the number of a closed stream"
+    for i in range(100_000):
+        print(i)
+    print("still there", file=sys.stderr)
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("redirection", "status", "said"),
+    [
+        ("| head -1", 141, "0\n"),
+        (">/dev/full", 2, "error: standard output cannot be written (No space left on device)\n"),
+        (">&-", 0, "still there\n"),
+        ("2>&- | tail -1", 0, "99999\n"),
+        ("2>/dev/full | tail -1", 0, "99999\n"),
+        ("<&- >&- 2>&-", 0, ""),
+    ],
+)
+def test_reader_that_leaves_ends_a_program_quietly(redirection: str, status: int, said: str) -> None:
+    command = ["bash", "-c", f'set -o pipefail; "$0" -c "$1" {redirection}', sys.executable, PRINTS]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout + done.stderr) == (status, said)

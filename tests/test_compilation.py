@@ -7,6 +7,10 @@ import sys
 
 import pytest
 
+from mnist_flax.run import compilation
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
 PROGRAM = """
 import logging, sys
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
@@ -18,11 +22,12 @@ print(float(jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((8, 8)))[0, 0]))
 """
 
 
-def run(**environment: str) -> str:
+def run(*, cwd: pathlib.Path | None = None, **environment: str) -> str:
     env = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     command = [sys.executable, "-W", "ignore", "-c", PROGRAM]
     return subprocess.run(
         command,
+        cwd=cwd,
         env={**env, "JAX_PLATFORMS": "cpu", **environment},
         check=True,
         capture_output=True,
@@ -63,3 +68,22 @@ def test_a_broken_cache_costs_no_run(damage: str, tmp_path: pathlib.Path) -> Non
             entry.write_bytes(entry.read_bytes()[:10])
         output = run(XDG_CACHE_HOME=str(tmp_path))
     assert output.splitlines()[-1].startswith("6.7")
+
+
+def test_user_without_a_home_gets_a_message(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as it is without $HOME and an entry in passwd
+    for name in ("XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(OSError, match="is not an absolute path; set XDG_CACHE_HOME"):
+        compilation.cache_dir()
+    monkeypatch.chdir(tmp_path)
+    compilation.keep_programs()
+    assert not list(tmp_path.iterdir())
+
+
+def test_tilde_in_a_variable_means_home(tmp_path: pathlib.Path) -> None:
+    home = tmp_path / "home"
+    (tmp_path / "work").mkdir()
+    run(cwd=tmp_path / "work", XDG_CACHE_HOME="~/caches", HOME=str(home), PYTHONPATH=str(ROOT))
+    assert list((home / "caches" / "mnist_flax" / "programs").iterdir())
+    assert not list((tmp_path / "work").iterdir())

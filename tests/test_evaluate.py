@@ -7,18 +7,32 @@ import subprocess
 import sys
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import tiny_run
+from scipy.special import softmax
 from sklearn.metrics import precision_recall_fscore_support
 
-from mnist_flax.analysis import evaluation as evaluate_lib
-from mnist_flax.analysis.evaluation import evaluate, evaluate_run, load_data, predict_logits, scores
-from mnist_flax.config import DATASETS, Config, replace
-from mnist_flax.data import batches, datasets
-from mnist_flax.data.datasets import Examples
-from mnist_flax.data.labels import MNIST_TEST_DOUBTS, class_names, doubtful_rows
-from mnist_flax.data.load import Splits, load_splits
+from mnist_flax.analysis import run_data
+from mnist_flax.analysis import scores as scores_lib
+from mnist_flax.analysis.evaluation import (
+    Evaluation,
+    Predictor,
+    evaluate,
+    load_predictor,
+    make_predictor,
+    member_logits,
+    predict_logits,
+)
+from mnist_flax.analysis.run_data import load_data
+from mnist_flax.analysis.scores import evaluate_workdir, scores
+from mnist_flax.config import Config, replace
+from mnist_flax.data import batches
+from mnist_flax.data.embedded import embedded_digits
+from mnist_flax.data.load import load_splits
+from mnist_flax.data.splits import Examples, Splits
+from mnist_flax.drivers import jit_forward
 from mnist_flax.errors import ConfigError, DataError, WorkdirError
 from mnist_flax.metrics import negative_log_likelihood
 from mnist_flax.run.checkpoint import load_run
@@ -40,28 +54,59 @@ def test_every_example_counts_once(examples: int) -> None:
     """Of a batch of 7: one, one less, all, one more, and three and a bit; against each example alone."""
     test = load_splits(tiny_run.CONFIG).test
     run = load_run(tiny_run.workdir())
-    variables = eval_variables(run.state)
-    config, alone = (replace(run.config, train__eval_batch_size=size) for size in (7, 1))
+    several, alone = (
+        make_predictor(replace(run.config, eval__batch_size=size), eval_variables(run.state)) for size in (7, 1)
+    )
     image, label = test.image[:examples], test.label[:examples]
-    logits = np.concatenate([predict_logits(alone, variables, one[None]) for one in image])
-    result = evaluate(config, variables, Examples(image, label))
+    logits = np.concatenate([predict_logits(alone, one[None]) for one in image])
+    result = evaluate(several, Examples(image, label))
     np.testing.assert_allclose(result.logits, logits, atol=1e-5)  # sums of another order
     assert result.examples == examples
     assert result.accuracy == np.mean(logits.argmax(axis=-1) == label)
     assert result.loss == pytest.approx(np.mean(negative_log_likelihood(logits, label)), abs=1e-5)
 
 
+def by_hand(predictor: Predictor, images: np.ndarray) -> np.ndarray:
+    """The mean of softmax over members and shifts, straight from `forward`."""
+    padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    shifts = [(1, 1), (0, 1), (2, 1), (1, 0), (1, 2)][: predictor.views]
+    probs = [
+        np.asarray(jax.nn.softmax(jit_forward(predictor.program, variables, padded[:, i : i + 28, j : j + 28])))
+        for variables in predictor.members
+        for i, j in shifts
+    ]
+    return np.mean(probs, axis=0)
+
+
+@pytest.mark.parametrize("views", [1, 5])
+@pytest.mark.parametrize("members", [1, 3])
+def test_predictor_averages_probabilities_over_members_and_views(members: int, views: int) -> None:
+    images = load_splits(tiny_run.CONFIG).test.image[:11]
+    run = load_run(tiny_run.workdir())
+    variables = eval_variables(run.state)
+    several = [jax.tree.map(lambda leaf, scale=scale: leaf * scale, variables) for scale in (1.0, 0.8, 1.3)]
+    config = replace(run.config, eval__views=views, eval__batch_size=4)
+    predictor = make_predictor(config, *several[:members])
+    np.testing.assert_allclose(
+        softmax(predict_logits(predictor, images), axis=-1), by_hand(predictor, images), atol=1e-5
+    )
+    assert member_logits(predictor, images).shape == (members, 11, 10)
+    warm = make_predictor(config, *several[:members], temperature=2.0)
+    np.testing.assert_allclose(2 * predict_logits(warm, images), predict_logits(predictor, images), rtol=1e-6)
+    assert predict_logits(predictor, images[:0]).shape == (0, 10)
+
+
 def test_nothing_and_labels_that_are_no_class_are_refused() -> None:
     test = load_splits(tiny_run.CONFIG).test
-    variables = eval_variables(load_run(tiny_run.workdir()).state)
+    predictor, _ = load_predictor(tiny_run.workdir())
     for label in (np.array([10], np.int32), np.array([-1], np.int32), np.array([], np.int32)):
         with pytest.raises(ValueError, match="labels from 0 to 9"):
-            evaluate(tiny_run.CONFIG, variables, Examples(test.image[: len(label)], label))
+            evaluate(predictor, Examples(test.image[: len(label)], label))
 
 
 def test_the_test_split_is_judged_as_at_the_end_of_training(workdir: pathlib.Path) -> None:
     summary = json.loads((workdir / "summary.json").read_text())
-    result = evaluate_run(workdir, overrides={})
+    result = evaluate_workdir(workdir, overrides={})
     assert (result["accuracy"], result["loss"]) == (summary["test_accuracy"], summary["test_loss"])
     assert result["examples"] == summary["test_examples"] == 360
     assert result["step"] == summary["steps"]
@@ -70,9 +115,9 @@ def test_the_test_split_is_judged_as_at_the_end_of_training(workdir: pathlib.Pat
 
 def test_the_numbers_are_those_of_scikit_learn(workdir: pathlib.Path) -> None:
     test = load_splits(tiny_run.CONFIG).test
-    run = load_run(workdir)
-    predictions = predict_logits(run.config, eval_variables(run.state), test.image).argmax(axis=-1)
-    result = evaluate_run(workdir, overrides={})
+    predictor, _ = load_predictor(workdir)
+    predictions = predict_logits(predictor, test.image).argmax(axis=-1)
+    result = evaluate_workdir(workdir, overrides={})
     assert result["correct"] == np.sum(predictions == test.label)
     precision, recall, f1, examples = precision_recall_fscore_support(test.label, predictions, zero_division=np.nan)
     for k, row in enumerate(result["per_class"]):
@@ -89,9 +134,9 @@ def test_the_numbers_are_those_of_scikit_learn(workdir: pathlib.Path) -> None:
 def test_train_and_holdout_are_the_rows_of_the_run(workdir: pathlib.Path, split: str, part: int) -> None:
     train = load_splits(tiny_run.CONFIG).train
     rows = batches.split_rows(train.label, 700, 100)[part]
-    run = load_run(workdir)
-    expected = evaluate(run.config, eval_variables(run.state), Examples(train.image[rows], train.label[rows]))
-    result = evaluate_run(workdir, split=split, overrides={})
+    predictor, _ = load_predictor(workdir)
+    expected = evaluate(predictor, Examples(train.image[rows], train.label[rows]))
+    result = evaluate_workdir(workdir, split=split, overrides={})
     assert result["examples"] == len(rows) == (600, 100)[part]
     assert (result["accuracy"], result["loss"]) == (expected.accuracy, expected.loss)
     assert result["split"] == split
@@ -103,52 +148,53 @@ def test_train_and_holdout_are_the_rows_of_the_run(workdir: pathlib.Path, split:
 def test_a_checkpoint_can_be_chosen(workdir: pathlib.Path) -> None:
     steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal())
     assert len(steps) >= 2
-    first = evaluate_run(workdir, checkpoint=str(steps[0]), overrides={})
-    last = evaluate_run(workdir, checkpoint="latest", overrides={})
+    first = evaluate_workdir(workdir, checkpoint=str(steps[0]), overrides={})
+    last = evaluate_workdir(workdir, checkpoint="latest", overrides={})
     assert (first["step"], last["step"]) == (steps[0], steps[-1])
     assert first["loss"] != last["loss"]
-    assert evaluate_run(workdir, checkpoint="best", overrides={})["checkpoint"] == "best"
+    assert evaluate_workdir(workdir, checkpoint="best", overrides={})["checkpoint"] == "best"
     with pytest.raises(WorkdirError, match="has no checkpoint '12345'"):
-        evaluate_run(workdir, checkpoint="12345", overrides={})
+        evaluate_workdir(workdir, checkpoint="12345", overrides={})
 
 
 def test_the_result_is_saved(workdir: pathlib.Path) -> None:
-    result = evaluate_run(workdir, split="holdout", overrides={})
+    result = evaluate_workdir(workdir, split="holdout", overrides={})
+    scores_lib.save(result, workdir)
     assert json.loads((workdir / "evaluation-holdout-digits.json").read_text()) == result
-    assert evaluate_lib.result_file("test", "emnist/letters") == "evaluation-test-emnist-letters.json"
+    named = {"split": "test", "dataset": "emnist/letters"}
+    assert scores_lib.result_file(named) == "evaluation-test-emnist-letters.json"
 
 
 def test_another_number_of_classes_is_refused(workdir: pathlib.Path) -> None:
-    with pytest.raises(ConfigError, match=r"'emnist/letters': has 37 classes.*trained on digits.*10.*fit: mnist"):
-        evaluate_run(workdir, overrides={"data.name": "emnist/letters"})
+    with pytest.raises(ConfigError, match=r"'emnist/letters': has 37 classes.*trained on the 10 of digits.*fit: mnist"):
+        evaluate_workdir(workdir, overrides={"data.name": "emnist/letters"})
     with pytest.raises(ConfigError, match=r"config.data.name = 'kmnits': did you mean 'kmnist'"):
-        evaluate_run(workdir, overrides={"data.name": "kmnits"})
+        evaluate_workdir(workdir, overrides={"data.name": "kmnits"})
     assert not list(workdir.glob("evaluation-*"))
 
 
 def test_only_the_place_and_name_of_the_data_can_be_overridden(workdir: pathlib.Path) -> None:
-    with pytest.raises(ConfigError, match=r"config.data.holdout = 3: a trained run keeps its own.*config.data.name"):
-        evaluate_run(workdir, overrides={"data.holdout": 3})
+    with pytest.raises(ConfigError, match=r"config.data.holdout = 3: cannot be changed .*config.data.name"):
+        evaluate_workdir(workdir, overrides={"data.holdout": 3})
 
 
 def test_another_dataset_has_no_holdout_rows_and_all_its_training_rows(
     workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train, test = datasets.embedded_digits().values()
+    train, test = embedded_digits()
     asked: list[Config] = []
 
     def load(config: Config) -> Splits:
         asked.append(config)
         return Splits(config.data.name, Examples(*train), Examples(*test), "other", "tfds")
 
-    monkeypatch.setattr(evaluate_lib, "load_splits", load)
-    result = evaluate_run(workdir, split="train", overrides={"data.name": "kmnist"})
+    monkeypatch.setattr(run_data, "load_splits", load)
+    result = evaluate_workdir(workdir, split="train", overrides={"data.name": "kmnist"})
     assert result["examples"] == len(train[1]) and result["trained_on"] == "digits"
     assert [row["name"] for row in result["per_class"]][:3] == ["o", "ki", "su"]
-    assert (workdir / "evaluation-train-kmnist.json").exists()
     assert asked[0].data.on_missing == "error"  # never the digits in place of what was asked for
     with pytest.raises(ConfigError, match="--split=holdout: the run held out no rows of kmnist"):
-        evaluate_run(workdir, split="holdout", overrides={"data.name": "kmnist"})
+        evaluate_workdir(workdir, split="holdout", overrides={"data.name": "kmnist"})
 
 
 def test_other_data_under_the_same_name_are_refused() -> None:
@@ -156,16 +202,34 @@ def test_other_data_under_the_same_name_are_refused() -> None:
         load_data(tiny_run.CONFIG, "0123", {})
 
 
+def test_data_are_not_looked_for_where_the_run_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Config] = []
+    split = Examples(np.zeros((5, 28, 28, 1), np.uint8), np.zeros(5, np.int32))
+
+    def load(config: Config) -> Splits:
+        asked.append(config)
+        return Splits("digits", split, split, "f", "tfds")
+
+    monkeypatch.setattr(run_data, "load_splits", load)
+    stranger = replace(tiny_run.CONFIG, data__data_dir="/elsewhere", data__raw_dir="/there", data__source="download")
+    load_data(stranger, "f", {})
+    load_data(stranger, "f", {"data.raw_dir": "/mine"})
+    assert [(c.data.source, c.data.data_dir, c.data.raw_dir) for c in asked] == [
+        ("auto", "", ""),
+        ("auto", "", "/mine"),
+    ]
+
+
 def test_images_of_another_shape_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     split = Examples(np.zeros((5, 32, 32, 3), np.uint8), np.zeros(5, np.int32))
-    monkeypatch.setattr(evaluate_lib, "load_splits", lambda config: Splits("mnist", split, split, "other", "tfds"))
-    with pytest.raises(DataError, match=r"mnist: has images of shape \(32, 32, 3\); the network takes 28x28"):
+    monkeypatch.setattr(run_data, "load_splits", lambda config: Splits("mnist", split, split, "other", "tfds"))
+    with pytest.raises(DataError, match=r"mnist: has images of shape \(32, 32, 3\); the network needs 28x28"):
         load_data(tiny_run.CONFIG, "0123", {"data.name": "mnist"})
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(WorkdirError, match=r"name a run's folder|name the folder of a run"):
-        evaluate_run(tmp_path, overrides={})
+        evaluate_workdir(tmp_path, overrides={})
 
 
 def test_the_command_prints_json_as_it_is_saved(workdir: pathlib.Path) -> None:
@@ -180,7 +244,23 @@ def test_the_command_prints_a_table(workdir: pathlib.Path) -> None:
     result = json.loads((workdir / "evaluation-test-digits.json").read_text())
     assert f"{result['correct']} of 360 right" in done.stdout
     assert f"accuracy {result['accuracy']:.2%}" in done.stdout
-    assert len(done.stdout.splitlines()) == 4 + 10
+    assert len(done.stdout.splitlines()) == 5 + 10  # one line is without the temperature
+
+
+def test_the_command_writes_to_output_only(workdir: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    done = command(f"--workdir={workdir}", f"--output={tmp_path / 'there'}")
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["evaluation-test-digits.json"]
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
+
+
+def test_the_command_prints_before_it_fails_to_write(workdir: pathlib.Path) -> None:
+    (workdir / "evaluation-test-digits.json").mkdir()  # in the way, as in a folder that cannot be written
+    done = command(f"--workdir={workdir}")
+    assert done.returncode == 2 and "of 360 right" in done.stdout
+    assert "evaluation-test-digits.json: cannot be written" in done.stderr and "--output" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -200,23 +280,9 @@ def test_the_command_refuses_with_one_line(workdir: pathlib.Path, arguments: lis
     assert not done.stdout
 
 
-def test_every_class_has_a_name_of_its_own() -> None:
-    for dataset, info in DATASETS.items():
-        names = class_names(dataset)
-        assert len(set(names)) == len(names) == info.num_classes
-    assert class_names("emnist/balanced")[-11:] == tuple("abdefghnqrt")
-    assert class_names("emnist/letters")[1] == "A" and class_names("emnist/letters")[26] == "Z"
-
-
-def test_doubts_are_about_the_test_images_of_mnist_alone() -> None:
-    assert len(MNIST_TEST_DOUBTS) == len(set(MNIST_TEST_DOUBTS)) == 15
-    assert doubtful_rows("mnist", "test") == MNIST_TEST_DOUBTS
-    assert not doubtful_rows("mnist", "train") and not doubtful_rows("emnist/mnist", "test")
-
-
 def test_a_class_that_never_occurs_has_no_scores() -> None:
     logits = np.eye(10, dtype=np.float32)[[0, 1]]
-    evaluation = evaluate_lib.Evaluation(loss=0.0, accuracy=1.0, examples=2, logits=logits)
+    evaluation = Evaluation(loss=0.0, accuracy=1.0, examples=2, logits=logits)
     rows: list[dict[str, Any]] = scores(evaluation, np.array([0, 1], np.int32), "mnist")["per_class"]
     assert rows[0]["recall"] == 1.0 and rows[5]["recall"] is None and rows[5]["f1"] is None
     assert rows[5]["examples"] == rows[5]["predictions"] == 0

@@ -9,20 +9,31 @@ import numpy as np
 import pytest
 from small_run import SMALL, events, lines
 
-from mnist_flax.config import Config, replace
+from mnist_flax.config import replace
 from mnist_flax.errors import NonFiniteLossError, WorkdirError
+from mnist_flax.run import log as logs
 from mnist_flax.run import workdir as workdirs
-from mnist_flax.run.log import RunLog
-from mnist_flax.step import StepMetrics
+from mnist_flax.run.log import RunLog, means
+from mnist_flax.run.progress import Progress
 
 NEW: dict[str, Any] = {"origin": {}}
 
 
-def sums(first: int, last: int) -> StepMetrics:
+def open_log(folder: pathlib.Path, saved: dict[str, Any] = NEW, config: Any = SMALL) -> RunLog:
+    """A log whose learning rate tells the step."""
+    return RunLog(config, folder, saved, learning_rate=lambda step: np.float32(step) / 8)
+
+
+def sums(first: int, last: int) -> dict[str, np.ndarray]:
     """Made-up sums of the steps from `first` to `last`, of 32 examples each, and 8 at an epoch's end."""
     steps = np.arange(first, last + 1)
-    columns: Any = (np.float32(1) / steps, steps % 5, np.where(steps % 7, 32, 8))
-    return StepMetrics(*columns)
+    examples = np.where(steps % 7, 32, 8)
+    return {
+        "loss": np.float32(1) / steps,
+        "accuracy": steps % 5,
+        "examples": examples,
+        "grad_norm": np.float32(0.1) * steps * examples,
+    }
 
 
 def feed(log: RunLog, *cuts: int) -> None:
@@ -32,19 +43,21 @@ def feed(log: RunLog, *cuts: int) -> None:
 
 
 def test_a_line_sums_up_its_window_and_stops_at_the_epochs_end(tmp_path: pathlib.Path) -> None:
-    feed(RunLog(SMALL, tmp_path, NEW), 1, 5, 14)
+    feed(open_log(tmp_path), 1, 5, 14)
     found = lines(tmp_path)
     assert [line["step"] for line in found] == [3, 6, 7, 9, 12, 14]
     assert [line["examples"] for line in found] == [96, 96, 8, 64, 96, 40]
     assert [line["epoch"] for line in found] == [3 / 7, 6 / 7, 1.0, 9 / 7, 12 / 7, 2.0]
     assert found[5]["loss"] == pytest.approx((1 / 13 + 1 / 14) / 40)
     assert found[5]["accuracy"] == pytest.approx((3 + 4) / 40)
-    assert found[0]["learning_rate"] == pytest.approx(1e-3)
+    assert [line["learning_rate"] for line in found] == [2 / 8, 5 / 8, 6 / 8, 8 / 8, 11 / 8, 13 / 8]
+    assert list(found[0]) == ["step", "epoch", "split", "loss", "accuracy", "examples", "grad_norm", "learning_rate"]
+    assert found[5]["grad_norm"] == pytest.approx((1.3 * 32 + 1.4 * 8) / 40)
 
 
 @pytest.mark.parametrize(("every", "steps"), [(0, [7, 14]), (1, list(range(1, 15))), (100, [7, 14])])
 def test_the_cadence_of_lines(tmp_path: pathlib.Path, every: int, steps: list[int]) -> None:
-    feed(RunLog(replace(SMALL, train__log_every_steps=every), tmp_path, NEW), 14)
+    feed(open_log(tmp_path, config=replace(SMALL, train__log_every_steps=every)), 14)
     assert [line["step"] for line in lines(tmp_path)] == steps
 
 
@@ -54,22 +67,25 @@ def test_a_log_from_a_snapshot_goes_on_as_if_nothing_had_been(
     tmp_path: pathlib.Path, saved_at: int, torn: bytes
 ) -> None:
     quiet, folder = tmp_path / "quiet", tmp_path / "folder"
-    feed(RunLog(SMALL, quiet, NEW), *range(1, 15))
-    log = RunLog(SMALL, folder, NEW)
+    quiet.mkdir()
+    folder.mkdir()
+    feed(open_log(quiet), *range(1, 15))
+    log = open_log(folder)
     feed(log, *range(1, saved_at + 1))
     saved = json.loads(json.dumps(log.snapshot()))
     feed(log, 14)  # more than was saved, and something that was half written
     workdirs.append_bytes(folder / workdirs.METRICS, torn)
-    again = RunLog(SMALL, folder, saved)
+    again = open_log(folder, saved)
     assert (again.step, again.seconds, again.restarts) == (saved_at, saved["seconds"], 1)
     feed(again, *range(saved_at + 1, 15))
     assert lines(folder) == lines(quiet)
     assert events(folder) == events(quiet)
-    assert again.snapshot()["epoch_sums"] == sum(np.stack(sums(8, 14), axis=1)).tolist()
+    expected = {name: pytest.approx(column.sum()) for name, column in sums(8, 14).items()}
+    assert again.snapshot()["epoch_sums"] == expected
 
 
 def test_a_snapshot_does_not_change_any_more(tmp_path: pathlib.Path) -> None:
-    log = RunLog(SMALL, tmp_path, NEW)
+    log = open_log(tmp_path)
     feed(log, 4)
     saved = log.snapshot()
     before = json.dumps(saved)
@@ -77,32 +93,32 @@ def test_a_snapshot_does_not_change_any_more(tmp_path: pathlib.Path) -> None:
     assert json.dumps(saved) == before
 
 
-def test_tensorboard_shows_the_same_as_metrics_jsonl(tmp_path: pathlib.Path) -> None:
-    log = RunLog(SMALL, tmp_path, NEW)
+def test_tensorboard_shows_every_metric_of_metrics_jsonl(tmp_path: pathlib.Path) -> None:
+    log = open_log(tmp_path)
     feed(log, 7)
-    log.evaluation("holdout", loss=0.5, accuracy=0.75, examples=20)
-    names = ("loss", "accuracy", "learning_rate")
+    log.evaluation("holdout", loss=0.5, accuracy=0.75, examples=20, brier=0.2)
     shown = [
-        (line["step"], f"{line['split']}/{name}", pytest.approx(line[name]))
+        (line["step"], f"{line['split']}/{name}", pytest.approx(value))
         for line in lines(tmp_path)
-        for name in names
-        if name in line
+        for name, value in line.items()
+        if name not in ("step", "epoch", "split", "examples")
     ]
+    assert {tag for _, tag, _ in shown} > {"train/grad_norm", "train/learning_rate", "holdout/brier"}
     assert events(tmp_path) == shown
     assert len(list((tmp_path / workdirs.TENSORBOARD).iterdir())) == 1
 
 
 def test_tensorboard_can_be_left_out(tmp_path: pathlib.Path) -> None:
-    feed(RunLog(replace(SMALL, train__tensorboard=False), tmp_path, NEW), 14)
+    feed(open_log(tmp_path, config=replace(SMALL, train__tensorboard=False)), 14)
     assert not (tmp_path / workdirs.TENSORBOARD).exists()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_step(tmp_path: pathlib.Path, value: float) -> None:
-    log = RunLog(SMALL, tmp_path, NEW)
+    log = open_log(tmp_path)
     feed(log, 3)
     bad = sums(4, 6)
-    np.asarray(bad.loss)[1] = value
+    bad["loss"][1] = value
     with pytest.raises(NonFiniteLossError, match=rf"the loss of step 5 is {value}: training stopped") as error:
         log.steps(bad, 0.1)
     assert error.value.exit_status == 3
@@ -111,22 +127,66 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_step(tmp_path: pa
     assert [line["step"] for line in lines(tmp_path)] == [3]
 
 
-def test_a_full_disk_is_one_message(tmp_path: pathlib.Path) -> None:
-    log = RunLog(SMALL, tmp_path, NEW)
-    (tmp_path / workdirs.METRICS).unlink()
-    (tmp_path / workdirs.METRICS).symlink_to("/dev/full")
-    with pytest.raises(WorkdirError, match=r"metrics.jsonl: cannot be written \(No space left on device\)"):
+def test_metric_that_is_not_finite_is_null(tmp_path: pathlib.Path) -> None:
+    log = open_log(tmp_path)
+    odd = sums(1, 3)
+    odd["grad_norm"][1] = math.inf
+    log.steps(odd, 0.1)
+    assert json.loads((tmp_path / workdirs.METRICS).read_text())["grad_norm"] is None
+    assert "train/grad_norm" not in {tag for _, tag, _ in events(tmp_path)}
+
+
+def test_means_count_every_example_once_and_allow_a_new_metric() -> None:
+    steps: list[dict[str, float]] = [
+        {"loss": 2.0, "accuracy": 1, "examples": 4},
+        {"loss": 1.0, "accuracy": 2, "examples": 2, "new": 3.0},
+    ]
+    assert means(steps) == {"loss": 0.5, "accuracy": 0.5, "examples": 6, "new": 1.5}
+
+
+def test_versions_are_listed_once_for_each_change(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = NEW
+    for python in ("3.11.7", "3.11.7", "3.13.1", "3.11.7"):
+        monkeypatch.setattr(logs, "versions", lambda python=python: {"python": python})
+        saved = open_log(tmp_path, saved).snapshot()
+    assert [entry["python"] for entry in saved["versions"]] == ["3.11.7", "3.13.1", "3.11.7"]
+
+
+def test_full_disk_is_one_message(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = open_log(tmp_path)
+    monkeypatch.setattr(log, "_metrics", pathlib.Path("/dev/full"))
+    with pytest.raises(WorkdirError, match=r"/dev/full: cannot be written \(No space left on device\)"):
         feed(log, 3)
-    log.close()
 
 
-def test_progress_outside_a_terminal_is_a_line_an_epoch(
-    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
-) -> None:
+# Progress -------------------------------------------------------------------------------------------------------------
+
+
+def test_progress_outside_a_terminal_is_a_line_an_epoch(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "mnist_flax")
-    config: Config = SMALL
-    log = RunLog(config, tmp_path, NEW)
-    feed(log, 7)
-    log.epoch_line()
-    assert "epoch 1/2  loss " in caplog.text
-    assert "images/s" in caplog.text
+    progress = Progress(SMALL, 0)
+    epoch = {"loss": 1.5, "accuracy": 0.5}
+    progress.update(4, 0.5, [epoch])
+    progress.update(7, 0.5, [epoch])
+    assert not caplog.text
+    progress.epoch_line(7, [epoch], [{"accuracy": 0.75}])
+    assert "epoch 1/2  loss 1.5000  accuracy 50.00%  hold-out 75.00%  200 images/s  00:01 left" in caplog.text
+    progress.close()
+
+
+def test_progress_of_members_shows_their_range(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "mnist_flax")
+    progress = Progress(SMALL, 7, num_runs=2)
+    epochs = [{"loss": 1.5, "accuracy": 0.5}, {"loss": 0.5, "accuracy": 0.75}]
+    progress.update(14, 2.0, epochs)
+    progress.epoch_line(14, epochs, [{"accuracy": 0.25}, {"accuracy": 0.75}])
+    assert "epoch 2/2 of 2 members  hold-out 50.00% (25.00% to 75.00%)  200 images/s  00:00 left" in caplog.text
+
+
+def test_progress_prints_within_a_long_epoch(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    caplog.set_level("INFO", "mnist_flax")
+    monkeypatch.setattr("mnist_flax.run.progress.PLAIN_LINE_SECONDS", 0.0)
+    Progress(SMALL, 0).update(1, 0.5, [{"loss": 1.5, "accuracy": 0.5}])
+    assert "epoch 0.1429/2  loss 1.5000" in caplog.text
+    Progress(SMALL, 0, quiet=True).update(1, 0.5, [{"loss": 1.5, "accuracy": 0.5}])
+    assert len(caplog.records) == 1

@@ -9,20 +9,22 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import jit_train_step
 from jax import Array
 
 from mnist_flax import rng
 from mnist_flax.config import Config, replace
 from mnist_flax.data.batches import Batch
-from mnist_flax.data.datasets import Examples
-from mnist_flax.models.cnn import INITIALIZERS, Bias, Dropout, build, cosine_patterns, scale_pixels
-from mnist_flax.step import eval_variables, forward, jit_forward, jit_init_state, jit_train_step, train_step
+from mnist_flax.data.splits import Examples
+from mnist_flax.drivers import jit_forward, jit_init_state
+from mnist_flax.models.layers import INITIALIZERS, Dropout, cosine_patterns
+from mnist_flax.step import eval_variables, forward, scale_pixels, train_step
 
 SMALL = replace(Config(), model__widths=(4, 6), model__pools=(2, 1), model__dense=(8,))
 
 
 def variables_of(config: Config) -> dict[str, Any]:
-    state = jit_init_state(config, rng.root_key(0))
+    state = jit_init_state(config.program, rng.root_key(0))
     # Biases start at 0; here they are moved, so that a misplaced one shows.
     params = jax.tree.map(lambda leaf: leaf + 0.1 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), state.params)
     return {"params": params, "batch_stats": state.batch_stats}
@@ -37,7 +39,7 @@ def by_the_book(config: Config, variables: dict[str, Any], images: Array) -> Arr
         x = jax.lax.conv_general_dilated(
             x, kernel, (block.stride,) * 2, block.padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
-        x = getattr(nn, config.model.activation)(x + params[f"Bias_{i}"]["bias"].reshape(1, 1, 1, -1))
+        x = getattr(nn, config.model.activation)(x + params[f"Conv_{i}"]["bias"].reshape(1, 1, 1, -1))
         pool = nn.max_pool if config.model.pooling == "max" else nn.avg_pool
         x = pool(x, (block.pool,) * 2, (block.pool,) * 2)
     x = x.reshape(len(x), -1)
@@ -59,7 +61,7 @@ def test_it_is_the_network_of_the_books(examples: Examples, pooling: str, activa
     images = jnp.asarray(examples.image[:5])
     # Sums in another order: f32 rounding of numbers of order 1.
     np.testing.assert_allclose(
-        jit_forward(config, variables, images), jit_by_the_book(config, variables, images), rtol=1e-4, atol=1e-5
+        jit_forward(config.program, variables, images), jit_by_the_book(config, variables, images), rtol=1e-4, atol=1e-5
     )
 
 
@@ -71,26 +73,26 @@ def test_sizes_strides_and_paddings_of_each_convolution(examples: Examples, fiel
     variables = variables_of(config)
     images = jnp.asarray(examples.image[:3])
     np.testing.assert_allclose(
-        jit_forward(config, variables, images), jit_by_the_book(config, variables, images), rtol=1e-4, atol=1e-5
+        jit_forward(config.program, variables, images), jit_by_the_book(config, variables, images), rtol=1e-4, atol=1e-5
     )
 
 
 def test_the_default_network_has_the_published_number_of_parameters() -> None:
-    params = jit_init_state(Config(), rng.root_key(0)).params
+    params = jit_init_state(Config().program, rng.root_key(0)).params
     # 3*3*1*32+32, 3*3*32*64+64, 3*3*64*64+64, 576*64+64, 64*10+10
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 320 + 18_496 + 36_928 + 36_928 + 650
 
 
 def test_logits_follow_the_number_of_classes() -> None:
     config = replace(SMALL, data__name="emnist/byclass")
-    assert jit_forward(config, variables_of(config), jnp.zeros((2, 28, 28, 1), jnp.uint8)).shape == (2, 62)
+    assert jit_forward(config.program, variables_of(config), jnp.zeros((2, 28, 28, 1), jnp.uint8)).shape == (2, 62)
 
 
 def test_a_network_without_convolutions_is_a_perceptron() -> None:
     config = replace(SMALL, model__widths=(), model__pools=(1,))
     variables = variables_of(config)
     assert variables["params"]["Dense_0"]["kernel"].shape == (784, 8)
-    assert jit_forward(config, variables, jnp.zeros((2, 28, 28, 1), jnp.uint8)).shape == (2, 10)
+    assert jit_forward(config.program, variables, jnp.zeros((2, 28, 28, 1), jnp.uint8)).shape == (2, 10)
 
 
 @pytest.mark.parametrize("batch_norm", [False, True])
@@ -99,19 +101,20 @@ def test_an_examples_logits_do_not_depend_on_its_batch_mates(examples: Examples,
     variables = variables_of(config)
     batch = jnp.asarray(examples.image[:8])
     np.testing.assert_array_equal(
-        jit_forward(config, variables, batch)[3], jit_forward(config, variables, batch.at[4:].set(255))[3]
+        jit_forward(config.program, variables, batch)[3],
+        jit_forward(config.program, variables, batch.at[4:].set(255))[3],
     )
     # The gradient of one example's logits by another's pixels is exactly zero.
     floats = batch.astype(jnp.float32)
-    gradient = jax.jit(jax.grad(lambda images: forward(config, variables, images)[3].sum()))(floats)
+    gradient = jax.jit(jax.grad(lambda images: forward(config.program, variables, images)[3].sum()))(floats)
     assert not np.asarray(gradient)[np.arange(8) != 3].any()
     assert np.asarray(gradient)[3].any()
 
 
 def test_pixels_are_scaled_in_one_place() -> None:
     images = jnp.array([0, 51, 255], jnp.uint8).reshape(1, 1, 3, 1)
-    np.testing.assert_allclose(scale_pixels(Config().model, images).ravel(), [0, 0.2, 1], rtol=1e-6)
-    standard = replace(Config(), model__pixel_mean=0.2, model__pixel_std=0.5).model
+    np.testing.assert_allclose(scale_pixels(Config().program, images).ravel(), [0, 0.2, 1], rtol=1e-6)
+    standard = replace(Config(), model__pixel_mean=0.2, model__pixel_std=0.5).program
     np.testing.assert_allclose(scale_pixels(standard, images).ravel(), [-0.4, 0, 1.6], rtol=1e-6, atol=1e-7)
 
 
@@ -119,9 +122,9 @@ def test_batch_norm_in_training_sees_examples_only() -> None:
     config = replace(SMALL, model__batch_norm=True)
     variables = variables_of(config)
     images = jax.random.randint(rng.root_key(1), (6, 28, 28, 1), 0, 256).astype(jnp.uint8)
-    apply = jax.jit(partial(build(config, train=True).apply, mutable=["batch_stats"]))
-    alone, alone_stats = apply(variables, images[:4])
-    padded, padded_stats = apply(variables, images, jnp.arange(6) < 4)
+    apply = jax.jit(partial(config.model.module(10, train=True).apply, mutable=["batch_stats"]))
+    alone, alone_stats = apply(variables, images[:4] / 255.0)
+    padded, padded_stats = apply(variables, images / 255.0, jnp.arange(6) < 4)
     np.testing.assert_allclose(padded[:4], alone, rtol=1e-4, atol=1e-5)  # sums over 6 rows round differently
     for one, other in zip(jax.tree.leaves(alone_stats), jax.tree.leaves(padded_stats), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
@@ -129,14 +132,14 @@ def test_batch_norm_in_training_sees_examples_only() -> None:
 
 def test_dropout_thins_out_and_keeps_the_mean() -> None:
     x = jnp.ones((64, 1000))
-    y = np.asarray(Dropout(0.3).apply({}, x, rngs={"dropout": rng.root_key(0)}))
+    y = np.asarray(Dropout(0.3, train=True).apply({}, x, rngs={"dropout": rng.root_key(0)}))
     assert set(np.unique(y)) == {np.float32(0), np.float32(1 / 0.7)}
     assert abs((y == 0).mean() - 0.3) < 0.01  # five standard deviations
     assert len({row.tobytes() for row in y}) == 64
 
 
 def test_dropout_of_a_place_does_not_depend_on_the_batch_size() -> None:
-    drop = Dropout(0.5)
+    drop = Dropout(0.5, train=True)
     key = {"dropout": rng.root_key(0)}
     np.testing.assert_array_equal(
         drop.apply({}, jnp.ones((8, 20)), rngs=key)[:4], drop.apply({}, jnp.ones((4, 20)), rngs=key)
@@ -147,13 +150,9 @@ def test_dropout_is_off_at_test_time(examples: Examples) -> None:
     config = replace(SMALL, model__dropout=0.5, model__conv_dropout=0.5)
     variables = variables_of(config)
     images = jnp.asarray(examples.image[:3])
-    np.testing.assert_array_equal(jit_forward(config, variables, images), jit_forward(SMALL, variables, images))
-
-
-def test_bias_adds_to_channels() -> None:
-    y: Any = Bias().apply({"params": {"bias": jnp.array([1.0, 2.0])}}, jnp.zeros((2, 3, 3, 2)))
-    assert y[..., 0].tolist() == np.ones((2, 3, 3)).tolist()
-    assert y[..., 1].tolist() == np.full((2, 3, 3), 2.0).tolist()
+    np.testing.assert_array_equal(
+        jit_forward(config.program, variables, images), jit_forward(SMALL.program, variables, images)
+    )
 
 
 @pytest.mark.parametrize(
@@ -167,34 +166,31 @@ def test_kernels_start_with_the_published_variance(name: str, shape: str, varian
 
 
 def test_cosine_patterns_are_an_orthonormal_basis_in_both_signs() -> None:
-    kernel = np.asarray(cosine_patterns(rng.root_key(0), (4, 4, 1, 32)))
+    kernel = np.asarray(cosine_patterns(4, 32))
     assert kernel.shape == (4, 4, 1, 32)
     positive, negative = kernel.reshape(16, 16, 2).transpose(2, 1, 0)
     np.testing.assert_allclose(positive @ positive.T, np.eye(16), atol=1e-6)
     assert np.array_equal(positive, -negative)
     assert np.ptp(kernel[..., 0]) < 1e-7  # the smoothest first: a mean
-    assert np.array_equal(kernel[..., :5], cosine_patterns(rng.root_key(1), (4, 4, 1, 5)))
+    assert np.array_equal(kernel[..., :5], cosine_patterns(4, 5))
 
 
-def test_a_cosine_stem_stays_while_the_rest_learns(examples: Examples) -> None:
-    config = replace(
-        SMALL, model__stem="cosine", optimizer__name="adamw", optimizer__weight_decay=0.1, train__batch_size=32
+def test_a_cosine_stem_has_no_weights_and_is_not_trained(examples: Examples) -> None:
+    program = replace(SMALL, model__stem="cosine").program
+    state = jit_init_state(program, rng.root_key(0))
+    assert "Conv_0" not in state.params
+    _, captured = jax.jit(partial(program.model.module(10).apply, mutable=["intermediates"]))(
+        eval_variables(state), examples.image[:2] / np.float32(255)
     )
-    state = jit_init_state(config, rng.root_key(0))
-    before = jax.device_get(state.params)
-    after, _ = jit_train_step(
-        config, state, {"image": examples.image[:32], "label": examples.label[:32]}, rng.root_key(0)
-    )
-    same = jax.tree.map(lambda a, b: np.array_equal(a, b), before, jax.device_get(after.params))
-    assert same.pop("Conv_0") == {"kernel": True}
-    assert not any(jax.tree.leaves(same))
+    (kernel,) = captured["intermediates"]["Conv_0"]["kernel"]
+    np.testing.assert_array_equal(kernel, cosine_patterns(3, 4))
 
 
 def products(config: Config) -> list[tuple[str, ...]]:
     """The types of the operands of all products in a training step, in their order."""
-    state = jit_init_state(config, rng.root_key(0))
+    state = jit_init_state(config.program, rng.root_key(0))
     batch: Batch = {"image": jnp.zeros((4, 28, 28, 1), jnp.uint8), "label": jnp.zeros(4, jnp.int32)}
-    closed = jax.make_jaxpr(train_step, static_argnums=0)(config, state, batch, rng.root_key(0))
+    closed = jax.make_jaxpr(train_step, static_argnums=0)(config.program, state, batch, rng.root_key(0))
     found: list[tuple[str, ...]] = []
 
     def walk(jaxpr: Any) -> None:
@@ -221,9 +217,11 @@ def test_in_bfloat16_all_but_the_last_layer_multiply_in_it() -> None:
 def test_weights_statistics_and_logits_are_in_float32_whatever_the_products_are_in(examples: Examples) -> None:
     config = replace(SMALL, model__dtype="bfloat16", model__batch_norm=True, optimizer__ema_decay=0.9)
     batch: Batch = {"image": jnp.asarray(examples.image[:8]), "label": jnp.asarray(examples.label[:8])}
-    state, sums = jit_train_step(config, jit_init_state(config, rng.root_key(0)), batch, rng.root_key(0))
+    state, sums = jit_train_step(
+        config.program, jit_init_state(config.program, rng.root_key(0)), batch, rng.root_key(0)
+    )
     assert {str(leaf.dtype) for leaf in jax.tree.leaves((state, sums))} == {"float32", "int32"}
-    assert jit_forward(config, eval_variables(state), batch["image"]).dtype == jnp.float32
+    assert jit_forward(config.program, eval_variables(state), batch["image"]).dtype == jnp.float32
 
 
 @pytest.mark.parametrize("fields", [{}, {"model__batch_norm": True}, {"model__pooling": "avg"}])
@@ -231,7 +229,7 @@ def test_bfloat16_agrees_with_float32_to_its_own_rounding(examples: Examples, fi
     config = replace(SMALL, **fields)
     variables = variables_of(config)
     images = jnp.asarray(examples.image[:8])
-    exact = np.asarray(jit_forward(config, variables, images))
+    exact = np.asarray(jit_forward(config.program, variables, images))
     rounded = np.asarray(jit_forward(replace(config, model__dtype="bfloat16"), variables, images))
     # bfloat16 has 8 bits, so an operand is off by up to 2^-9 of itself; over three layers that adds up to a percent.
     error = np.abs(rounded - exact).max() / np.abs(exact).max()
@@ -242,7 +240,7 @@ def test_the_precision_of_products_is_said_and_not_left_to_a_global_switch(examp
     def text(precision: str) -> str:
         config = replace(SMALL, model__matmul_precision=precision)
         with jax.default_matmul_precision("bfloat16"):
-            lowered = jit_forward.lower(config, variables_of(config), examples.image[:4])
+            lowered = jit_forward.lower(config.program, variables_of(config), examples.image[:4])
         return str(lowered.as_text())
 
     assert "precision = [HIGHEST, HIGHEST]" in text("highest")

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from jax import lax
 
 from mnist_flax.ops import conv as ops
+from mnist_flax.ops import winograd
+from mnist_flax.ops.window import Window
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 Padding = str | list[tuple[int, int]]
@@ -22,7 +24,7 @@ Padding = str | list[tuple[int, int]]
 few_examples = functools.partial(settings, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 # Both sides round f32 sums of up to 1,000 terms (1e-6 of the result's scale); Winograd's transforms add at most 4e-5
-# at the largest of many entries (see ops._POINTS). A wrong coefficient or a shifted window is off by 1e-1.
+# at the largest of many entries (see winograd._POINTS). A wrong coefficient or a shifted window is off by 1e-1.
 TOLERANCE = 2e-4
 
 
@@ -107,7 +109,7 @@ def test_winograd_matrices_are_exact(kernel_size: int, output_size: int) -> None
     size = max(output_size + kernel_size - 1 - 2 * pad, 1)
     output_size = size + 2 * pad - kernel_size + 1
     x, w = generator.normal(size=size), generator.normal(size=kernel_size)
-    axis = ops._winograd_axis(size, kernel_size, output_size, pad)
+    axis = winograd._winograd_axis(size, kernel_size, output_size, pad)
     y = axis.outputs @ ((axis.inputs @ x) * np.repeat(axis.kernel @ w, axis.tiles))
     np.testing.assert_allclose(y, np.correlate(np.pad(x, pad), w, "valid"), rtol=0, atol=1e-12)
 
@@ -122,10 +124,10 @@ def test_winograd_error_stays_small() -> None:
 
 
 def test_the_layers_of_the_network_use_the_form_meant_for_them() -> None:
-    window = ops._Window((1, 1), ((0, 0), (0, 0)), 2)
-    assert ops._winograd_pays((3, 3, 32, 64), window)
-    assert not ops._winograd_pays((3, 3, 1, 32), window)
-    assert ops._winograd_axis(13, 3, 10, 0).inputs.shape == (14, 13)  # two tiles of five outputs, seven points
+    window = Window((1, 1), ((0, 0), (0, 0)), 2)
+    assert winograd.pays((3, 3, 32, 64), window)
+    assert not winograd.pays((3, 3, 1, 32), window)
+    assert winograd._winograd_axis(13, 3, 10, 0).inputs.shape == (14, 13)  # two tiles of five outputs, seven points
 
 
 @few_examples(max_examples=6)
@@ -183,18 +185,6 @@ def test_empty_and_single_batches(channels: int, batch: int) -> None:
     y = conv(x, kernel, (1, 1), "SAME", max_pool_size=2)
     assert_near(y, nn.max_pool(lax_conv(x, kernel, (1, 1), "SAME"), (2, 2), (2, 2)))
     assert ops.max_pool(x, 2).shape == ops.avg_pool(x, 2).shape == (batch, 4, 4, channels)
-
-
-def test_what_is_not_covered_goes_to_lax() -> None:
-    x, kernel = normal(0, 2, 9, 9, 4), normal(1, 3, 3, 2, 6)
-    grouped = functools.partial(conv, x, kernel, (1, 1), "SAME", feature_group_count=2)
-    expected = lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=NHWC, feature_group_count=2)
-    assert (grouped() == expected).all()
-    assert (grouped(max_pool_size=2) == nn.max_pool(expected, (2, 2), (2, 2))).all()
-    dilated = functools.partial(lax.conv_general_dilated, x, normal(1, 3, 3, 4, 6), (1, 1), "SAME", rhs_dilation=(2, 2))
-    assert (
-        conv(x, normal(1, 3, 3, 4, 6), (1, 1), "SAME", rhs_dilation=(2, 2)) == dilated(dimension_numbers=NHWC)
-    ).all()
 
 
 @pytest.mark.parametrize("channels", [1, 4])

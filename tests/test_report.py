@@ -1,5 +1,6 @@
 """The report: complete, self-contained, right, and the same numbers in the page and in metrics.json."""
 
+import dataclasses
 import html.parser
 import itertools
 import json
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -18,15 +20,18 @@ import tiny_run
 from PIL import Image
 
 from mnist_flax import metrics
-from mnist_flax.analysis.evaluation import Evaluation, evaluate
-from mnist_flax.analysis.report import facts, layers, page, pixels, plots, write
-from mnist_flax.analysis.report.write import report_run, shown, write_report
-from mnist_flax.config import DATASETS, Config, replace
-from mnist_flax.data.datasets import Examples
-from mnist_flax.data.labels import MNIST_TEST_DOUBTS, class_names
-from mnist_flax.data.load import Splits, load_splits
+from mnist_flax.analysis.evaluation import Evaluation, evaluate, load_predictor, make_predictor
+from mnist_flax.analysis.report import facts, layers, page, pictures, plots, write
+from mnist_flax.analysis.report.write import report_workdir, shown, write_report
+from mnist_flax.config import Config, replace
+from mnist_flax.data.load import load_splits
+from mnist_flax.data.registry import DATASETS
+from mnist_flax.data.splits import Examples, Splits
+from mnist_flax.drivers import jit_forward, jit_init_state
 from mnist_flax.errors import WorkdirError
-from mnist_flax.step import eval_variables, init_state, jit_forward, jit_init_state
+from mnist_flax.models import MODELS
+from mnist_flax.models.base import ModelConfig
+from mnist_flax.step import eval_variables, init_state
 
 VOID = {"meta", "img", "br", "link", "hr", "input"}
 PIECES = {
@@ -73,7 +78,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """The report of the tiny run."""
     workdir = shutil.copytree(tiny_run.workdir(), tmp_path_factory.mktemp("report") / "run")
     shutil.rmtree(workdir / "report", ignore_errors=True)
-    return report_run(workdir).parent
+    return report_workdir(workdir).parent
 
 
 @pytest.fixture(scope="module")
@@ -82,28 +87,42 @@ def numbers(report: pathlib.Path) -> dict[str, Any]:
     return loaded
 
 
-def made_up(
-    folder: pathlib.Path, dataset: str, *, examples: int = 10_000, records: Any = (), **fields: Any
-) -> tuple[dict[str, Any], str]:
-    """The numbers and the page of a network that knows nothing, but whose logits are often right."""
+def made_up_split(num_classes: int, examples: int) -> tuple[np.ndarray, Examples]:
+    """Logits that are often right, and noise with the labels."""
     generator = np.random.default_rng(0)
-    num_classes = DATASETS[dataset].num_classes
     label = np.arange(examples, dtype=np.int32) % num_classes
     logits = generator.normal(0, 1, (examples, num_classes)).astype(np.float32)
     logits[np.arange(examples), label] += 3
+    return logits, Examples(generator.integers(0, 256, (examples, 28, 28, 1), dtype=np.uint8), label)
+
+
+SMALLER = {"model__widths": (2, 3), "model__pools": (2,), "model__dense": (4,)}
+
+
+def made_up(
+    folder: pathlib.Path,
+    dataset: str,
+    *,
+    examples: int = 10_000,
+    records: Any = (),
+    temperature: float = 1.0,
+    model: ModelConfig | None = None,
+    **fields: Any,
+) -> tuple[dict[str, Any], str]:
+    """The numbers and the page of a network that knows nothing, but whose logits are often right."""
+    logits, split = made_up_split(DATASETS[dataset].num_classes, examples)
     evaluation = Evaluation(
-        loss=float(np.mean(metrics.negative_log_likelihood(logits, label))),
-        accuracy=float(np.mean(logits.argmax(axis=-1) == label)),
+        loss=float(np.mean(metrics.negative_log_likelihood(logits, split.label))),
+        accuracy=float(np.mean(logits.argmax(axis=-1) == split.label)),
         examples=examples,
         logits=logits,
+        temperature=temperature,
     )
-    split = Examples(generator.integers(0, 256, (examples, 28, 28, 1), dtype=np.uint8), label)
-    smaller = {"model__widths": (2, 3), "model__pools": (2,), "model__dense": (4,)}
-    config = replace(Config(), data__name=dataset, **{**smaller, **fields})
+    config = Config(model=model) if model else replace(Config(), data__name=dataset, **{**SMALLER, **fields})
     folder.mkdir()
     path = write_report(
         config,
-        eval_variables(jit_init_state(config, jax.random.key(0))),
+        make_predictor(config, eval_variables(jit_init_state(config.program, jax.random.key(0)))),
         records=records,
         splits=Splits(dataset, split, split, "f" * 64, "made up"),
         evaluation=evaluation,
@@ -154,7 +173,7 @@ def test_the_page_can_be_read_by_everyone(report: pathlib.Path) -> None:
 def test_every_section_is_there_and_is_linked(report: pathlib.Path) -> None:
     parsed = Page((report / "index.html").read_text())
     sections = [attrs["id"] for tag, attrs in parsed.tags if tag == "section"]
-    assert set(sections) == {"summary", *page.SECTIONS} - {"doubtful"}  # which is about MNIST
+    assert set(sections) == {"summary", *page.SECTIONS} - {"doubtful", "trained-on"}  # not MNIST, not augmented
     assert [href[1:] for href in parsed.values("href")] == sections[1:]
 
 
@@ -182,7 +201,7 @@ def test_the_page_is_made_of_metrics_json_alone(
         return render(given, given_pictures)
 
     monkeypatch.setattr(page, "render", listen)
-    path = report_run(report.parent)
+    path = report_workdir(report.parent)
     assert render(numbers, pictures) == path.read_text()
     assert {type(value) for name, value in pictures.items() if name != "title"} <= {dict, list, str}
 
@@ -217,7 +236,7 @@ def test_a_run_that_is_not_finished_can_be_reported(tmp_path: pathlib.Path, monk
     workdir = shutil.copytree(tiny_run.workdir(), tmp_path / "run")
     (workdir / "summary.json").unlink()
     steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal())
-    path = report_run(workdir, str(steps[0]))
+    path = report_workdir(workdir, str(steps[0]))
     numbers = json.loads(path.with_name("metrics.json").read_text())
     assert not numbers["run"]["finished"] and numbers["run"]["versions_of"] == "report"
     assert numbers["run"]["step"] == steps[0]
@@ -227,7 +246,7 @@ def test_a_run_that_is_not_finished_can_be_reported(tmp_path: pathlib.Path, monk
     (workdir / "metrics.jsonl").unlink()  # then what the checkpoint remembers
     given: dict[str, Any] = {}
     monkeypatch.setattr(write, "write_report", lambda config, variables, **arguments: given.update(arguments))
-    report_run(workdir, str(steps[0]))
+    report_workdir(workdir, str(steps[0]))
     assert facts.curves(given["records"]) == numbers["curves"]
 
 
@@ -244,9 +263,9 @@ def test_the_embedded_digits_are_stamped(report: pathlib.Path) -> None:
 
 def test_doubtful_labels_are_marked_on_mnist_and_only_there(tmp_path: pathlib.Path) -> None:
     numbers, text = made_up(tmp_path / "mnist", "mnist")
-    assert [item["row"] for item in numbers["galleries"]["doubtful"]] == list(MNIST_TEST_DOUBTS)
+    assert [item["row"] for item in numbers["galleries"]["doubtful"]] == list(DATASETS["mnist"].doubtful_test_rows)
     for item in gallery_items(numbers):
-        assert item["doubtful"] == (item["row"] in MNIST_TEST_DOUBTS)
+        assert item["doubtful"] == (item["row"] in DATASETS["mnist"].doubtful_test_rows)
     marked = sum(item["doubtful"] for item in gallery_items(numbers))
     assert text.count("label doubtful") == text.count('<li class="doubtful">') == marked >= 15
     assert "Northcutt" in text
@@ -285,7 +304,7 @@ def test_a_network_without_mistakes() -> None:
     found = facts.galleries(probs, label, "digits")
     assert found["num_mistakes"] == 0 and not found["mistakes"] and len(found["correct"]) == 24
     assert facts.confused_pairs(np.diag([4] * 10), label, probs) == []
-    text = plots.confusion(np.diag([4] * 10).tolist(), class_names("digits"))["confusion_counts"]
+    text = plots.confusion(np.diag([4] * 10).tolist(), DATASETS["digits"].class_names)["confusion_counts"]
     assert text.count(">4</text>") >= 10
 
 
@@ -364,50 +383,138 @@ def test_the_plots_beside_the_page_are_files_for_any_program(report: pathlib.Pat
 )
 def test_activations_are_those_of_the_network(fields: dict[str, Any]) -> None:
     config = replace(Config(), **{"model__widths": (4, 5, 6), "model__dense": (7,), **fields})
-    state = jit_init_state(config, jax.random.key(0))
+    state = jit_init_state(config.program, jax.random.key(0))
     variables = eval_variables(state)
     images = np.random.default_rng(0).integers(0, 256, (3, 28, 28, 1), dtype=np.uint8)
-    found = layers.activations(config, variables, images)
-    np.testing.assert_allclose(found[-1].values, jit_forward(config, variables, images), rtol=1e-4, atol=1e-5)
-    names = ["convolution 1", "convolution 2", "convolution 3"] * bool(config.model.widths) + ["dense 1", "logits"]
+    found = layers.activations(config.program, variables, images)
+    np.testing.assert_allclose(found[-1].values, jit_forward(config.program, variables, images), rtol=1e-4, atol=1e-5)
+    names = ["Conv_1", "Conv_2", "Dense_0"] * bool(config.model.widths) + ["Dense_1", "logits"]
     assert [stage.name for stage in found] == names
     if config.model.widths:
-        assert [stage.values.shape for stage in found[:3]] == [(3, 13, 13, 4), (3, 5, 5, 5), (3, 3, 3, 6)]
+        side = 13 if config.model.batch_norm else 12  # without batch norm two rows and columns are cropped
+        assert [stage.values.shape for stage in found[:3]] == [(3, side, side, 4), (3, 5, 5, 5), (3, 3, 3, 6)]
     assert all(stage.values.min() >= 0 for stage in found[:-1])  # after the ReLU
     # The last stage before the logits is what the last layer turns into them.
     last = variables["params"][f"Dense_{len(config.model.dense)}"]
     np.testing.assert_allclose(
         found[-2].values @ np.asarray(last["kernel"]) + np.asarray(last["bias"]), found[-1].values, rtol=1e-4, atol=1e-5
     )
-    rows = layers.layers(config, variables)
+    rows = layers.layers(config.program, variables)
     assert sum(row.parameters for row in rows) == sum(leaf.size for leaf in jax.tree.leaves(state.params))
+
+
+class ToyBlock(nn.Module):
+    """A residual block whose branch has a stride and whose shortcut is a projection of the same input."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = nn.relu(nn.Conv(6, (3, 3), strides=2, padding="SAME")(x))
+        y = nn.Conv(6, (3, 3), padding="SAME")(y)
+        return nn.relu(y + nn.Conv(6, (1, 1), strides=2)(x))
+
+
+class Toy(nn.Module):
+    """A network of a family that the package does not know."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        x = nn.relu(nn.Conv(4, (5, 5), padding="VALID")(x))
+        x = ToyBlock()(x)
+        return nn.Dense(self.num_classes)(x.mean((1, 2)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToyConfig(ModelConfig):
+    """The config of `Toy`."""
+
+    def module(self, num_classes: int, *, train: bool = False) -> nn.Module:
+        """Builds it."""
+        return Toy(num_classes)
+
+
+def test_network_of_an_unknown_family_is_shown(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODELS, "toy", ToyConfig)
+    numbers, text = made_up(tmp_path / "run", "kmnist", examples=300, model=ToyConfig())
+    Page(text)
+    assert [(row["name"], tuple(row["output_shape"]), row["multiply_adds"]) for row in numbers["network"]] == [
+        ("Conv_0", (24, 24, 4), 24 * 24 * 25 * 4),
+        ("ToyBlock_0/Conv_0", (12, 12, 6), 12 * 12 * 9 * 4 * 6),
+        ("ToyBlock_0/Conv_1", (12, 12, 6), 12 * 12 * 9 * 6 * 6),
+        ("ToyBlock_0/Conv_2", (12, 12, 6), 12 * 12 * 4 * 6),
+        ("Dense_0", (10,), 60),
+    ]
+    # The two convolutions that see the same are shown once.
+    assert [(stage["name"], tuple(stage["shape"])) for stage in numbers["activations"]["stages"]] == [
+        ("ToyBlock_0/Conv_0", (24, 24, 4)),
+        ("ToyBlock_0/Conv_1", (12, 12, 6)),
+        ("Dense_0", (6,)),
+        ("logits", (10,)),
+    ]
+    with Image.open(tmp_path / "run" / "report" / "filters.png") as filters:
+        assert filters.size == (12 * (4 * 5 + 3), 12 * 5)
+    assert "default_config_dict('toy')" in numbers["config_file"]
+
+
+def test_resnet_is_shown(tmp_path: pathlib.Path) -> None:
+    config = Config(model=MODELS["resnet"]())
+    variables = eval_variables(jit_init_state(config.program, jax.random.key(0)))
+    rows = layers.layers(config.program, variables)
+    assert sum(row.parameters for row in rows) == sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    assert {"Conv_0", "BatchNorm_0", "Dense_0"} <= {row.name for row in rows}
+    filters = layers.first_filters(config.program, variables)
+    assert filters is not None and filters.shape[1:] == (3, 3)
+
+
+def test_training_images_are_shown_with_their_augmentation(tmp_path: pathlib.Path) -> None:
+    numbers, text = made_up(tmp_path / "run", "kmnist", examples=300, augment__rotate=30.0, data__num_train=200)
+    assert 'id="trained-on"' in text and len(numbers["augmented"]) == pictures.TRAINING_IMAGES
+    with Image.open(tmp_path / "run" / "report" / "augmented.png") as image:
+        drawn = np.asarray(image)[::2, ::2]
+    first = drawn[:28, :28]
+    assert drawn.shape == (10 * 30 - 2, 8 * 30 - 2)
+    _, split = made_up_split(10, 300)
+    np.testing.assert_array_equal(first, split.image[numbers["augmented"][0], :, :, 0])
+    assert not np.array_equal(first, drawn[:28, 30:58])
+
+
+def test_both_calibrations_are_shown(tmp_path: pathlib.Path) -> None:
+    numbers, text = made_up(tmp_path / "run", "kmnist", examples=2000, temperature=1.8)
+    assert numbers["test"]["temperature"] == 1.8
+    assert numbers["test"]["uncalibrated"]["loss"] != numbers["test"]["loss"]
+    assert numbers["calibration"]["uncalibrated_bins"] != numbers["calibration"]["bins"]
+    assert "without temperature" in text and "temperature of 1.800" in text
 
 
 def test_layers_by_hand() -> None:
     config = Config()
-    shapes = jax.eval_shape(lambda: init_state(config, jax.random.key(0)))  # all that is looked at
-    rows = {row.name: row for row in layers.layers(config, eval_variables(shapes))}
-    assert list(rows) == ["Conv_0", "Bias_0", "Conv_1", "Bias_1", "Conv_2", "Bias_2", "Dense_0", "Dense_1"]
+    shapes = jax.eval_shape(lambda: init_state(config.program, jax.random.key(0)))  # all that is looked at
+    rows = {row.name: row for row in layers.layers(config.program, eval_variables(shapes))}
+    assert list(rows) == ["Conv_0", "Conv_1", "Conv_2", "Dense_0", "Dense_1"]
     assert rows["Conv_1"] == layers.Layer(
-        "Conv_1", "Conv", (13, 13, 32), (5, 5, 64), 9 * 32 * 64, 11 * 11 * 9 * 32 * 64
+        "Conv_1", "Conv", (12, 12, 32), (5, 5, 64), 9 * 32 * 64 + 64, 10 * 10 * 9 * 32 * 64
     )
     assert rows["Dense_1"].multiply_adds == 640 and rows["Dense_1"].parameters == 650
 
 
 def test_first_filters_are_pictures_of_weights() -> None:
     config = replace(Config(), model__widths=(), model__pools=(1,), model__dense=(5,))
-    variables = eval_variables(jit_init_state(config, jax.random.key(0)))
-    filters = layers.first_filters(variables)
-    assert filters.shape == (5, 28, 28)
+    variables = eval_variables(jit_init_state(config.program, jax.random.key(0)))
+    filters = layers.first_filters(config.program, variables)
+    assert filters is not None and filters.shape == (5, 28, 28)
     assert filters[2, 1, 3] == variables["params"]["Dense_0"]["kernel"][28 + 3, 2]
-    kernel = np.arange(18.0).reshape(3, 3, 1, 2)
-    assert layers.first_filters({"params": {"Conv_0": {"kernel": kernel}}})[1].tolist() == kernel[:, :, 0, 1].tolist()
+    config = replace(Config(), model__widths=(4,), model__pools=(1,))
+    variables = eval_variables(jit_init_state(config.program, jax.random.key(0)))
+    filters = layers.first_filters(config.program, variables)
+    assert filters is not None
+    np.testing.assert_array_equal(filters[1], variables["params"]["Conv_0"]["kernel"][:, :, 0, 1])
 
 
 def test_pixels_by_hand() -> None:
-    painted = pixels.colors(np.array([1.0, -2.0, 0.0]), 2.0)
-    assert painted.tolist() == [[*pixels.POSITIVE, 128], [*pixels.NEGATIVE, 255], [*pixels.POSITIVE, 0]]
-    tiles = pixels.sheet(np.arange(1, 4)[:, None, None] * np.ones((1, 2, 2), int), 2)
+    painted = pictures.colors(np.array([1.0, -2.0, 0.0]), 2.0)
+    assert painted.tolist() == [[*pictures.POSITIVE, 128], [*pictures.NEGATIVE, 255], [*pictures.POSITIVE, 0]]
+    tiles = pictures.sheet(np.arange(1, 4)[:, None, None] * np.ones((1, 2, 2), int), 2)
     assert tiles.tolist() == [[1, 1, 0, 2, 2], [1, 1, 0, 2, 2], [0] * 5, [3, 3, 0, 0, 0], [3, 3, 0, 0, 0]]
 
 
@@ -423,8 +530,8 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: pathlib.Path) -> Non
     workdir = shutil.copytree(tiny_run.workdir(), tmp_path / "run")
     shutil.rmtree(workdir / "report", ignore_errors=True)
     (workdir / "report").write_text("a file where the folder should be")
-    with pytest.raises(WorkdirError, match="report: cannot be made"):
-        report_run(workdir)
+    with pytest.raises(WorkdirError, match=r"report/.*: cannot be written \(File exists\)"):
+        report_workdir(workdir)
 
 
 def test_the_command(tmp_path: pathlib.Path) -> None:
@@ -447,10 +554,8 @@ def test_the_command(tmp_path: pathlib.Path) -> None:
 
 def test_the_report_is_of_the_whole_test_set(numbers: dict[str, Any]) -> None:
     test = load_splits(tiny_run.CONFIG).test
-    from mnist_flax.run.checkpoint import load_run
-
-    run = load_run(tiny_run.workdir())
-    evaluation = evaluate(run.config, eval_variables(run.state), test)
+    predictor, _ = load_predictor(tiny_run.workdir())
+    evaluation = evaluate(predictor, test)
     expected = metrics.confusion_matrix(test.label, evaluation.logits.argmax(axis=-1), 10)
     np.testing.assert_array_equal(numbers["confusion"], expected)
     for item in gallery_items(numbers):  # the row is that of the file

@@ -1,4 +1,4 @@
-"""A first signal is a wish, a second one leaves at once, whatever the main thread is busy with."""
+"""A first signal asks to stop, a second one ends the process at once, whatever the main thread is doing."""
 
 import os
 import signal
@@ -8,30 +8,31 @@ import time
 import pytest
 from small_run import start
 
-from mnist_flax.run.signals import SIGNALS, Interrupted, stop_wish
+from mnist_flax.run import signals
+from mnist_flax.run.signals import SIGNALS, Interrupted, StopRequest, stop_request
 
 # The main thread is in a library that does not return to Python, as when XLA compiles.
 BUSY = """
 import hashlib
-from mnist_flax.run.signals import stop_wish
-with stop_wish() as wish:
+from mnist_flax.run.signals import stop_request
+with stop_request() as request:
     print("ready", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", {rounds})
-print(wish.signum)
+print(request.signum)
 """
 
 
 @pytest.mark.parametrize("signum", SIGNALS)
-def test_the_first_signal_is_a_wish(signum: int) -> None:
+def test_first_signal_is_a_request(signum: int) -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
-    with stop_wish() as wish:
-        assert wish.signum is None
+    with stop_request() as request:
+        assert request.signum is None
         os.kill(os.getpid(), signum)
         for _ in range(100):
             time.sleep(0.01)
-            if wish.signum:
+            if request.signum:
                 break
-        assert wish.signum == signum
+        assert request.signum == signum
     assert [signal.getsignal(number) for number in SIGNALS] == before
     assert Interrupted("", signum).exit_status == 128 + signum
 
@@ -42,7 +43,7 @@ def test_no_thread_and_no_file_are_left() -> None:
 
     before = left()
     for _ in range(3):
-        with stop_wish():
+        with stop_request():
             assert left() > before
     assert left() == before
     assert signal.set_wakeup_fd(-1) == -1
@@ -52,8 +53,8 @@ def test_other_threads_get_no_signals() -> None:
     signums = []
 
     def work() -> None:
-        with stop_wish() as wish:
-            signums.append(wish.signum)
+        with stop_request() as request:
+            signums.append(request.signum)
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -67,7 +68,7 @@ def test_a_busy_process_says_at_once_that_it_will_stop() -> None:
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
-    assert "stopping after this step; a second signal leaves at once" in err
+    assert "stopping after this step; a second signal ends the program at once" in err
     assert (process.returncode, out) == (0, "15\n")
 
 
@@ -82,3 +83,46 @@ def test_a_second_signal_leaves_at_once(second: int, status: int) -> None:
     process.send_signal(second)
     process.communicate(timeout=10)
     assert process.returncode == status
+
+
+def test_second_hang_up_is_not_a_second_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[int] = []
+    monkeypatch.setattr(signals, "leave", left.append)
+    request = StopRequest()
+    for signum in (signal.SIGHUP, signal.SIGHUP):  # a closed terminal and its shell each send one
+        request.receive(signum)
+    assert (request.signum, left) == (signal.SIGHUP, [])
+    request.receive(signal.SIGTERM)
+    assert left == [143]
+
+
+def test_signal_that_the_parent_ignores_stays_ignored() -> None:
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_request() as request:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert request.signum is None
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+WAITS = """
+import hashlib, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from mnist_flax import cli
+def main(argv):
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_signal_ends_a_verb_at_once_even_inside_a_library(signum: int) -> None:
+    process = start("-c", WAITS)
+    assert process.stdout
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signum)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (128 + signum, "", "stopped\n")

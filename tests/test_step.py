@@ -8,29 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import gradient, jit_train_step, jit_train_steps, step_once
 
-from mnist_flax import metrics, rng
+from mnist_flax import rng
 from mnist_flax.config import Config, replace
 from mnist_flax.data import batches
 from mnist_flax.data.batches import NO_LABEL, Batch
-from mnist_flax.data.datasets import Examples
-from mnist_flax.models.cnn import build
-from mnist_flax.step import (
-    StepMetrics,
-    TrainState,
-    eval_variables,
-    jit_forward,
-    jit_init_state,
-    jit_train_epoch,
-    jit_train_step,
-    jit_train_steps,
-    loss_fn,
-    moving_average,
-    train_step,
-)
+from mnist_flax.data.splits import Examples
+from mnist_flax.drivers import jit_forward, jit_init_state
+from mnist_flax.losses import cross_entropy
+from mnist_flax.step import Metrics, TrainState, eval_variables, moving_average, scale_pixels
 
 KEY = rng.root_key(0)
-step_once = jax.jit(train_step, static_argnames="config")  # keeps the state it is given
 SMALL = replace(
     Config(),
     model__widths=(4, 6),
@@ -76,37 +65,42 @@ def assert_equal(one: Any, other: Any) -> None:
         ({"batch_norm": True}, 28),  # in training
     ],
 )
+def whole_network(config: Config) -> Any:
+    """The network on uncropped images."""
+    module = config.model.module(config.num_classes)
+    return jax.jit(lambda variables, images: module.apply(variables, scale_pixels(config.program, images)))
+
+
 def test_only_pixels_that_no_logit_depends_on_are_cropped(fields: dict[str, Any], size: int) -> None:
     fields = {"pooling": "avg", "activation": "tanh", **fields}  # with these every pixel in use makes a difference
     config = replace(SMALL, **{f"model__{name}": value for name, value in fields.items()})
-    assert config.model.seen_size() == size
-    variables = eval_variables(jit_init_state(config, KEY))
+    assert config.model.seen_size(28) == size
+    variables = eval_variables(jit_init_state(config.program, KEY))
     images = np.random.default_rng(0).integers(0, 256, (3, 28, 28, 1), dtype=np.uint8)
-    whole = jax.jit(build(config).apply)(variables, images)
-    np.testing.assert_allclose(jit_forward(config, variables, images), whole, rtol=1e-4, atol=1e-5)
+    whole = whole_network(config)(variables, images)
+    np.testing.assert_allclose(jit_forward(config.program, variables, images), whole, rtol=1e-4, atol=1e-5)
     for line in (size - 1, size):
         for index in (np.s_[:, line:], np.s_[:, :, line:]):
             other = images.copy()
             other[index] ^= 255
-            changes = np.any(jax.jit(build(config).apply)(variables, other) != whole)
+            changes = np.any(whole_network(config)(variables, other) != whole)
             assert changes == (line < size and not config.model.batch_norm)
 
 
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_training_loses_nothing_by_the_crop(examples: Examples, batch_norm: bool) -> None:
     config = replace(SMALL, model__batch_norm=batch_norm)
-    state, batch = jit_init_state(config, KEY), batch_of(examples, 20)
-    grads, (_, statistics) = jax.jit(jax.grad(loss_fn, argnums=1, has_aux=True), static_argnums=0)(
-        config, state.params, state.batch_stats, batch, KEY
-    )
+    state, batch = jit_init_state(config.program, KEY), batch_of(examples, 20)
+    grads, (_, _, statistics) = gradient(config.program, state.params, state.batch_stats, batch, KEY)
 
     @jax.jit
     @functools.partial(jax.grad, has_aux=True)
     def of_whole_images(params: Any) -> tuple[jax.Array, Any]:
         variables = {"params": params, "batch_stats": state.batch_stats}
-        network = build(config, train=True)
-        logits, updates = network.apply(variables, batch["image"], mutable=["batch_stats"])
-        return jnp.mean(metrics.cross_entropy(logits, batch["label"])), updates.get("batch_stats", {})
+        network = config.model.module(config.num_classes, train=True)
+        images = scale_pixels(config.program, batch["image"])
+        logits, updates = network.apply(variables, images, mutable=["batch_stats"])
+        return jnp.mean(cross_entropy(logits, batch["label"])), updates.get("batch_stats", {})
 
     for one, other in zip(
         jax.tree.leaves((grads, statistics)), jax.tree.leaves(of_whole_images(state.params)), strict=True
@@ -117,45 +111,44 @@ def test_training_loses_nothing_by_the_crop(examples: Examples, batch_norm: bool
 @pytest.mark.parametrize("fields", [{"name": "adam"}, {"name": "adamw"}, {"name": "sgd", "learning_rate": 0.1}])
 def test_a_batch_is_memorised(examples: Examples, fields: dict[str, Any]) -> None:
     config = replace(SMALL, **{f"optimizer__{name}": value for name, value in fields.items()})
-    state, batch = jit_init_state(config, KEY), batch_of(examples, 20)
+    state, batch = jit_init_state(config.program, KEY), batch_of(examples, 20)
     losses = []
     for _ in range(150):
-        state, sums = jit_train_step(config, state, batch, KEY)
-        losses.append(float(sums.loss) / 20)
+        state, sums = jit_train_step(config.program, state, batch, KEY)
+        losses.append(float(sums["loss"]) / 20)
     assert losses[0] > 2
     assert losses[-1] < 0.1
-    assert (np.argmax(jit_forward(config, eval_variables(state), batch["image"]), -1) == batch["label"]).all()
+    assert (np.argmax(jit_forward(config.program, eval_variables(state), batch["image"]), -1) == batch["label"]).all()
 
 
 @pytest.mark.parametrize("config", [SMALL, RICH])
 def test_every_parameter_gets_a_gradient(config: Config, examples: Examples) -> None:
-    state = jit_init_state(config, KEY)
-    gradient = jax.jit(jax.grad(loss_fn, argnums=1, has_aux=True), static_argnums=0)
-    grads, _ = gradient(config, state.params, state.batch_stats, batch_of(examples, 60), KEY)
+    state = jit_init_state(config.program, KEY)
+    grads, _ = gradient(config.program, state.params, state.batch_stats, batch_of(examples, 60), KEY)
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         assert np.any(grad), jax.tree_util.keystr(path)
 
 
 def test_the_metrics_are_those_of_the_weights_before_the_step(examples: Examples) -> None:
-    state, batch = jit_init_state(SMALL, KEY), batch_of(examples, 20)
-    logits = jit_forward(SMALL, eval_variables(state), batch["image"])
-    _, sums = step_once(SMALL, state, batch, KEY)
-    assert float(sums.loss) == pytest.approx(float(metrics.cross_entropy(logits, batch["label"]).sum()), rel=1e-5)
-    assert int(sums.correct) == int((jnp.argmax(logits, -1) == batch["label"]).sum())
-    assert int(sums.examples) == 20
+    state, batch = jit_init_state(SMALL.program, KEY), batch_of(examples, 20)
+    logits = jit_forward(SMALL.program, eval_variables(state), batch["image"])
+    _, sums = step_once(SMALL.program, state, batch, KEY)
+    assert float(sums["loss"]) == pytest.approx(float(cross_entropy(logits, batch["label"]).sum()), rel=1e-5)
+    assert int(sums["accuracy"]) == int((jnp.argmax(logits, -1) == batch["label"]).sum())
+    assert int(sums["examples"]) == 20
 
 
 @pytest.mark.parametrize("config", [SMALL, RICH])
 def test_places_without_an_example_change_nothing(config: Config, examples: Examples) -> None:
-    state = jit_init_state(config, KEY)
+    state = jit_init_state(config.program, KEY)
     alone = batch_of(examples, 12)
     padded: Batch = {
         "image": jnp.concatenate([alone["image"], jnp.full((8, 28, 28, 1), 200, jnp.uint8)]),
         "label": jnp.concatenate([alone["label"], jnp.full(8, NO_LABEL)]),
     }
-    new, sums = step_once(config, state, alone, KEY)
-    new_padded, sums_padded = step_once(config, state, padded, KEY)
-    assert int(sums_padded.examples) == 12
+    new, sums = step_once(config.program, state, alone, KEY)
+    new_padded, sums_padded = step_once(config.program, state, padded, KEY)
+    assert int(sums_padded["examples"]) == 12
     for one, other in zip(jax.tree.leaves((new, sums)), jax.tree.leaves((new_padded, sums_padded)), strict=True):
         # The sums run over other shapes, and Adam's first step divides by the gradient's own size: a rounding error of
         # a gradient near 0 shows.
@@ -163,23 +156,22 @@ def test_places_without_an_example_change_nothing(config: Config, examples: Exam
 
 
 def test_a_step_depends_on_seed_and_step_and_nothing_else(examples: Examples) -> None:
-    state, batch = jit_init_state(RICH, KEY), batch_of(examples, 20)
-    assert_equal(step_once(RICH, state, batch, KEY), step_once(RICH, state, batch, KEY))
-    _, sums = step_once(RICH, state, batch, KEY)
-    _, of_other_seed = step_once(RICH, state, batch, rng.root_key(1))
-    _, of_other_step = step_once(RICH, state.replace(step=state.step + 1), batch, KEY)
-    assert len({float(s.loss) for s in (sums, of_other_seed, of_other_step)}) == 3
+    state, batch = jit_init_state(RICH.program, KEY), batch_of(examples, 20)
+    assert_equal(step_once(RICH.program, state, batch, KEY), step_once(RICH.program, state, batch, KEY))
+    _, sums = step_once(RICH.program, state, batch, KEY)
+    _, of_other_seed = step_once(RICH.program, state, batch, rng.root_key(1))
+    _, of_other_step = step_once(RICH.program, state.replace(step=state.step + 1), batch, KEY)
+    assert len({float(s["loss"]) for s in (sums, of_other_seed, of_other_step)}) == 3
 
 
-def run_epochs(config: Config, examples: Examples, cuts: list[int]) -> tuple[TrainState, list[StepMetrics]]:
+def run_epochs(config: Config, examples: Examples, cuts: list[int]) -> tuple[TrainState, list[Metrics]]:
     """Trains from each cut to the next, in calls that never cross the end of an epoch."""
     rows, on_device = jnp.arange(96), jax.device_put(examples)
-    state, history = jit_init_state(config, KEY), []
+    state, history = jit_init_state(config.program, KEY), []
     for start, stop in itertools.pairwise(cuts):
         order = batches.jit_epoch_order(KEY, jnp.int32(start // 5), rows, config.train.batch_size)
-        state, sums = jit_train_steps(config, state, on_device, order, KEY, jnp.int32(stop - start))
-        at = start % 5
-        history.append(jax.tree.map(lambda column, at=at, n=stop - start: column[at : at + n], sums))
+        state, sums = jit_train_steps(config.program, state, on_device, order, KEY, jnp.int32(stop - start))
+        history.append(jax.tree.map(lambda column, n=stop - start: column[:n], sums))
     return state, history
 
 
@@ -189,59 +181,36 @@ def test_the_loop_gives_the_same_bits_however_it_is_cut(examples: Examples) -> N
     assert_equal(whole, pieces)
     join = [jax.tree.map(lambda *columns: jnp.concatenate(columns), *part) for part in (history, history_of_pieces)]
     assert_equal(*join)
-    assert np.asarray(join[0].examples).tolist() == [20, 20, 20, 20, 16] * 2
+    assert np.asarray(join[0]["examples"]).tolist() == [20, 20, 20, 20, 16] * 2
 
 
-def test_an_epoch_in_one_call_agrees_with_its_steps(examples: Examples) -> None:
-    by_steps, _ = run_epochs(SMALL, examples, [0, 5])
-    state, sums = jit_train_epoch(SMALL, jit_init_state(SMALL, KEY), jax.device_put(examples), jnp.arange(96), KEY)
-    assert int(sums.examples.sum()) == 96
-    assert int(state.step) == 5
-    for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(by_steps), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)  # another program: other fusions, other rounding
-
-
-def test_two_epochs_and_two_seeds_trace_once(examples: Examples) -> None:
+def test_two_epochs_two_seeds_and_other_paths_trace_once(examples: Examples) -> None:
     config = replace(SMALL, optimizer__learning_rate=0.0123)  # a program that no other test has made
     on_device = jax.device_put(examples)
-    program: Any = jit_train_epoch
-    traces = program._cache_size()
+    compiled: Any = jit_train_steps
+    traces = compiled._cache_size()
     for seed in (0, 1):
-        config = replace(config, seed=seed)
+        program = replace(config, seed=seed, data__raw_dir=str(seed), checkpoint__every_steps=seed).program
         key = rng.root_key(seed)
-        state = jit_init_state(config, key)
-        for _ in range(2):
-            state, _ = jit_train_epoch(config, state, on_device, jnp.arange(96), key)
-    assert program._cache_size() == traces + 1
+        state = jit_init_state(program, key)
+        for epoch in range(2):
+            order = batches.jit_epoch_order(key, jnp.int32(epoch), jnp.arange(96), program.batch_size)
+            state, _ = jit_train_steps(program, state, on_device, order, key, jnp.int32(5))
+    assert compiled._cache_size() == traces + 1
 
 
 def test_the_average_starts_short_and_is_what_is_evaluated(examples: Examples) -> None:
     params, ema = {"w": jnp.array([1.0])}, {"w": jnp.array([0.0])}
     assert float(moving_average(0.99, ema, params, jnp.int32(0))["w"][0]) == pytest.approx(0.9)
     assert float(moving_average(0.99, ema, params, jnp.int32(10**6))["w"][0]) == pytest.approx(0.01)
-    state, _ = step_once(RICH, jit_init_state(RICH, KEY), batch_of(examples, 20), KEY)
+    state, _ = step_once(RICH.program, jit_init_state(RICH.program, KEY), batch_of(examples, 20), KEY)
     assert_equal(eval_variables(state)["params"], state.ema)
-    state, _ = step_once(SMALL, jit_init_state(SMALL, KEY), batch_of(examples, 20), KEY)
+    state, _ = step_once(SMALL.program, jit_init_state(SMALL.program, KEY), batch_of(examples, 20), KEY)
     assert_equal(eval_variables(state)["params"], state.params)
 
 
-def test_five_views_are_the_mean_of_an_image_and_its_shifts(examples: Examples) -> None:
-    config = replace(SMALL, model__test_views=5)
-    variables = eval_variables(jit_init_state(config, rng.root_key(0)))
-    images = examples.image[:8]  # with ink at the borders
-    probabilities = np.exp(jit_forward(config, variables, images))
-    expected = np.zeros_like(probabilities)
-    for down, right in ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)):
-        shifted = np.zeros_like(images)
-        for i, j in itertools.product(range(28), repeat=2):
-            if 0 <= i - down < 28 and 0 <= j - right < 28:
-                shifted[:, i, j] = images[:, i - down, j - right]
-        expected += jax.nn.softmax(jit_forward(SMALL, variables, shifted)) / 5
-    np.testing.assert_allclose(probabilities, expected, rtol=1e-4, atol=1e-6)
-
-
 def test_the_state_is_arrays_only_and_its_memory_is_reused(examples: Examples) -> None:
-    state = jit_init_state(RICH, KEY)
+    state = jit_init_state(RICH.program, KEY)
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
-    jit_train_step(RICH, state, batch_of(examples, 20), KEY)
+    jit_train_step(RICH.program, state, batch_of(examples, 20), KEY)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))

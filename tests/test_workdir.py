@@ -1,5 +1,6 @@
 """A workdir has one owner, holds one run, and gets its files whole."""
 
+import ast
 import json
 import os
 import pathlib
@@ -7,7 +8,7 @@ import signal
 import subprocess
 
 import pytest
-from small_run import start
+from small_run import ROOT, start
 
 from mnist_flax.errors import WorkdirError
 from mnist_flax.run import workdir as workdirs
@@ -124,7 +125,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: pathlib.Path, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(WorkdirError, match=r"file: cannot be written \(No space left on device\); mend that"):
+    with pytest.raises(WorkdirError, match=r"file: cannot be written \(No space left on device\); fix that"):
         workdirs.write_text(path, "new")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
@@ -140,3 +141,111 @@ def test_damaged_json_is_no_json(tmp_path: pathlib.Path, content: bytes) -> None
     (tmp_path / "file").write_bytes(content)
     assert workdirs.read_json(tmp_path / "file") is None
     assert workdirs.read_json(tmp_path / "missing") is None
+
+
+def test_json_that_is_no_regular_file_is_not_read(tmp_path: pathlib.Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "endless").symlink_to("/dev/zero")
+    assert workdirs.read_json(tmp_path / "pipe") is None
+    assert workdirs.read_json(tmp_path / "endless") is None
+
+
+# A stranger's folder --------------------------------------------------------------------------------------------------
+
+
+def test_written_file_replaces_a_link_and_its_target_stays(tmp_path: pathlib.Path) -> None:
+    target, path = tmp_path / "target", tmp_path / "file"
+    target.write_text("precious")
+    path.symlink_to(target)
+    (tmp_path / ".file.tmp").symlink_to(target)
+    workdirs.write_text(path, "new")
+    assert (target.read_text(), path.read_text()) == ("precious", "new")
+    assert not path.is_symlink()
+
+
+def test_nothing_is_appended_through_a_link(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "target").write_text("precious")
+    (tmp_path / "file").symlink_to(tmp_path / "target")
+    with pytest.raises(WorkdirError, match=r"file: cannot be written \(a symbolic link, which is not followed"):
+        workdirs.append_bytes(tmp_path / "file", b"more")
+    assert (tmp_path / "target").read_text() == "precious"
+
+
+@pytest.mark.parametrize("names", [("report",), ("members", "seed-0"), ("report", "below")])
+def test_subfolder_is_never_a_link(tmp_path: pathlib.Path, names: tuple[str, ...]) -> None:
+    inside, outside = tmp_path / "run", tmp_path / "outside"
+    (inside / names[0]).parent.mkdir()
+    outside.mkdir()
+    (inside / names[0]).symlink_to(outside)
+    with pytest.raises(WorkdirError, match="a symbolic link, which is not followed"):
+        workdirs.subfolder(inside, *names)
+    assert not list(outside.iterdir())
+    (inside / names[0]).unlink()
+    assert workdirs.subfolder(inside, *names).is_dir()
+    (inside / "file").touch()
+    with pytest.raises(WorkdirError, match=r"file: cannot be written \(File exists\)"):
+        workdirs.subfolder(inside, "file")
+
+
+def test_run_may_live_behind_a_link(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "runs").symlink_to(tmp_path / "disk")
+    with workdirs.claim(tmp_path / "runs"):
+        workdirs.write_text(workdirs.subfolder(tmp_path / "runs", "report") / "index.html", "page")
+    assert (tmp_path / "disk" / "report" / "index.html").read_text() == "page"
+
+
+def test_claim_follows_no_link(tmp_path: pathlib.Path) -> None:
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    run.mkdir()
+    outside.mkdir()
+    (outside / ".precious.tmp").write_text("precious")
+    (run / "report").symlink_to(outside)
+    (run / workdirs.CONFIG).touch()
+    (run / ".mnist_flax.owner.json").symlink_to(outside / "owner")
+    (run / ".summary.json.0000.tmp").symlink_to(outside / ".precious.tmp")
+    with workdirs.claim(run):
+        pass
+    assert [path.name for path in outside.iterdir()] == [".precious.tmp"]
+    assert not (run / ".summary.json.0000.tmp").is_symlink()
+    (run / ".mnist_flax.lock").unlink(missing_ok=True)
+    (run / ".mnist_flax.lock").symlink_to(outside / ".precious.tmp")
+    with pytest.raises(WorkdirError, match="a symbolic link"), workdirs.claim(run):
+        pass
+    assert (outside / ".precious.tmp").read_text() == "precious"
+
+
+def test_removing_a_link_keeps_its_target(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    for path in (tmp_path / "link", tmp_path / "missing"):
+        workdirs.remove(path)
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder", "file"]
+    workdirs.remove(tmp_path / "folder")
+    assert not list(tmp_path.iterdir())
+
+
+def test_output_goes_where_it_is_wanted(tmp_path: pathlib.Path) -> None:
+    assert workdirs.output_folder(tmp_path, None) == tmp_path
+    assert workdirs.output_folder(tmp_path, str(tmp_path / "a" / "b")).is_dir()
+    with pytest.raises(WorkdirError, match=r"--output=/proc/none: cannot be written \(.+\); name another folder"):
+        workdirs.output_folder(tmp_path, "/proc/none")
+    with pytest.raises(WorkdirError, match=r"file: cannot be written \(.+\); name another folder with --output=DIR"):
+        workdirs.write_text(pathlib.Path("/proc/none/file"), "", remedy=workdirs.NAME_OUTPUT)
+
+
+# Folders that are no run's: caches of data and programs, and what the user names for pictures.
+OTHER_WRITERS = {"run/workdir.py", "run/compilation.py", "predict.py"}
+
+
+def test_only_one_module_writes_files() -> None:
+    for path in (ROOT / "mnist_flax").rglob("*.py"):
+        name = path.relative_to(ROOT / "mnist_flax").as_posix()
+        if name in OTHER_WRITERS or name.startswith("data/"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                owner = ast.unparse(node.func.value)
+                is_write = node.func.attr in {"mkdir", "write_text", "write_bytes", "touch", "makedirs"}
+                assert not is_write or owner == "workdirs", f"{name}: {ast.unparse(node)}"

@@ -6,14 +6,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mnist_flax import metrics
-from mnist_flax.analysis import statistics as results
-from mnist_flax.analysis.evaluation import load_data, predict_logits
+from mnist_flax.analysis import statistics
+from mnist_flax.analysis.evaluation import POPULATION, evaluate, load_predictor
+from mnist_flax.analysis.run_data import load_data
 from mnist_flax.errors import WorkdirError
-from mnist_flax.run import checkpoint
-from mnist_flax.step import eval_variables
 
-SIGNIFICANCE = 0.05  # a difference counts as shown when chance alone makes such a one less often than this
+SIGNIFICANCE = 0.05  # a difference is significant if chance alone produces one as large less often than this
 
 Facts = dict[str, Any]  # ready for JSON
 
@@ -22,14 +20,14 @@ class Result(NamedTuple):
     """What is compared of a run or a population.
 
     Attributes:
-      name: of its folder.
+      name: its folder.
       kind: `run`, `seeds` or `folds`.
-      dataset: its name.
-      fingerprint: of the dataset.
-      pairing: of each member what another member must share to be paired with it: its seed, or its fold.
-      accuracies: of each member: of folds on the rows that it holds out, else on the test set.
+      dataset: the name of the data.
+      fingerprint: of the data.
+      pairing: the seed of each member, or its fold; members of two populations are paired if these are equal.
+      accuracies: of each member: on the rows it held out for folds, otherwise on the test set.
       labels: `i32[N]`, of the examples.
-      predictions: `i32[N]`: a run's own, the committee's of seeds, out of fold of folds.
+      predictions: `i32[N]`: the run's, the committee's (seeds), or out of fold (folds).
     """
 
     name: str
@@ -43,35 +41,34 @@ class Result(NamedTuple):
 
 
 def load_result(workdir: pathlib.Path) -> Result:
-    """Reads a finished population, or judges a run's latest checkpoint on the test set.
+    """Reads a finished population, or evaluates a run's latest checkpoint on the test set.
 
     Raises:
-      UserError: it holds neither, or its data cannot be had.
+      UserError: the folder holds neither, or the data cannot be had.
     """
-    saved = results.load(workdir)
+    saved = statistics.load(workdir)
     if saved is None:
         return _result_of_run(workdir)
     try:
-        with np.load(workdir / results.ARRAYS) as file:
+        with np.load(workdir / statistics.ARRAYS) as file:
             arrays = dict(file)
     except (OSError, ValueError) as error:
         raise WorkdirError(
-            f"{workdir / results.ARRAYS}: cannot be read ({error}); remove {results.RESULT}, and the command that"
+            f"{workdir / statistics.ARRAYS}: cannot be read ({error}); remove {POPULATION}, and the command that"
             " trained this population writes both again"
         ) from error
-    of_members = saved["members"]
-    if saved["kind"] == "folds":
+    is_folds = saved["kind"] == "folds"
+    if is_folds:
         labels, probs = arrays["out_of_fold_label"], arrays["out_of_fold_probs"]
-        pairing, scores = [member["fold"] for member in of_members], saved["out_of_fold"]["folds"]
     else:
         labels, probs = arrays["test_label"], arrays["test_probs"].mean(axis=0)
-        pairing, scores = [member["seed"] for member in of_members], of_members
+    scores = saved["out_of_fold"]["folds"] if is_folds else saved["members"]
     return Result(
         name=str(workdir),
         kind=saved["kind"],
         dataset=saved["dataset"],
         fingerprint=saved["dataset_fingerprint"],
-        pairing=tuple(pairing),
+        pairing=tuple(member["fold" if is_folds else "seed"] for member in saved["members"]),
         accuracies=tuple(of_member["accuracy"] for of_member in scores),
         labels=labels,
         predictions=probs.argmax(axis=-1),
@@ -79,19 +76,18 @@ def load_result(workdir: pathlib.Path) -> Result:
 
 
 def _result_of_run(workdir: pathlib.Path) -> Result:
-    run = checkpoint.load_run(workdir)
-    config, splits = load_data(run.config, run.record["fingerprint"], {})
-    logits = predict_logits(config, eval_variables(run.state), splits.test.image)
-    scores = results.score(metrics.log_probabilities(logits), splits.test.label)
+    predictor, info = load_predictor(workdir)
+    _, splits = load_data(info.config, info.fingerprint, {})
+    evaluation = evaluate(predictor, splits.test)
     return Result(
         name=str(workdir),
-        kind="run",
+        kind=info.kind,
         dataset=splits.name,
         fingerprint=splits.fingerprint,
-        pairing=(config.seed,),
-        accuracies=(scores["accuracy"],),
+        pairing=(info.config.seed,),
+        accuracies=(evaluation.accuracy,),
         labels=splits.test.label,
-        predictions=logits.argmax(axis=-1),
+        predictions=evaluation.logits.argmax(axis=-1),
     )
 
 
@@ -105,16 +101,16 @@ def compare(a: pathlib.Path, b: pathlib.Path) -> Facts:
 
 
 def compare_results(a: Result, b: Result) -> Facts:
-    """Compares two results, by McNemar's test and, where both have several members, by Student's or Welch's.
+    """Compares two results by McNemar's test and, if both have several members, by Student's or Welch's t-test.
 
     Returns:
-      Both results' numbers, the tests, and a `verdict`: `a`, `b`, or None if no difference is shown. Where there are
-      members, they decide: a committee of one config may be better by the luck of its seeds.
+      The scores of both, the tests, and a `verdict`: `a`, `b`, or None if the difference is not significant. If there
+      are members, the t-test decides: one committee may beat another only because it was lucky with its seeds.
 
     Raises:
       WorkdirError: they are not about the same examples.
     """
-    refuse_other_examples(a, b)
+    check_same_examples(a, b)
     examples = mcnemar(a.predictions == a.labels, b.predictions == b.labels)
     over_members = None
     if len(a.accuracies) > 1 and len(b.accuracies) > 1:
@@ -145,8 +141,8 @@ def _facts(result: Result) -> Facts:
     }
 
 
-def refuse_other_examples(a: Result, b: Result) -> None:
-    """Stops when two results cannot be compared example by example.
+def check_same_examples(a: Result, b: Result) -> None:
+    """Checks that two results can be compared example by example.
 
     Raises:
       WorkdirError: says what differs.
@@ -160,21 +156,21 @@ def refuse_other_examples(a: Result, b: Result) -> None:
     is_same = len(kinds) == 1 and np.array_equal(a.labels, b.labels)
     if not is_same or (a.kind == "folds" and a.pairing != b.pairing):
         raise WorkdirError(
-            f"--compare: {a.name} judges {_judged(a)}, {b.name} {_judged(b)}; compare folds with as many folds of the"
-            " same rows, and seeds or runs with each other"
+            f"--compare: {a.name} was evaluated on {_examples(a)}, {b.name} on {_examples(b)}; compare folds with as"
+            " many folds of the same rows, and seeds or runs with each other"
         )
 
 
-def _judged(result: Result) -> str:
+def _examples(result: Result) -> str:
     if result.kind == "folds":
         return f"{len(result.labels)} training rows in {len(result.pairing)} folds"
     return f"{len(result.labels)} test rows"
 
 
 def mcnemar(a_right: np.ndarray, b_right: np.ndarray) -> Facts:
-    """Tests whether two classifiers err equally often, by the examples that only one gets right (McNemar, 1947).
+    """Tests whether two classifiers are wrong equally often, from the examples only one gets right (McNemar, 1947).
 
-    Of these, each would be for A or for B with equal chances; the p-value is the exact binomial one, two-sided.
+    If they are, each such example is equally likely to be A's or B's; the p-value is exact (binomial) and two-sided.
 
     Args:
       a_right: `bool[N]`, which examples A gets right.
@@ -192,10 +188,10 @@ def t_test(a: Sequence[float], b: Sequence[float], *, paired: bool) -> Facts:
     """Tests whether the means of two populations differ.
 
     Args:
-      a: of each member its accuracy, at least two.
-      b: the same of B.
-      paired: members at the same place share a seed or a fold: Student's test of the differences (1908). Else Welch's
-        (1947), which allows for unequal spread. Training sets of folds overlap, so their p is somewhat too small.
+      a: the accuracy of each member, at least two.
+      b: the same for B.
+      paired: members at the same place share a seed or a fold: Student's test of the differences (1908). Otherwise
+        Welch's (1947), which allows unequal variances. The training sets of folds overlap, so p is a little too small.
 
     Returns:
       `difference` (B - A), its 95 % `interval`, `t`, `df` and `p`.
@@ -204,8 +200,8 @@ def t_test(a: Sequence[float], b: Sequence[float], *, paired: bool) -> Facts:
 
     kind = "paired" if paired else "Welch"
     difference = float(np.mean(b) - np.mean(a))
-    steady = np.ptp(np.subtract(b, a)) == 0 if paired else np.ptp(a) == np.ptp(b) == 0
-    if steady:  # no spread to measure the difference by
+    is_constant = np.ptp(np.subtract(b, a)) == 0 if paired else np.ptp(a) == np.ptp(b) == 0
+    if is_constant:  # no variance to compare the difference with
         p = 1.0 if difference == 0 else 0.0
         return {"kind": kind, "difference": difference, "interval": [difference] * 2, "t": None, "df": None, "p": p}
     test = stats.ttest_rel(b, a) if paired else stats.ttest_ind(b, a, equal_var=False)
@@ -220,37 +216,34 @@ def t_test(a: Sequence[float], b: Sequence[float], *, paired: bool) -> Facts:
 
 
 def table(comparison: Mapping[str, Any]) -> str:
-    """Returns a comparison as text to read, with the verdict as its last sentence."""
+    """Returns a comparison as text to read, ending with the verdict."""
     a, b, examples, members = (comparison[name] for name in ("a", "b", "mcnemar", "t"))
     lines = [f"{comparison['dataset']}, {comparison['examples']} examples"]
     for letter, result in (("A", a), ("B", b)):
         what = {"run": "a run", "seeds": f"{result['members']} seeds", "folds": f"{result['members']} folds"}
-        together = {"run": "", "seeds": f", committee {result['accuracy']:.2%}", "folds": ""}
-        kind = result["kind"]
-        lines.append(
-            f"{letter}  {result['workdir']} ({what[kind]}): accuracy {result['accuracy_of_members']:.2%}"
-            + together[kind]
-        )
+        committee = f", committee {result['accuracy']:.2%}" if result["kind"] == "seeds" else ""
+        accuracy = f"accuracy {result['accuracy_of_members']:.2%}"
+        lines.append(f"{letter}  {result['workdir']} ({what[result['kind']]}): {accuracy}{committee}")
     lines.append(
-        f"examples: {examples['only_b_right']} only B gets right, {examples['only_a_right']} only A"
-        f" (McNemar, exact: p = {examples['p']:.2g})"
+        f"examples: only B is right on {examples['only_b_right']}, only A on {examples['only_a_right']}"
+        f" (exact McNemar test: p = {examples['p']:.2g})"
     )
     if members:
         low, high = members["interval"]
         lines.append(
             f"members: B - A = {100 * members['difference']:+.3f} points, 95 % interval {100 * low:+.3f} to"
-            f" {100 * high:+.3f} (t-test, {members['kind']}: p = {members['p']:.2g})"
+            f" {100 * high:+.3f} ({members['kind']} t-test: p = {members['p']:.2g})"
         )
     lines += ["", sentence(comparison)]
     return "\n".join(lines)
 
 
 def sentence(comparison: Mapping[str, Any]) -> str:
-    """Returns the verdict with the numbers that it rests on."""
+    """Returns the verdict with the numbers behind it."""
     decisive = comparison["t"] or comparison["mcnemar"]
     by = f"{100 * abs(decisive['difference']):.3f} points of accuracy, p = {decisive['p']:.2g}"
     if comparison["verdict"] is None:
-        return f"No difference is shown: {by}, which chance alone makes often enough."
+        return f"No significant difference: {by}."
     better, worse = ("B", "A") if comparison["verdict"] == "b" else ("A", "B")
-    basis = "over the members" if comparison["t"] else "on these examples, for these two networks"
-    return f"{better} is better than {worse}, {basis}: by {by}."
+    basis = "over the members" if comparison["t"] else "for these two networks, on these examples"
+    return f"{better} is better than {worse} {basis}: by {by}."

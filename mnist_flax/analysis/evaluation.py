@@ -1,258 +1,218 @@
-"""Evaluates a network on a whole split: every example once, none dropped, none counted twice."""
+"""A trained network, or a committee of several, applied to any number of images: every example once."""
 
-import json
+import dataclasses
+import math
 import pathlib
-from collections.abc import Mapping
+import re
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from mnist_flax import config as config_lib
 from mnist_flax import metrics, sharding
-from mnist_flax.config import IMAGE_SIZE, Config
-from mnist_flax.data import batches, labels
+from mnist_flax.config import Config, Program
 from mnist_flax.data.batches import NO_LABEL
-from mnist_flax.data.datasets import Examples
-from mnist_flax.data.load import Splits, load_splits
-from mnist_flax.errors import ConfigError, DataError
+from mnist_flax.data.splits import Examples
+from mnist_flax.drivers import jit_forward
+from mnist_flax.errors import WorkdirError
 from mnist_flax.run import workdir as workdirs
-from mnist_flax.step import Variables, eval_variables, jit_forward
+from mnist_flax.run.checkpoint import Run, load_run
+from mnist_flax.step import Variables, eval_variables
 
-SPLITS = ("train", "holdout", "test")
-OVERRIDES = ("data.name", "data.source", "data.data_dir", "data.raw_dir")  # which of a run's fields may be other ones
+POPULATION = "population.json"
+KINDS = ("seeds", "folds")  # of populations
+VIEWS = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))  # by how many pixels each view is shifted down and right
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Predictor:
+    """What turns images into logits.
+
+    Attributes:
+      program: the network, and how to apply it.
+      members: the variables of each network; several are a committee, whose probabilities are averaged.
+      views: 1; or 5 to average the probabilities of an image and its shifts by one pixel up, down, left and right.
+      temperature: the logits are divided by it, after averaging.
+      batch_size: the number of images in one call; rounded up to a multiple of the number of devices.
+      num_devices: devices to split a batch over, at most as many as there are; 0 means all accelerators, or one CPU.
+    """
+
+    program: Program
+    members: tuple[Variables, ...]
+    views: int = 1
+    temperature: float = 1.0
+    batch_size: int = 2000
+    num_devices: int = 0
+
+
+def make_predictor(config: Config, *members: Variables, temperature: float = 1.0) -> Predictor:
+    """Returns a predictor with the program, views, batch size and devices of a config."""
+    return Predictor(
+        program=config.program,
+        members=members,
+        views=config.eval.views,
+        temperature=temperature,
+        batch_size=config.eval.batch_size,
+        num_devices=config.train.num_devices,
+    )
+
+
+def member_logits(predictor: Predictor, images: np.ndarray) -> np.ndarray:
+    """Computes the logits of each member at temperature 1, averaged over the views: `u8[N,28,28,1] -> f32[M,N,C]`."""
+    mesh = sharding.make_mesh(min(predictor.num_devices, jax.device_count()))
+    members = sharding.place(predictor.members, sharding.replicated(mesh))
+    placed = dataclasses.replace(predictor, members=members)
+    views = [_run(placed, mesh, _shifted(images, *shift)) for shift in VIEWS[: predictor.views]]
+    return views[0] if len(views) == 1 else metrics.log_mean_probabilities(np.stack(views)).astype(np.float32)
+
+
+def _run(predictor: Predictor, mesh: Mesh, images: np.ndarray) -> np.ndarray:
+    """Applies every member to `images` in batches; the last is padded, so one compiled program serves every N."""
+    size = -(-predictor.batch_size // mesh.size) * mesh.size
+    outputs: list[list[jax.Array]] = [[] for _ in predictor.members]
+    for start in range(0, len(images), size):
+        batch = images[start : start + size]
+        batch = sharding.place(np.pad(batch, [(0, size - len(batch)), *[(0, 0)] * 3]), sharding.split(mesh))
+        for logits, variables in zip(outputs, predictor.members, strict=True):
+            logits.append(jit_forward(predictor.program, variables, batch))
+    if not len(images):
+        return np.zeros((len(predictor.members), 0, predictor.program.num_classes), np.float32)
+    return np.stack([np.concatenate(sharding.gather(logits))[: len(images)] for logits in outputs])
+
+
+def _shifted(images: np.ndarray, down: int, right: int) -> np.ndarray:
+    """Moves images by at most one pixel; paper comes in from outside."""
+    if not (down or right):
+        return images
+    height, width = images.shape[1:3]
+    padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    return padded[:, 1 - down : 1 - down + height, 1 - right : 1 - right + width]
+
+
+def predict_logits(predictor: Predictor, images: np.ndarray) -> np.ndarray:
+    """Computes the logits, `u8[N,28,28,1] -> f32[N,C]`, divided by the temperature.
+
+    Those of a committee are the log of its members' mean probabilities.
+    """
+    logits = member_logits(predictor, images)
+    return combine_members(logits, predictor.temperature)
+
+
+def combine_members(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    """Turns the logits of each member into those of the committee, `f32[M,N,C] -> f32[N,C]`."""
+    together = logits[0] if len(logits) == 1 else metrics.log_mean_probabilities(logits).astype(np.float32)
+    return together if temperature == 1.0 else together / np.float32(temperature)
 
 
 class Evaluation(NamedTuple):
-    """What a network says about a split.
+    """The result of classifying a split.
 
     Attributes:
-      loss: mean cross-entropy in nats, without label smoothing.
-      accuracy: share of examples whose likeliest class is the label.
-      examples: how many were judged: all of them.
+      loss: the mean cross-entropy in nats, without label smoothing.
+      accuracy: the share of examples whose most probable class is the label.
+      examples: how many there are; all of them count.
       logits: `f32[N,C]`, in the order of the split.
+      temperature: what they were divided by.
     """
 
     loss: float
     accuracy: float
     examples: int
     logits: np.ndarray
+    temperature: float = 1.0
+
+    def scores(self) -> dict[str, Any]:
+        """Returns what the log holds."""
+        return {"loss": self.loss, "accuracy": self.accuracy, "examples": self.examples}
 
 
-def predict_logits(config: Config, variables: Variables, images: np.ndarray) -> np.ndarray:
-    """Computes the logits of any number of images, `u8[N,28,28,1] -> f32[N,C]`.
-
-    A batch is split over the devices: those of training, or as many of them as there are here. The last batch is filled
-    up and its filling cut off again, so one compiled program serves every N.
-    """
-    mesh = sharding.make_mesh(min(config.train.num_devices, jax.device_count()))
-    size = -(-config.train.eval_batch_size // mesh.size) * mesh.size
-    variables = sharding.place(variables, sharding.replicated(mesh))
-    batches = []
-    for start in range(0, len(images), size):
-        batch = images[start : start + size]
-        padding = [(0, size - len(batch))] + [(0, 0)] * (images.ndim - 1)
-        batch = sharding.place(np.pad(batch, padding), sharding.split(mesh))
-        batches.append(jit_forward(config, variables, batch))
-    logits = np.concatenate(sharding.gather(batches)) if batches else np.zeros((0, config.num_classes), np.float32)
-    return logits[: len(images)]
-
-
-def evaluate(config: Config, variables: Variables, examples: Examples) -> Evaluation:
-    """Judges `variables` on all of `examples`.
+def evaluate(predictor: Predictor, examples: Examples) -> Evaluation:
+    """Classifies all examples and compares the result with their labels.
 
     Raises:
-      ValueError: there are no examples, or a label is no class of the config's dataset.
+      ValueError: there are no examples, or a label is not one of the classes.
     """
-    labels = np.asarray(examples.label)
-    if not len(labels) or labels.min() <= NO_LABEL or labels.max() >= config.num_classes:
-        raise ValueError(f"evaluation needs examples with labels from 0 to {config.num_classes - 1}")
-    logits = predict_logits(config, variables, np.asarray(examples.image))
+    labels, num_classes = np.asarray(examples.label), predictor.program.num_classes
+    if not len(labels) or labels.min() <= NO_LABEL or labels.max() >= num_classes:
+        raise ValueError(f"evaluation needs examples with labels from 0 to {num_classes - 1}")
+    logits = predict_logits(predictor, np.asarray(examples.image))
     return Evaluation(
         loss=float(np.mean(metrics.negative_log_likelihood(logits, labels))),
         accuracy=float(np.mean(np.argmax(logits, axis=-1) == labels)),
         examples=len(labels),
         logits=logits,
+        temperature=predictor.temperature,
     )
 
 
-def scores(evaluation: Evaluation, label: np.ndarray, dataset: str) -> dict[str, Any]:
-    """Turns an evaluation into numbers with 95 % intervals, ready for JSON.
+class RunInfo(NamedTuple):
+    """Where a predictor comes from.
 
-    Args:
-      evaluation: of a split.
-      label: `i32[N]`, of the same split.
-      dataset: its name, for those of its classes.
+    Attributes:
+      kind: `run`, or `seeds` or `folds` for a population.
+      config: of the run, or of the first member.
+      fingerprint: of the data it was trained on.
+      steps: finished updates of each member.
+      runs: the run, or all members.
     """
-    probs = np.exp(metrics.log_probabilities(evaluation.logits))
-    confusion = metrics.confusion_matrix(label, probs.argmax(axis=-1), probs.shape[-1])
-    right = int(np.trace(confusion))
-    classes = metrics.per_class(confusion)
-    return {
-        "examples": evaluation.examples,
-        "correct": right,
-        "accuracy": evaluation.accuracy,
-        "accuracy_interval": metrics.wilson_interval(right, evaluation.examples).tolist(),
-        "loss": evaluation.loss,
-        "brier": metrics.brier_score(probs, label),
-        "ece": metrics.expected_calibration_error(metrics.reliability(probs, label)),
-        "per_class": [
-            {
-                "class": number,
-                "name": name,
-                "examples": int(confusion[number].sum()),
-                "predictions": int(confusion[:, number].sum()),
-                "correct": int(confusion[number, number]),
-                **{
-                    field: None if np.isnan(column[number]).any() else column[number].tolist()
-                    for field, column in classes._asdict().items()
-                },
-            }
-            for number, name in enumerate(labels.class_names(dataset))
-        ],
-    }
+
+    kind: str
+    config: Config
+    fingerprint: str
+    steps: tuple[int, ...]
+    runs: tuple[Run, ...]
 
 
-def load_data(config: Config, fingerprint: str, overrides: Mapping[str, Any]) -> tuple[Config, Splits]:
-    """Loads the data of a run, or others for it to be judged on.
+def load_predictor(workdir: pathlib.Path, checkpoint: str = "latest") -> tuple[Predictor, RunInfo]:
+    """Loads a run, or a population as a committee.
 
     Args:
-      config: of the run.
-      fingerprint: of the data that it was trained on.
-      overrides: some of `OVERRIDES`, and their values.
+      workdir: the folder of a run or of a finished population.
+      checkpoint: `latest`, `best` (on hold-out rows) or a step; of a population, that of every member.
 
     Returns:
-      The config with the overrides, and what it describes.
+      The predictor, with the temperature that was fitted at the end of training if this is that checkpoint, else 1.
 
     Raises:
-      ConfigError: a field is none of `OVERRIDES`, or the other dataset does not fit the network.
-      DataError: the data cannot be had, or are not those of the run.
+      WorkdirError: there is no such checkpoint, it is damaged, or the members do not belong together.
     """
-    for name, value in overrides.items():
-        if name not in OVERRIDES:
-            raise ConfigError(
-                f"config.{name} = {value!r}: a trained run keeps its own; only these can be overridden:"
-                f" {', '.join('config.' + field for field in OVERRIDES)}"
-            )
-    changed: dict[str, Any] = {name.replace(".", "__"): value for name, value in overrides.items()}
-    changed["data__on_missing"] = "error"  # the results of another dataset than the one asked for would be no results
-    name = changed.get("data__name", config.data.name)
-    if name != config.data.name:
-        refuse_other_classes(config, name)
-        # None of its rows was trained on or held out.
-        changed |= dict.fromkeys(("data__num_train", "data__holdout", "data__folds", "data__fold"), 0)
-    used = config_lib.replace(config, **changed)
-    splits = load_splits(used)
-    for split in (splits.train, splits.test):
-        if split.image.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 1):
-            raise DataError(f"{name}: has images of shape {split.image.shape[1:]}; the network takes 28x28 grey ones")
-    if name == config.data.name and splits.fingerprint != fingerprint:
-        raise DataError(
-            f"{name}: its fingerprint is {splits.fingerprint}, but the run was trained on {fingerprint}; name the"
-            " folder of the same data with --config.data.data_dir=DIR"
-        )
-    return used, splits
+    is_population = (workdir / workdirs.MEMBERS).is_dir()
+    result = workdirs.read_json(workdir / (POPULATION if is_population else workdirs.SUMMARY))
+    result = result if isinstance(result, dict) else {}
+    folders = _member_folders(workdir, result) if is_population else [workdir]
+    runs = tuple(load_run(folder, checkpoint) for folder in folders)
+    config, fingerprint = runs[0].config, runs[0].record["fingerprint"]
+    for folder, run in zip(folders, runs, strict=True):
+        if run.record["fingerprint"] != fingerprint or run.config.program != config.program:
+            raise WorkdirError(f"{folder}: was trained with another config or on other data than {folders[0]}")
+    steps = tuple(int(run.state.step) for run in runs)
+    is_last = set(steps) == {result.get("steps", config.num_steps)}
+    variables = [eval_variables(run.state) for run in runs]
+    predictor = make_predictor(config, *variables, temperature=stored_temperature(result) if is_last else 1.0)
+    kind = str(result["kind"]) if is_population else "run"
+    return predictor, RunInfo(kind, config, fingerprint, steps, runs)
 
 
-def refuse_other_classes(config: Config, name: str) -> None:
-    """Stops when a network cannot be judged on a dataset.
+def _member_folders(workdir: pathlib.Path, result: dict[str, Any]) -> list[pathlib.Path]:
+    """Returns the folders of a population's members, in the order of `population.json`.
 
     Raises:
-      ConfigError: there is no such dataset, or it has another number of classes.
+      WorkdirError: the population is not finished, or its result is damaged.
     """
-    if name not in config_lib.DATASETS:
-        hint = config_lib.nearest(name, config_lib.DATASETS)
-        raise ConfigError(f"config.data.name = {name!r}: {hint}")
-    wanted = config_lib.DATASETS[name].num_classes
-    if wanted != config.num_classes:
-        fitting = [other for other, info in config_lib.DATASETS.items() if info.num_classes == config.num_classes]
-        raise ConfigError(
-            f"config.data.name = {name!r}: has {wanted} classes, but this network was trained on {config.data.name} and"
-            f" tells {config.num_classes} apart; datasets that fit: {', '.join(fitting)}"
-        )
+    try:
+        names = [member["name"] for member in result["members"]]
+        if names and all(re.fullmatch(r"(seed|fold)-\d+", name) for name in names) and result["kind"] in KINDS:
+            return [workdir / workdirs.MEMBERS / name for name in names]
+    except (KeyError, TypeError):
+        pass
+    raise WorkdirError(
+        f"{workdir}: holds a population without a whole {POPULATION}; the command that trains it writes one at the end,"
+        f" or name a single run, such as {workdir / workdirs.MEMBERS}/seed-0"
+    )
 
 
-def choose(config: Config, splits: Splits, split: str) -> Examples:
-    """Returns the examples that a choice of split means.
-
-    Args:
-      config: with the rows to train on and to hold out.
-      splits: the data.
-      split: one of `SPLITS`. On the run's own dataset `train` means the rows that it was trained on.
-
-    Raises:
-      ConfigError: no rows were held out.
-    """
-    if split == "test":
-        return splits.test
-    train, held_out = batches.rows_of(splits.train.label, config.data)
-    rows = {"train": train, "holdout": held_out}[split]
-    if not len(rows):
-        raise ConfigError(f"--split={split}: the run held out no rows of {splits.name}; choose train or test")
-    return Examples(splits.train.image[rows], splits.train.label[rows])
-
-
-def evaluate_run(
-    workdir: pathlib.Path, *, checkpoint: str = "latest", split: str = "test", overrides: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Judges a checkpoint of a run, and saves the result in its folder.
-
-    Args:
-      workdir: of the run.
-      checkpoint: `latest`, `best` (on hold-out rows) or a step.
-      split: one of `SPLITS`.
-      overrides: fields of the config, some of `OVERRIDES`.
-
-    Returns:
-      What is saved as `evaluation-<split>-<dataset>.json`.
-
-    Raises:
-      UserError: the run, the checkpoint or the data cannot be had, or do not fit each other.
-    """
-    from mnist_flax.run.checkpoint import load_run  # only a verb looks into a workdir; the functions above need none
-
-    run = load_run(workdir, checkpoint)
-    config, splits = load_data(run.config, run.record["fingerprint"], overrides)
-    examples = choose(config, splits, split)
-    evaluation = evaluate(config, eval_variables(run.state), examples)
-    result = {
-        "dataset": splits.name,
-        "dataset_fingerprint": splits.fingerprint,
-        "split": split,
-        "trained_on": run.config.data.name,
-        "checkpoint": checkpoint,
-        "step": int(run.state.step),
-        **scores(evaluation, examples.label, splits.name),
-    }
-    workdirs.write_text(workdir / result_file(split, splits.name), json.dumps(result, indent=2) + "\n")
-    return result
-
-
-def result_file(split: str, dataset: str) -> str:
-    """Returns the name under which `evaluate_run` saves its result in the workdir."""
-    return f"evaluation-{split}-{dataset.replace('/', '-')}.json"
-
-
-def table(result: Mapping[str, Any]) -> str:
-    """Returns what `evaluate_run` found, as text to read."""
-    low, high = result["accuracy_interval"]
-    lines = [
-        f"{result['dataset']}, {result['split']}: {result['correct']} of {result['examples']} right at step"
-        f" {result['step']} ({result['checkpoint']})",
-        f"accuracy {result['accuracy']:.2%} (95 % interval {low:.2%} to {high:.2%})   loss {result['loss']:.4f}  "
-        f" Brier {result['brier']:.4f}   ECE {result['ece']:.4f}",
-        "",
-        f"{'class':<12}{'examples':>9}  {'precision':<24}{'recall':<24}{'F1':<24}",
-    ]
-    for row in result["per_class"]:
-        if row["examples"] or row["predictions"]:
-            cells = "".join(f"{_with_interval(row, field):<24}" for field in ("precision", "recall", "f1"))
-            lines.append(f"{row['name']:<12}{row['examples']:>9}  {cells}".rstrip())
-    return "\n".join(lines)
-
-
-def _with_interval(row: Mapping[str, Any], field: str) -> str:
-    if row[field] is None:
-        return "-"
-    low, high = row[f"{field}_interval"]
-    return f"{row[field]:7.2%} [{low:.2%}, {high:.2%}]".replace("%", "")
+def stored_temperature(result: Any) -> float:
+    """Returns the temperature in a summary or `population.json`; 1 if there is none that makes sense."""
+    value = result.get("temperature", 1.0) if isinstance(result, dict) else 1.0
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) and value > 0 else 1.0

@@ -1,4 +1,4 @@
-"""What the members say together: `population.json`, `population.npz` (the numbers of each example), and curves."""
+"""What the members of a population show together: `population.json`, `population.npz` and the curves."""
 
 import io
 import json
@@ -6,34 +6,41 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from mnist_flax import metrics
-from mnist_flax.analysis.evaluation import predict_logits
+from mnist_flax.analysis import calibration
+from mnist_flax.analysis.evaluation import (
+    POPULATION,
+    Predictor,
+    combine_members,
+    make_predictor,
+    member_logits,
+    predict_logits,
+    stored_temperature,
+)
 from mnist_flax.analysis.report import bands
 from mnist_flax.config import Config
 from mnist_flax.data import batches
-from mnist_flax.data.load import Splits
+from mnist_flax.data.splits import Examples, Splits
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.provenance import provenance
-from mnist_flax.step import TrainState, eval_variables
+from mnist_flax.step import Variables
 
-RESULT = "population.json"
 ARRAYS = "population.npz"
-DOUBTFUL_LABELS = 100  # that are listed
+NUM_DOUBTFUL = 100  # labels that are listed
 
 Facts = dict[str, Any]  # ready for JSON
 Records = Sequence[Mapping[str, Any]]  # the lines of a run's log
 
 
 class Spread(NamedTuple):
-    """What M numbers say of the one behind them.
+    """The mean and the spread of M numbers.
 
     Attributes:
       mean: of the numbers.
-      sd: standard deviation of one of them (divided by M - 1).
-      interval: 95 % interval of the mean (Student, 1908): it holds if the numbers are independent and about normal.
+      sd: their standard deviation, with M - 1 in the denominator.
+      interval: the 95 % interval of the mean (Student, 1908), which assumes independent and about normal numbers.
     """
 
     mean: float
@@ -42,7 +49,7 @@ class Spread(NamedTuple):
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Returns mean, standard deviation and interval of at least two numbers."""
+    """Computes the mean, the standard deviation and the interval of at least two numbers."""
     from scipy.stats import t
 
     mean, sd = float(np.mean(values)), float(np.std(values, ddof=1))
@@ -51,7 +58,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def spreads(rows: Sequence[Mapping[str, float]]) -> Facts:
-    """Returns `mean`, `sd` and `interval` of accuracy and loss over the members."""
+    """Computes `mean`, `sd` and `interval` of accuracy and loss over the members."""
     by_name = {name: spread([row[name] for row in rows]) for name in ("accuracy", "loss")}
     return {
         "mean": {name: of_name.mean for name, of_name in by_name.items()},
@@ -60,70 +67,64 @@ def spreads(rows: Sequence[Mapping[str, float]]) -> Facts:
     }
 
 
-def score(log_probs: np.ndarray, labels: np.ndarray) -> Facts:
-    """Returns accuracy, loss and number of some examples, `f64[N,C], i32[N]`."""
-    right = log_probs.argmax(axis=-1) == labels
-    losses = -np.take_along_axis(log_probs, labels[:, None], axis=-1)
+def score(logits: np.ndarray, labels: np.ndarray) -> Facts:
+    """Computes accuracy, loss and their counts, `f32[N,C], i32[N]`."""
+    right = logits.argmax(axis=-1) == labels
     return {
         "accuracy": float(np.mean(right)),
-        "loss": float(np.mean(losses)),
+        "loss": float(np.mean(metrics.negative_log_likelihood(logits, labels))),
         "correct": int(np.sum(right)),
         "examples": len(labels),
     }
 
 
-def committee(log_probs: np.ndarray) -> np.ndarray:
-    """Returns the logarithm of the members' mean probabilities, `f64[M,N,C] -> f64[N,C]`."""
-    mean: np.ndarray = np.logaddexp.reduce(log_probs, axis=0) - np.log(len(log_probs))
-    return mean
-
-
-def agreement(log_probs: np.ndarray, labels: np.ndarray) -> Facts:
-    """Says how many members are right on how many examples, `f64[M,N,C], i32[N]`.
+def agreement(logits: np.ndarray, labels: np.ndarray) -> Facts:
+    """Counts how many members are right on how many examples, `f32[M,N,C], i32[N]`.
 
     Returns:
-      `examples_by_members_right`: at place m the number of examples that m members get right, m from 0 to M; and
+      `examples_by_members_right`: the entry m counts the examples that m of the members get right, m from 0 to M; and
       `none_right`: the examples that no member gets right.
     """
-    right = np.sum(log_probs.argmax(axis=-1) == labels, axis=0)
-    prediction = committee(log_probs).argmax(axis=-1)
+    num_right = np.sum(logits.argmax(axis=-1) == labels, axis=0)
+    prediction = combine_members(logits).argmax(axis=-1)
     return {
-        "examples_by_members_right": np.bincount(right, minlength=len(log_probs) + 1).tolist(),
+        "examples_by_members_right": np.bincount(num_right, minlength=len(logits) + 1).tolist(),
         "none_right": [
             {"row": int(row), "label": int(labels[row]), "committee": int(prediction[row])}
-            for row in np.flatnonzero(right == 0)
+            for row in np.flatnonzero(num_right == 0)
         ],
     }
 
 
-def doubtful_labels(log_probs: np.ndarray, labels: np.ndarray, rows: np.ndarray, fold: np.ndarray) -> list[Facts]:
-    """Lists the examples whose label a network that has not seen them finds least likely.
+def doubtful_labels(logits: np.ndarray, labels: np.ndarray, rows: np.ndarray, fold: np.ndarray) -> list[Facts]:
+    """Lists the examples whose label is least probable to a network that was not trained on them.
 
     Args:
-      log_probs: `f64[R,C]`, out of fold.
-      labels: `i32[R]`, as they are in the dataset.
-      rows: `i32[R]`, their row numbers, in the original file order.
-      fold: `i32[R]`, that they are in.
+      logits: `f32[R,C]`, out of fold.
+      labels: `i32[R]`, as given in the dataset.
+      rows: `i32[R]`, their row numbers, in the order of the official files.
+      fold: `i32[R]`, the fold of each.
     """
-    of_label = np.take_along_axis(log_probs, labels[:, None], axis=-1)[:, 0]
-    prediction = log_probs.argmax(axis=-1)
+    probs = np.exp(metrics.log_probabilities(logits))
+    of_label = np.take_along_axis(probs, labels[:, None], axis=-1)[:, 0]
+    prediction = logits.argmax(axis=-1)
     return [
         {
             "row": int(rows[i]),
             "label": int(labels[i]),
             "prediction": int(prediction[i]),
-            "probability_of_label": float(np.exp(of_label[i])),
-            "probability_of_prediction": float(np.exp(log_probs[i, prediction[i]])),
+            "probability_of_label": float(of_label[i]),
+            "probability_of_prediction": float(probs[i, prediction[i]]),
             "fold": int(fold[i]),
         }
-        for i in np.argsort(of_label, kind="stable")[:DOUBTFUL_LABELS]
+        for i in np.argsort(of_label, kind="stable")[:NUM_DOUBTFUL]
     ]
 
 
 def curves(logs: Sequence[Records]) -> Facts:
-    """Returns loss and accuracy over the epochs, with bands: mean, sd, least and greatest of the members.
+    """Computes the members' mean, sd, minimum and maximum of loss and accuracy over the epochs.
 
-    Points that not all members have (a resumed run may have logged at other steps) are left out.
+    Points that some members lack (a resumed run may have logged at other steps) are left out.
     """
     points: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
     for records in logs:
@@ -142,74 +143,84 @@ def curves(logs: Sequence[Records]) -> Facts:
 
 
 def gather(
-    members: Mapping[str, tuple[Config, TrainState]], splits: Splits, folder: pathlib.Path
+    members: Mapping[str, tuple[Config, Variables]], splits: Splits, folder: pathlib.Path
 ) -> tuple[Facts, dict[str, np.ndarray]]:
-    """Judges the trained members on the test set, and folds on the rows that they hold out.
+    """Evaluates trained members on the test set, alone and as a committee, and folds on the rows they held out.
+
+    Each member's score is at its own temperature, as in its summary; the committee's at one that is fitted on the rows
+    that all members held out. The arrays are probabilities at temperature 1.
 
     Args:
-      members: of each its config and its last state, by name.
+      members: the config and the final variables of each, by name.
       splits: the data.
-      folder: where each has a folder of its name.
+      folder: holds the folder of each member, by name.
 
     Returns:
-      What belongs into `population.json`, and the arrays beside it: `test_probs` `f32[M,N,C]`, `test_label` `i32[N]`;
-      for folds also `rows`, `fold` and `out_of_fold_label` `i32[R]`, and `out_of_fold_probs` `f32[R,C]`.
+      The contents of `population.json`, and the arrays of `population.npz`: `test_probs` `f32[M,N,C]` and `test_label`
+      `i32[N]`; for folds also `rows`, `fold` and `out_of_fold_label` `i32[R]`, and `out_of_fold_probs` `f32[R,C]`.
     """
     configs = [config for config, _ in members.values()]
-    folds = configs[0].data.folds if configs[0].data.fold != configs[-1].data.fold else 0
+    is_folds = configs[0].data.fold != configs[-1].data.fold
     label = splits.test.label
-    log_probs = np.stack([log_probabilities(config, state, splits.test.image) for config, state in members.values()])
-    of_members = [score(of_member, label) for of_member in log_probs]
+    committee = make_predictor(configs[0], *(variables for _, variables in members.values()))
+    logits = member_logits(committee, splits.test.image)
+    summaries = [workdirs.read_json(folder / name / workdirs.SUMMARY) for name in members]
+    rows = []
+    for name, config, summary, of_member in zip(members, configs, summaries, logits, strict=True):
+        temperature = stored_temperature(summary)
+        fold = {"fold": config.data.fold} if is_folds else {}
+        scores = score(combine_members(of_member[None], temperature), label)
+        rows.append({"name": name, "seed": config.seed, **fold, **scores, "temperature": temperature})
+    temperature = 1.0 if is_folds else shared_temperature(committee, configs[0], splits)
     result: Facts = {
-        "kind": "folds" if folds else "seeds",
+        "kind": "folds" if is_folds else "seeds",
         "dataset": splits.name,
         "dataset_fingerprint": splits.fingerprint,
         "config": configs[0].to_dict(),
-        "members": [
-            {"name": name, "seed": config.seed, **({"fold": config.data.fold} if folds else {}), **of_member}
-            for (name, config), of_member in zip(zip(members, configs, strict=True), of_members, strict=True)
-        ],
-        **spreads(of_members),
-        "committee": score(committee(log_probs), label),
-        "agreement": agreement(log_probs, label),
+        "steps": configs[0].num_steps,
+        "members": rows,
+        **spreads(rows),
+        "committee": score(combine_members(logits, temperature), label),
+        "temperature": temperature,
+        "agreement": agreement(logits, label),
     }
-    arrays = {"test_probs": np.exp(log_probs).astype(np.float32), "test_label": label}
-    if folds:
-        out_of_fold, more = gather_out_of_fold(list(members.values()), splits)
-        result["out_of_fold"] = out_of_fold
+    arrays = {"test_probs": np.exp(metrics.log_probabilities(logits)).astype(np.float32), "test_label": label}
+    if is_folds:
+        result["out_of_fold"], more = gather_out_of_fold(list(members.values()), splits)
         arrays |= more
     result["curves"] = curves([read_log(folder / name) for name in members])
-    result["train_seconds"] = sum(seconds_of(folder / name) for name in members)
+    result["train_seconds"] = sum(float(summary["train_seconds"]) for summary in summaries)
     return result | provenance(), arrays
 
 
+def shared_temperature(committee: Predictor, config: Config, splits: Splits) -> float:
+    """Fits the temperature of a committee on the rows that all its members held out."""
+    _, rows = batches.rows_of(splits.train.label, config.data)
+    return calibration.calibrate(committee, Examples(splits.train.image[rows], splits.train.label[rows])).temperature
+
+
 def gather_out_of_fold(
-    members: Sequence[tuple[Config, TrainState]], splits: Splits
+    members: Sequence[tuple[Config, Variables]], splits: Splits
 ) -> tuple[Facts, dict[str, np.ndarray]]:
-    """Judges every row by the member that has not seen it; what it returns is part of what `gather` does."""
+    """Evaluates every row with the member that was not trained on it; returns the parts of what `gather` does."""
     parts, scores = [], []
-    for config, state in members:
+    for config, variables in members:
         _, rows = batches.rows_of(splits.train.label, config.data)
-        log_probs = log_probabilities(config, state, splits.train.image[rows])
-        scores.append(score(log_probs, splits.train.label[rows]))
-        parts.append((rows, np.full(len(rows), config.data.fold, np.int32), log_probs))
-    rows, fold, log_probs = (np.concatenate(column) for column in zip(*parts, strict=True))
+        logits = predict_logits(make_predictor(config, variables), splits.train.image[rows])
+        scores.append(score(logits, splits.train.label[rows]))
+        parts.append((rows, np.full(len(rows), config.data.fold, np.int32), logits))
+    rows, fold, logits = (np.concatenate(column) for column in zip(*parts, strict=True))
     in_order = np.argsort(rows)
-    rows, fold, log_probs = rows[in_order], fold[in_order], log_probs[in_order]
+    rows, fold, logits = rows[in_order], fold[in_order], logits[in_order]
     label = splits.train.label[rows]
     facts = {
         "folds": scores,
         **spreads(scores),
-        **score(log_probs, label),
-        "doubtful_labels": doubtful_labels(log_probs, label, rows, fold),
+        **score(logits, label),
+        "doubtful_labels": doubtful_labels(logits, label, rows, fold),
     }
-    probs = np.exp(log_probs).astype(np.float32)
+    probs = np.exp(metrics.log_probabilities(logits)).astype(np.float32)
     return facts, {"rows": rows, "fold": fold, "out_of_fold_probs": probs, "out_of_fold_label": label}
-
-
-def log_probabilities(config: Config, state: TrainState, images: np.ndarray) -> np.ndarray:
-    """Returns what a member says of some images, `u8[N,28,28,1] -> f64[N,C]`."""
-    return metrics.log_probabilities(predict_logits(config, eval_variables(jax.device_put(state)), images))
 
 
 def read_log(folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -217,13 +228,8 @@ def read_log(folder: pathlib.Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / workdirs.METRICS).read_text(encoding="utf-8").splitlines()]
 
 
-def seconds_of(folder: pathlib.Path) -> float:
-    """Returns the share of the training time that a finished run had."""
-    return float(workdirs.read_json(folder / workdirs.SUMMARY)["train_seconds"])
-
-
 def save(result: Facts, arrays: Mapping[str, np.ndarray], workdir: pathlib.Path) -> None:
-    """Writes the arrays, the curves and, last, the result into the population's folder.
+    """Writes the arrays, the curves and finally the result into the population's folder.
 
     Raises:
       WorkdirError: they cannot be written.
@@ -233,12 +239,12 @@ def save(result: Facts, arrays: Mapping[str, np.ndarray], workdir: pathlib.Path)
     workdirs.write_bytes(workdir / ARRAYS, buffer.getvalue())
     for name, svg in bands.draw(result["curves"]).items():
         workdirs.write_bytes(workdir / f"{name}.svg", svg)
-    workdirs.write_text(workdir / RESULT, json.dumps(result, indent=1, allow_nan=False) + "\n")
+    workdirs.write_text(workdir / POPULATION, json.dumps(result, indent=1, allow_nan=False) + "\n")
 
 
 def load(workdir: pathlib.Path) -> Facts | None:
-    """Returns what `population.json` holds, None if there is none or it is damaged."""
-    result = workdirs.read_json(workdir / RESULT)
+    """Returns the contents of `population.json`, or None if it is missing or damaged."""
+    result = workdirs.read_json(workdir / POPULATION)
     return result if isinstance(result, dict) and "members" in result else None
 
 
@@ -257,8 +263,8 @@ def table(result: Mapping[str, Any]) -> str:
         "  " + spread_line(result, count),
         f"  committee     accuracy {committee['accuracy']:.2%}   loss {committee['loss']:.4f}"
         "   (mean of the members' probabilities)",
-        f"  agreement     {result['agreement']['examples_by_members_right'][count]} examples all {count} get right,"
-        f" {none_right} none gets right",
+        f"  agreement     all {count} members are right on {result['agreement']['examples_by_members_right'][count]}"
+        f" examples, none is on {none_right}",
     ]
     if "out_of_fold" in result:
         out_of_fold = result["out_of_fold"]
@@ -275,7 +281,7 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def spread_line(spreads: Mapping[str, Any], count: int) -> str:
-    """Returns mean, spread and interval of accuracy and loss as text."""
+    """Returns the mean, the spread and the interval of accuracy and loss as text."""
     mean, sd, interval = spreads["mean"], spreads["sd"], spreads["interval"]
     low, high = interval["accuracy"]
     return (

@@ -1,47 +1,248 @@
-"""Random distortions of training images, drawn and applied on the device."""
+"""Random distortions of training images, drawn and applied on the device: one entry of `AUGMENTATIONS` an operation.
+
+To add an operation, add an entry before the config is built; its strength is then the config field `augment.<name>`.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
-from jax.scipy.ndimage import map_coordinates
+from numpy.typing import NDArray
 
 from mnist_flax import rng
-from mnist_flax.config import AugmentConfig
+from mnist_flax.checks import within
+
+Move = Callable[[float, Array, Array, Array], tuple[Array, Array]]  # strength, y, x, key
+Change = Callable[[float, Array, Array], Array]  # strength, image, key
 
 
-def random_affine(config: AugmentConfig, key: Array) -> tuple[Array, Array]:
-    """Draws the map from a pixel of the new image to its place in the old one: `f32[2,2]` and whole pixels `i32[2]`.
+@dataclass(frozen=True)
+class Augmentation:
+    """An operation that is drawn anew for each image.
 
-    Rows and columns are in the order (y, x), and counted from the middle of the image.
+    A geometric operation has `move(strength, y, x, key) -> (y, x)`: it maps the places `f32[H,W]` of the new image's
+    pixels, counted from the middle, to where their values come from. All moves together cost one resampling.
+    Any other operation has `change(strength, image, key) -> image`, on `u8[H,W,1]`.
+
+    Attributes:
+      strength: what the number in the config means, with its unit.
+      high: the largest strength; the smallest is 0, which turns the operation off.
+      open_high: `high` itself is not allowed.
+      whole: the strength is an int.
     """
-    key_shift, key_rest = jax.random.split(key)
-    shift = jax.random.randint(key_shift, (2,), -config.shift, config.shift + 1)
-    rotate, scale, shear = jax.random.uniform(key_rest, (3,), minval=-1.0)
-    angle = jnp.deg2rad(config.rotate) * rotate
+
+    strength: str
+    high: float
+    move: Move | None = None
+    change: Change | None = None
+    open_high: bool = False
+    whole: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.move is None) == (self.change is None):
+            raise ValueError("an Augmentation has either move or change")
+
+
+def shift(pixels: float, y: Array, x: Array, key: Array) -> tuple[Array, Array]:
+    """Moves by whole pixels, each direction drawn on its own."""
+    drawn = _drawn_shift(pixels, key)
+    return y + drawn[0], x + drawn[1]
+
+
+def rotate(degrees: float, y: Array, x: Array, key: Array) -> tuple[Array, Array]:
+    """Turns around the middle."""
+    angle = _symmetric(key, np.deg2rad(degrees))
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    rotation = jnp.stack([jnp.stack([cos, -sin]), jnp.stack([sin, cos])])
-    shearing = jnp.eye(2).at[1, 0].set(jnp.tan(jnp.deg2rad(config.shear) * shear))
-    return rotation @ shearing / (1.0 + config.scale * scale), shift
+    return cos * y - sin * x, sin * y + cos * x
 
 
-def distort(config: AugmentConfig, image: Array, key: Array) -> Array:
-    """Distorts one image by one resampling, `u8[H,W,1] -> u8[H,W,1]`; what comes in from outside is paper (0)."""
-    matrix, shift = random_affine(config, key)
-    if not (config.rotate or config.scale or config.shear):
-        # Whole pixels need no interpolation: the same values as below, in a seventh of the time on a CPU.
-        padded = jnp.pad(image, ((config.shift, config.shift), (config.shift, config.shift), (0, 0)))
-        return jax.lax.dynamic_slice(padded, (*(shift + config.shift), 0), image.shape)
-    middle_y, middle_x = (image.shape[0] - 1) / 2, (image.shape[1] - 1) / 2
-    y, x = jnp.meshgrid(jnp.arange(image.shape[0]) - middle_y, jnp.arange(image.shape[1]) - middle_x, indexing="ij")
-    old_y = matrix[0, 0] * y + matrix[0, 1] * x + middle_y + shift[0]
-    old_x = matrix[1, 0] * y + matrix[1, 1] * x + middle_x + shift[1]
-    values = map_coordinates(image[..., 0].astype(jnp.float32), [old_y, old_x], order=1)
-    return jnp.round(values).astype(image.dtype)[..., None]
+def scale(share: float, y: Array, x: Array, key: Array) -> tuple[Array, Array]:
+    """Enlarges or shrinks around the middle."""
+    size = 1.0 + _symmetric(key, share)
+    return y / size, x / size
+
+
+def shear(degrees: float, y: Array, x: Array, key: Array) -> tuple[Array, Array]:
+    """Slants: moves each row sideways in proportion to its height."""
+    return y, x + jnp.tan(_symmetric(key, np.deg2rad(degrees))) * y
+
+
+def elastic(pixels: float, y: Array, x: Array, key: Array) -> tuple[Array, Array]:
+    """Warps by a smooth random field (Simard, Steinkraus and Platt, 2003): noise on a grid, spread by B-splines."""
+    spread = _spline_spread(*y.shape)
+    noise = jax.random.normal(key, (2, len(spread)))
+    field = pixels * (noise @ spread).reshape(2, *y.shape)
+    y, x = _computed_once((y + field[0], x + field[1]))
+    return y, x
+
+
+def stroke(share: float, image: Array, key: Array) -> Array:
+    """Thickens or thins the stroke: mixes the image with the maximum or minimum of each 3x3 neighbourhood."""
+    amount = _symmetric(key, share)
+    padded = jnp.pad(image, ((1, 1), (1, 1), (0, 0)))
+    extremes = []
+    for extreme in (jnp.maximum, jnp.minimum):
+        rows = extreme(extreme(padded[:-2], padded[1:-1]), padded[2:])
+        extremes.append(extreme(extreme(rows[:, :-2], rows[:, 1:-1]), rows[:, 2:]))
+    target = jnp.where(amount > 0, extremes[0], extremes[1]).astype(jnp.float32)
+    return jnp.round(image + jnp.abs(amount) * (target - image)).astype(image.dtype)
+
+
+def erase(pixels: float, image: Array, key: Array) -> Array:
+    """Blanks a square around a random pixel (DeVries and Taylor, 2017: cutout); at the border it is cut off."""
+    height, width = image.shape[:2]
+    middle = jax.random.randint(key, (2,), 0, jnp.array([height, width]))
+    corner = middle - int(pixels) // 2
+    rows, columns = (jnp.arange(n) - corner[axis] for axis, n in enumerate((height, width)))
+    inside = ((rows >= 0) & (rows < pixels))[:, None] & ((columns >= 0) & (columns < pixels))[None, :]
+    return jnp.where(inside[..., None], jnp.zeros_like(image), image)
+
+
+# Applied in this order, where a move earlier in the list is the later one as the eye sees it.
+AUGMENTATIONS: dict[str, Augmentation] = {
+    "elastic": Augmentation("sd of the displacement, in pixels", 10, move=elastic),
+    "shear": Augmentation("largest slant, in degrees", 90, move=shear, open_high=True),
+    "rotate": Augmentation("largest angle, in degrees", 180, move=rotate),
+    "scale": Augmentation("largest change of size, as a share", 1, move=scale, open_high=True),
+    "shift": Augmentation("largest shift, in whole pixels", 27, move=shift, whole=True),
+    "stroke": Augmentation("largest share of a 3x3 dilation or erosion", 1, change=stroke),
+    "erase": Augmentation("side of the blanked square, in pixels", 28, change=erase, whole=True),
+}
+
+
+@dataclass(frozen=True, init=False)
+class AugmentConfig:
+    """The strength of each operation, with a field for each entry of `AUGMENTATIONS`; 0 turns an operation off.
+
+    Attributes:
+      strengths: name and strength of the operations that are on, in the order of `AUGMENTATIONS`.
+    """
+
+    strengths: tuple[tuple[str, float], ...]
+
+    def __init__(self, **strengths: float) -> None:
+        on = tuple((name, strengths[name]) for name in AUGMENTATIONS if strengths.get(name))
+        object.__setattr__(self, "strengths", on)
+
+    def __getattr__(self, name: str) -> float:
+        if name not in AUGMENTATIONS:
+            raise AttributeError(name)
+        return self.to_dict()[name]
+
+    def to_dict(self) -> dict[str, float]:
+        """Returns all strengths by name."""
+        on = dict(self.strengths)
+        return {name: on.get(name, kind(0)) for name, kind in self.field_types().items()}
+
+    @staticmethod
+    def field_types() -> dict[str, type]:
+        """Returns the type of each field."""
+        return {name: int if entry.whole else float for name, entry in AUGMENTATIONS.items()}
+
+    def check(self) -> Iterator[str]:
+        """Yields a message for each strength that is out of range."""
+        for name, strength in self.strengths:
+            entry = AUGMENTATIONS[name]
+            yield from within(f"augment.{name}", strength, 0, entry.high, open_high=entry.open_high)
 
 
 def augment(config: AugmentConfig, images: Array, key: Array) -> Array:
-    """Distorts each image of a batch in its own way, `u8[B,H,W,1] -> u8[B,H,W,1]`."""
-    if config == AugmentConfig():
+    """Distorts each image of a batch in its own way, `u8[B,H,W,1] -> u8[B,H,W,1]`.
+
+    Args:
+      config: the strengths.
+      images: 0 is paper; what comes in from outside is paper too.
+      key: of the step. An image's draws depend on its place in the batch, not on the batch or the devices.
+    """
+    if not config.strengths:
         return images
     keys = rng.per_example(key, len(images))
-    return jax.vmap(distort, in_axes=(None, 0, 0))(config, images, keys)
+    return jax.vmap(functools.partial(distort, dict(config.strengths)))(images, keys)
+
+
+def distort(strengths: dict[str, float], image: Array, key: Array) -> Array:
+    """Applies the operations with these strengths to one image, `u8[H,W,1] -> u8[H,W,1]`."""
+    moves = {name for name in strengths if AUGMENTATIONS[name].move}
+    if moves == {"shift"}:
+        image = shifted(image, strengths["shift"], _key(key, "shift"))
+    elif moves:
+        image = resampled(image, *source(strengths, (image.shape[0], image.shape[1]), key))
+    for name, strength in strengths.items():
+        if change := AUGMENTATIONS[name].change:
+            image = change(strength, image, _key(key, name))
+    return image
+
+
+def source(strengths: dict[str, float], shape: tuple[int, int], key: Array) -> tuple[Array, Array]:
+    """Returns where each pixel of the new image comes from, `f32[H,W]` rows and columns, from all moves together."""
+    middle = [(n - 1) / 2 for n in shape]
+    y, x = jnp.meshgrid(*(jnp.arange(n) - m for n, m in zip(shape, middle, strict=True)), indexing="ij")
+    for name, strength in strengths.items():
+        if move := AUGMENTATIONS[name].move:
+            y, x = move(strength, y, x, _key(key, name))
+    return y + middle[0], x + middle[1]
+
+
+def resampled(image: Array, y: Array, x: Array) -> Array:
+    """Reads `u8[H,W,1]` at the places `f32[H,W]`, bilinearly, with paper outside.
+
+    The four neighbours of a place travel as the four bytes of one word: one gather instead of four. The barriers keep
+    XLA:CPU from computing indices and words again for each pixel. Shift, rotation, scale and shear of 128 images take
+    0.55 ms of one core (with `jax.scipy.ndimage.map_coordinates`: 1.2 ms on jax 0.12, 0.46 ms on jax 0.10).
+    """
+    height, width = image.shape[:2]
+    y, x = jnp.clip(y, -1, height) + 1, jnp.clip(x, -1, width) + 1  # as places in the padded image
+    top, left = jnp.minimum(y.astype(jnp.int32), height), jnp.minimum(x.astype(jnp.int32), width)
+    padded = jnp.pad(image[..., 0].astype(jnp.int32), 1)
+    words = padded[:-1, :-1] | padded[:-1, 1:] << 8 | padded[1:, :-1] << 16 | padded[1:, 1:] << 24
+    words, index, below, right = _computed_once((words, top * (width + 1) + left, y - top, x - left))
+    word = _computed_once(words.reshape(-1).at[index].get(mode="promise_in_bounds"))
+    corners = [(word >> bits & 255).astype(jnp.float32) for bits in (0, 8, 16, 24)]
+    upper = corners[0] + (corners[1] - corners[0]) * right
+    lower = corners[2] + (corners[3] - corners[2]) * right
+    grey: Array = _computed_once(jnp.round(upper + (lower - upper) * below).astype(image.dtype))
+    return grey[..., None]
+
+
+def shifted(image: Array, pixels: float, key: Array) -> Array:
+    """Moves by whole pixels without interpolation: the same values as `resampled` gives, in less time."""
+    limit = int(pixels)
+    padded = jnp.pad(image, ((limit, limit), (limit, limit), (0, 0)))
+    return jax.lax.dynamic_slice(padded, (*(_drawn_shift(limit, key) + limit), 0), image.shape)
+
+
+_computed_once = jax.lax.optimization_barrier
+
+
+def _key(key: Array, name: str) -> Array:
+    """Returns the key of one operation on one image; shift's is as it was before there were others to add."""
+    return jax.random.split(key)[0] if name == "shift" else rng.stream(key, name)
+
+
+def _drawn_shift(pixels: float, key: Array) -> Array:
+    return jax.random.randint(key, (2,), -int(pixels), int(pixels) + 1)
+
+
+def _symmetric(key: Array, limit: float) -> Array:
+    """Draws from -limit to limit."""
+    return limit * jax.random.uniform(key, minval=-1.0)
+
+
+@functools.cache
+def _spline_spread(height: int, width: int, spacing: float = 9.0) -> NDArray[np.float32]:
+    """Returns how far a unit at each grid point moves each pixel, `f32[G,H*W]`: unit noise then has unit variance."""
+
+    def weights(size: int) -> NDArray[np.float64]:
+        knots = np.arange(-1, np.ceil((size - 1) / spacing) + 2) * spacing
+        t = np.abs(np.arange(size)[:, None] - knots) / spacing
+        spline = np.where(t < 1, 2 / 3 - t**2 + t**3 / 2, np.clip(2 - t, 0, None) ** 3 / 6)
+        normalized: NDArray[np.float64] = spline / np.linalg.norm(spline, axis=1, keepdims=True)
+        return normalized
+
+    rows, columns = weights(height), weights(width)
+    spread = np.einsum("yg,xk->gkyx", rows, columns).reshape(rows.shape[1] * columns.shape[1], -1)
+    return spread.astype(np.float32)

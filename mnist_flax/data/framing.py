@@ -2,7 +2,8 @@
 
 import numpy as np
 
-IMAGE_SIZE = 28
+from mnist_flax.data.registry import IMAGE_SIZE
+
 BOX_SIZE = 20
 CENTRE = 14
 
@@ -31,7 +32,7 @@ def frame(image: np.ndarray) -> np.ndarray:
         return canvas
     centre_row = np.arange(height) @ box.sum(axis=1) / box.sum()
     centre_column = np.arange(width) @ box.sum(axis=0) / box.sum()
-    top = int(np.clip(round(CENTRE - centre_row), 0, IMAGE_SIZE - height))
-    left = int(np.clip(round(CENTRE - centre_column), 0, IMAGE_SIZE - width))
+    top = int(np.clip(round(CENTRE - float(centre_row)), 0, IMAGE_SIZE - height))
+    left = int(np.clip(round(CENTRE - float(centre_column)), 0, IMAGE_SIZE - width))
     canvas[top : top + height, left : left + width] = np.round(box * (255 / box.max()))
     return canvas

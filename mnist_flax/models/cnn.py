@@ -1,199 +1,196 @@
-"""The network: a linen CNN built from `ModelConfig`."""
+"""Plain convolutional networks: convolution blocks, hidden dense layers, one logit for each class."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
-from mnist_flax import rng
-from mnist_flax.config import Config, ModelConfig
-from mnist_flax.ops import conv as ops
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "relu": nn.relu,
-    "leaky_relu": nn.leaky_relu,
-    "elu": nn.elu,
-    "tanh": nn.tanh,
-    "gelu": nn.gelu,
-    "silu": nn.silu,
-}
-NON_DECREASING = ("relu", "leaky_relu", "elu", "tanh")
-
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-
-INITIALIZERS: dict[str, nn.initializers.Initializer] = {
-    "glorot_uniform": nn.initializers.glorot_uniform(),  # Glorot and Bengio, 2010
-    "glorot_normal": nn.initializers.glorot_normal(),
-    "he_uniform": nn.initializers.he_uniform(),  # He et al., 2015
-    "he_normal": nn.initializers.he_normal(),
-    "lecun_uniform": nn.initializers.lecun_uniform(),  # LeCun et al., 1998
-    "lecun_normal": nn.initializers.lecun_normal(),
-}
+from mnist_flax.checks import among, within
+from mnist_flax.models.base import ModelConfig
+from mnist_flax.models.layers import (
+    ACTIVATIONS,
+    DTYPES,
+    INITIALIZERS,
+    BatchNorm,
+    Conv,
+    Dense,
+    Dropout,
+    cosine_patterns,
+    flatten,
+)
 
 
-def cosine_patterns(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
-    """Returns a fixed first kernel, `f32[k,k,1,D]`: the patterns of the discrete cosine transform, and their negatives.
+@dataclass(frozen=True, kw_only=True)
+class CNNConfig(ModelConfig):
+    """A block is convolution, batch norm (if any), activation, pooling, dropout (if any).
 
-    They come smoothest first, each of length 1. Cosines are close to what decorrelates the pixels of small patches of
-    images (Ahmed, Natarajan and Rao, 1974), so they stand in for kernels that whiten, as Jordan (2024, `94% on CIFAR-10
-    in 3.29 seconds on a single GPU`) takes them from the data; ReLU lets both signs through.
+    The tuples over convolutions hold one value each, or a single value that serves all.
 
-    Args:
-      key: not used; an initialiser has one.
-      shape: `(k, k, 1, D)`, D at most 2 k^2.
-      dtype: of the result.
-    """
-    del key
-    size, width = shape[0], shape[3]
-    waves = np.cos(np.pi * np.outer(np.arange(size), np.arange(size) + 0.5) / size)
-    waves /= np.linalg.norm(waves, axis=1, keepdims=True)
-    frequencies = sorted(np.ndindex(size, size), key=lambda f: f[0] ** 2 + f[1] ** 2)
-    patterns = [sign * np.outer(waves[u], waves[v]) for u, v in frequencies for sign in (1, -1)]
-    return jnp.asarray(np.stack(patterns[:width], -1)[:, :, None], dtype)
-
-
-def scale_pixels(config: ModelConfig, images: Array) -> Array:
-    """Turns grey values into the network's input, `u8[B,28,28,1] -> f32[B,28,28,1]`: the one place where it happens."""
-    return (images.astype(jnp.float32) / 255.0 - config.pixel_mean) / config.pixel_std
-
-
-def crop(config: ModelConfig, images: Array) -> Array:
-    """Cuts off the pixels that no logit depends on, `u8[B,28,28,1] -> u8[B,S,S,1]`.
-
-    Not computing what becomes of them saves a sixth of the arithmetic of the classic networks. It is done before the
-    network, and not in it, so that its table and its activations can be of whole images.
-    """
-    size = config.seen_size()
-    return images[:, :size, :size]
-
-
-def operands(*args: Any, dtype: Any = None, inexact: bool = True) -> list[Any]:
-    """Gives what is multiplied its type, and leaves the bias in float32, for its gradient is a sum over the batch."""
-    del inexact  # what linen's own function, whose place this takes, asks for
-    inputs, kernel, bias = args
-    return [inputs.astype(dtype), kernel.astype(dtype), bias]
-
-
-class Dropout(nn.Module):
-    """Zeroes a share `rate` of the features and scales up the rest, for training (Srivastava et al., 2014).
-
-    Unlike `nn.Dropout` it draws each example's mask from a key of its own, so that the masks do not depend on how a
-    batch is split over devices. The rng stream `dropout` holds a key for each example, `key[B]`.
+    Attributes:
+      widths: output channels of each convolution; empty for a multilayer perceptron.
+      kernel_sizes: side of each square kernel, in pixels.
+      strides: of each convolution, in pixels.
+      paddings: `VALID` or `SAME`, of each convolution.
+      pools: side and stride of the pooling window after each convolution; 1 means none.
+      pooling: `max` or `avg`.
+      dense: widths of the hidden dense layers.
+      stem: `learned`, or `cosine` for a fixed first convolution with cosine patterns and no bias.
+      batch_norm: normalise the output of each convolution and hidden dense layer before the activation.
+      conv_dropout: rate after each convolution block.
     """
 
-    rate: float
+    widths: tuple[int, ...] = (32, 64, 64)
+    kernel_sizes: tuple[int, ...] = (3,)
+    strides: tuple[int, ...] = (1,)
+    paddings: tuple[str, ...] = ("VALID",)
+    pools: tuple[int, ...] = (2, 2, 1)
+    pooling: str = "max"
+    dense: tuple[int, ...] = (64,)
+    stem: str = "learned"
+    batch_norm: bool = False
+    conv_dropout: float = 0.0
 
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Returns `x` thinned out, `f32[B,...] -> f32[B,...]`."""
-        # 16 random bits decide well enough (the rate is off by less than 1e-5) and cost half of 32.
-        dropped = round(self.rate * 2**16)
-        keys = rng.per_example(self.make_rng("dropout"), len(x))
-        bits = jax.vmap(lambda key: jax.random.bits(key, x.shape[1:], jnp.uint16))(keys)
-        return jnp.where(bits >= dropped, x / (1.0 - self.rate), 0.0)
+    def blocks(self) -> tuple["ConvBlock", ...]:
+        """Returns the convolution blocks, with single values repeated for all of them."""
+        per_block = (self.kernel_sizes, self.strides, self.paddings, self.pools)
+        count = len(self.widths)
+        columns = [column * count if len(column) == 1 else column for column in per_block]
+        return tuple(ConvBlock(*row) for row in zip(self.widths, *columns, strict=True))
+
+    def seen_size(self, size: int) -> int:
+        """Returns the side of the part of an image that the logits depend on.
+
+        Strides and pooling drop a remainder at the lower right: 2 of 28 pixels for two or three unpadded 3x3
+        convolutions with pooling by 2. Padding needs to know where an image ends, and batch norm looks at all of it.
+        """
+        if self.batch_norm:
+            return size
+        sizes = [size]
+        for block in self.blocks():
+            sizes.append(block.output_size(sizes[-1]))
+        seen = sizes.pop()
+        for block, before in zip(reversed(self.blocks()), reversed(sizes), strict=True):
+            seen = before if block.padding == "SAME" else (seen * block.pool - 1) * block.stride + block.kernel_size
+        return seen
+
+    def module(self, num_classes: int, *, train: bool = False) -> nn.Module:
+        """Builds the network."""
+        return CNN(self, num_classes, train)
+
+    def check(self, size: int) -> Iterator[str]:
+        """Yields a message for each wrong value."""
+        yield from super().check(size)
+        yield from among("model.pooling", self.pooling, ("max", "avg"))
+        yield from among("model.stem", self.stem, ("learned", "cosine"))
+        yield from within("model.conv_dropout", self.conv_dropout, 0, 1, open_high=True)
+        wrong = list(self._check_tuples())
+        yield from wrong or self._check_sizes(size)
+
+    def _check_tuples(self) -> Iterator[str]:
+        for name in ("kernel_sizes", "strides", "paddings", "pools"):
+            values = getattr(self, name)
+            if len(values) not in (1, len(self.widths)):
+                yield (
+                    f"config.model.{name} = {values}: has {len(values)} values for {len(self.widths)} convolutions;"
+                    " give one for each, or one for all"
+                )
+        for name in ("widths", "kernel_sizes", "strides", "pools", "dense"):
+            if any(value < 1 for value in getattr(self, name)):
+                yield f"config.model.{name} = {getattr(self, name)}: every value must be at least 1"
+        if not set(self.paddings) <= {"VALID", "SAME"}:
+            yield f"config.model.paddings = {self.paddings}: each must be 'VALID' or 'SAME'"
+
+    def _check_sizes(self, size: int) -> Iterator[str]:
+        """Follows an image through the layers."""
+        if self.stem == "cosine" and not self.widths:
+            yield "config.model.stem = 'cosine': needs a convolution; give config.model.widths a value"
+        for i, block in enumerate(self.blocks()):
+            if i == 0 and self.stem == "cosine" and block.width > 2 * block.kernel_size**2:
+                yield (
+                    f"config.model.stem = 'cosine': a {block.kernel_size}x{block.kernel_size} kernel has only"
+                    f" {2 * block.kernel_size**2} patterns, not {block.width}; use a larger kernel or a smaller width"
+                )
+            conv_size = block.conv_size(size)
+            if conv_size < 1:
+                yield (
+                    f"config.model.kernel_sizes: the {block.kernel_size}x{block.kernel_size} kernel of convolution"
+                    f" {i + 1} is larger than its {size}x{size} feature map; use a smaller kernel, padding 'SAME', or"
+                    " less pooling"
+                )
+                return
+            size = conv_size // block.pool
+            if size < 1:
+                yield (
+                    f"config.model.pools: the {block.pool}x{block.pool} pooling of convolution {i + 1} is larger than"
+                    f" its {conv_size}x{conv_size} feature map; use a smaller window, or 1 for none"
+                )
+                return
 
 
-class Bias(nn.Module):
-    """Adds a learned number to each channel."""
+class ConvBlock(NamedTuple):
+    """One convolution and its pooling, sizes in pixels."""
 
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Adds the bias, `f32[...,C] -> f32[...,C]`."""
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-        return (x + jnp.expand_dims(bias, range(x.ndim - 1))).astype(x.dtype)  # added, and its gradient summed, in f32
+    width: int
+    kernel_size: int
+    stride: int
+    padding: str
+    pool: int
+
+    def conv_size(self, size: int) -> int:
+        """Returns the side of the convolution's output for an input of side `size`; below 1 if the kernel is larger."""
+        covered = 0 if self.padding == "SAME" else self.kernel_size - 1
+        return -((covered - size) // self.stride)
+
+    def output_size(self, size: int) -> int:
+        """Returns the side after pooling, which drops what fills no window."""
+        return self.conv_size(size) // self.pool
 
 
 class CNN(nn.Module):
-    """Convolution blocks, hidden dense layers, and one logit a class.
+    """The network of a `CNNConfig`."""
 
-    Attributes:
-      config: the layers.
-      num_classes: C.
-      train: draw dropout masks (rng stream `dropout`), and use and update the batch's statistics.
-    """
-
-    config: ModelConfig
+    config: CNNConfig
     num_classes: int
     train: bool = False
 
     @nn.compact
-    def __call__(self, images: Array, mask: Array | None = None) -> Array:
-        """Computes the logits, `u8[B,28,28,1] -> f32[B,C]`.
+    def __call__(self, x: Array, mask: Array | None = None) -> Array:
+        """Maps scaled pixels to logits, `f32[B,H,W,1] -> f32[B,C]`."""
+        config, train = self.config, self.train
+        activation, dtype = ACTIVATIONS[config.activation], DTYPES[config.dtype]
+        shared: dict[str, Any] = {"kernel_init": INITIALIZERS[config.init], "precision": config.matmul_precision}
 
-        Args:
-          images: grey values from 0 (paper) to 255 (ink).
-          mask: `bool[B]`, which rows are examples; all, if not given. Only batch norm in training looks at it.
-        """
-        config = self.config
-        kernel_init = INITIALIZERS[config.init]
-        activation = ACTIVATIONS[config.activation]
-        pool = {"max": ops.max_pool, "avg": ops.avg_pool}[config.pooling]
-        # A maximum commutes with adding a bias and with a non-decreasing activation: pooled first, they touch a quarter
-        # of the values and give the same result. Batch norm keeps a place between convolution and pooling.
-        pool_first = config.pooling == "max" and config.activation in NON_DECREASING
-        pool_at_once = pool_first and not config.batch_norm
-
-        dtype = DTYPES[config.dtype]
-        dense = partial(nn.Dense, kernel_init=kernel_init, precision=config.matmul_precision, promote_dtype=operands)
-
-        x = scale_pixels(config, images)
         for i, block in enumerate(config.blocks()):
-            is_fixed = i == 0 and config.stem == "cosine"
-            convolve = partial(
-                ops.conv_general_dilated,
-                max_pool_size=block.pool if pool_at_once else 1,
-                inference=not self.train,
-            )
-            x = nn.Conv(
+            fixed = cosine_patterns(block.kernel_size, block.width) if i == 0 and config.stem == "cosine" else None
+            conv = partial(
+                Conv,
                 block.width,
-                (block.kernel_size, block.kernel_size),
-                strides=block.stride,
-                padding=block.padding,
-                use_bias=False,
+                block.kernel_size,
+                block.stride,
+                block.padding,
+                use_bias=not config.batch_norm and fixed is None,
+                fixed_kernel=fixed,
+                train=train,
                 dtype=dtype,
-                precision=config.matmul_precision,
-                kernel_init=cosine_patterns if is_fixed else kernel_init,
-                # A kernel that never changes needs no gradient: where all pixels are, that is a third of the work.
-                conv_general_dilated=_with_fixed_kernel(convolve) if is_fixed else convolve,
-            )(x)
+                **shared,
+            )
+            activate_pool: dict[str, Any] = {"activation": activation, "pool": block.pool, "pooling": config.pooling}
             if config.batch_norm:
-                x = self._normalize(x, mask)
-                if pool_first:
-                    x = pool(x, block.pool)
-            elif not is_fixed:  # a bias would need the gradient by all that the fixed layer makes
-                x = Bias()(x)
-            x = activation(x)
-            if not pool_first:
-                x = pool(x, block.pool)
-            x = self._drop(x, config.conv_dropout)
-        x = x.reshape(len(x), -1)
+                x = conv()(x)
+                x = BatchNorm(train=train, **activate_pool)(x, mask)
+            else:
+                x = conv(**activate_pool)(x)
+            if config.conv_dropout:
+                x = Dropout(config.conv_dropout, train)(x)
+
+        x = flatten(x)
         for width in config.dense:
-            x = dense(width, use_bias=not config.batch_norm, dtype=dtype)(x).astype(dtype)
-            if config.batch_norm:
-                x = self._normalize(x, mask)
-            x = activation(x)
-        x = self._drop(x, config.dropout)
-        return dense(self.num_classes, dtype=jnp.float32)(x)
-
-    def _normalize(self, x: Array, mask: Array | None) -> Array:
-        """Normalises over the batch's examples (Ioffe and Szegedy, 2015), with running statistics at test time."""
-        if mask is not None:
-            mask = mask.reshape(-1, *[1] * (x.ndim - 1))
-        return nn.BatchNorm(use_running_average=not self.train, dtype=x.dtype)(x, mask=mask)
-
-    def _drop(self, x: Array, rate: float) -> Array:
-        return Dropout(rate)(x) if self.train and rate else x
-
-
-def _with_fixed_kernel(convolve: Callable[..., Array]) -> Callable[..., Array]:
-    return lambda x, kernel, *args, **kwargs: convolve(x, jax.lax.stop_gradient(kernel), *args, **kwargs)
-
-
-def build(config: Config, *, train: bool = False) -> CNN:
-    """Returns the network of a config, with as many logits as its dataset has classes."""
-    return CNN(config.model, config.num_classes, train)
+            x = Dense(width, use_bias=not config.batch_norm, dtype=dtype, **shared)(x)
+            x = BatchNorm(activation=activation, train=train)(x, mask) if config.batch_norm else activation(x)
+        if config.dropout:
+            x = Dropout(config.dropout, train)(x)
+        return Dense(self.num_classes, dtype=jnp.float32, **shared)(x)

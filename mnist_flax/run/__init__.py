@@ -1,1 +1,1 @@
-"""What keeps a run alive: its folder, checkpoints, log, signals, processes."""
+"""What keeps a run safe: its folder, checkpoints, log, signals, console and processes."""

@@ -1,4 +1,4 @@
-"""Compiled programs, kept on the disk from one process to the next."""
+"""Compiled programs, kept on disk from one process to the next."""
 
 import logging
 import os
@@ -8,30 +8,37 @@ import jax
 
 logger = logging.getLogger(__name__)
 
-MAX_BYTES = 256 * 2**20  # the least recently used programs go when the cache grows past this
+MAX_BYTES = 256 * 2**20  # beyond this the least recently used programs are deleted
 
 
 def cache_dir() -> pathlib.Path:
-    """Returns where programs are kept: `$JAX_COMPILATION_CACHE_DIR`, or a folder in the user's cache folder."""
+    """Returns where programs are kept: `$JAX_COMPILATION_CACHE_DIR`, or a folder in the user's cache folder.
+
+    Raises:
+      OSError: the user has no home folder, so there is no such place.
+    """
     chosen = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    user_cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(chosen) if chosen else pathlib.Path(user_cache, "mnist_flax", "programs")
+    user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = pathlib.Path(os.path.expanduser(chosen or os.path.join(user_cache, "mnist_flax", "programs")))
+    if not chosen and not folder.is_absolute():
+        raise OSError(f"{folder} is not an absolute path; set XDG_CACHE_HOME to a folder")
+    return folder
 
 
 def keep_programs() -> None:
     """Turns on JAX's persistent compilation cache, for small programs too: later processes start faster.
 
-    What JAX's own variables say goes first: JAX_ENABLE_COMPILATION_CACHE=false turns it off. A cache that cannot be
-    read or written costs a warning and never the run.
+    JAX's own environment variables take precedence: JAX_ENABLE_COMPILATION_CACHE=false turns it off. A cache that
+    cannot be read or written costs a message and never the run.
     """
-    folder = cache_dir()
     try:
+        folder = cache_dir()
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         logger.info("compiled programs are not kept: %s", error)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    # By default JAX keeps only what took a second to compile: nearly nothing of a small network.
+    # By default JAX keeps only what took a second to compile: almost nothing of a small network.
     for option, value in {
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,

@@ -1,57 +1,59 @@
 """Several processes as one program: how they find each other, agree, and end together.
 
-All run the same command. What needs every device they compute together, by the same calls in the same order
-(`jax.distributed`); only the first one, the primary, tells what is going on and writes files. What a process knows
-alone, such as the time or a signal, decides nothing until they have agreed on it. When one is gone, none can go on: the
-others end too, and the same commands, of as many processes or of another number, go on from the newest checkpoint.
+All run the same command. They compute together on all devices, by the same calls in the same order
+(`jax.distributed`); only the first one, the primary, prints and writes files. What one process knows alone, such as the
+time or a signal, decides nothing until all have agreed on it. When one is gone, none can continue: the others end too,
+and the same commands, with the same number of processes or another, continue from the newest checkpoint.
 """
 
 import contextlib
 import logging
-import os
 import re
+import signal
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 import jax
 import numpy as np
 
 from mnist_flax.errors import ConfigError, LostPeerError, UserError
+from mnist_flax.run import console, signals
 
 logger = logging.getLogger(__name__)
 
 JOIN_SECONDS = 120  # how long a process waits for the others to start
 HEARTBEAT_SECONDS = 20  # how long one may be silent before it counts as gone
-LEAVE_SECONDS = 3  # how long the primary, whom the others cannot outlive, lets them say why they end
+LEAVE_SECONDS = 3  # the others cannot outlive the primary, so it waits this long for their last messages
 
 # What JAX, its collectives and its coordination service say when another process is gone.
 _LOST = re.compile("gloo|nccl|unavailable|deadline.exceeded|cancelled|aborted|coordination", re.IGNORECASE)
 
 
 def join(coordinator: str | None, num_processes: int | None, process_index: int | None) -> None:
-    """Makes this process one of several; before JAX computes anything.
+    """Makes this process one of several; to be called before JAX computes anything.
 
     Args:
-      coordinator: `host:port` on the machine of the first process, the same for all; or None, and so the other two:
-        SLURM, Open MPI, GKE and Cloud TPU tell JAX all three.
+      coordinator: `host:port` on the machine of the first process, the same for all. All three arguments may be None:
+        JAX learns them from SLURM, Open MPI, GKE or Cloud TPU.
       num_processes: how many there are.
       process_index: which of them this one is, from 0.
 
     Raises:
-      ConfigError: only some of the three are given, or nothing tells them, or the first process cannot be reached.
+      ConfigError: only some of the three are given, or JAX cannot find them out, or the first process cannot be
+        reached.
     """
     given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_index": process_index}
     missing = [name for name, value in given.items() if value is None]
     if 0 < len(missing) < len(given):
-        raise ConfigError(f"{missing[0]} is missing: give all of {', '.join(given)}, or none and let JAX find them out")
+        raise ConfigError(f"{missing[0]} is missing: give all of {', '.join(given)}, or none if JAX can find them out")
     if num_processes is not None and process_index is not None and not 0 <= process_index < num_processes:
         raise ConfigError(f"--process_index={process_index}: must be from 0 to {num_processes - 1}")
     if coordinator is not None:
-        _find(coordinator, is_first=process_index == 0)
+        _wait_for(coordinator, is_first=process_index == 0)
         logger.info("waiting for %d processes at %s, up to %d s", num_processes, coordinator, JOIN_SECONDS)
     try:
         jax.distributed.initialize(
@@ -69,11 +71,11 @@ def join(coordinator: str | None, num_processes: int | None, process_index: int 
     logging.getLogger("mnist_flax").setLevel(logging.INFO if is_primary() else logging.WARNING)
 
 
-def _find(coordinator: str, *, is_first: bool) -> None:
-    """Waits until the first process can be reached, for JAX ends a process that cannot reach it without a word of ours.
+def _wait_for(coordinator: str, *, is_first: bool) -> None:
+    """Waits until the first process answers: JAX kills one that cannot reach it before we can print anything.
 
     Raises:
-      ConfigError: the address is none, or nobody answers there.
+      ConfigError: the address is invalid, or nothing answers there.
     """
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal():
@@ -93,18 +95,18 @@ def _find(coordinator: str, *, is_first: bool) -> None:
 
 
 def leave() -> None:
-    """Ends being one of several, when all have come to their end."""
+    """Disconnects this process from the others, when all have finished."""
     if jax.process_count() > 1:
         jax.distributed.shutdown()
 
 
 def is_primary() -> bool:
-    """Returns whether this is the process that tells and writes; a single one is."""
+    """Returns whether this is the process that prints and writes files; a single one is."""
     return jax.process_index() == 0
 
 
 def agree(*numbers: int) -> tuple[int, ...]:
-    """Returns the largest of each number that the processes know; waits for all of them."""
+    """Returns the maximum of each number over all processes, and waits for all of them."""
     if jax.process_count() == 1:
         return numbers
     from jax.experimental import multihost_utils
@@ -112,12 +114,17 @@ def agree(*numbers: int) -> tuple[int, ...]:
     return tuple(multihost_utils.process_allgather(np.array(numbers)).max(axis=0).tolist())
 
 
+def stop_signals() -> Sequence[signal.Signals]:
+    """Returns the signals that ask a run to stop; with several processes, JAX handles SIGTERM (`Store.preemption`)."""
+    return [signum for signum in signals.SIGNALS if signum != signal.SIGTERM or jax.process_count() == 1]
+
+
 @contextlib.contextmanager
 def bound_together() -> Iterator[None]:
-    """Ends this process at once if it is one of several and anything goes wrong: here, or with another one.
+    """Ends this process at once if it is one of several and an error occurs, here or in another one.
 
-    The others notice within `HEARTBEAT_SECONDS`, mostly at once, and end in the same way. Leaving in the usual way
-    would wait for them: for a save that all take part in, or at the exit. Nothing is lost that a kill would not lose.
+    The others notice within `HEARTBEAT_SECONDS`, usually at once, and end in the same way. A normal exit would wait for
+    them: in a save that all take part in, or in JAX's shutdown. A kill would lose no less.
     """
     try:
         yield
@@ -128,21 +135,21 @@ def bound_together() -> Iterator[None]:
 
 
 def _end(error: BaseException) -> NoReturn:
-    """Tells why, as `cli.run` would, and ends the process."""
+    """Prints the error, as `cli.run` would, and ends the process."""
     if not isinstance(error, UserError) and isinstance(error, Exception) and _LOST.search(str(error)):
         error = LostPeerError(
             f"another of the {jax.process_count()} processes is gone or out of reach"
-            f" ({str(error).splitlines()[0][:200]}); all have to stop, and the same commands go on from the newest"
+            f" ({str(error).splitlines()[0][:200]}); stop all of them, and the same commands continue from the newest"
             " checkpoint"
         )
     status = 1
     if isinstance(error, UserError):
-        status = error.exit_status
-        print(f"{'' if status > 128 else 'error: '}{error}", file=sys.stderr)
+        status = console.print_error(error)
     else:
         traceback.print_exception(error)
+    with contextlib.suppress(UserError):
+        sys.stdout.flush()
     sys.stderr.flush()
-    sys.stdout.flush()
     if is_primary():
         time.sleep(LEAVE_SECONDS)
-    os._exit(status)
+    signals.leave(status)

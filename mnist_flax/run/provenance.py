@@ -1,4 +1,4 @@
-"""What a result was made with: versions, device, commit."""
+"""What a result was made with: versions, device and commit."""
 
 import importlib.metadata
 import pathlib
@@ -24,21 +24,22 @@ def versions() -> dict[str, str]:
 
 def git_commit() -> str:
     """Returns the commit of the code, with `+changes` if files differ from it; empty outside a checkout."""
-    folder = pathlib.Path(__file__).resolve().parent.parent
+    folder = pathlib.Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
-        if not (folder / ".git").exists():  # an installed copy inside somebody else's checkout has no commit
+        if not (folder / ".git").exists():  # an installed copy inside another project's checkout has no commit
             return ""
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return ""
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Returns the name of the processor model, or at least its architecture."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux
@@ -50,7 +51,7 @@ def _cpu_name() -> str:
 def provenance() -> dict[str, Any]:
     """Returns `device`, `versions` and `git_commit` for a summary."""
     devices = jax.devices()
-    kind = _cpu_name() if devices[0].platform == "cpu" else devices[0].device_kind
+    kind = cpu_name() if devices[0].platform == "cpu" else devices[0].device_kind
     return {
         "device": f"{len(devices)} x {devices[0].platform} ({kind})",
         "versions": versions(),

@@ -1,10 +1,17 @@
-"""The folder of a run: where its files are, who owns it, and how a file gets there whole or not at all."""
+"""The folder of a run: its files, its owner, and writes that are complete or do not happen.
+
+A run may come from a stranger. No function here that writes follows a symbolic link inside the run's folder: files are
+replaced rather than written through, and `subfolder` accepts only real folders. Write with nothing else.
+"""
 
 import contextlib
 import datetime
+import errno
 import json
 import os
 import pathlib
+import secrets
+import shutil
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -20,53 +27,57 @@ WEIGHTS = "weights.safetensors"
 CHECKPOINTS = "checkpoints"
 DAMAGED = "checkpoints_damaged"
 TENSORBOARD = "tensorboard"
-MEMBERS = "members"  # in the folder of a population: those of its runs
-_LOCK = ".mnist_flax.lock"  # not "lock": its name also marks the folder as ours
+MEMBERS = "members"  # in the folder of a population: the folders of its runs
+RESUMES = "fix that, and the same command continues from the newest checkpoint"
+NAME_OUTPUT = "name another folder with --output=DIR"
+_LOCK = ".mnist_flax.lock"
 _OWNER = ".mnist_flax.owner.json"
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
 def check(workdir: pathlib.Path) -> None:
-    """Looks, without touching anything, whether a run can live in `workdir`.
+    """Checks, without writing anything, that `workdir` is free for a run or holds one.
 
     Raises:
-      WorkdirError: it is no folder, cannot be read, or holds something that is no run.
+      WorkdirError: it is not a folder, cannot be read, or holds something that is not a run.
     """
     try:
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(workdir)  # `exists` would hide why it cannot be read
         if workdir.exists() and not workdir.is_dir():
             raise WorkdirError(f"--workdir={workdir}: is a file; name a folder")
         names = {path.name for path in workdir.iterdir()} if workdir.is_dir() else set()
-    except (OSError, ValueError) as error:  # such as a name that is too long, or holds a zero byte
-        raise WorkdirError(f"--workdir={workdir}: cannot be read ({_why(error)}); name another folder") from error
+    except (OSError, ValueError) as error:  # such as a name that is too long, or contains a zero byte
+        raise WorkdirError(f"--workdir={workdir}: cannot be read ({reason(error)}); name another folder") from error
     if names and not names & {CONFIG, _LOCK}:
         raise WorkdirError(
-            f"--workdir={workdir}: holds {min(names)!r} but no {CONFIG}, so it is no run; name another folder"
+            f"--workdir={workdir}: holds {min(names)!r} but no {CONFIG}, so it is not a run; name another folder"
         )
 
 
 @contextlib.contextmanager
 def claim(workdir: pathlib.Path) -> Iterator[None]:
-    """Makes `workdir` and holds it for this process alone; if nothing is written into it, it is removed again.
+    """Makes `workdir` and locks it for this process; removes it again if nothing was written.
 
-    The operating system frees the lock when its process ends, however it ends, so a dead run is no obstacle.
+    The operating system releases the lock when the process ends, however it ends.
 
     Raises:
-      WorkdirError: another process holds it, or it cannot be written.
+      WorkdirError: another process holds the lock, or the folder cannot be written.
     """
     check(workdir)
     new = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
     lock = filelock.FileLock(workdir / _LOCK)
     try:
-        try:
+        with as_workdir_error(f"--workdir={workdir}", "name another folder"):
             workdir.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise WorkdirError(
-                f"--workdir={workdir}: in use by {_owner(workdir)}; wait for it, stop it, or name another folder"
-            ) from None
-        except (OSError, ValueError) as error:
-            raise WorkdirError(
-                f"--workdir={workdir}: cannot be written ({_why(error)}); name another folder"
-            ) from error
+            inside(workdir, _LOCK)
+            try:
+                lock.acquire(timeout=0)
+            except filelock.Timeout:
+                raise WorkdirError(
+                    f"--workdir={workdir}: in use by {_owner(workdir)}; wait for it, stop it, or name another folder"
+                ) from None
+        _remove_temporary_files(workdir)
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}
         write_text(workdir / _OWNER, json.dumps(owner) + "\n")
         yield
@@ -76,7 +87,7 @@ def claim(workdir: pathlib.Path) -> Iterator[None]:
             (workdir / _LOCK).unlink()
         for folder in new:
             with contextlib.suppress(OSError, ValueError):
-                folder.rmdir()  # fails, as it should, where anything is inside
+                folder.rmdir()  # fails, as it should, if the folder is not empty
         lock.release()
 
 
@@ -92,37 +103,88 @@ def _now() -> str:
     return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
 
 
-def _why(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
+def _remove_temporary_files(workdir: pathlib.Path) -> None:
+    """Removes what `write_bytes` left when a process was killed."""
+    folders = [workdir, *(path for path in workdir.iterdir() if path.is_dir() and not path.is_symlink())]
+    for path in (path for folder in folders for path in folder.glob(".*.tmp")):
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def reason(error: BaseException) -> str:
+    """Returns in one short line why an operation failed."""
+    if getattr(error, "errno", None) == errno.ELOOP:
+        return "a symbolic link, which is not followed inside a run's folder"
+    lines = (getattr(error, "strerror", None) or str(error)).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
 
 
 @contextlib.contextmanager
-def speaking(path: pathlib.Path) -> Iterator[None]:
-    """Turns what the system says about a file that cannot be written into a message.
+def as_workdir_error(subject: object, remedy: str = RESUMES) -> Iterator[None]:
+    """Raises an OSError that occurs inside as `<subject>: cannot be written (<reason>); <remedy>`.
 
     Raises:
-      WorkdirError: an OSError was raised inside.
+      WorkdirError: instead of the OSError.
     """
     try:
         yield
     except OSError as error:
-        raise WorkdirError(
-            f"{path}: cannot be written ({_why(error)}); mend that, and the same command goes on from the newest"
-            " checkpoint"
-        ) from error
+        raise WorkdirError(f"{subject}: cannot be written ({reason(error)}); {remedy}") from error
 
 
-def write_bytes(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file so that whoever looks sees the old content or the new, whole, even after a power cut.
+def inside(workdir: pathlib.Path, *names: str, remedy: str = RESUMES) -> pathlib.Path:
+    """Returns a path inside a run's folder.
+
+    Raises:
+      WorkdirError: the path, or a folder above it within `workdir`, is a symbolic link.
+    """
+    path = workdir
+    for name in names:
+        path = path / name
+        with as_workdir_error(path, remedy):
+            if path.is_symlink():
+                raise OSError(errno.ELOOP, "")
+    return path
+
+
+def subfolder(workdir: pathlib.Path, *names: str, remedy: str = RESUMES) -> pathlib.Path:
+    """Makes a folder inside a run's folder, if it is missing, and returns it.
+
+    Raises:
+      WorkdirError: it cannot be made, or a symbolic link or a file is in the way.
+    """
+    folder = inside(workdir, *names, remedy=remedy)
+    with as_workdir_error(folder, remedy):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def output_folder(workdir: pathlib.Path, output: str | None) -> pathlib.Path:
+    """Returns where a verb writes: the folder given as `--output`, which is made if it is missing, or else `workdir`.
+
+    Raises:
+      WorkdirError: the folder cannot be made.
+    """
+    if not output:
+        return workdir
+    folder = pathlib.Path(output)
+    with as_workdir_error(f"--output={output}", "name another folder"):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def write_bytes(path: pathlib.Path, content: bytes, *, remedy: str = RESUMES) -> None:
+    """Writes a file so that a reader finds the old content or the new, complete, even after a power failure.
+
+    A symbolic link at `path` is replaced, not followed. The folder must exist: `subfolder` makes those of a run.
 
     Raises:
       WorkdirError: the disk is full, or the folder cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    with speaking(path):
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    with as_workdir_error(path, remedy):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINK, 0o666), "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -133,28 +195,38 @@ def write_bytes(path: pathlib.Path, content: bytes) -> None:
             raise
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes text as `write_bytes` does, in UTF-8."""
-    write_bytes(path, text.encode())
+def write_text(path: pathlib.Path, text: str, *, remedy: str = RESUMES) -> None:
+    """Writes UTF-8 text as `write_bytes` does."""
+    write_bytes(path, text.encode(), remedy=remedy)
 
 
 def append_bytes(path: pathlib.Path, content: bytes) -> None:
-    """Appends to a file, which is closed again, so that no later failure can lose or double what was written.
+    """Appends to a file and closes it, so that a later failure can neither lose nor repeat what was written.
 
     Raises:
-      WorkdirError: the disk is full, or the file cannot be written.
+      WorkdirError: the disk is full, or the file cannot be written or is a symbolic link.
     """
-    with speaking(path), path.open("ab") as file:
-        file.write(content)
+    with as_workdir_error(path):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _NO_LINK, 0o666)
+        with open(descriptor, "ab") as file:
+            file.write(content)
+
+
+def remove(path: pathlib.Path) -> None:
+    """Deletes a file, a folder with its content, or a symbolic link, but never what a link points to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync(path: pathlib.Path) -> None:
-    """Waits until a file's or a folder's content is safe from a power cut.
+    """Waits until the content of a file or a folder would survive a power failure.
 
     Raises:
       WorkdirError: the system cannot write it.
     """
-    with speaking(path):
+    with as_workdir_error(path):
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -163,8 +235,8 @@ def sync(path: pathlib.Path) -> None:
 
 
 def read_json(path: pathlib.Path) -> Any:
-    """Returns what a JSON file holds, or None if it is missing or damaged."""
+    """Returns the content of a JSON file, or None if it is missing, damaged or not a regular file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
         return None

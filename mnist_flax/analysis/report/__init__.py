@@ -1,13 +1,13 @@
-"""A run as a page to read: how it learned, what it gets wrong and how sure it is, and every number as JSON.
+"""A run as a page to read: how it learned, its mistakes and its calibration, and every number as JSON.
 
     python -m mnist_flax.report --workdir=runs/default [--checkpoint=latest|best|STEP]
 
-Its rooms:
+The modules:
 
-    write.py     the whole: numbers and pictures into the run's folder
+    write.py     writes numbers and pictures into a folder
     facts.py     the numbers
     layers.py    what happens inside the network
-    plots.py     the plots, the only place that knows matplotlib
-    pixels.py    the pictures made of pixels
+    plots.py     the plots, and bands.py those of populations: the only users of matplotlib
+    pictures.py  the pictures made of pixels
     page.py      the page, from page.html.jinja
 """

@@ -1,4 +1,4 @@
-"""The curves of many runs in one plot: their mean as a line, and from the least to the greatest as a band."""
+"""The curves of many runs in one plot: the mean as a line, the range as a band."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 
 from mnist_flax.analysis.report import plots
 
-_LEAST_ERROR = 1e-5  # a share of errors of 0 has no place on a logarithmic axis
+_MIN_ERROR = 1e-5  # in place of 0, which a logarithmic axis cannot show
 
 
 def draw(curves: Mapping[str, Any]) -> dict[str, bytes]:
@@ -21,13 +21,13 @@ def draw(curves: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 def _plot(curves: Mapping[str, Any], field: str) -> str:
-    """Draws one quantity; accuracy by the share of errors, for what matters lies between 99 and 100 %."""
+    """Draws one quantity; accuracy on the scale of the error rate, to resolve 99 to 100 %."""
 
     def heights(split: str, name: str) -> np.ndarray:
         values = np.array([point[field][name] for point in curves[split]])
-        return values if field == "loss" else np.maximum(1 - values, _LEAST_ERROR)
+        return values if field == "loss" else np.maximum(1 - values, _MIN_ERROR)
 
-    with plots._figure(3.8) as figure:
+    with plots.new_figure(3.8) as figure:
         axes = figure.subplots()
         for split, name, color, dashes in (
             ("train", "train", plots.BLUE, "-"),
@@ -43,10 +43,10 @@ def _plot(curves: Mapping[str, Any], field: str) -> str:
             epochs = [point["epoch"] for point in curves["test"]]
             axes.errorbar(epochs, mean, yerr=ends, fmt="*", color=plots.GREEN, markersize=10, label="test, at the end")
         axes.set_yscale("log")
-        plots._decimal_ticks(axes, field)
+        plots.decimal_ticks(axes, field)
         if field == "accuracy":
             axes.invert_yaxis()
         axes.set_title("Loss (cross-entropy, nats)" if field == "loss" else "Accuracy", loc="left")
         axes.set_xlabel("Epoch (lines: mean of the members; bands: their range)")
         axes.legend()
-        return plots._svg(figure)
+        return plots.to_svg(figure)

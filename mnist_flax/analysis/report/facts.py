@@ -1,24 +1,25 @@
-"""Every number of a report: what `metrics.json` holds and the page shows."""
+"""Every number of a report: the contents of `metrics.json`, which the page shows."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from mnist_flax import metrics
-from mnist_flax.analysis.evaluation import Evaluation, scores
+from mnist_flax.analysis.calibration import NUM_BINS, reliability_rows
+from mnist_flax.analysis.evaluation import Evaluation
 from mnist_flax.analysis.report.layers import Layer
+from mnist_flax.analysis.scores import scores
 from mnist_flax.config import Config
-from mnist_flax.data import batches, labels
-from mnist_flax.data.load import Splits
+from mnist_flax.data import batches
+from mnist_flax.data.registry import DATASETS
+from mnist_flax.data.splits import Splits
 from mnist_flax.run.provenance import provenance
 
 GALLERY = 24  # examples in each gallery
-PAIRS = 12  # most confused pairs
+PAIRS = 12  # of confused classes
 PAIR_EXAMPLES = 6  # pictures of each
-NUM_BINS = 15  # of the reliability diagram (as in Guo et al., 2017)
-TOP = 3  # classes named with their probability
+TOP = 3  # classes listed with their probabilities
 CURVE_POINTS = 1000  # a longer log is thinned out to this many
 
 Facts = dict[str, Any]  # ready for JSON
@@ -35,28 +36,17 @@ def gather(
     summary: Mapping[str, Any] | None,
     evaluated_by: str,
 ) -> Facts:
-    """Computes all numbers of a report.
-
-    Args:
-      config: of the run.
-      layers: of its network.
-      records: the lines of its log.
-      splits: its data.
-      evaluation: of the test set, at `step`.
-      step: finished updates.
-      summary: of the run, if it has one.
-      evaluated_by: `training`, at its end, or `report`.
-    """
+    """Computes all numbers of a report; the arguments are those of `write_report`."""
     probs = np.exp(metrics.log_probabilities(evaluation.logits))
     label = splits.test.label
     confusion = metrics.confusion_matrix(label, probs.argmax(axis=-1), config.num_classes)
     return {
         "dataset": splits.name,
         "dataset_fingerprint": splits.fingerprint,
-        "class_names": list(labels.class_names(splits.name)),
+        "class_names": list(DATASETS[splits.name].class_names),
         "run": run_facts(config, layers, records, step, summary),
         "test": {"evaluated_by": evaluated_by, **scores(evaluation, label, splits.name)},
-        "calibration": calibration(probs, label),
+        "calibration": calibration(evaluation, label),
         "confusion": confusion.tolist(),
         "confused_pairs": confused_pairs(confusion, label, probs),
         "galleries": galleries(probs, label, splits.name),
@@ -74,7 +64,7 @@ def run_facts(
     step: int,
     summary: Mapping[str, Any] | None,
 ) -> Facts:
-    """Says what was trained, how far, how long and with what."""
+    """Describes what was trained, how far, how long and with what."""
     made_with = summary or provenance()
     seconds = max((record["seconds"] for record in records), default=0.0)
     return {
@@ -94,29 +84,18 @@ def run_facts(
     }
 
 
-def calibration(probs: np.ndarray, label: np.ndarray) -> Facts:
-    """Turns the reliability diagram into rows, those without examples left out."""
-    bins = metrics.reliability(probs, label, NUM_BINS)
-    right = np.rint(np.nan_to_num(bins.accuracy * bins.examples))
-    intervals = metrics.wilson_interval(right, bins.examples)
+def calibration(evaluation: Evaluation, label: np.ndarray) -> Facts:
+    """Computes the reliability diagram; with a temperature also as it was without it."""
+    raw = evaluation.logits * evaluation.temperature
     return {
         "num_bins": NUM_BINS,
-        "bins": [
-            {
-                "from": float(bins.edges[i]),
-                "to": float(bins.edges[i + 1]),
-                "examples": int(bins.examples[i]),
-                "confidence": float(bins.confidence[i]),
-                "accuracy": float(bins.accuracy[i]),
-                "accuracy_interval": intervals[i].tolist(),
-            }
-            for i in np.flatnonzero(bins.examples)
-        ],
+        "bins": reliability_rows(evaluation.logits, label),
+        "uncalibrated_bins": reliability_rows(raw, label) if evaluation.temperature != 1.0 else [],
     }
 
 
 def confused_pairs(confusion: np.ndarray, label: np.ndarray, probs: np.ndarray) -> list[Facts]:
-    """Lists what is taken for what most often, with the examples of which the network was surest."""
+    """Lists the most frequent pairs of label and wrong prediction, with the most confident examples."""
     prediction = probs.argmax(axis=-1)
     errors = confusion - np.diag(np.diag(confusion))
     cells = np.argsort(-errors, axis=None, kind="stable")[:PAIRS]
@@ -125,30 +104,30 @@ def confused_pairs(confusion: np.ndarray, label: np.ndarray, probs: np.ndarray) 
         if not errors[actual, predicted]:
             break
         rows = np.flatnonzero((label == actual) & (prediction == predicted))
-        surest = rows[np.argsort(-probs[rows, predicted], kind="stable")][:PAIR_EXAMPLES]
+        most_confident = rows[np.argsort(-probs[rows, predicted], kind="stable")][:PAIR_EXAMPLES]
         pairs.append(
             {
                 "label": int(actual),
                 "prediction": int(predicted),
                 "count": int(errors[actual, predicted]),
                 "share_of_label": float(errors[actual, predicted] / confusion[actual].sum()),
-                "rows": surest.tolist(),
+                "rows": most_confident.tolist(),
             }
         )
     return pairs
 
 
 def galleries(probs: np.ndarray, label: np.ndarray, dataset: str) -> Facts:
-    """Picks the test images to look at, by their rows in the original file order.
+    """Picks the test images to show, by row in the order of the official file.
 
     Returns:
-      `mistakes` (those that cost the highest loss first), `correct` (spread evenly over the classes, in their
-      order, and over the file), `least_certain` (right, with the lowest probability first), `doubtful` (all whose
-      labels are known to be doubtful), and `num_mistakes`.
+      `mistakes` (highest loss first), `correct` (spread evenly over classes and file, in the order of the classes),
+      `least_certain` (correct, lowest probability first), `doubtful` (those whose label is known to be doubtful), and
+      `num_mistakes`.
     """
     prediction = probs.argmax(axis=-1)
     of_label = np.take_along_axis(probs, label[:, None], axis=-1)[:, 0]
-    doubtful = set(labels.doubtful_rows(dataset, "test"))
+    doubtful = set(DATASETS[dataset].doubtful_test_rows)
 
     def describe(rows: np.ndarray | Sequence[int]) -> list[Facts]:
         return [
@@ -175,7 +154,7 @@ def galleries(probs: np.ndarray, label: np.ndarray, dataset: str) -> Facts:
 
 
 def curves(records: Sequence[Mapping[str, Any]]) -> Facts:
-    """Turns the log into curves, by split; those of `train` also smoothed."""
+    """Groups the log by split and adds smoothed values for `train`."""
     by_split: Facts = {
         split: [dict(record) for record in records if record["split"] == split]
         for split in ("train", "holdout", "test")
@@ -187,13 +166,13 @@ def curves(records: Sequence[Mapping[str, Any]]) -> Facts:
         for record, value in zip(train, smooth, strict=True):
             record[f"smoothed_{field}"] = value
     stride = -(-len(train) // CURVE_POINTS)
-    if stride > 1:  # from the end, so that the last point stays
+    if stride > 1:  # counted from the end, to keep the last point
         by_split["train"] = train[::-stride][::-1]
     return {**by_split, "smoothed_over": 2 * reach + 1}
 
 
 def smoothed(values: Sequence[float], reach: int) -> list[float]:
-    """Returns each value's mean with up to `reach` values before and after it, so it does not lag behind."""
+    """Averages each value with up to `reach` values before and after it, so that the result does not lag behind."""
     sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
     places = np.arange(len(values))
     first, last = np.maximum(places - reach, 0), np.minimum(places + reach + 1, len(values))
@@ -202,23 +181,22 @@ def smoothed(values: Sequence[float], reach: int) -> list[float]:
 
 
 def changed_fields(config: Config) -> Facts:
-    """Returns the fields that differ from the defaults, dotted, with their values."""
-    defaults = Config()
-    changed: Facts = {}
-    for field in dataclasses.fields(config):
-        old, new = getattr(defaults, field.name), getattr(config, field.name)
-        if not dataclasses.is_dataclass(new):
-            changed |= {field.name: new} if new != old else {}
-            continue
-        for inner in dataclasses.fields(new):
-            value = getattr(new, inner.name)
-            if value != getattr(old, inner.name):
-                changed[f"{field.name}.{inner.name}"] = value
-    return changed
+    """Returns the fields that differ from the defaults of the model's family, dotted, with their values."""
+    defaults = _dotted(Config(model=type(config.model)()))
+    return {name: value for name, value in _dotted(config).items() if value != defaults[name]}
+
+
+def _dotted(config: Config) -> Facts:
+    return {
+        f"{section}.{name}" if name else section: value
+        for section, fields in config.to_dict().items()
+        for name, value in (fields.items() if isinstance(fields, dict) else [("", fields)])
+    }
 
 
 def config_source(config: Config, dataset: str) -> str:
-    """Returns a config file that makes the run again, whatever the presets have become."""
+    """Returns a config file that repeats the run, even if the presets change."""
+    family = config.to_dict()["model"]["name"]
     lines = [f"    config.{name} = {value!r}" for name, value in changed_fields(config).items()]
     return "\n".join(
         [
@@ -231,7 +209,7 @@ def config_source(config: Config, dataset: str) -> str:
             "",
             "def get_config() -> ConfigDict:",
             '    """Returns what differs from the defaults."""',
-            "    config = default_config_dict()",
+            f"    config = default_config_dict({family!r})",
             *lines,
             "    return config",
             "",

@@ -1,27 +1,33 @@
-"""What happens inside the network: its layers, and what comes out of each."""
+"""What happens inside a network, of any family: its layers, and what each of them sees.
+
+A layer is a linen module that has parameters of its own, or a `fixed_kernel`. Nothing else is assumed about the
+network: `forward` is traced with an interceptor that notes every call of such a module.
+"""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import numpy as np
+from jax import Array
 
-from mnist_flax.config import Config
-from mnist_flax.models.cnn import build
-from mnist_flax.step import Variables
+from mnist_flax.config import Program
+from mnist_flax.data.registry import IMAGE_SIZE
+from mnist_flax.step import Variables, forward
 
 
 class Layer(NamedTuple):
-    """A layer that has weights.
+    """A module with parameters of its own or a fixed kernel.
 
     Attributes:
-      name: of its module, such as `Conv_0`.
-      kind: of its module, such as `Conv`.
+      name: its path in the network, such as `Conv_0` or `Block_1/Conv_0`.
+      kind: its class, such as `Conv`.
       input_shape: of one example.
-      output_shape: of one example; of a convolution after the max-pooling, where the two are one operation.
-      parameters: how many numbers it has learned, running statistics not among them.
-      multiply_adds: that its kernel costs for one example.
+      output_shape: of one example.
+      parameters: the number of learned values, running statistics not included.
+      multiply_adds: those of its kernel, for one example.
     """
 
     name: str
@@ -33,88 +39,134 @@ class Layer(NamedTuple):
 
 
 class Activation(NamedTuple):
-    """What a stage of the network passes on: after its activation and pooling.
+    """What a layer sees, after the activation and pooling before it; or the logits.
 
     Attributes:
-      name: to be read, such as `convolution 1`.
-      values: `f32[B,H,W,C]`, or `f32[B,D]`.
+      name: of the layer, or `logits`.
+      values: `f32[B,H,W,C]` or `f32[B,D]`.
     """
 
     name: str
     values: np.ndarray
 
 
-def layers(config: Config, variables: Variables) -> list[Layer]:
-    """Lists the layers in the order of their work."""
-    found: list[Layer] = []
+class _Call(NamedTuple):
+    """One call of a layer while the network is traced; `params` are the given ones, not traced."""
 
-    def note(next_function: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        output = next_function(*args, **kwargs)
-        module = context.module
-        if context.method_name == "__call__" and module.scope and len(module.scope.path) == 1:
-            name = str(module.name)
-            params = variables["params"].get(name, {})
-            kernel = params.get("kernel")
-            places = math.prod(output.shape[1:-1])
-            if isinstance(module, nn.Conv):  # its output may be pooled already; its kernel works at every place before
-                block = config.model.blocks()[sum(layer.kind == "Conv" for layer in found)]
-                places = block.conv_size(args[0].shape[1]) ** 2
-            found.append(
-                Layer(
-                    name=name,
-                    kind=type(module).__name__,
-                    input_shape=args[0].shape[1:],
-                    output_shape=output.shape[1:],
-                    parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
-                    multiply_adds=0 if kernel is None else places * kernel.size,
-                )
-            )
+    module: nn.Module
+    params: dict[str, Any]
+    kernel: Any
+    x: Array
+    output: Array
+
+    @property
+    def name(self) -> str:
+        return "/".join(self.module.path)
+
+
+def _trace(program: Program, variables: Variables) -> list[_Call]:
+    """Returns the calls of all layers, in their order, for one image; nothing is computed."""
+    calls: list[_Call] = []
+    image = jax.ShapeDtypeStruct((1, IMAGE_SIZE, IMAGE_SIZE, 1), np.uint8)
+    jax.eval_shape(lambda traced, images: _observed(program, traced, images, variables, calls.append), variables, image)
+    return calls
+
+
+def _observed(
+    program: Program, traced: Variables, images: Array, variables: Variables, note: Callable[[_Call], None]
+) -> Array:
+    """Computes the logits, and calls `note` after every call of a layer."""
+
+    def intercept(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        output = call(*args, **kwargs)
+        module, own = context.module, variables["params"]
+        for name in module.path:
+            own = own.get(name, {})
+        own = {name: leaf for name, leaf in own.items() if hasattr(leaf, "shape")}
+        kernel = own.get("kernel", getattr(module, "fixed_kernel", None))
+        if context.method_name == "__call__" and (own or kernel is not None):
+            note(_Call(module, own, kernel, args[0], output))
         return output
 
-    def run(variables: Variables, images: jax.Array) -> Any:
-        with nn.intercept_methods(note):
-            logits: Any = build(config).apply(variables, images)
-        return logits
-
-    jax.eval_shape(run, variables, jax.ShapeDtypeStruct((1, 28, 28, 1), np.uint8))
-    return found
+    with nn.intercept_methods(intercept):
+        return forward(program, traced, images)
 
 
-def activations(config: Config, variables: Variables, images: np.ndarray) -> list[Activation]:
-    """Looks at what each stage of the network passes on for some images `u8[B,28,28,1]`, and at the logits.
+def layers(program: Program, variables: Variables) -> list[Layer]:
+    """Lists the layers in the order in which they are called."""
+    return [
+        Layer(
+            name=call.name,
+            kind=type(call.module).__name__,
+            input_shape=call.x.shape[1:],
+            output_shape=call.output.shape[1:],
+            parameters=sum(leaf.size for leaf in call.params.values()),
+            multiply_adds=_multiply_adds(call),
+        )
+        for call in _trace(program, variables)
+    ]
 
-    The input of a layer is what the one before gave, after activation and pooling: nothing of the model is repeated.
+
+def _multiply_adds(call: _Call) -> int:
+    """Counts the kernel's multiply-adds. A convolution may pool its output, but computes at every place before that."""
+    kernel, module = call.kernel, call.module
+    if kernel is None:
+        return 0
+    sizes = list(call.output.shape[1:-1])
+    padding = getattr(module, "padding", None)
+    if kernel.ndim == 4 and padding in ("SAME", "VALID"):
+        stride = getattr(module, "stride", getattr(module, "strides", 1)) or 1
+        strides = stride if isinstance(stride, tuple | list) else (stride, stride)
+        covered = kernel.shape[:2] if padding == "VALID" else (1, 1)
+        sizes = [-((k - 1 - n) // s) for n, k, s in zip(call.x.shape[1:3], covered, strides, strict=True)]
+    return math.prod(sizes) * int(kernel.size)
+
+
+def activations(program: Program, variables: Variables, images: np.ndarray) -> list[Activation]:
+    """Computes what each layer with a kernel sees for some images, `u8[B,28,28,1]`, from the second on, and the logits.
+
+    What several layers see, such as the two branches of a residual block, is listed once.
     """
+    names: list[str] = []
+    channels: list[int] = []  # of the maps that the layer before made, 0 if it made none
 
-    def run(variables: Variables, images: jax.Array) -> list[jax.Array]:
-        inputs: list[jax.Array] = []
+    def run(traced: Variables, images: Array) -> list[Array]:
+        inputs: list[Array] = []
+        last = 0
 
-        def note(next_function: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-            if isinstance(context.module, nn.Conv | nn.Dense) and context.method_name == "__call__":
-                inputs.append(args[0])
-            return next_function(*args, **kwargs)
+        def note(call: _Call) -> None:
+            nonlocal last
+            if call.kernel is not None:
+                if not any(call.x is other for other in inputs):
+                    inputs.append(call.x)
+                    names.append(call.name)
+                    channels.append(last)
+                last = call.output.shape[-1] if call.output.ndim == 4 else 0
 
-        with nn.intercept_methods(note):
-            logits: Any = build(config).apply(variables, images)
+        logits = _observed(program, traced, images, variables, note)
         return [*inputs, logits]
 
-    values = [np.asarray(value) for value in jax.device_get(jax.jit(run)(variables, images))][1:]  # without the pixels
-    blocks = config.model.blocks()
-    size = images.shape[1]
-    for block in blocks:
-        size = block.output_size(size)
-    if blocks:  # the last convolution's output arrives flat at the dense layer
-        values[len(blocks) - 1] = values[len(blocks) - 1].reshape(len(images), size, size, blocks[-1].width)
-    names = [f"convolution {i + 1}" for i in range(len(blocks))]
-    names += [f"dense {i + 1}" for i in range(len(config.model.dense))]
-    return [Activation(name, value) for name, value in zip([*names, "logits"], values, strict=True)]
+    # Unoptimised: compiling takes longer than computing, and this halves it.
+    unoptimised = jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
+    values = [np.asarray(value, np.float32) for value in unoptimised(variables, images)]
+    seen = [_unflatten(value, before) for value, before in zip(values, [*channels, 0], strict=True)]
+    return [Activation(name, value) for name, value in zip([*names, "logits"], seen, strict=True)][1:]
 
 
-def first_filters(variables: Variables) -> np.ndarray:
-    """Returns the kernels that look at the pixels, `f32[W,k,k]`; for a perceptron those of its first dense layer."""
-    params = variables["params"]
-    if "Conv_0" in params:
-        return np.moveaxis(np.asarray(params["Conv_0"]["kernel"])[:, :, 0, :], -1, 0)
-    kernel = np.asarray(params["Dense_0"]["kernel"])
-    side = math.isqrt(len(kernel))
-    return kernel.T.reshape(-1, side, side)
+def _unflatten(values: np.ndarray, channels: int) -> np.ndarray:
+    """Gives flattened square maps, as a dense layer sees them, their shape back: `f32[B,H*W*C] -> f32[B,H,W,C]`."""
+    side = math.isqrt(values.shape[-1] // channels) if channels else 0
+    is_map = values.ndim == 2 and side > 1 and values.shape[1] == side * side * channels
+    return values.reshape(len(values), side, side, channels) if is_map else values
+
+
+def first_filters(program: Program, variables: Variables) -> np.ndarray | None:
+    """Returns the kernel that touches the pixels as pictures of what each output looks for, `f32[W,k,k]`.
+
+    None if there is none, or it does not apply to the pixels of one grey image.
+    """
+    kernel = np.asarray(next((call.kernel for call in _trace(program, variables) if call.kernel is not None), 0.0))
+    if kernel.ndim == 4 and kernel.shape[2] == 1:
+        return np.moveaxis(kernel[:, :, 0, :], -1, 0)
+    side = math.isqrt(len(kernel)) if kernel.ndim == 2 else 0
+    return kernel.T.reshape(-1, side, side) if side and side * side == len(kernel) else None

@@ -1,4 +1,4 @@
-"""The page: facts and pictures into one HTML file that needs no other."""
+"""The page: facts and pictures in one HTML file that needs no other."""
 
 import pathlib
 from collections.abc import Mapping
@@ -8,6 +8,7 @@ TEMPLATE = pathlib.Path(__file__).with_name("page.html.jinja")
 
 SECTIONS = {
     "curves": "Learning curves",
+    "trained-on": "Training images",
     "confusion": "Confusion",
     "pairs": "Confused pairs",
     "classes": "Classes",
@@ -19,7 +20,7 @@ SECTIONS = {
     "filters": "Filters",
     "activations": "Activations",
     "network": "Network",
-    "again": "Make it again",
+    "again": "Repeat this run",
 }
 
 
@@ -28,20 +29,24 @@ def render(facts: Mapping[str, Any], pictures: Mapping[str, Any]) -> str:
 
     Args:
       facts: every number on it.
-      pictures: `plots` (SVG elements by name), `thumbnails` (addresses by test row), `filters`,
-        `activation_pictures` by stage and example, and the `title`.
+      pictures: `plots` (SVG elements by name), `thumbnails` (URIs by test row), `sheets` (URIs by name),
+        `activation_pictures` by layer and example, and the `title`.
     """
     import jinja2
 
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"percent": percent, "thousands": thousands, "shape": shape, "duration": duration}
-    sections = [
-        (name, title)
-        for name, title in SECTIONS.items()
-        if (name != "curves" or "loss" in pictures["plots"]) and (name != "doubtful" or facts["galleries"]["doubtful"])
-    ]
+    environment.filters |= {
+        "percent": percent, "score": score, "thousands": thousands, "shape": shape, "duration": duration,
+    }  # fmt: skip
+    missing = {
+        "curves": "loss" not in pictures["plots"],
+        "trained-on": not facts["augmented"],
+        "doubtful": not facts["galleries"]["doubtful"],
+        "filters": "filters" not in pictures["sheets"],
+    }
+    sections = [(name, title) for name, title in SECTIONS.items() if not missing.get(name)]
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(**facts, **pictures, sections=sections) + "\n"
 
@@ -51,8 +56,13 @@ def percent(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{100 * value:.{digits}f}\N{NO-BREAK SPACE}%"
 
 
+def score(value: float, field: str) -> str:
+    """Returns a measure of calibration: the ECE in percent, the others with four digits."""
+    return percent(value) if field == "ece" else f"{value:.4f}"
+
+
 def thousands(value: float) -> str:
-    """Returns a whole number with its thousands apart."""
+    """Returns a whole number with its thousands separated."""
     return f"{value:,}"
 
 
@@ -62,7 +72,7 @@ def shape(sizes: tuple[int, ...]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Returns a time to read."""
+    """Returns a duration in a suitable unit."""
     if seconds < 100:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

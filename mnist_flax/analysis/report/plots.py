@@ -1,4 +1,4 @@
-"""The plots, drawn by matplotlib as SVG: as files of their own, and as elements of the page, which has a dark mode."""
+"""The plots, drawn by matplotlib as SVG: for files of their own, and for the page, which has a dark mode."""
 
 import contextlib
 import io
@@ -8,14 +8,23 @@ from typing import Any
 
 import numpy as np
 
-# Colours by their role, for light paper; the page's style sheet gives each role another one on dark paper. The three
-# that carry meaning are Okabe and Ito's (2008), which everyone can tell apart; shapes tell them apart as well.
+# Colours by role, for light mode; the page's style sheet replaces them in dark mode. The three that carry meaning are
+# from Okabe and Ito (2008), chosen for colour-blind readers; marker shapes differ as well.
 INK, MUTED, GRID, ON_FILL = "#1c2127", "#5a6472", "#d8dde4", "#1c2128"
 BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"
 ROLES = {INK: "ink", MUTED: "muted", GRID: "grid", ON_FILL: "on-fill", BLUE: "blue", ORANGE: "orange", GREEN: "green"}
 
 WIDTH = 5.2  # inches of 72 units: about the width of a phone, so that text keeps its size there
-MAX_CELLS_WITH_TEXT = 12  # classes up to which each cell of the confusion matrix says its number
+MAX_CLASSES_WITH_TEXT = 12  # with more, the cells of the confusion matrix have no numbers in them
+
+TITLES = {
+    "loss": "Loss over the epochs, with the learning rate below",
+    "accuracy": "Accuracy over the epochs, with the learning rate below",
+    "confusion_counts": "Confusion matrix: number of examples by label and prediction",
+    "confusion_rates": "Confusion matrix: percentage of each label by prediction",
+    "classes": "Precision, recall and F1 of each class with 95 % intervals",
+    "reliability": "Reliability diagram: accuracy by confidence, with the number of examples below",
+}
 
 _STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
@@ -41,8 +50,8 @@ _STYLE: dict[Any, Any] = {
 
 
 @contextlib.contextmanager
-def _figure(height: float, width: float = WIDTH) -> Iterator[Any]:
-    """Gives an empty figure in our style; no state of matplotlib's is left behind."""
+def new_figure(height: float, width: float = WIDTH) -> Iterator[Any]:
+    """Yields an empty figure in our style and leaves matplotlib's settings unchanged."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -50,8 +59,8 @@ def _figure(height: float, width: float = WIDTH) -> Iterator[Any]:
         yield Figure(figsize=(width, height), layout="constrained")
 
 
-def _svg(figure: Any) -> str:
-    """Returns a figure as the text of an SVG file, the same for the same figure."""
+def to_svg(figure: Any) -> str:
+    """Returns a figure as the text of an SVG file, identical for identical figures."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
@@ -60,7 +69,7 @@ def _svg(figure: Any) -> str:
 
 
 def as_file(svg: str) -> bytes:
-    """Returns a plot as a file for any program: on white paper."""
+    """Returns a plot as a file that any program shows, on white."""
     start = '<g id="figure_1">'
     return svg.replace(start, f'<rect width="100%" height="100%" fill="#ffffff"/>{start}', 1).encode()
 
@@ -68,7 +77,7 @@ def as_file(svg: str) -> bytes:
 def inline(svg: str, name: str, title: str) -> str:
     """Returns a plot as an element of the page.
 
-    Its colours become the page's, its ids are made unique or dropped, and a screen reader reads its title.
+    It uses the page's colours, its ids are unique, and a screen reader reads its title.
     """
     body = svg[svg.index("<svg") :]
     used = set(re.findall(r"(?:url\(|href=\")#([^)\"]+)", body))
@@ -89,11 +98,22 @@ def inline(svg: str, name: str, title: str) -> str:
     return re.sub(r"<svg[^>]*>", head, body, count=1).strip()
 
 
+def draw_all(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Draws the plots of a report, by name; the curves only if there is a log."""
+    calibration = facts["calibration"]
+    return {
+        **(learning_curves(facts["curves"]) if facts["curves"]["train"] else {}),
+        **confusion(facts["confusion"], facts["class_names"]),
+        "classes": classes(facts["test"]["per_class"]),
+        "reliability": reliability(calibration["bins"], calibration["uncalibrated_bins"], calibration["num_bins"]),
+    }
+
+
 def learning_curves(curves: Mapping[str, Any]) -> dict[str, str]:
     """Draws loss and accuracy over the epochs, with the learning rate below."""
     plots = {}
     for field, title in (("loss", "Loss (cross-entropy, nats)"), ("accuracy", "Accuracy")):
-        with _figure(4.4) as figure:
+        with new_figure(4.4) as figure:
             top, below = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1))
             _curve(top, curves, field)
             top.set_title(title, loc="left")
@@ -108,12 +128,12 @@ def learning_curves(curves: Mapping[str, Any]) -> dict[str, str]:
             below.set_ylim(bottom=0)
             below.set_xlabel("Epoch")
             below.locator_params(axis="y", nbins=3)
-            plots[field] = _svg(figure)
+            plots[field] = to_svg(figure)
     return plots
 
 
 def _curve(axes: Any, curves: Mapping[str, Any], field: str) -> None:
-    """Draws one quantity of all splits; accuracy by the share of errors, for what matters lies between 99 and 100 %."""
+    """Draws one quantity of all splits; accuracy on the scale of the error rate, to resolve 99 to 100 %."""
 
     def heights(records: Sequence[Mapping[str, Any]], name: str = field) -> list[float]:
         if field == "loss":
@@ -135,13 +155,13 @@ def _curve(axes: Any, curves: Mapping[str, Any], field: str) -> None:
         axes.plot(x, heights(test), color=GREEN, marker="*", markersize=12, linestyle="none", label="test, at the end")
     axes.set_yscale("log")
     axes.margins(y=0.09)
-    _decimal_ticks(axes, field)
+    decimal_ticks(axes, field)
     if field == "accuracy":
         axes.invert_yaxis()
 
 
-def _decimal_ticks(axes: Any, field: str) -> None:
-    """Labels a logarithmic axis at 1, 2 and 5 with plain numbers; accuracy is 1 less its distance from perfection."""
+def decimal_ticks(axes: Any, field: str) -> None:
+    """Labels a logarithmic axis at 1, 2 and 5 with plain numbers; for accuracy the axis is the error rate."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     low, high = sorted(axes.get_ylim())
@@ -173,22 +193,22 @@ def confusion(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> dict[str
 
 
 def _matrix(counts: np.ndarray, rates: np.ndarray, texts: Sequence[Sequence[str]], names: Sequence[str]) -> str:
-    """Draws a square for each cell that is not 0: blue where label and prediction agree, else orange."""
+    """Draws a square for each nonzero cell: blue on the diagonal, orange elsewhere."""
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Rectangle
 
     size = len(counts)
-    side = WIDTH if size <= MAX_CELLS_WITH_TEXT else max(WIDTH, 0.19 * size + 1)
+    side = WIDTH if size <= MAX_CLASSES_WITH_TEXT else max(WIDTH, 0.19 * size + 1)
     errors = rates - np.diag(np.diag(rates))
-    with _figure(side, side) as figure:
+    with new_figure(side, side) as figure:
         axes = figure.subplots()
         cells, colors = [], []
         for i, j in zip(*np.nonzero(counts), strict=True):
-            # The square root lets single mistakes be seen beside the frequent ones.
+            # The square root makes single mistakes visible beside frequent ones.
             strength = rates[i, j] if i == j else 0.1 + 0.9 * np.sqrt(errors[i, j] / errors.max())
             cells.append(Rectangle((j - 0.5, i - 0.5), 1, 1))
             colors.append((*_rgb(BLUE if i == j else ORANGE), 0.8 * strength))
-            if size <= MAX_CELLS_WITH_TEXT:
+            if size <= MAX_CLASSES_WITH_TEXT:
                 color = ON_FILL if strength > 0.65 else INK
                 axes.text(j, i, texts[i][j], ha="center", va="center", color=color, fontsize=10)
         axes.add_collection(PatchCollection(cells, facecolors=colors, edgecolors="none"))
@@ -204,7 +224,7 @@ def _matrix(counts: np.ndarray, rates: np.ndarray, texts: Sequence[Sequence[str]
         axes.grid(which="minor")
         axes.tick_params(which="minor", length=0)
         axes.spines[:].set_visible(False)
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def _rgb(color: str) -> tuple[float, ...]:
@@ -214,7 +234,7 @@ def _rgb(color: str) -> tuple[float, ...]:
 def classes(rows: Sequence[Mapping[str, Any]]) -> str:
     """Draws precision, recall and F1 of each class with their intervals."""
     rows = [row for row in rows if row["examples"] or row["predictions"]]
-    with _figure(max(2.5, 0.36 * len(rows) + 1.1)) as figure:
+    with new_figure(max(2.5, 0.36 * len(rows) + 1.1)) as figure:
         axes = figure.subplots()
         looks = (("precision", BLUE, "o", -0.24), ("recall", ORANGE, "s", 0.0), ("f1", GREEN, "D", 0.24))
         for field, color, marker, offset in looks:
@@ -237,24 +257,30 @@ def classes(rows: Sequence[Mapping[str, Any]]) -> str:
         axes.locator_params(axis="x", nbins=6)
         axes.grid(visible=False, axis="y")
         figure.legend(loc="outside upper center", ncols=3)
-        return _svg(figure)
+        return to_svg(figure)
 
 
-def reliability(bins: Sequence[Mapping[str, Any]], num_bins: int) -> str:
-    """Draws accuracy over confidence, and below how many examples there are at each confidence."""
-    with _figure(4.8) as figure:
+def reliability(bins: Sequence[Mapping[str, Any]], uncalibrated: Sequence[Mapping[str, Any]], num_bins: int) -> str:
+    """Draws accuracy over confidence, with the temperature and without it, and the number of examples below."""
+    with new_figure(4.8) as figure:
         top, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-        top.plot([0, 1], [0, 1], color=MUTED, linestyle="--", linewidth=1.2, label="as sure as right")
-        x = np.array([row["confidence"] for row in bins])
-        y = np.array([row["accuracy"] for row in bins])
-        ends = np.array([row["accuracy_interval"] for row in bins]).T
+        top.plot([0, 1], [0, 1], color=MUTED, linestyle="--", linewidth=1.2, label="perfectly calibrated")
         middles = [(row["from"] + row["to"]) / 2 for row in bins]
-        top.bar(middles, y, width=1 / num_bins, color=BLUE, alpha=0.18)
-        top.errorbar(x, y, yerr=np.abs(ends - y), fmt="o", color=BLUE, markersize=5, elinewidth=1.3, label="network")
+        top.bar(middles, [row["accuracy"] for row in bins], width=1 / num_bins, color=BLUE, alpha=0.18)
+        name = "with temperature" if uncalibrated else "network"
+        for rows, color, marker, label in (
+            (uncalibrated, ORANGE, "s", "without temperature"),
+            (bins, BLUE, "o", name),
+        ):
+            x, y = (np.array([row[field] for row in rows]) for field in ("confidence", "accuracy"))
+            ends = np.array([row["accuracy_interval"] for row in rows]).reshape(-1, 2).T
+            if len(rows):
+                yerr = np.abs(ends - y)
+                top.errorbar(x, y, yerr=yerr, fmt=marker, color=color, markersize=5, elinewidth=1.3, label=label)
         top.legend(loc="lower right")
         top.set(ylabel="Accuracy", xlim=(0, 1), ylim=(0, 1.03))
         below.bar(middles, [row["examples"] for row in bins], width=0.9 / num_bins, color=BLUE)
         below.set_yscale("log")
         below.set(xlabel="Confidence (probability of the prediction)", ylabel="Examples")
         figure.align_ylabels()
-        return _svg(figure)
+        return to_svg(figure)

@@ -1,0 +1,73 @@
+"""How far predicted probabilities can be trusted, and how a temperature makes them more trustworthy."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from mnist_flax import metrics
+from mnist_flax.analysis.evaluation import Predictor, predict_logits
+from mnist_flax.data.splits import Examples
+
+LIMIT = 20.0  # temperatures are searched from 1 / LIMIT to LIMIT
+NUM_BINS = 15  # of the reliability diagram (as in Guo et al., 2017)
+
+
+def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Finds the temperature that minimises the cross-entropy of `logits / temperature` (Guo et al., 2017).
+
+    It moves probabilities but never changes which class is the most probable.
+
+    Args:
+      logits: `f32[N,C]`, of examples that were not trained on.
+      labels: `i32[N]`.
+
+    Returns:
+      The temperature; 1 if there are no examples, or no mistakes among them: the minimum would then be at 0.
+    """
+    from scipy.optimize import minimize_scalar
+
+    if np.all(logits.argmax(axis=-1) == labels):
+        return 1.0
+
+    def loss(log_temperature: float) -> float:
+        return float(np.mean(metrics.negative_log_likelihood(logits / np.exp(log_temperature), labels)))
+
+    found = minimize_scalar(loss, bounds=(-np.log(LIMIT), np.log(LIMIT)), method="bounded", options={"xatol": 1e-6})
+    return float(np.exp(found.x))
+
+
+def calibrate(predictor: Predictor, holdout: Examples) -> Predictor:
+    """Returns the predictor, or committee, with the temperature that suits the rows that were held out."""
+    raw = dataclasses.replace(predictor, temperature=1.0)
+    if not len(holdout.label):
+        return raw
+    return dataclasses.replace(raw, temperature=fit_temperature(predict_logits(raw, holdout.image), holdout.label))
+
+
+def calibration_scores(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Returns the loss, the Brier score and the expected calibration error of logits, `f32[N,C], i32[N]`."""
+    probs = np.exp(metrics.log_probabilities(logits))
+    return {
+        "loss": float(np.mean(metrics.negative_log_likelihood(logits, labels))),
+        "brier": metrics.brier_score(probs, labels),
+        "ece": metrics.expected_calibration_error(metrics.reliability(probs, labels, NUM_BINS)),
+    }
+
+
+def reliability_rows(logits: np.ndarray, labels: np.ndarray) -> list[dict[str, Any]]:
+    """Returns the bins of the reliability diagram that hold examples, ready for JSON."""
+    bins = metrics.reliability(np.exp(metrics.log_probabilities(logits)), labels, NUM_BINS)
+    right = np.rint(np.nan_to_num(bins.accuracy * bins.examples))
+    intervals = metrics.wilson_interval(right, bins.examples)
+    return [
+        {
+            "from": float(bins.edges[i]),
+            "to": float(bins.edges[i + 1]),
+            "examples": int(bins.examples[i]),
+            "confidence": float(bins.confidence[i]),
+            "accuracy": float(bins.accuracy[i]),
+            "accuracy_interval": intervals[i].tolist(),
+        }
+        for i in np.flatnonzero(bins.examples)
+    ]

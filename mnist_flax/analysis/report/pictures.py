@@ -1,0 +1,155 @@
+"""The pictures of a report that are made of pixels: digits, filters and activations, as PNG."""
+
+import base64
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from mnist_flax import rng
+from mnist_flax.analysis.report import layers
+from mnist_flax.config import Config, Program
+from mnist_flax.data import batches
+from mnist_flax.data.augment import augment
+from mnist_flax.data.splits import Splits
+from mnist_flax.step import Variables
+
+# Vermillion and blue of Okabe and Ito (2008), for colour-blind readers; visible in light and in dark mode.
+POSITIVE = (213, 94, 0)
+NEGATIVE = (0, 114, 178)
+
+CHANNELS = 32  # of a layer that are shown
+STAGES = 12  # layers whose input is shown
+EXAMPLES = 4  # digits for which it is shown
+TRAINING_IMAGES, VARIANTS = 10, 7  # shown with augmentation, and how often each
+ON_PAGE = ("filters", "augmented")  # sheets that the page shows
+
+
+def png(pixels: np.ndarray, scale: int = 1) -> bytes:
+    """Encodes grey `u8[H,W]` or coloured `u8[H,W,4]` pixels, each as a square of `scale` pixels."""
+    from PIL import Image
+
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    buffer = io.BytesIO()
+    image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def data_uri(picture: bytes) -> str:
+    """Returns a PNG as a URI that contains it."""
+    return "data:image/png;base64," + base64.b64encode(picture).decode()
+
+
+def sheet(images: np.ndarray, columns: int, gap: int = 1) -> np.ndarray:
+    """Arranges pictures in rows with gaps between, `[N,h,w,...] -> [H,W,...]`; unused places are 0."""
+    count, height, width = images.shape[:3]
+    columns = min(columns, max(count, 1))
+    rows = -(-count // columns)
+    canvas = np.zeros((rows * (height + gap) - gap, columns * (width + gap) - gap, *images.shape[3:]), images.dtype)
+    for i, image in enumerate(images):
+        top, left = i // columns * (height + gap), i % columns * (width + gap)
+        canvas[top : top + height, left : left + width] = image
+    return canvas
+
+
+def colors(values: np.ndarray, limit: float) -> np.ndarray:
+    """Maps numbers to colours, `f32[...] -> u8[...,4]`: positive orange, negative blue, transparent at 0.
+
+    Args:
+      values: any numbers.
+      limit: the magnitude that is opaque.
+    """
+    strength = np.clip(np.abs(values) / (limit or 1.0), 0, 1)
+    painted = np.where((values >= 0)[..., None], POSITIVE, NEGATIVE)
+    alpha = np.rint(255 * strength)[..., None]
+    return np.concatenate([painted, alpha], axis=-1).astype(np.uint8)
+
+
+def rows_of(facts: Mapping[str, Any]) -> list[int]:
+    """Returns the test rows whose image is on the page."""
+    galleries = [gallery for gallery in facts["galleries"].values() if isinstance(gallery, list)]
+    rows = {example["row"] for gallery in galleries for example in gallery}
+    return sorted(rows.union(*(pair["rows"] for pair in facts["confused_pairs"])))
+
+
+def thumbnails(facts: Mapping[str, Any], images: np.ndarray) -> dict[int, str]:
+    """Returns the images that are on the page, by test row."""
+    return {row: data_uri(png(images[row, :, :, 0])) for row in rows_of(facts)}
+
+
+def sheets(
+    config: Config, program: Program, variables: Variables, facts: dict[str, Any], splits: Splits
+) -> dict[str, bytes]:
+    """Draws the first filters, augmented training images, and each gallery in the order of `metrics.json`.
+
+    What a run does not have is left out; `facts` gets `augmented`, the rows of the training images.
+    """
+    drawn = {}
+    filters = layers.first_filters(program, variables)
+    if filters is not None:
+        drawn["filters"] = png(sheet(colors(filters[:CHANNELS], float(np.abs(filters[:CHANNELS]).max())), 8), 12)
+    rows, images = augmented(config, splits)
+    facts["augmented"] = rows.tolist()
+    if len(rows):
+        drawn["augmented"] = png(sheet(images[..., 0], 1 + VARIANTS, gap=2), 2)
+    for name, gallery in facts["galleries"].items():
+        if isinstance(gallery, list) and gallery:
+            digits = splits.test.image[[example["row"] for example in gallery], :, :, 0]
+            drawn[name] = png(sheet(digits, 8, gap=2), 3)
+    return drawn
+
+
+def augmented(config: Config, splits: Splits) -> tuple[np.ndarray, np.ndarray]:
+    """Draws a few training images as training sees them, of every class in turn.
+
+    Returns:
+      The row of each, and its original followed by `VARIANTS` of it, `u8[N*(1+VARIANTS),28,28,1]`; none without
+      augmentation.
+    """
+    train, _ = batches.rows_of(splits.train.label, config.data)
+    if not config.augment.strengths:
+        return train[:0], splits.train.image[:0]
+    rows = batches.spread_rows(splits.train.label, train, min(TRAINING_IMAGES, len(train)))
+    rows = rows[np.argsort(splits.train.label[rows], kind="stable")]
+    originals = splits.train.image[rows]
+    repeated = np.repeat(originals, VARIANTS, axis=0)
+    key = rng.stream(rng.root_key(config.seed), "augment", 0)
+    # Unoptimised: compiling takes longer than computing, and this halves it.
+    draw = jax.jit(augment, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
+    variants = np.asarray(draw(config.augment, repeated, key)).reshape(len(rows), VARIANTS, *originals.shape[1:])
+    return rows, np.concatenate([originals[:, None], variants], axis=1).reshape(-1, *originals.shape[1:])
+
+
+def activations(program: Program, variables: Variables, facts: dict[str, Any], images: np.ndarray) -> list[list[str]]:
+    """Draws what each layer sees of a few digits: some that are right, and the worst mistake.
+
+    Args:
+      program: the network.
+      variables: its weights.
+      facts: gets `activations`: the examples, and the name, shape and number of channels shown of each layer.
+      images: of the test set.
+
+    Returns:
+      For each layer a picture for each example; within a layer the same value has the same colour.
+    """
+    mistakes = facts["galleries"]["mistakes"][:1]
+    correct = facts["galleries"]["correct"]
+    wanted = min(EXAMPLES - len(mistakes), len(correct))  # spread over the classes, by which the gallery is sorted
+    examples = [correct[i] for i in np.linspace(0, len(correct) - 1, wanted).astype(int)] + mistakes
+    found = layers.activations(program, variables, images[[example["row"] for example in examples]])
+    found = [found[i] for i in np.unique(np.linspace(0, len(found) - 1, STAGES).astype(int))]
+    facts["activations"] = {"examples": examples, "stages": []}
+    drawn = []
+    for name, values in found:
+        is_map = values.ndim == 4
+        if is_map:
+            tiles, columns = np.moveaxis(values, -1, 1)[:, :CHANNELS], 8
+        else:  # a vector: each value is a tile of one pixel
+            tiles, columns = values.reshape(len(values), -1)[:, :, None, None], 10 if name == "logits" else 16
+        colored = colors(tiles, float(np.abs(tiles).max()))
+        drawn.append([data_uri(png(sheet(example, columns, gap=int(is_map)), 2)) for example in colored])
+        stage = {"name": name, "shape": values.shape[1:], "channels": tiles.shape[1]}
+        facts["activations"]["stages"].append(stage)
+    return drawn

@@ -1,0 +1,112 @@
+"""The data that a trained network is evaluated on: its own dataset, or another one that fits."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from absl import flags
+
+from mnist_flax.checks import nearest
+from mnist_flax.config import Config, replace
+from mnist_flax.data import batches
+from mnist_flax.data.load import load_splits
+from mnist_flax.data.registry import DATASETS, IMAGE_SIZE
+from mnist_flax.data.splits import Examples, Splits
+from mnist_flax.errors import ConfigError, DataError
+
+SPLITS = ("train", "holdout", "test")
+OVERRIDES = ("data.name", "data.source", "data.data_dir", "data.raw_dir")  # the fields that need not be the run's own
+
+
+def define_flags() -> None:
+    """Defines a flag for each of `OVERRIDES`, spelled as for training."""
+    for field in OVERRIDES:
+        flags.DEFINE_string(f"config.{field}", None, f"the {field.partition('.')[2]} of the data to evaluate on")
+
+
+def given_overrides() -> dict[str, Any]:
+    """Returns the overrides that the command line gives."""
+    given = {field: flags.FLAGS[f"config.{field}"].value for field in OVERRIDES}
+    return {field: value for field, value in given.items() if value is not None}
+
+
+def load_data(config: Config, fingerprint: str, overrides: Mapping[str, Any]) -> tuple[Config, Splits]:
+    """Loads the data of a run, or others to evaluate it on.
+
+    Where the data are found does not depend on the run: its record may have been written by a stranger, or on another
+    machine.
+
+    Args:
+      config: of the run.
+      fingerprint: of the data that it was trained on.
+      overrides: values for some of `OVERRIDES`; what is not given has the default of a new config.
+
+    Returns:
+      The config that describes the data, and the data.
+
+    Raises:
+      ConfigError: a field is not one of `OVERRIDES`, or the other dataset does not fit the network.
+      DataError: the data cannot be found, or are not those of the run.
+    """
+    for name, value in overrides.items():
+        if name not in OVERRIDES:
+            raise ConfigError(
+                f"config.{name} = {value!r}: cannot be changed after training; only these can:"
+                f" {', '.join('config.' + field for field in OVERRIDES)}"
+            )
+    # Another dataset than the one asked for would give meaningless results.
+    changed: dict[str, Any] = {"data__source": "auto", "data__data_dir": "", "data__raw_dir": ""}
+    changed |= {name.replace(".", "__"): value for name, value in overrides.items()} | {"data__on_missing": "error"}
+    name = changed.get("data__name", config.data.name)
+    if name != config.data.name:
+        check_classes(config, name)
+        # None of its rows was trained on or held out.
+        changed |= dict.fromkeys(("data__num_train", "data__holdout", "data__folds", "data__fold"), 0)
+    used = replace(config, **changed)
+    splits = load_splits(used)
+    for split in (splits.train, splits.test):
+        if split.image.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 1):
+            raise DataError(f"{name}: has images of shape {split.image.shape[1:]}; the network needs 28x28 grey ones")
+    if name == config.data.name and splits.fingerprint != fingerprint:
+        raise DataError(
+            f"{name}: its fingerprint is {splits.fingerprint}, but the run was trained on {fingerprint}; name the"
+            " folder of the same data with --config.data.data_dir=DIR or --config.data.raw_dir=DIR"
+        )
+    return used, splits
+
+
+def check_classes(config: Config, name: str) -> None:
+    """Checks that a network can be evaluated on another dataset.
+
+    Raises:
+      ConfigError: there is no such dataset, or it has another number of classes.
+    """
+    if name not in DATASETS:
+        hint = nearest(name, DATASETS)
+        raise ConfigError(f"config.data.name = {name!r}: {hint}")
+    num_classes = DATASETS[name].num_classes
+    if num_classes != config.num_classes:
+        fitting = [other for other, info in DATASETS.items() if info.num_classes == config.num_classes]
+        raise ConfigError(
+            f"config.data.name = {name!r}: has {num_classes} classes, but this network was trained on the"
+            f" {config.num_classes} of {config.data.name}; these datasets fit: {', '.join(fitting)}"
+        )
+
+
+def select_examples(config: Config, splits: Splits, split: str) -> Examples:
+    """Returns the examples of a split.
+
+    Args:
+      config: with the rows to train on and to hold out, as `load_data` returns it.
+      splits: the data.
+      split: one of `SPLITS`. On the run's own dataset `train` means the rows that it was trained on.
+
+    Raises:
+      ConfigError: no rows were held out.
+    """
+    if split == "test":
+        return splits.test
+    train, held_out = batches.rows_of(splits.train.label, config.data)
+    rows = {"train": train, "holdout": held_out}[split]
+    if not len(rows):
+        raise ConfigError(f"--split={split}: the run held out no rows of {splits.name}; choose train or test")
+    return Examples(splits.train.image[rows], splits.train.label[rows])

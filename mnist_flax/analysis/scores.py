@@ -1,0 +1,142 @@
+"""What a network scores on a split, with 95 % intervals: as JSON and as a table."""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from mnist_flax import metrics
+from mnist_flax.analysis.calibration import calibration_scores
+from mnist_flax.analysis.evaluation import POPULATION, Evaluation, evaluate, load_predictor
+from mnist_flax.analysis.run_data import load_data, select_examples
+from mnist_flax.data.registry import DATASETS
+from mnist_flax.errors import ConfigError
+from mnist_flax.run import workdir as workdirs
+
+
+def scores(evaluation: Evaluation, label: np.ndarray, dataset: str) -> dict[str, Any]:
+    """Turns an evaluation into numbers with 95 % intervals, ready for JSON.
+
+    Args:
+      evaluation: of a split.
+      label: `i32[N]`, the labels of the split.
+      dataset: its name, for the names of its classes.
+    """
+    logits = evaluation.logits
+    confusion = metrics.confusion_matrix(label, logits.argmax(axis=-1), logits.shape[-1])
+    right = int(np.trace(confusion))
+    calibrated = calibration_scores(logits, label)
+    result = {
+        "examples": evaluation.examples,
+        "correct": right,
+        "accuracy": evaluation.accuracy,
+        "accuracy_interval": metrics.wilson_interval(right, evaluation.examples).tolist(),
+        **calibrated,
+        "temperature": evaluation.temperature,
+        "per_class": class_rows(confusion, dataset),
+    }
+    if evaluation.temperature != 1.0:
+        result["uncalibrated"] = calibration_scores(logits * evaluation.temperature, label)
+    return result
+
+
+def class_rows(confusion: np.ndarray, dataset: str) -> list[dict[str, Any]]:
+    """Returns the scores of each class, None where there is nothing to compute them from."""
+    columns = metrics.per_class(confusion)._asdict()
+    return [
+        {
+            "class": number,
+            "name": name,
+            "examples": int(confusion[number].sum()),
+            "predictions": int(confusion[:, number].sum()),
+            "correct": int(confusion[number, number]),
+            **{
+                field: None if np.isnan(column[number]).any() else column[number].tolist()
+                for field, column in columns.items()
+            },
+        }
+        for number, name in enumerate(DATASETS[dataset].class_names)
+    ]
+
+
+def evaluate_workdir(
+    workdir: pathlib.Path, *, checkpoint: str = "latest", split: str = "test", overrides: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Evaluates a run, or a population as one network, on a split.
+
+    Args:
+      workdir: of the run or the population.
+      checkpoint: `latest`, `best` (on hold-out rows) or a step.
+      split: one of `run_data.SPLITS`.
+      overrides: fields of the config, some of `run_data.OVERRIDES`.
+
+    Returns:
+      What `save` writes.
+
+    Raises:
+      UserError: the run, the checkpoint or the data cannot be had, or do not fit each other.
+    """
+    predictor, info = load_predictor(workdir, checkpoint)
+    config, splits = load_data(info.config, info.fingerprint, overrides)
+    if info.kind == "folds" and split != "test" and splits.name == info.config.data.name:
+        raise ConfigError(
+            f"--split={split}: each of these rows was trained on by other folds; choose test, or see out_of_fold in"
+            f" {workdir / POPULATION}"
+        )
+    examples = select_examples(config, splits, split)
+    return {
+        "dataset": splits.name,
+        "dataset_fingerprint": splits.fingerprint,
+        "split": split,
+        "trained_on": info.config.data.name,
+        "members": len(predictor.members),
+        "checkpoint": checkpoint,
+        "step": max(info.steps),
+        **scores(evaluate(predictor, examples), examples.label, splits.name),
+    }
+
+
+def result_file(result: Mapping[str, Any]) -> str:
+    """Returns the name of the file that holds a result of `evaluate_workdir`."""
+    return f"evaluation-{result['split']}-{result['dataset'].replace('/', '-')}.json"
+
+
+def save(result: Mapping[str, Any], folder: pathlib.Path) -> None:
+    """Writes a result of `evaluate_workdir` into a folder.
+
+    Raises:
+      WorkdirError: the file cannot be written.
+    """
+    workdirs.write_text(folder / result_file(result), json.dumps(result, indent=2) + "\n")
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Returns a result of `evaluate_workdir` as text to read."""
+    low, high = result["accuracy_interval"]
+    who = f", a committee of {result['members']}" if result["members"] > 1 else ""
+    lines = [
+        f"{result['dataset']}, {result['split']}: {result['correct']} of {result['examples']} right at step"
+        f" {result['step']} ({result['checkpoint']}){who}",
+        f"accuracy {result['accuracy']:.2%} (95 % interval {low:.2%} to {high:.2%})   " + _calibration(result),
+    ]
+    if "uncalibrated" in result:
+        lines.append(f"without its temperature of {result['temperature']:.3f}: " + _calibration(result["uncalibrated"]))
+    lines += ["", f"{'class':<12}{'examples':>9}  {'precision':<24}{'recall':<24}{'F1':<24}".rstrip()]
+    for row in result["per_class"]:
+        if row["examples"] or row["predictions"]:
+            cells = "".join(f"{_with_interval(row, field):<24}" for field in ("precision", "recall", "f1"))
+            lines.append(f"{row['name']:<12}{row['examples']:>9}  {cells}".rstrip())
+    return "\n".join(lines)
+
+
+def _calibration(values: Mapping[str, float]) -> str:
+    return f"loss {values['loss']:.4f}   Brier {values['brier']:.4f}   ECE {values['ece']:.4f}"
+
+
+def _with_interval(row: Mapping[str, Any], field: str) -> str:
+    if row[field] is None:
+        return "-"
+    low, high = row[f"{field}_interval"]
+    return f"{row[field]:7.2%} [{low:.2%}, {high:.2%}]".replace("%", "")

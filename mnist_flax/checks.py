@@ -1,0 +1,30 @@
+"""Checks of config fields: each yields a message for a wrong value, or nothing."""
+
+import difflib
+import math
+from collections.abc import Iterable, Iterator
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Returns a hint that names the known word closest to `name`, or lists all of them."""
+    known = list(known)
+    match = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {match[0]!r}?" if match else f"choose from: {', '.join(sorted(known))}"
+
+
+def among(field: str, value: str, choices: Iterable[str]) -> Iterator[str]:
+    """Checks that a value is one of the choices."""
+    choices = list(choices)
+    if value not in choices:
+        yield f"config.{field} = {value!r}: {nearest(value, choices)}"
+
+
+def within(
+    field: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False, open_high: bool = False
+) -> Iterator[str]:
+    """Checks that a number lies in an interval, whose ends belong to it unless they are open."""
+    if (low < value if open_low else low <= value) and (value < high if open_high else value <= high):
+        return
+    lower = f"above {low}" if open_low else f"at least {low}"
+    upper = f"below {high}" if open_high else f"at most {high}"
+    yield f"config.{field} = {value!r}: must be {lower}" + (f" and {upper}" if high != math.inf else "")

@@ -1,0 +1,190 @@
+"""How steps are compiled and fed to the device: the only place that jits training.
+
+A driver advances M runs of one program together, M >= 1: `advance(states, num_steps) -> (states, metrics)`. The states
+have a leading axis M and are all at the same step; the metrics are on the host, `[M, num_steps]`. The position of the
+runs in their epochs follows from `state.step` alone.
+
+`scan` keeps the data on the device and makes many steps in one call. `stream` sends one batch a call from the host, so
+the data need not fit on the device. Both train on the same batches.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, PartitionSpec
+
+from mnist_flax import rng, sharding
+from mnist_flax.config import Program
+from mnist_flax.data import batches
+from mnist_flax.data.batches import Batch
+from mnist_flax.data.splits import Examples
+from mnist_flax.step import TrainState, forward, init_state, train_step, train_steps
+
+Advance = Callable[[TrainState, int], tuple[TrainState, dict[str, np.ndarray]]]
+
+# The initial weights are drawn once in a run: without optimisation that takes 10 ms, and 0.5 s to compile instead of 3.
+jit_init_state = jax.jit(init_state, static_argnames="program", compiler_options={"xla_backend_optimization_level": 0})
+jit_forward = jax.jit(forward, static_argnames="program")
+
+
+class Job(NamedTuple):
+    """M runs of one program, and what they train on.
+
+    Attributes:
+      program: of all runs.
+      seeds: of each run.
+      rows: of each run the row numbers to train on, `i32[R]`.
+      examples: the training split, on the host.
+      num_devices: `config.train.num_devices`.
+      epochs_per_dispatch: `config.train.epochs_per_dispatch`.
+    """
+
+    program: Program
+    seeds: Sequence[int]
+    rows: Sequence[np.ndarray]
+    examples: Examples
+    num_devices: int = 0
+    epochs_per_dispatch: int = 0
+
+
+def job_mesh(program: Program, num_runs: int, num_devices: int) -> Mesh:
+    """Returns the devices to train on: a single run splits its batches over them, several runs are spread over them.
+
+    Raises:
+      ConfigError: there are too few devices, or a batch cannot be split evenly over them.
+    """
+    mesh = sharding.make_mesh(num_devices)
+    if num_runs == 1:
+        sharding.check_batch_size(mesh, program.batch_size)
+        return mesh
+    return sharding.make_mesh(max(count for count in range(1, mesh.size + 1) if num_runs % count == 0))
+
+
+def stack(states: Sequence[TrainState], job: Job) -> TrainState:
+    """Stacks the states of M runs and places them on the job's devices."""
+    mesh = job_mesh(job.program, len(states), job.num_devices)
+    stacked: TrainState = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    placed: TrainState = sharding.place(stacked, _run_sharding(mesh, len(states)))
+    return placed
+
+
+def _run_sharding(mesh: Mesh, num_runs: int) -> Any:
+    return sharding.replicated(mesh) if num_runs == 1 else sharding.split(mesh)
+
+
+def runs_take_turns() -> bool:
+    """Returns whether the runs of a device train one after the other, as is faster on a CPU, or all at once."""
+    return jax.default_backend() == "cpu"
+
+
+def over_runs(steps: Callable[..., Any], mesh: Mesh, num_runs: int) -> Callable[..., Any]:
+    """Maps `steps(state, order, key, examples, num_steps)` over the leading axis M of its first three arguments.
+
+    Runs that take turns get the same bits as a run of its own; all at once (`vmap`), they get the same up to rounding.
+    """
+    if num_runs == 1:
+
+        def single(states: TrainState, orders: Array, keys: Array, *rest: Any) -> Any:
+            first = jax.tree.map(lambda leaf: leaf[0], (states, orders, keys))
+            return jax.tree.map(lambda leaf: leaf[None], steps(*first, *rest))
+
+        return single
+
+    own, whole = PartitionSpec(sharding.AXIS), PartitionSpec()
+
+    # Runs do not communicate: the devices' programs are separate, and XLA need not find that out.
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(own, own, own, whole, whole), out_specs=own, check_vma=False)
+    def on_device(states: TrainState, orders: Array, keys: Array, examples: Examples, num_steps: Array) -> Any:
+        def one(run: tuple[TrainState, Array, Array]) -> Any:
+            return steps(*run, examples, num_steps)
+
+        runs = (states, orders, keys)
+        return jax.lax.map(one, runs) if runs_take_turns() else jax.vmap(one)(runs)
+
+    return on_device
+
+
+def scan(job: Job, states: TrainState) -> Advance:
+    """Compiles a loop of steps on the device, of which one call makes any number up to the end of an order."""
+    program, num_runs = job.program, len(job.seeds)
+    mesh = job_mesh(program, num_runs, job.num_devices)
+    everywhere, by_run = sharding.replicated(mesh), _run_sharding(mesh, num_runs)
+    by_order = sharding.split(mesh, axis=2) if num_runs == 1 else by_run  # [M,S,B]: the batch, or the runs
+    num_epochs = max(1, job.epochs_per_dispatch)  # that one order covers
+    order_steps = num_epochs * program.steps_per_epoch
+    root_keys = [rng.root_key(seed) for seed in job.seeds]
+    rows = [jax.device_put(of_run) for of_run in job.rows]
+
+    @functools.lru_cache(maxsize=1)
+    def orders(part: int) -> Array:
+        # Drawn on one device and split afterwards: random values can depend on how their computation is split.
+        drawn = [
+            batches.epochs_order(key, part * num_epochs, num_epochs, of_run, program.batch_size)
+            for key, of_run in zip(root_keys, rows, strict=True)
+        ]
+        placed: Array = sharding.place(jnp.stack(drawn), by_order)
+        return placed
+
+    def steps(state: TrainState, order: Array, key: Array, examples: Examples, num_steps: Array) -> Any:
+        return train_steps(program, state, examples, order, key, num_steps)
+
+    keys, examples = sharding.place(jnp.stack(root_keys), by_run), sharding.place(job.examples, everywhere)
+    step = int(jax.device_get(states.step)[0])
+    compiled = (
+        jax.jit(over_runs(steps, mesh, num_runs), donate_argnums=0, out_shardings=by_run)
+        .lower(states, orders(step // order_steps), keys, examples, sharding.place(np.int32(0), everywhere))
+        .compile()
+    )
+
+    def advance(states: TrainState, num_steps: int) -> tuple[TrainState, dict[str, np.ndarray]]:
+        step = int(jax.device_get(states.step)[0])
+        count = sharding.place(np.int32(num_steps), everywhere)
+        states, metrics = compiled(states, orders(step // order_steps), keys, examples, count)
+        return states, {name: column[:, :num_steps] for name, column in sharding.gather(metrics).items()}
+
+    return advance
+
+
+def stream(job: Job, states: TrainState) -> Advance:
+    """Compiles one step of a single run; each batch comes from the host."""
+    program = job.program
+    mesh = job_mesh(program, 1, job.num_devices)
+    everywhere, by_batch = sharding.replicated(mesh), sharding.split(mesh)
+    root, rows = rng.root_key(job.seeds[0]), jax.device_put(job.rows[0])
+    key = sharding.place(root, everywhere)
+    streams: dict[int, Iterator[Batch]] = {}  # by the step of their next batch
+
+    def one_step(states: TrainState, batch: Batch, key: Array) -> Any:
+        state, metrics = train_step(program, jax.tree.map(lambda leaf: leaf[0], states), batch, key)
+        return jax.tree.map(lambda leaf: leaf[None], state), metrics
+
+    batch = {
+        "image": jax.ShapeDtypeStruct(
+            (program.batch_size, *job.examples.image.shape[1:]), job.examples.image.dtype, sharding=by_batch
+        ),
+        "label": jax.ShapeDtypeStruct((program.batch_size,), job.examples.label.dtype, sharding=by_batch),
+    }
+    compiled = jax.jit(one_step, donate_argnums=0, out_shardings=everywhere).lower(states, batch, key).compile()
+
+    def advance(states: TrainState, num_steps: int) -> tuple[TrainState, dict[str, np.ndarray]]:
+        step = int(jax.device_get(states.step)[0])
+        if step not in streams:
+            streams[step] = batches.stream(job.examples, rows, root, step, program.batch_size, by_batch)
+        feed, of_steps = streams.pop(step), []
+        for _ in range(num_steps):
+            states, metrics = compiled(states, next(feed), key)
+            of_steps.append(metrics)
+        streams[step + num_steps] = feed
+        return states, jax.tree.map(lambda *values: np.stack(values)[None], *jax.device_get(of_steps))
+
+    return advance
+
+
+def driver(name: str, job: Job, states: TrainState) -> Advance:
+    """Compiles the driver of a name in `config.DRIVERS`; several runs always have their data on the device."""
+    return stream(job, states) if name == "stream" and len(job.seeds) == 1 else scan(job, states)

@@ -1,0 +1,172 @@
+"""Preset files: a file with a `get_config()`, and flags that override its fields, become a Config.
+
+A preset is a program, so anything may go wrong in it. Every mistake is reported in one message that names the file, the
+line, and the field or the error.
+"""
+
+import ast
+import contextlib
+import linecache
+import pathlib
+import sys
+import traceback
+import types
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mnist_flax.checks import nearest
+from mnist_flax.config import Config, default_config_dict
+from mnist_flax.errors import ConfigError
+
+_PACKAGE = pathlib.Path(__file__).resolve().parent
+FOLDERS = (_PACKAGE.parent / "configs", _PACKAGE / "configs")  # of the presets: in a checkout, and in a wheel
+
+
+def find(name: str) -> pathlib.Path:
+    """Returns the file that `--config` names: a path, or the name of a preset of this project, such as `default`.
+
+    Raises:
+      ConfigError: there is no such file.
+    """
+    path = pathlib.Path(name)
+    known = {file.stem: file for folder in reversed(FOLDERS) for file in sorted(folder.glob("*.py"))}
+    known.pop("__init__", None)
+    try:
+        if path.is_file() or name not in known:
+            path.read_bytes()
+            return path
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        hint = f"; {nearest(path.stem, known)}" if known and name == path.stem else ""
+        raise ConfigError(f"--config={name}: cannot be read ({reason}){hint}") from error
+    return known[name]
+
+
+def load(path: pathlib.Path, overrides: Iterable[str] = ()) -> Config:
+    """Runs a preset and returns its Config.
+
+    Args:
+      path: of the preset.
+      overrides: of its fields, such as `train.epochs=3`.
+
+    Raises:
+      ConfigError: the preset fails, or one of its fields or overrides is wrong.
+    """
+    values = run(path)
+    try:
+        config = Config.from_dict(values)
+    except ConfigError as error:
+        raise ConfigError(f"{error} ({_place(path, str(error))})") from error
+    fields = config.to_dict()
+    for override in overrides:
+        if override.startswith("model.name=") and override[11:] != fields["model"]["name"]:
+            fields["model"] = default_config_dict(override[11:])["model"].to_dict()  # the fields of another family
+        _override(fields, override)
+    return Config.from_dict(fields)
+
+
+def run(path: pathlib.Path) -> dict[str, Any]:
+    """Returns what the `get_config()` of a preset returns, as nested dicts.
+
+    Raises:
+      ConfigError: it fails, or returns something else.
+    """
+    module = types.ModuleType(f"preset_{path.stem}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # where dataclasses look up the types of their fields
+    sys.path.append(str(path.parent))  # a preset may import what lies beside it, such as another preset
+    try:
+        exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
+        get_config = getattr(module, "get_config", None)
+        values = get_config() if callable(get_config) else None
+        values = values.to_dict() if isinstance(values, ConfigDict) else values
+    except BaseException as error:  # a preset may even exit; Ctrl-C does not come as an exception (`signals.listening`)
+        raise ConfigError(f"--config={path}: {_describe(error, path)}") from error
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(str(path.parent))
+    if not callable(get_config):
+        raise ConfigError(f"--config={path}: defines no function get_config()")
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"--config={path}: its get_config() must return a ConfigDict, not {values!r:.60}")
+    return dict(values)
+
+
+def _describe(error: BaseException, path: pathlib.Path) -> str:
+    """Returns line, source and message of an exception that left a preset."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    lines = [(number, frame) for frame, number in frames if frame.f_code.co_filename == str(path)]
+    message = " ".join(str(error).split())[:300]
+    if isinstance(error, SyntaxError):
+        return f"line {error.lineno}: {type(error).__name__}: {error.msg}"
+    message = message if isinstance(error, ConfigError) else f"{type(error).__name__}: {message}".rstrip(": ")
+    if not lines:
+        return message
+    number = lines[-1][0]
+    place = f"line {number}: {linecache.getline(str(path), number).strip()}"
+    for frame in (frame for frame, _ in frames if isinstance(frame.f_locals.get("self"), ConfigDict)):
+        refused = dict(frame.f_locals)
+        key = refused.get("key", refused.get("attribute"))
+        if "value" in refused and isinstance(key, str):
+            return f"{place}: {_refusal(refused['self'], key, refused['value'])}"
+    return f"{place}: {message}"
+
+
+def _refusal(fields: ConfigDict, key: str, value: Any) -> str:
+    """Returns why a locked ConfigDict did not accept a value; its own message lists all fields and their values."""
+    if key not in fields:
+        return f"{key}: no such field; {nearest(key, fields)}"
+    return f"{key} = {value!r:.60}: must be of type {type(fields[key]).__name__}, not {type(value).__name__}"
+
+
+def _place(path: pathlib.Path, message: str) -> str:
+    """Returns the file, and the line that sets the field with which a message begins, if one can be found."""
+    field = message.partition(" ")[0].strip(":").split("[")[0].split(".")[1:]
+    name, section = (field or [""])[-1], (field[-2:-1] or [""])[0]
+    line = 0
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and node.attr == name:
+            if not section or ast.unparse(node.value).split(".")[-1] == section:
+                line = max(line, node.lineno)
+        elif (isinstance(node, ast.keyword) and node.arg == name) or (
+            isinstance(node, ast.Constant) and node.value == name
+        ):
+            line = line or node.lineno
+    return f"{path}, line {line}" if line else str(path)
+
+
+def _override(fields: dict[str, Any], override: str) -> None:
+    """Sets the field that an override names.
+
+    Raises:
+      ConfigError: there is no such field, or its value cannot be read.
+    """
+    field, _, text = override.partition("=")
+    parent, node, path = fields, fields, "config"
+    for name in field.split("."):
+        if not isinstance(node, dict):
+            raise ConfigError(f"{path}.{name}: no such field; {path} is a value and has none")
+        if name not in node:
+            raise ConfigError(f"{path}.{name}: no such field; {nearest(name, node)}")
+        parent, node, path = node, node[name], f"{path}.{name}"
+    if isinstance(node, dict):
+        raise ConfigError(f"--{path}={text}: is a group of fields; name one of them, such as {path}.{min(node)}")
+    parent[name] = _convert(node, text, path)
+
+
+def _convert(old: Any, text: str, path: str) -> Any:
+    """Reads the text of a flag as the type of the value that it replaces."""
+    if isinstance(old, str):
+        return text
+    try:
+        if isinstance(old, bool):
+            return {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}[text.lower()]
+        if isinstance(old, int | float):
+            return type(old)(text)
+        value = ast.literal_eval(text)
+        return value if isinstance(value, tuple | list) else (value,)
+    except (ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError) as error:
+        kinds = {bool: "true or false", int: "an integer", float: "a number", tuple: "a tuple, such as (16,32)"}
+        raise ConfigError(f"--{path}={text}: must be {kinds[type(old)]}") from error

@@ -1,0 +1,111 @@
+"""The standard streams: losing the console never stops a run, and a reader who has seen enough is no error."""
+
+import contextlib
+import logging
+import os
+import sys
+from typing import Any, NoReturn
+
+from tqdm import tqdm
+
+from mnist_flax.errors import UserError
+
+
+class OutputError(UserError):
+    """Standard output cannot be written; the message is empty if its reader, such as `head -1`, has gone."""
+
+    def __init__(self, error: Exception) -> None:
+        """Describes `error`."""
+        is_pipe = isinstance(error, BrokenPipeError)
+        self.exit_status = 141 if is_pipe else 2  # 141: what shells report for a program that ends by SIGPIPE
+        reason = getattr(error, "strerror", None) or error
+        super().__init__("" if is_pipe else f"standard output cannot be written ({reason})")
+
+
+class _Stream:
+    """A text stream that hands a failed write to `fail`, after replacing what it writes to by the null device."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Writes, and returns the number of characters."""
+        try:
+            self._stream.write(text)
+        except (OSError, ValueError) as error:
+            self._lose(error)
+        return len(text)
+
+    def flush(self) -> None:
+        """Writes what is buffered."""
+        try:
+            self._stream.flush()
+        except (OSError, ValueError) as error:
+            self._lose(error)
+
+    def _lose(self, error: Exception) -> None:
+        if isinstance(error, UnicodeEncodeError):
+            raise error
+        with contextlib.suppress(OSError, ValueError):  # so that what is still buffered fails no more
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._stream.fileno())
+            os.close(null)
+        self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """Reacts to a failed write."""
+
+
+class Console(_Stream):
+    """Standard error: a run continues without it."""
+
+
+class Output(_Stream):
+    """Standard output: a program that cannot write its results ends."""
+
+    def fail(self, error: Exception) -> NoReturn:
+        """Ends the program."""
+        raise OutputError(error) from error
+
+
+class _Handler(logging.Handler):
+    """Prints log messages to standard error, above the progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "" if record.levelno <= logging.INFO else f"{record.levelname}: "
+        tqdm.write(prefix + record.getMessage(), file=sys.stderr)
+
+
+def open_streams() -> None:
+    """Makes the standard streams safe to use, whatever the parent process has left of them."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets this number, which the next file would get: a checkpoint, say
+    if sys.stdin is None:
+        sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    for name, descriptor, wrapper in (("stdout", 1, Output), ("stderr", 2, Console)):
+        stream = getattr(sys, name)
+        if stream is None:
+            stream = open(descriptor, "w", closefd=False)  # noqa: SIM115
+        if not isinstance(stream, _Stream):
+            setattr(sys, name, wrapper(stream))
+
+
+def log_to_console() -> None:
+    """Sends the messages of this package to standard error."""
+    package = logging.getLogger("mnist_flax")
+    package.handlers = [_Handler()]
+    package.setLevel(logging.INFO)
+    package.propagate = False
+
+
+def print_error(error: UserError) -> int:
+    """Prints the message of an error, if it has one, and returns the exit status."""
+    if str(error):
+        print(f"{'' if error.exit_status > 128 else 'error: '}{error}", file=sys.stderr)
+    return error.exit_status

@@ -1,0 +1,103 @@
+"""How far the training is, on the console: a bar on a terminal, a line now and then elsewhere."""
+
+import logging
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from mnist_flax.config import Config
+
+logger = logging.getLogger(__name__)
+
+PLAIN_LINE_SECONDS = 10.0  # without a terminal, the longest time between two lines
+
+Values = Mapping[str, Any]  # "loss", "accuracy" and others
+
+
+class Progress:
+    """The progress of M runs that are trained together; M is 1 for a single run."""
+
+    def __init__(self, config: Config, step: int, *, num_runs: int = 1, quiet: bool = False) -> None:
+        """Starts at `step`.
+
+        Args:
+          config: of the runs, which have the same number of steps.
+          step: finished updates.
+          num_runs: M.
+          quiet: show nothing, because another process does.
+        """
+        self._config = config
+        self._num_runs = num_runs
+        self._total = num_runs * config.num_train * config.train.epochs
+        self._done = num_runs * examples_until(config, step)
+        self._examples, self._seconds = 0, 0.0  # of this process, for its speed
+        self._holdouts: Sequence[Values] = ()
+        is_terminal = sys.stderr.isatty()
+        self._prints_between_epochs = not quiet and not is_terminal
+        self._line_due = time.monotonic() + PLAIN_LINE_SECONDS
+        self._bar = tqdm(
+            total=self._total,
+            initial=self._done,
+            unit="img",
+            unit_scale=True,
+            disable=quiet or not is_terminal,
+            dynamic_ncols=True,
+        )
+
+    def update(self, step: int, seconds: float, epochs: Sequence[Values]) -> None:
+        """Shows that all runs are at `step`, `seconds` later than at the last call.
+
+        Args:
+          step: finished updates.
+          seconds: that the steps since then took, for all runs together.
+          epochs: of each run, its means over the epoch so far.
+        """
+        done = self._num_runs * examples_until(self._config, step)
+        examples, self._done = done - self._done, done
+        self._examples += examples
+        self._seconds += seconds
+        number = -(-step // self._config.steps_per_epoch)
+        loss, accuracy = (sum(epoch[name] for epoch in epochs) / len(epochs) for name in ("loss", "accuracy"))
+        self._bar.set_description(f"epoch {number}/{self._config.train.epochs}", refresh=False)
+        self._bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2%}", refresh=False)
+        self._bar.update(examples)
+        if self._prints_between_epochs and time.monotonic() >= self._line_due:
+            self._line(step, epochs)
+
+    def epoch_line(self, step: int, epochs: Sequence[Values], holdouts: Sequence[Values | None]) -> None:
+        """Prints a line at the end of an epoch.
+
+        Args:
+          step: finished updates.
+          epochs: of each run, its means over the epoch.
+          holdouts: of each run, its evaluation on the rows held out, or None if there are none.
+        """
+        self._holdouts = [holdout for holdout in holdouts if holdout]
+        self._line(step, epochs)
+
+    def _line(self, step: int, epochs: Sequence[Values]) -> None:
+        rate = self._examples / max(self._seconds, 1e-9)
+        left = tqdm.format_interval((self._total - self._done) / max(rate, 1e-9))
+        position = f"epoch {step / self._config.steps_per_epoch:.4g}/{self._config.train.epochs}"
+        held_out = [holdout["accuracy"] for holdout in self._holdouts]
+        text = f"  hold-out {sum(held_out) / len(held_out):.2%}" if held_out else ""
+        if self._num_runs > 1:
+            position += f" of {self._num_runs} members"
+            text += f" ({min(held_out):.2%} to {max(held_out):.2%})" if held_out else ""
+        else:
+            position += f"  loss {epochs[0]['loss']:.4f}  accuracy {epochs[0]['accuracy']:.2%}"
+        logger.info("%s%s  %s images/s  %s left", position, text, f"{rate:,.0f}", left)
+        self._line_due = time.monotonic() + PLAIN_LINE_SECONDS
+
+    def close(self) -> None:
+        """Leaves the bar on the terminal as it is."""
+        self._bar.close()
+
+
+def examples_until(config: Config, step: int) -> int:
+    """Returns how many examples `step` updates have seen; the last batch of an epoch may be smaller than the others."""
+    epochs, steps = divmod(step, config.steps_per_epoch)
+    return epochs * config.num_train + steps * config.train.batch_size

@@ -1,0 +1,200 @@
+"""Saving and resuming: the checkpoints of a run that is being trained.
+
+A checkpoint is written under another name, and renamed when it is complete and on the disk: a folder whose name is a
+number was finished once, and its checksums tell whether it still is what it was.
+
+Orbax's `CheckpointManager` (0.12.8) was tried. Its `AnyPreservationPolicy([LatestN(n), BestN(m)])` keeps what `_prune`
+keeps, but the rest is missing: it has no hook between writing and renaming, where checksums and fsync belong; it
+deletes under the checkpoint's own name, so a kill leaves a damaged folder that looks finished; it raises when the
+newest is damaged instead of restoring the one before; and a checkpoint with damaged metrics silently stops being best.
+"""
+
+import concurrent.futures
+import contextlib
+import errno
+import itertools
+import os
+import pathlib
+import shutil
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from mnist_flax.config import Config
+from mnist_flax.errors import WorkdirError
+from mnist_flax.run import checkpoint, processes, storage
+from mnist_flax.run import workdir as workdirs
+from mnist_flax.step import TrainState
+
+_UNFINISHED = ".unfinished"  # the suffix of a checkpoint while it is being written, and again while it is deleted
+
+
+class Store:
+    """The checkpoints of one run; `open_store` makes it."""
+
+    def __init__(
+        self, config: Config, fingerprint: str, workdir: pathlib.Path, executor: concurrent.futures.Executor
+    ) -> None:
+        self._config = config
+        self._fingerprint = fingerprint
+        self._workdir = workdir
+        self._folder = workdir.absolute() / workdirs.CHECKPOINTS
+        self._executor = executor
+        self._saving: concurrent.futures.Future[None] | None = None
+        self._holdouts = checkpoint.holdouts(self._folder)
+
+    def save(self, state: TrainState, record: dict[str, Any], *, holdout: dict[str, float] | None = None) -> None:
+        """Saves in the background; the arrays are copied before it returns, so the state may be donated.
+
+        Args:
+          state: after its step.
+          record: what `RunLog.snapshot` returns.
+          holdout: loss and accuracy on held-out rows, if they were just measured.
+
+        Raises:
+          WorkdirError: the previous save failed.
+        """
+        self.wait()
+        arrays = jax.tree.map(np.array, jax.device_get(state))
+        identity = {"schema": checkpoint.SCHEMA, "config": self._config.to_dict(), "fingerprint": self._fingerprint}
+        record = {**identity, "arrays": checkpoint.layout(arrays), "holdout": holdout, **record}
+        self._saving = self._executor.submit(self._write, arrays, record)
+
+    def wait(self) -> None:
+        """Returns when everything saved is on the disk.
+
+        Raises:
+          WorkdirError: it cannot be written; the checkpoints that were there before are kept.
+        """
+        saving, self._saving = self._saving, None
+        if saving:
+            saving.result()
+
+    def preemption(self, call: int) -> int:
+        """Returns SIGTERM if one of several processes received it, otherwise 0; a single process hears its own signals.
+
+        Args:
+          call: the number of this call, from 0, the same in all processes: JAX answers all of them alike.
+        """
+        if jax.process_count() == 1:
+            return 0
+        from orbax.checkpoint import multihost
+
+        return signal.SIGTERM if multihost.reached_preemption(call) else 0
+
+    def restore_latest(self) -> tuple[checkpoint.Run | None, list[str]]:
+        """Restores the newest good checkpoint.
+
+        With several processes the primary chooses, and the others read what it chose.
+
+        Returns:
+          The run as it was there, None if there is no good one, and a message for each damaged one that was skipped.
+          Damaged ones are moved to a folder beside, so that their steps can be saved again.
+
+        Raises:
+          WorkdirError: the newest readable one is of another run.
+        """
+        found, skipped = self._newest_good() if processes.is_primary() else (None, [])
+        (chosen,) = processes.agree(found.record["step"] if found else -1)
+        if chosen >= 0 and not found:
+            found = checkpoint.load_run(self._workdir, str(chosen))
+        return found, skipped
+
+    def _newest_good(self) -> tuple[checkpoint.Run | None, list[str]]:
+        skipped: list[str] = []
+        for step in reversed(checkpoint.steps_in(self._folder)):
+            path = self._folder / str(step)
+            try:
+                record = checkpoint.read_record(path)
+                checkpoint.check_same_run(record, self._config, self._fingerprint, self._workdir)
+                state = checkpoint.read_state(path, self._config, record)
+                return checkpoint.Run(self._config, state, record), skipped
+            except WorkdirError:
+                raise
+            except Exception as error:  # Orbax and TensorStore raise many types for damaged files
+                reason = workdirs.reason(error)
+                skipped.append(f"checkpoint {step} is damaged ({reason}): moved to {self._set_aside(step)}")
+        return None, skipped
+
+    def _set_aside(self, step: int) -> pathlib.Path:
+        parent = workdirs.subfolder(self._workdir, workdirs.DAMAGED)
+        names = (f"{step}" + f"-{number}" * (number > 1) for number in itertools.count(1))
+        target = next(parent / name for name in names if not os.path.lexists(parent / name))
+        with workdirs.as_workdir_error(target):
+            (self._folder / str(step)).rename(target)
+        del self._holdouts[step]
+        return target
+
+    def _write(self, arrays: TrainState, record: dict[str, Any]) -> None:
+        """Writes a checkpoint, and then deletes those that need not be kept.
+
+        All processes take part in writing the arrays; the rest is left to the primary.
+        """
+        step = int(arrays.step)
+        unfinished = self._folder / f"{step}{_UNFINISHED}"
+        if not processes.is_primary():
+            storage.write(unfinished, arrays, record)
+            return
+        try:
+            workdirs.subfolder(self._workdir, workdirs.CHECKPOINTS)
+            needed = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)) + 2**16
+            if shutil.disk_usage(self._folder).free < needed:  # better than to fail half way
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            storage.write(unfinished, arrays, record)
+            workdirs.write_text(unfinished / storage.CHECKSUMS, storage.checksums(unfinished))
+            for path in (*unfinished.rglob("*"), unfinished):
+                workdirs.sync(path)
+            unfinished.rename(self._folder / str(step))
+            workdirs.sync(self._folder)
+            self._holdouts[step] = record["holdout"]
+            self._prune()
+        except Exception as error:  # TensorStore reports a full disk as a ValueError
+            _clean(self._folder)
+            newest = max(checkpoint.steps_in(self._folder), default="none")
+            raise WorkdirError(
+                f"{self._folder}: checkpoint {step} cannot be written ({workdirs.reason(error)}); fix that, and the"
+                f" same command continues from the newest checkpoint: {newest}"
+            ) from error
+
+    def _prune(self) -> None:
+        """Deletes all but the newest and, of those with held-out rows, the best."""
+        cadence = self._config.checkpoint
+        ranked = {step: checkpoint.rank(holdout) for step, holdout in self._holdouts.items() if holdout}
+        best = sorted(ranked, key=lambda step: (ranked[step], step), reverse=True)[: cadence.keep_best]
+        latest = sorted(self._holdouts)[-cadence.keep_latest :]
+        for step in self._holdouts.keys() - {*best, *latest}:
+            # Renamed first: a process that is killed in between leaves nothing that looks like a checkpoint.
+            workdirs.remove((self._folder / str(step)).rename(self._folder / f"{step}{_UNFINISHED}"))
+            del self._holdouts[step]
+
+
+@contextlib.contextmanager
+def open_store(config: Config, fingerprint: str, workdir: pathlib.Path) -> Iterator[Store]:
+    """Opens the checkpoints of a run to continue it; on leaving, waits for the save that is in progress.
+
+    What an earlier process left unfinished is deleted. Kept are the newest `checkpoint.keep_latest` and, of those with
+    held-out rows, the best `checkpoint.keep_best`.
+
+    Raises:
+      WorkdirError: the last save failed.
+    """
+    if processes.is_primary():
+        _clean(workdir / workdirs.CHECKPOINTS)
+    with concurrent.futures.ThreadPoolExecutor(max_workers=1) as executor:
+        store = Store(config, fingerprint, workdir, executor)
+        try:
+            yield store
+        finally:
+            store.wait()
+
+
+def _clean(folder: pathlib.Path) -> None:
+    """Deletes unfinished checkpoints, ours and those that Orbax left under our name."""
+    if folder.is_symlink():
+        return
+    for leftover in folder.glob(f"*{_UNFINISHED}*"):
+        with contextlib.suppress(OSError):
+            workdirs.remove(leftover)

@@ -1,0 +1,76 @@
+"""TensorBoard's view of metrics.jsonl."""
+
+import pathlib
+import socket
+import struct
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mnist_flax.run import workdir as workdirs
+
+_NOT_SHOWN = {"step", "epoch", "split", "examples", "seconds"}  # every other entry of a line is a curve
+
+
+class Events:
+    """One event file, complete after every line, and written anew when a run is resumed.
+
+    tensorboardX's own writer puts events through a queue to a thread: a killed process loses the last ones, and on a
+    full disk it waits for ever. So only its protocol buffers and checksum are used. The wall time of an event is the
+    start of the process plus the seconds of training, so `relative` on TensorBoard's axis means training time.
+    """
+
+    def __init__(self, workdir: pathlib.Path, records: Sequence[Mapping[str, Any]], seconds: float) -> None:
+        """Replaces the files of earlier processes by one with the same events.
+
+        Args:
+          workdir: the run's folder.
+          records: the lines of metrics.jsonl so far.
+          seconds: of training so far.
+
+        Raises:
+          WorkdirError: the file cannot be written.
+        """
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        folder = workdirs.subfolder(workdir, workdirs.TENSORBOARD)
+        now = time.time()
+        self._path = folder / f"events.out.tfevents.{now:.6f}.{socket.gethostname()}"
+        self._origin = now - seconds
+        with workdirs.as_workdir_error(folder):
+            for old in folder.glob("*tfevents*"):
+                old.unlink()
+        # The second event makes a running TensorBoard forget what it read from the file before.
+        first = (
+            Event(wall_time=self._origin, file_version="brain.Event:2"),
+            Event(wall_time=self._origin, step=0, session_log=SessionLog(status=SessionLog.START)),
+        )
+        content = b"".join(map(_frame, first)) + b"".join(map(self._event, records))
+        workdirs.append_bytes(self._path, content)
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Adds a line of metrics.jsonl.
+
+        Raises:
+          WorkdirError: the file cannot be written.
+        """
+        workdirs.append_bytes(self._path, self._event(record))
+
+    def _event(self, record: Mapping[str, Any]) -> bytes:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        shown = {name: value for name, value in record.items() if name not in _NOT_SHOWN and value is not None}
+        values = [Summary.Value(tag=f"{record['split']}/{name}", simple_value=value) for name, value in shown.items()]
+        wall_time = self._origin + record["seconds"]
+        return _frame(Event(wall_time=wall_time, step=record["step"], summary=Summary(value=values)))
+
+
+def _frame(event: Any) -> bytes:
+    """Puts an event between its length and its checksums, as TFRecord files have it."""
+    from tensorboardX.record_writer import masked_crc32c
+
+    data = event.SerializeToString()
+    length = struct.pack("<Q", len(data))
+    checksums = [struct.pack("<I", masked_crc32c(part)) for part in (length, data)]
+    return length + checksums[0] + data + checksums[1]

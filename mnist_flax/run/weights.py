@@ -1,0 +1,28 @@
+"""The trained weights in a file that needs no framework to read."""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from mnist_flax.config import Config
+from mnist_flax.run import workdir as workdirs
+
+
+def save_weights(config: Config, workdir: pathlib.Path, variables: Mapping[str, Any]) -> None:
+    """Writes what `forward` needs into `weights.safetensors`.
+
+    The names are paths such as `params/Conv_0/kernel`; the metadata hold the config as JSON.
+
+    Raises:
+      WorkdirError: the file cannot be written.
+    """
+    from safetensors.numpy import save
+
+    by_path = jax.tree_util.tree_leaves_with_path(jax.device_get(dict(variables)))
+    arrays = {"/".join(str(key.key) for key in path): np.ascontiguousarray(leaf) for path, leaf in by_path}
+    content = save(arrays, metadata={"config": json.dumps(config.to_dict())})
+    workdirs.write_bytes(workdir / workdirs.WEIGHTS, content)
