@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
+from mnist_flax.data.labels import MNIST_TEST_DOUBTS, class_names, doubtful_rows
 from scipy.special import softmax
 from sklearn.metrics import precision_recall_fscore_support
 
@@ -29,10 +30,9 @@ from mnist_flax.analysis.run_data import load_data
 from mnist_flax.analysis.scores import evaluate_workdir, scores
 from mnist_flax.config import Config, replace
 from mnist_flax.data import batches, datasets
-from mnist_flax.data.splits import Examples
-from mnist_flax.data.labels import MNIST_TEST_DOUBTS, class_names, doubtful_rows
 from mnist_flax.data.load import Splits, load_splits
 from mnist_flax.data.registry import DATASETS
+from mnist_flax.data.splits import Examples
 from mnist_flax.drivers import jit_forward
 from mnist_flax.errors import ConfigError, DataError, WorkdirError
 from mnist_flax.metrics import negative_log_likelihood
