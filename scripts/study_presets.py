@@ -20,7 +20,8 @@ import numpy as np
 from mnist_flax import drivers, metrics, rng
 from mnist_flax.config import Config, replace
 from mnist_flax.data import batches
-from mnist_flax.data.load import Splits, load_splits
+from mnist_flax.data.load import load_splits
+from mnist_flax.data.splits import Splits
 from mnist_flax.run import compilation
 from mnist_flax.step import eval_variables
 
