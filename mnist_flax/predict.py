@@ -113,7 +113,7 @@ def find_files(names: Sequence[str]) -> Iterator[str]:
 
 def _in_folder(folder: pathlib.Path) -> list[str]:
     """Returns the pictures in a folder and below, by their names; hidden ones are left out."""
-    from mnist_flax.pictures.segment import SUFFIXES
+    from mnist_flax.pictures.decode import SUFFIXES
 
     return sorted(
         str(path)

@@ -17,7 +17,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mnist_flax.checks import nearest
-from mnist_flax.config import Config
+from mnist_flax.config import Config, default_config_dict
 from mnist_flax.errors import ConfigError
 
 _PACKAGE = pathlib.Path(__file__).resolve().parent
@@ -59,11 +59,10 @@ def load(path: pathlib.Path, overrides: Iterable[str] = ()) -> Config:
         config = Config.from_dict(values)
     except ConfigError as error:
         raise ConfigError(f"{error} ({_place(path, str(error))})") from error
-    overrides = list(overrides)
-    if not overrides:
-        return config
     fields = config.to_dict()
     for override in overrides:
+        if override.startswith("model.name=") and override[11:] != fields["model"]["name"]:
+            fields["model"] = default_config_dict(override[11:])["model"].to_dict()  # the fields of another family
         _override(fields, override)
     return Config.from_dict(fields)
 
@@ -77,7 +76,7 @@ def run(path: pathlib.Path) -> dict[str, Any]:
     module = types.ModuleType(f"preset_{path.stem}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # where dataclasses look up the types of their fields
-    sys.path.insert(0, str(path.parent))  # a preset may import what lies beside it, such as another preset
+    sys.path.append(str(path.parent))  # a preset may import what lies beside it, such as another preset
     try:
         exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
         get_config = getattr(module, "get_config", None)

@@ -1,6 +1,7 @@
 """Checkpoints: which are kept, which are believed, and who can read them."""
 
 import json
+import logging
 import pathlib
 import resource
 import shutil
@@ -293,6 +294,114 @@ def test_another_version_is_refused_and_nothing_moved(
     ):
         restored(workdir)
     assert steps(workdir) == [3, 6]
+
+
+# Foreign and live folders ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"schema": "2"}, "record.schema = '2': must be int"),
+        ({"schema": True}, "record.schema = True: must be int"),
+        ({"config": [1]}, "record.config = [1]: must be an object"),
+        ({"holdout": 3}, "record.holdout = 3: must be an object"),
+        ({"holdout": {"loss": 1.0}}, "record.holdout.accuracy is missing"),
+        ({"step": 7}, "record.step = 7: must be 6"),
+        ({"seconds": "x"}, "record.seconds = 'x': must be int or float"),
+        ({"restarts": None}, "record.restarts = None: must be int"),
+        ({"origin": {"versions": {}}}, "record.origin.fork is missing"),
+        ({"origin": {"fork": None, "versions": {"jax": 1}}}, "record.origin.versions.jax = 1: must be str"),
+        ({"versions": {}}, "record.versions = {}: must be an array"),
+        ({"log": [3]}, "record.log[0] = 3: must be an object"),
+        ({"log": [record(6)["log"][0] | {"step": 2**70}]}, "record.log[0].step = 1180591620717411303424: is too large"),
+        ({"log": [record(6)["log"][0] | {"loss": "x"}]}, "record.log[0].loss = 'x': must be int or float or None"),
+        ({"window": [[1.0, 2, 3]]}, "record.window[0] = [1.0, 2, 3]: must be an object"),
+        ({"window": [{}]}, "record.window[0].loss is missing"),
+        ({"epoch_sums": {"loss": None}}, "record.epoch_sums.loss = None: must be int or float"),
+        ({"arrays": {".step": 3}}, "record.arrays..step = 3: must be str"),
+    ],
+)
+def test_record_of_wrong_types_is_one_message(
+    workdir: pathlib.Path, rewrite: Callable[[dict[str, Any]], None], fields: dict[str, Any], message: str
+) -> None:
+    rewrite(fields)
+    for read in (load_run, restored):
+        with pytest.raises(WorkdirError, match="6: holds what this program would not write") as error:
+            read(workdir)
+        assert message in str(error.value)
+    assert int(load_run(workdir, "best").state.step) == 3
+    assert steps(workdir) == [3, 6]
+
+
+def test_checkpoint_that_became_a_link_is_pruned_and_its_target_kept(
+    workdir: pathlib.Path, tmp_path_factory: pytest.TempPathFactory, state: TrainState
+) -> None:
+    moved = tmp_path_factory.mktemp("elsewhere") / "3"
+    path = workdir / workdirs.CHECKPOINTS / "3"
+    shutil.move(path, moved)
+    path.symlink_to(moved)
+    with open_store(replace(SMALL, checkpoint__keep_best=0), FINGERPRINT, workdir) as store:
+        save(store, state, 9)
+    assert steps(workdir) == [6, 9]
+    assert (moved / "state").is_dir()
+
+
+@pytest.mark.parametrize("name", [workdirs.CHECKPOINTS, workdirs.DAMAGED])
+def test_no_checkpoint_is_written_through_a_link(
+    workdir: pathlib.Path, tmp_path_factory: pytest.TempPathFactory, state: TrainState, name: str
+) -> None:
+    outside = tmp_path_factory.mktemp("outside") / "folder"
+    if name == workdirs.CHECKPOINTS:
+        shutil.move(workdir / name, outside)
+    else:
+        outside.mkdir()
+        truncate(workdir / workdirs.CHECKPOINTS / "6" / "record" / "metadata")
+    (workdir / name).symlink_to(outside)
+    before = sorted(outside.rglob("*"))
+    with (
+        pytest.raises(WorkdirError, match="symbolic link"),
+        open_store(SMALL, FINGERPRINT, workdir) as store,
+    ):
+        store.restore_latest()
+        save(store, state, 9)
+    assert sorted(outside.rglob("*")) == before
+
+
+def test_checkpoint_deleted_while_it_is_read_is_not_damage(
+    workdir: pathlib.Path, state: TrainState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, saved = storage.read_state, []
+
+    def live_run(folder: pathlib.Path, target: Any) -> Any:
+        if not saved:  # a run saves two more, and deletes the one that is being read
+            saved.append(folder)
+            with open_store(replace(SMALL, checkpoint__keep_best=0), FINGERPRINT, workdir) as store:
+                for step in (9, 12):
+                    save(store, state, step)
+        return read(folder, target)
+
+    monkeypatch.setattr(storage, "read_state", live_run)
+    assert int(load_run(workdir).state.step) == 12
+    saved.clear()
+    monkeypatch.setattr(storage, "read_state", lambda *a: (shutil.rmtree(workdir / workdirs.CHECKPOINTS / "9"), 1 / 0))
+    with pytest.raises(WorkdirError, match="has no checkpoint '9'; kept are the steps: 12"):
+        load_run(workdir, "9")
+
+
+def test_failed_read_leaves_the_log_level_of_absl(workdir: pathlib.Path) -> None:
+    newest = workdir / workdirs.CHECKPOINTS / "6"
+    (newest / "record" / "metadata").write_text("{")
+    (newest / "files.sha256").write_text(storage.checksums(newest))
+    level = logging.getLogger("absl").level
+    with pytest.raises(WorkdirError, match="damaged"):
+        load_run(workdir)
+    assert logging.getLogger("absl").level == level != logging.CRITICAL
+
+
+def test_paths_of_a_run_are_forgotten() -> None:
+    config = replace(SMALL, data__data_dir="/outside", data__raw_dir="/outside", data__source="raw")
+    assert checkpoint.without_paths(config).data == replace(SMALL, data__on_missing="error").data
 
 
 # A full disk ----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from mnist_flax import cli, preset
+from mnist_flax.config import default_config_dict
 from mnist_flax.errors import ConfigError, UserError
 from mnist_flax.run import console
 
@@ -130,6 +131,11 @@ def test_override_gets_the_type_of_its_field() -> None:
     assert (config.data.raw_dir, config.model.paddings) == ("/a=b", ("SAME",))
 
 
+def test_override_may_choose_another_family() -> None:
+    config = preset.load(preset.find("tiny"), ["model.name=resnet", "model.dropout=0.5"])
+    assert config.to_dict()["model"] == default_config_dict("resnet").model.to_dict() | {"dropout": 0.5}
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -138,7 +144,8 @@ def test_override_gets_the_type_of_its_field() -> None:
         ("train.epochs.x=1", "config.train.epochs.x: no such field; config.train.epochs is a value and has none"),
         ("train=3", "--config.train=3: is a group of fields; name one of them"),
         ("=3", "config.: no such field"),
-        ("train.epochs=-1", "config.train.epochs = -1: must be at least 1"),
+        ("model.name=rsenet", "config.model.name = 'rsenet': did you mean 'resnet'?"),
+        ("train.batch_size=0", "config.train.batch_size = 0: must be at least 1"),
         ("train.report=perhaps", "--config.train.report=perhaps: must be true or false"),
         ("optimizer.learning_rate=fast", "--config.optimizer.learning_rate=fast: must be a number"),
         ("optimizer.learning_rate=nan", "config.optimizer.learning_rate = nan: must be finite"),
@@ -190,7 +197,7 @@ def test_failing_preset_names_line_and_reason(statement: str, message: str, tmp_
 @pytest.mark.parametrize(
     ("statement", "message"),
     [
-        ("config.train.epochs = -1", "config.train.epochs = -1: must be at least 1"),
+        ("config.train.batch_size = 0", "config.train.batch_size = 0: must be at least 1"),
         ("config.train.epochs = None", "config.train.epochs = None: must be of type int, not NoneType"),
         ("config.model.widths = (1, 'a')", "config.model.widths[1] = 'a': must be of type int, not str"),
         ("return {'train': {'epochs': '3'}}", "config.train.epochs = '3': must be of type int, not str"),

@@ -29,7 +29,7 @@ from mnist_flax.analysis.run_data import load_data
 from mnist_flax.analysis.scores import evaluate_workdir, scores
 from mnist_flax.config import Config, replace
 from mnist_flax.data import batches, datasets
-from mnist_flax.data.datasets import Examples
+from mnist_flax.data.splits import Examples
 from mnist_flax.data.labels import MNIST_TEST_DOUBTS, class_names, doubtful_rows
 from mnist_flax.data.load import Splits, load_splits
 from mnist_flax.data.registry import DATASETS

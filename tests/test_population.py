@@ -12,22 +12,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mnist_flax import members
+from mnist_flax import drivers, train
 from mnist_flax.analysis import statistics as results
 from mnist_flax.config import Config, replace
 from mnist_flax.data import batches
 from mnist_flax.data.load import load_splits
 from mnist_flax.errors import ConfigError, NonFiniteLossError, WorkdirError
-from mnist_flax.members import Member, fit_population, jit_train_members, members_of
+from mnist_flax.members import Member
 from mnist_flax.run import checkpoint
 from mnist_flax.run.log import RunLog
 from mnist_flax.run.signals import Interrupted
-from mnist_flax.step import StepMetrics
-from mnist_flax.train import fit
+from mnist_flax.train import fit, fit_population, member_configs
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIG = replace(
@@ -45,7 +43,7 @@ CONFIG = replace(
     optimizer__ema_decay=0.9,
     train__batch_size=25,
     train__epochs=2,
-    train__eval_batch_size=120,
+    eval__batch_size=120,
     train__log_every_steps=3,
     train__tensorboard=False,
     train__report=False,
@@ -102,7 +100,7 @@ def test_a_fold_is_what_a_single_run_that_holds_it_out_is(folds: pathlib.Path, t
 def test_all_at_once_and_one_after_the_other_agree(
     seeds: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(members, "is_vectorized", lambda: True)
+    monkeypatch.setattr(drivers, "runs_take_turns", lambda: False)
     fit_population(CONFIG, tmp_path, seeds=3)
     for name in ("seed-3", "seed-4", "seed-5"):
         run, other = (checkpoint.load_run(folder / "members" / name) for folder in (seeds, tmp_path))
@@ -112,33 +110,36 @@ def test_all_at_once_and_one_after_the_other_agree(
             np.testing.assert_allclose(one, another, rtol=1e-3, atol=0.1 * CONFIG.optimizer.learning_rate)
 
 
-def test_other_seeds_need_no_other_program(seeds: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    program: Any = jit_train_members
-    programs = program._cache_size()  # the fixtures' own
-    fit_population(replace(CONFIG, seed=40), tmp_path, seeds=3)
-    assert program._cache_size() == programs > 0
-    one, other = (results.load(workdir) for workdir in (seeds, tmp_path))
-    assert one
-    assert other
-    assert one["mean"] != other["mean"]
+def test_other_seeds_and_folds_have_the_same_program() -> None:
+    programs = {config.program for config in member_configs(CONFIG, seeds=3).values()}
+    assert programs == {replace(CONFIG, seed=40).program}
+    assert len({config.program for config in member_configs(CONFIG, folds=3).values()}) == 1
 
 
-def stop_after_first_judgement(patch: pytest.MonkeyPatch) -> None:
-    """Sends SIGTERM to this process when the first member is judged: at the end of the first epoch."""
-    judge_holdout = members.judge_holdout
+def test_folds_of_other_lengths_train_in_groups(tmp_path: pathlib.Path) -> None:
+    # 220 rows in 3 folds: 146 or 147 to train on, so 2 or 3 steps an epoch.
+    result = fit_population(replace(CONFIG, train__batch_size=73, train__epochs=1), tmp_path, folds=3)
+    steps = [checkpoint.load_run(tmp_path / "members" / f"fold-{k}").record["step"] for k in range(3)]
+    assert steps == [2, 3, 3]
+    assert len(result["members"]) == 3
 
-    def judge_and_stop(member: Member) -> dict[str, float] | None:
-        patch.setattr(members, "judge_holdout", judge_holdout)
+
+def stop_after_first_evaluation(patch: pytest.MonkeyPatch) -> None:
+    """Sends SIGTERM to this process when the first member is evaluated: at the end of the first epoch."""
+    evaluate_holdout = train.evaluate_holdout
+
+    def evaluate_and_stop(member: Member) -> dict[str, Any] | None:
+        patch.setattr(train, "evaluate_holdout", evaluate_holdout)
         os.kill(os.getpid(), signal.SIGTERM)
-        return judge_holdout(member)
+        return evaluate_holdout(member)
 
-    patch.setattr(members, "judge_holdout", judge_and_stop)
+    patch.setattr(train, "evaluate_holdout", evaluate_and_stop)
 
 
 def stop_early(workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trains a population until a signal stops it, in the first epoch or at its end."""
     with monkeypatch.context() as patch:
-        stop_after_first_judgement(patch)
+        stop_after_first_evaluation(patch)
         with pytest.raises(Interrupted, match="nothing is lost") as caught:
             fit_population(CONFIG, workdir, seeds=3)
     assert caught.value.exit_status == 128 + signal.SIGTERM
@@ -153,13 +154,13 @@ def test_a_stopped_population_goes_on_as_if_nothing_had_happened(
     newest = max((tmp_path / "members" / "seed-4" / "checkpoints").iterdir(), key=lambda path: int(path.name))
     assert 0 < int(newest.name) < CONFIG.num_steps
     shutil.rmtree(newest)
-    trained, train_group = [], members.train_group
+    trained, train_group = [], train.train_group
 
     def record(group: Sequence[Member], *arguments: Any, until: int, **more: Any) -> None:
-        trained.append(([member.name for member in group], group[0].step, until))
+        trained.append(([member.workdir.name for member in group], group[0].step, until))
         train_group(group, *arguments, until=until, **more)
 
-    monkeypatch.setattr(members, "train_group", record)
+    monkeypatch.setattr(train, "train_group", record)
     result = fit_population(CONFIG, tmp_path, seeds=3)
     saved = int(newest.name)
     assert trained == [(["seed-4"], 0, saved), (["seed-3", "seed-4", "seed-5"], saved, CONFIG.num_steps)]
@@ -176,8 +177,8 @@ def test_a_finished_population_says_so_and_a_larger_one_adds_to_it(
 ) -> None:
     workdir = shutil.copytree(seeds, tmp_path / "copy")
     with caplog.at_level(logging.INFO, "mnist_flax"), monkeypatch.context() as patch:
-        patch.setattr(members, "train_all", None)
-        patch.setattr(members, "finish", None)
+        patch.setattr(train, "train_group", None)
+        patch.setattr(train, "finish", None)
         assert fit_population(CONFIG, workdir, seeds=3) == results.load(seeds)
     assert "is finished" in caplog.text
     summary = (workdir / "members" / "seed-4" / "summary.json").read_bytes()
@@ -205,7 +206,7 @@ def test_folds_divide_the_rows_with_equal_shares_of_each_class(num_train: int, f
     counts = np.array([np.bincount(label[of_fold], minlength=10) for of_fold in held_out])
     assert np.ptp(counts, axis=0).max() <= 1
     assert len({config.steps_per_epoch for config in configs}) == 1
-    assert len(set(configs)) == 1  # so they share a program
+    assert len({config.program for config in configs}) == 1
     assert held_out[0].tolist() != used[: len(held_out[0])].tolist()  # shuffled
     assert np.array_equal(held_out[0], batches.rows_of(label, replace(configs[0], seed=9).data)[1])
 
@@ -213,13 +214,11 @@ def test_folds_divide_the_rows_with_equal_shares_of_each_class(num_train: int, f
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"data__folds": 1}, r"config.data.folds = 1: must be from 2 to 22, or 0"),
-        ({"data__folds": 23}, r"config.data.folds = 23: must be from 2 to 22"),
-        ({"data__folds": 3, "data__fold": 3}, r"config.data.fold = 3: must be below config.data.folds = 3"),
-        ({"data__fold": 1}, r"config.data.fold = 1: must be below config.data.folds = 0"),
+        ({"data__folds": 1}, r"config.data.folds = 1: must be at least 2 and at most 22"),
+        ({"data__folds": 23}, r"config.data.folds = 23: must be at least 2 and at most 22"),
+        ({"data__folds": 3, "data__fold": 3}, r"config.data.fold = 3: must be at least 0 and below 3"),
+        ({"data__fold": 1}, r"config.data.fold = 1: must be at least 0 and below 1"),
         ({"data__folds": 3, "data__holdout": 20}, r"config.data.holdout = 20: must be 0 with config.data.folds"),
-        # 220 rows in 3 folds: 146 or 147 to train on, so 2 or 3 steps.
-        ({"data__folds": 3, "train__batch_size": 73}, r"config.train.batch_size = 73: 3 folds of 220 rows would diff"),
     ],
 )
 def test_wrong_folds_are_refused(fields: dict[str, Any], message: str) -> None:
@@ -234,18 +233,18 @@ def test_a_class_with_too_few_rows_cannot_be_divided() -> None:
 
 
 def test_members_have_the_seeds_that_follow_the_configs() -> None:
-    assert [config.seed for config in members_of(CONFIG, seeds=3).values()] == [3, 4, 5]
-    of_folds = members_of(CONFIG, folds=2)
+    assert [config.seed for config in member_configs(CONFIG, seeds=3).values()] == [3, 4, 5]
+    of_folds = member_configs(CONFIG, folds=2)
     assert [(name, config.seed, config.data.fold) for name, config in of_folds.items()] == [
         ("fold-0", 3, 0),
         ("fold-1", 4, 1),
     ]
     with pytest.raises(ConfigError, match=r"config.seed = 4294967296"):
-        members_of(replace(CONFIG, seed=2**32 - 1), seeds=2)
+        member_configs(replace(CONFIG, seed=2**32 - 1), seeds=2)
 
 
 def test_a_folder_with_something_else_is_refused(seeds: pathlib.Path) -> None:
-    with pytest.raises(WorkdirError, match="holds a run, and no population"):
+    with pytest.raises(WorkdirError, match="holds a run, not a population"):
         fit_population(CONFIG, seeds / "members" / "seed-3", seeds=2)
     with pytest.raises(WorkdirError, match=r"config.optimizer.learning_rate: 0.02 there, 0.01 now"):
         fit_population(replace(CONFIG, optimizer__learning_rate=0.01), seeds, seeds=3)
@@ -257,11 +256,11 @@ def test_a_loss_that_is_not_finite_names_its_member(tmp_path: pathlib.Path) -> N
     nothing: Any = None
     opened = []
     for name in ("seed-3", "seed-4"):
-        log = RunLog(CONFIG, tmp_path / name, {"origin": {}}, quiet=True)
-        opened.append(Member(name, CONFIG, tmp_path / name, np.arange(0), nothing, nothing, nothing, 0, log))
-    sums = StepMetrics(loss=jnp.array([[1.0], [np.nan]]), correct=jnp.ones((2, 1)), examples=jnp.full((2, 1), 25))
-    with pytest.raises(NonFiniteLossError, match=r"^seed-4: the loss of step 1 is nan"):
-        members.tell(opened, sums, 1.0)
+        log = RunLog(CONFIG, None, {"origin": {}}, learning_rate=lambda step: 0.1)
+        opened.append(Member(CONFIG, tmp_path / name, np.arange(0), nothing, nothing, nothing, log, False))
+    metrics = {"loss": np.array([[1.0], [np.nan]]), "accuracy": np.ones((2, 1)), "examples": np.full((2, 1), 25)}
+    with pytest.raises(NonFiniteLossError, match=r"seed-4: the loss of step 1 is nan"):
+        train.log_steps(opened, metrics, 1.0)
 
 
 # The command line ----------------------------------------------------------------------------------------------------

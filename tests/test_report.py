@@ -24,10 +24,9 @@ from mnist_flax.analysis.evaluation import Evaluation, evaluate, load_predictor,
 from mnist_flax.analysis.report import facts, layers, page, pictures, plots, write
 from mnist_flax.analysis.report.write import report_workdir, shown, write_report
 from mnist_flax.config import Config, replace
-from mnist_flax.data.datasets import Examples
-from mnist_flax.data.labels import MNIST_TEST_DOUBTS, class_names
-from mnist_flax.data.load import Splits, load_splits
+from mnist_flax.data.load import load_splits
 from mnist_flax.data.registry import DATASETS
+from mnist_flax.data.splits import Examples, Splits
 from mnist_flax.drivers import jit_forward, jit_init_state
 from mnist_flax.errors import WorkdirError
 from mnist_flax.models import MODELS
@@ -264,9 +263,9 @@ def test_the_embedded_digits_are_stamped(report: pathlib.Path) -> None:
 
 def test_doubtful_labels_are_marked_on_mnist_and_only_there(tmp_path: pathlib.Path) -> None:
     numbers, text = made_up(tmp_path / "mnist", "mnist")
-    assert [item["row"] for item in numbers["galleries"]["doubtful"]] == list(MNIST_TEST_DOUBTS)
+    assert [item["row"] for item in numbers["galleries"]["doubtful"]] == list(DATASETS["mnist"].doubtful_test_rows)
     for item in gallery_items(numbers):
-        assert item["doubtful"] == (item["row"] in MNIST_TEST_DOUBTS)
+        assert item["doubtful"] == (item["row"] in DATASETS["mnist"].doubtful_test_rows)
     marked = sum(item["doubtful"] for item in gallery_items(numbers))
     assert text.count("label doubtful") == text.count('<li class="doubtful">') == marked >= 15
     assert "Northcutt" in text
@@ -305,7 +304,7 @@ def test_a_network_without_mistakes() -> None:
     found = facts.galleries(probs, label, "digits")
     assert found["num_mistakes"] == 0 and not found["mistakes"] and len(found["correct"]) == 24
     assert facts.confused_pairs(np.diag([4] * 10), label, probs) == []
-    text = plots.confusion(np.diag([4] * 10).tolist(), class_names("digits"))["confusion_counts"]
+    text = plots.confusion(np.diag([4] * 10).tolist(), DATASETS["digits"].class_names)["confusion_counts"]
     assert text.count(">4</text>") >= 10
 
 

@@ -22,8 +22,7 @@ from mnist_flax.analysis.evaluation import (
 from mnist_flax.analysis.report import bands
 from mnist_flax.config import Config
 from mnist_flax.data import batches
-from mnist_flax.data.datasets import Examples
-from mnist_flax.data.load import Splits
+from mnist_flax.data.splits import Examples, Splits
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.provenance import provenance
 from mnist_flax.step import Variables

@@ -146,7 +146,7 @@ def read_record(path: pathlib.Path) -> dict[str, Any]:
     """
     record: dict[str, Any] = storage.read_record(path)
     schema = record.get("schema") if isinstance(record, dict) else None
-    if isinstance(schema, int) and schema != SCHEMA:
+    if type(schema) is int and schema != SCHEMA:
         age = "a newer" if schema > SCHEMA else "an older"
         raise WorkdirError(
             f"{path}: was written by {age} version of this program (schema {schema} there, {SCHEMA} now); use that"

@@ -10,7 +10,7 @@ from mnist_flax.analysis.report import facts as facts_lib
 from mnist_flax.analysis.report import layers, page, pictures, plots
 from mnist_flax.analysis.run_data import load_data
 from mnist_flax.config import Config
-from mnist_flax.data.load import Splits
+from mnist_flax.data.splits import Splits
 from mnist_flax.errors import WorkdirError
 from mnist_flax.run import workdir as workdirs
 
