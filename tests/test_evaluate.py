@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
+from mnist_flax.data.labels import MNIST_TEST_DOUBTS, class_names, doubtful_rows
 from scipy.special import softmax
 from sklearn.metrics import precision_recall_fscore_support
 
@@ -28,10 +29,10 @@ from mnist_flax.analysis.evaluation import (
 from mnist_flax.analysis.run_data import load_data
 from mnist_flax.analysis.scores import evaluate_workdir, scores
 from mnist_flax.config import Config, replace
-from mnist_flax.data import batches
-from mnist_flax.data.embedded import embedded_digits
-from mnist_flax.data.load import load_splits
-from mnist_flax.data.splits import Examples, Splits
+from mnist_flax.data import batches, datasets
+from mnist_flax.data.load import Splits, load_splits
+from mnist_flax.data.registry import DATASETS
+from mnist_flax.data.splits import Examples
 from mnist_flax.drivers import jit_forward
 from mnist_flax.errors import ConfigError, DataError, WorkdirError
 from mnist_flax.metrics import negative_log_likelihood
@@ -87,9 +88,8 @@ def test_predictor_averages_probabilities_over_members_and_views(members: int, v
     several = [jax.tree.map(lambda leaf, scale=scale: leaf * scale, variables) for scale in (1.0, 0.8, 1.3)]
     config = replace(run.config, eval__views=views, eval__batch_size=4)
     predictor = make_predictor(config, *several[:members])
-    np.testing.assert_allclose(
-        softmax(predict_logits(predictor, images), axis=-1), by_hand(predictor, images), atol=1e-5
-    )
+    probs = softmax(predict_logits(predictor, images), axis=-1)
+    np.testing.assert_allclose(probs, by_hand(predictor, images), atol=1e-5)
     assert member_logits(predictor, images).shape == (members, 11, 10)
     warm = make_predictor(config, *several[:members], temperature=2.0)
     np.testing.assert_allclose(2 * predict_logits(warm, images), predict_logits(predictor, images), rtol=1e-6)
@@ -181,7 +181,7 @@ def test_only_the_place_and_name_of_the_data_can_be_overridden(workdir: pathlib.
 def test_another_dataset_has_no_holdout_rows_and_all_its_training_rows(
     workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train, test = embedded_digits()
+    train, test = datasets.embedded_digits().values()
     asked: list[Config] = []
 
     def load(config: Config) -> Splits:
@@ -267,7 +267,7 @@ def test_the_command_prints_before_it_fails_to_write(workdir: pathlib.Path) -> N
     ("arguments", "message"),
     [
         (["--config.data.name=emnist/letters"], "has 37 classes"),
-        (["--config.data.nam=kmnist"], "did you mean 'name'"),
+        (["--config.data.nam=kmnist"], "Did you mean: config.data.name"),
         (["--split=tset"], "train|holdout|test"),
         (["here"], "'here': is no flag"),
         (["--workdir="], "--workdir is missing"),
@@ -278,6 +278,20 @@ def test_the_command_refuses_with_one_line(workdir: pathlib.Path, arguments: lis
     assert done.returncode == 2 and message in done.stderr
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
     assert not done.stdout
+
+
+def test_every_class_has_a_name_of_its_own() -> None:
+    for dataset, info in DATASETS.items():
+        names = class_names(dataset)
+        assert len(set(names)) == len(names) == info.num_classes
+    assert class_names("emnist/balanced")[-11:] == tuple("abdefghnqrt")
+    assert class_names("emnist/letters")[1] == "A" and class_names("emnist/letters")[26] == "Z"
+
+
+def test_doubts_are_about_the_test_images_of_mnist_alone() -> None:
+    assert len(MNIST_TEST_DOUBTS) == len(set(MNIST_TEST_DOUBTS)) == 15
+    assert doubtful_rows("mnist", "test") == MNIST_TEST_DOUBTS
+    assert not doubtful_rows("mnist", "train") and not doubtful_rows("emnist/mnist", "test")
 
 
 def test_a_class_that_never_occurs_has_no_scores() -> None:

@@ -114,15 +114,13 @@ def _statistics(x: jax.Array, weights: jax.Array | None, row: int) -> tuple[jax.
     return count, mean, var
 
 
-def _plain(
-    eps: float, x: jax.Array, scale: jax.Array, bias: jax.Array, weights: jax.Array | None = None
-) -> Normalized:
+def _plain(eps: float, x: jax.Array, scale: jax.Array, bias: jax.Array, weights: jax.Array | None = None) -> Normalized:
     _, mean, var = _statistics(x.astype(jnp.promote_types(x.dtype, jnp.float32)), weights, 0)
     return normalize(x, scale, bias, mean, var, eps=eps), mean, var
 
 
-# The CPU form, f32[H,W,B,C] or f32[B,C]. With n = (x - mean) * rstd, z = scale * n + bias, and g the gradient of the loss
-# by z, the gradient by x is scale * rstd * (g - mean(g) - n * mean(g * n)).
+# The CPU form, f32[H,W,B,C] or f32[B,C]. With n = (x - mean) * rstd, z = scale * n + bias, and g the gradient of the
+# loss by z, the gradient by x is scale * rstd * (g - mean(g) - n * mean(g * n)).
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
