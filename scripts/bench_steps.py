@@ -17,7 +17,8 @@ from typing import Any
 from absl import flags
 
 from mnist_flax import cli
-from mnist_flax.config import IMAGE_SIZE, Config, replace
+from mnist_flax.config import Config, replace
+from mnist_flax.data.registry import IMAGE_SIZE
 
 
 def training_flops(config: Config) -> int:

@@ -16,20 +16,15 @@ import numpy as np
 import pytest
 
 from mnist_flax import drivers, train
-from mnist_flax.analysis import comparison as compare
 from mnist_flax.analysis import statistics as results
-from mnist_flax.analysis.comparison import Result
-from mnist_flax.analysis.evaluation import combine_members, evaluate, make_predictor
 from mnist_flax.config import Config, replace
 from mnist_flax.data import batches
 from mnist_flax.data.load import load_splits
-from mnist_flax.data.splits import Examples
 from mnist_flax.errors import ConfigError, NonFiniteLossError, WorkdirError
 from mnist_flax.members import Member
 from mnist_flax.run import checkpoint
 from mnist_flax.run.log import RunLog
 from mnist_flax.run.signals import Interrupted
-from mnist_flax.step import eval_variables
 from mnist_flax.train import fit, fit_population, member_configs
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -193,72 +188,6 @@ def test_a_finished_population_says_so_and_a_larger_one_adds_to_it(
     assert (workdir / "members" / "seed-4" / "summary.json").read_bytes() == summary
 
 
-def test_the_result_holds_what_it_promises(seeds: pathlib.Path) -> None:
-    result = results.load(seeds)
-    assert result
-    with np.load(seeds / "population.npz") as file:
-        probs, label = file["test_probs"], file["test_label"]
-    splits = load_splits(CONFIG)
-    np.testing.assert_array_equal(label, splits.test.label)
-    assert (probs.shape, probs.dtype) == ((3, 360, 10), np.float32)
-    np.testing.assert_allclose(probs.sum(axis=-1), 1, rtol=1e-5)
-    right = probs.argmax(axis=-1) == label
-    assert [member["accuracy"] for member in result["members"]] == right.mean(axis=-1).tolist()
-    assert [member["seed"] for member in result["members"]] == [3, 4, 5]
-    for name in ("seed-3", "seed-4", "seed-5"):
-        test = results.read_log(seeds / "members" / name)[-1]
-        member = next(member for member in result["members"] if member["name"] == name)
-        assert (test["split"], test["accuracy"], test["loss"]) == ("test", member["accuracy"], member["loss"])
-    assert result["mean"]["accuracy"] == pytest.approx(right.mean())
-    assert result["committee"]["accuracy"] == np.mean(probs.mean(axis=0).argmax(axis=-1) == label)
-    assert result["agreement"]["examples_by_members_right"] == np.bincount(right.sum(axis=0), minlength=4).tolist()
-    assert {"config", "dataset", "dataset_fingerprint", "device", "versions", "train_seconds"} <= result.keys()
-    holdout = result["curves"]["holdout"]
-    assert [point["epoch"] for point in holdout] == [1, 2]
-    assert [point["step"] for point in result["curves"]["train"]] == [3, 6, 8, 9, 12, 15, 16]
-    assert all(point["loss"]["min"] < point["loss"]["mean"] < point["loss"]["max"] for point in holdout)
-    for name in ("curves_loss.svg", "curves_accuracy.svg"):
-        assert (seeds / name).read_text().count("<svg") == 1
-    table = results.table(result)
-    assert f"{result['committee']['accuracy']:.2%}" in table
-    assert table.count("seed-") == 3
-
-
-def test_every_row_is_judged_by_the_member_that_has_not_seen_it(folds: pathlib.Path) -> None:
-    result = results.load(folds)
-    assert result
-    out_of_fold = result["out_of_fold"]
-    with np.load(folds / "population.npz") as file:
-        rows, fold, probs, label = (file[name] for name in ("rows", "fold", "out_of_fold_probs", "out_of_fold_label"))
-    splits = load_splits(CONFIG)
-    used, _ = batches.split_rows(splits.train.label, 220, 0)
-    np.testing.assert_array_equal(rows, used)
-    np.testing.assert_array_equal(label, splits.train.label[used])
-    for k in range(3):
-        config, state, _ = checkpoint.load_run(folds / "members" / f"fold-{k}")
-        trained_on, held_out = batches.rows_of(splits.train.label, config.data)
-        np.testing.assert_array_equal(rows[fold == k], held_out)
-        assert not set(rows[fold == k]) & set(trained_on)
-        image, of_held_out = splits.train.image[held_out], splits.train.label[held_out]
-        evaluation = evaluate(make_predictor(config, eval_variables(state)), Examples(image, of_held_out))
-        np.testing.assert_allclose(probs[fold == k], jax.nn.softmax(evaluation.logits), atol=1e-6)
-        assert out_of_fold["folds"][k]["accuracy"] == evaluation.accuracy
-        holdout = [line for line in results.read_log(folds / "members" / f"fold-{k}") if line["split"] == "holdout"]
-        assert holdout[-1]["accuracy"] == evaluation.accuracy
-        assert (result["members"][k]["seed"], result["members"][k]["fold"]) == (3 + k, k)
-    right = probs.argmax(axis=-1) == label
-    assert (out_of_fold["correct"], out_of_fold["examples"]) == (right.sum(), 220)
-    assert out_of_fold["mean"]["accuracy"] == pytest.approx(np.mean([right[fold == k].mean() for k in range(3)]))
-    doubtful = out_of_fold["doubtful_labels"]
-    of_label = probs[np.arange(220), label]
-    np.testing.assert_allclose([example["probability_of_label"] for example in doubtful], np.sort(of_label)[:100], 1e-5)
-    for example in doubtful:
-        (place,) = np.flatnonzero(rows == example["row"])
-        assert (example["label"], example["fold"]) == (label[place], fold[place])
-        assert example["prediction"] == probs[place].argmax()
-    assert "out of fold" in results.table(result)
-
-
 @pytest.mark.parametrize(("num_train", "folds"), [(220, 3), (221, 4), (1437, 5), (0, 5)])
 def test_folds_divide_the_rows_with_equal_shares_of_each_class(num_train: int, folds: int) -> None:
     label = load_splits(CONFIG).train.label
@@ -332,161 +261,6 @@ def test_a_loss_that_is_not_finite_names_its_member(tmp_path: pathlib.Path) -> N
     metrics = {"loss": np.array([[1.0], [np.nan]]), "accuracy": np.ones((2, 1)), "examples": np.full((2, 1), 25)}
     with pytest.raises(NonFiniteLossError, match=r"seed-4: the loss of step 1 is nan"):
         train.log_steps(opened, metrics, 1.0)
-
-
-# Numbers -------------------------------------------------------------------------------------------------------------
-
-
-def test_spread() -> None:
-    from scipy import stats
-
-    mean, sd, interval = results.spread([1.0, 2.0, 3.0])
-    assert (mean, sd) == (2, 1)
-    assert interval == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5))  # t(0.975, 2) from a table
-    values = [0.991, 0.9924, 0.9907, 0.9931]
-    assert results.spread(values).interval == pytest.approx(
-        stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
-    )
-
-
-def test_the_committee_averages_probabilities() -> None:
-    # Two are undecided for class 1, one is sure of class 0: the mean of probabilities is for class 0.
-    probs = np.array([[[0.45, 0.55]], [[0.45, 0.55]], [[0.9, 0.1]]])
-    together = combine_members(np.log(probs).astype(np.float32))
-    np.testing.assert_allclose(np.exp(together), [[0.6, 0.4]], rtol=1e-6)
-    assert results.score(together, np.array([0])) == {
-        "accuracy": 1.0,
-        "loss": pytest.approx(-np.log(0.6)),
-        "correct": 1,
-        "examples": 1,
-    }
-    assert np.isfinite(combine_members(np.array([[[0.0, -2000.0]], [[0.0, -2000.0]]]))).all()
-
-
-def test_agreement_counts_the_members_that_are_right() -> None:
-    predictions = np.array([[0, 1, 2, 2], [0, 1, 0, 2], [0, 2, 0, 2]])
-    log_probs = np.log(np.eye(3)[predictions] * 0.9 + 0.1 / 3)
-    agreement = results.agreement(log_probs, np.array([0, 1, 2, 1]))
-    assert agreement["examples_by_members_right"] == [1, 1, 1, 1]
-    assert agreement["none_right"] == [{"row": 3, "label": 1, "committee": 2}]
-
-
-def test_the_most_doubtful_labels_come_first() -> None:
-    probs = np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]])
-    doubtful = results.doubtful_labels(np.log(probs), np.array([0, 0, 1]), np.array([7, 8, 9]), np.array([0, 1, 1]))
-    assert [example["row"] for example in doubtful] == [8, 9, 7]
-    assert doubtful[0] == {
-        "row": 8,
-        "label": 0,
-        "prediction": 1,
-        "probability_of_label": pytest.approx(0.2),
-        "probability_of_prediction": pytest.approx(0.8),
-        "fold": 1,
-    }
-
-
-def test_curves_hold_the_points_that_all_members_have() -> None:
-    def line(split: str, step: int, loss: float) -> dict[str, Any]:
-        return {"split": split, "step": step, "epoch": step / 10, "loss": loss, "accuracy": 0.5}
-
-    logs = [[line("train", 10, 1.0), line("test", 10, 4.0)], [line("train", 5, 9.0), line("train", 10, 3.0)]]
-    curves = results.curves(logs)
-    assert (curves["holdout"], curves["test"]) == ([], [])
-    (point,) = curves["train"]
-    assert (point["step"], point["epoch"]) == (10, 1)
-    assert point["loss"] == {"mean": 2.0, "sd": pytest.approx(2**0.5), "min": 1.0, "max": 3.0}
-
-
-# Comparisons ---------------------------------------------------------------------------------------------------------
-
-
-def test_mcnemar_by_hand() -> None:
-    a = np.array([True] * 50 + [True] + [False] * 9 + [False] * 5)
-    b = np.array([True] * 50 + [False] + [True] * 9 + [False] * 5)
-    test = compare.mcnemar(a, b)
-    assert (test["only_a_right"], test["only_b_right"]) == (1, 9)
-    assert test["p"] == pytest.approx(2 * (1 + 10) / 2**10)  # both tails of the binomial distribution
-    assert test["difference"] == pytest.approx(8 / 65)
-    assert compare.mcnemar(a, a)["p"] == 1
-
-
-def test_t_by_hand() -> None:
-    paired = compare.t_test([1.0, 1.0, 1.0], [2.0, 3.0, 4.0], paired=True)
-    assert paired["t"] == pytest.approx(2 * 3**0.5)
-    assert (paired["df"], paired["difference"]) == (2, 2)
-    assert paired["p"] == pytest.approx(1 - 12**0.5 / (12 + 2) ** 0.5)  # Student's distribution with 2 df, closed form
-    assert paired["interval"] == pytest.approx([2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5])
-    welch = compare.t_test([1.0, 2.0, 3.0], [4.0, 6.0], paired=False)
-    assert welch["t"] == pytest.approx(3 / (1 / 3 + 2 / 2) ** 0.5)
-    assert welch["df"] == pytest.approx((1 / 3 + 1) ** 2 / ((1 / 3) ** 2 / 2 + 1))
-    same = compare.t_test([0.9, 0.9], [0.9, 0.9], paired=True)
-    assert (same["p"], same["t"]) == (1, None)
-    assert compare.t_test([0.9, 0.9], [0.8, 0.8], paired=False)["p"] == 0
-
-
-def result_of(predictions: Any, accuracies: tuple[float, ...], **fields: Any) -> Result:
-    labels = np.zeros(len(predictions), np.int32)
-    values: dict[str, Any] = {
-        "name": "x",
-        "kind": "seeds" if len(accuracies) > 1 else "run",
-        "dataset": "mnist",
-        "fingerprint": "f" * 64,
-        "pairing": tuple(range(len(accuracies))),
-        "labels": labels,
-    }
-    return Result(**(values | {"predictions": np.asarray(predictions), "accuracies": accuracies} | fields))
-
-
-def test_the_verdict() -> None:
-    good, bad = [0] * 20, [1] * 10 + [0] * 10
-    runs = compare.compare_results(result_of(bad, (0.5,)), result_of(good, (1.0,)))
-    assert (runs["verdict"], runs["t"]) == ("b", None)
-    assert "B is better than A" in compare.table(runs)
-    assert "50.000 points of accuracy, p = 0.002" in compare.sentence(runs)
-    assert compare.compare_results(result_of(good, (1.0,)), result_of(bad, (0.5,)))["verdict"] == "a"
-    # The members decide where there are some: here the committees differ, and the members do not.
-    populations = compare.compare_results(result_of(bad, (0.5, 0.9)), result_of(good, (0.9, 0.5)))
-    assert populations["mcnemar"]["p"] < 0.05
-    assert (populations["verdict"], populations["t"]["kind"]) == (None, "paired")
-    assert "No significant difference" in compare.table(populations)
-    welch = compare.compare_results(
-        result_of(bad, (0.5, 0.51, 0.52)), result_of(good, (0.9, 0.91), pairing=(7, 8), kind="seeds")
-    )
-    assert (welch["verdict"], welch["t"]["kind"]) == ("b", "Welch")
-
-
-def test_only_the_same_examples_are_compared() -> None:
-    one = result_of([0, 0], (1.0,))
-    with pytest.raises(WorkdirError, match=r"is about mnist .* about kmnist .*only results on the same data"):
-        compare.compare_results(one, result_of([0, 0], (1.0,), fingerprint="0" * 64, dataset="kmnist"))
-    of_folds = result_of([0, 0], (1.0, 1.0), kind="folds")
-    with pytest.raises(WorkdirError, match="was evaluated on 2 test rows, x on 2 training rows in 2 folds"):
-        compare.compare_results(one, of_folds)
-    with pytest.raises(WorkdirError, match="2 training rows in 3 folds"):
-        compare.compare_results(of_folds, result_of([0, 0], (1.0, 1.0, 1.0), kind="folds"))
-
-
-def test_runs_and_populations_are_read_alike(seeds: pathlib.Path, folds: pathlib.Path) -> None:
-    population, run = compare.load_result(seeds), compare.load_result(seeds / "members" / "seed-4")
-    assert run.accuracies == population.accuracies[1:2]
-    assert (population.pairing, run.pairing, run.kind) == ((3, 4, 5), (4,), "run")
-    comparison = compare.compare(seeds / "members" / "seed-4", seeds)
-    assert comparison["examples"] == 360
-    assert json.loads(json.dumps(comparison)) == comparison
-    result = results.load(folds)
-    assert result
-    of_folds = compare.load_result(folds)
-    assert of_folds.accuracies == tuple(fold["accuracy"] for fold in result["out_of_fold"]["folds"])
-    assert np.mean(of_folds.predictions == of_folds.labels) == pytest.approx(result["out_of_fold"]["accuracy"])
-    with pytest.raises(WorkdirError, match="holds no checkpoints/ of a run"):
-        compare.load_result(seeds / "members")
-
-
-def test_damaged_arrays_are_named(seeds: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    shutil.copy(seeds / "population.json", tmp_path)
-    (tmp_path / "population.npz").write_bytes(b"nothing")
-    with pytest.raises(WorkdirError, match=r"population.npz: cannot be read .*remove population.json"):
-        compare.load_result(tmp_path)
 
 
 # The command line ----------------------------------------------------------------------------------------------------

@@ -349,7 +349,7 @@ from mnist_flax.data.registry import DATASETS
 DATASETS["mnist"] = dataclasses.replace(DATASETS["mnist"], num_train=70, num_test=50, fingerprint="")
 fields = dict(data__data_dir={str(small.data_dir)!r}, train__batch_size=1)
 assert load_splits(config.replace(config.Config(), **fields)).source == "tfds"
-heavy = ("tensorflow", "tensorflow_datasets", "PIL", "sklearn", "requests", "filelock")
+heavy = ("tensorflow", "tensorflow_datasets", "PIL", "sklearn", "requests")
 print([name for name in heavy if name in sys.modules])
 """
     done = subprocess.run(

@@ -109,7 +109,7 @@ def save(result: Mapping[str, Any], folder: pathlib.Path) -> None:
     Raises:
       WorkdirError: the file cannot be written.
     """
-    workdirs.write_text(folder / result_file(result), json.dumps(result, indent=2) + "\n")
+    workdirs.write_text(folder / result_file(result), json.dumps(result, indent=2) + "\n", remedy=workdirs.NAME_OUTPUT)
 
 
 def table(result: Mapping[str, Any]) -> str:

@@ -15,9 +15,9 @@ from jax import Array
 from jax.sharding import NamedSharding
 
 from mnist_flax import rng, sharding
-from mnist_flax.config import DataConfig
 from mnist_flax.data.splits import Examples
 from mnist_flax.errors import ConfigError
+from mnist_flax.sections import DataConfig
 
 NO_LABEL = -1  # the label of a place in a batch that holds no example
 FOLDS_SEED = 0  # seeds the shuffle before rows are divided into folds, so the folds are the same for every run

@@ -27,7 +27,9 @@ def frame(image: np.ndarray) -> np.ndarray:
         return canvas
     tight = image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     height, width = (max(1, round(side * BOX_SIZE / max(tight.shape))) for side in tight.shape)
-    box = np.asarray(Image.fromarray(tight).resize((width, height), Image.Resampling.BICUBIC)).astype(np.float64)
+    # In two steps because Pillow 13 scales the columns of tall images first, which rounds differently.
+    rows_done = Image.fromarray(tight).resize((width, len(tight)), Image.Resampling.BICUBIC)
+    box = np.asarray(rows_done.resize((width, height), Image.Resampling.BICUBIC)).astype(np.float64)
     if not box.any():  # ink too thin and faint to survive the scaling
         return canvas
     centre_row = np.arange(height) @ box.sum(axis=1) / box.sum()
