@@ -166,7 +166,7 @@ def _convert(old: Any, text: str, path: str) -> Any:
         if isinstance(old, int | float):
             return type(old)(text)
         value = ast.literal_eval(text)
-        return value if isinstance(value, tuple | list) else (value,)
+        return tuple(value) if isinstance(value, tuple | list) else (value,)
     except (ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError) as error:
         kinds = {bool: "true or false", int: "an integer", float: "a number", tuple: "a tuple, such as (16,32)"}
         raise ConfigError(f"--{path}={text}: must be {kinds[type(old)]}") from error
