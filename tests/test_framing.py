@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mnist_flax.data.datasets import embedded_digits
+from mnist_flax.data.embedded import embedded_digits
 from mnist_flax.data.framing import BOX_SIZE, CENTRE, frame
 
 RAW_DIR = os.environ.get("MNIST_FLAX_RAW_DIR", "")
@@ -60,12 +60,12 @@ def test_frame_without_ink_is_black() -> None:
 
 
 def test_frame_leaves_a_framed_digit_alone() -> None:
-    for image in embedded_digits()["test"][0][..., 0]:
+    for image in embedded_digits()[1].image[..., 0]:
         np.testing.assert_array_equal(frame(image), image)
 
 
 def test_embedded_digits_are_framed_like_mnist() -> None:
-    images = np.concatenate([images for images, _ in embedded_digits().values()])[..., 0]
+    images = np.concatenate([split.image for split in embedded_digits()])[..., 0]
     assert np.median(images) == 0  # white on black
     assert (images.max(axis=(1, 2)) == 255).all()
     assert (longer_sides(images) == BOX_SIZE).all()

@@ -11,7 +11,7 @@ from jax import Array
 
 from mnist_flax import rng
 from mnist_flax.ops.conv import conv_block
-from mnist_flax.ops.norm import activate_pool, batch_norm, normalize
+from mnist_flax.ops.norm import activate_pool, norm_activate_pool, normalize
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": nn.relu,
@@ -126,13 +126,13 @@ class BatchNorm(nn.Module):
         var = self.variable("batch_stats", "var", jnp.ones, channels)
         if not self.train:
             y = normalize(x, scale, bias, mean.value, var.value, eps=self.eps)
-        else:
-            y, batch_mean, batch_var = batch_norm(x, scale, bias, mask, eps=self.eps)
-            mean.value = self.momentum * mean.value + (1 - self.momentum) * batch_mean
-            var.value = self.momentum * var.value + (1 - self.momentum) * batch_var
-        if self.activation is None:
-            return y
-        return activate_pool(y, self.activation, self.pool, self.pooling) if y.ndim == 4 else self.activation(y)
+            return activate_pool(y, self.activation, self.pool, self.pooling)
+        y, batch_mean, batch_var = norm_activate_pool(
+            x, scale, bias, mask, eps=self.eps, activation=self.activation, pool=self.pool, pooling=self.pooling
+        )
+        mean.value = self.momentum * mean.value + (1 - self.momentum) * batch_mean
+        var.value = self.momentum * var.value + (1 - self.momentum) * batch_var
+        return y
 
 
 class Dense(nn.Module):

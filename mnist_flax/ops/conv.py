@@ -9,7 +9,7 @@ slower than a matrix product (jax issue 12868), so on CPU a convolution becomes 
 Other platforms get XLA's own convolution.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,15 +18,8 @@ from jax import lax
 
 from mnist_flax.ops import winograd
 from mnist_flax.ops.patches import patches
-from mnist_flax.ops.pool import avg_pool, max_pool, xla_max_pool
+from mnist_flax.ops.pool import NON_DECREASING, Activation, activate_pool, xla_max_pool
 from mnist_flax.ops.window import Pair, Window
-
-Activation = Callable[[jax.Array], jax.Array]
-
-# A maximum commutes with these, so pooling may come first.
-NON_DECREASING: frozenset[Activation | None] = frozenset(
-    {None, jax.nn.relu, jax.nn.leaky_relu, jax.nn.elu, jnp.tanh, jax.nn.sigmoid, jax.nn.softplus}
-)
 
 _NHWC = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 
@@ -66,11 +59,9 @@ def conv_block(
     y = _conv(x, kernel, (stride, stride), padding, precision, inference, at_once)
     if bias is not None:
         y = (y + jnp.expand_dims(bias, range(y.ndim - 1))).astype(y.dtype)
-    if activation is not None:
-        y = activation(y)
-    if not pool_first:
-        y = max_pool(y, pool) if pooling == "max" else avg_pool(y, pool)
-    return y
+    if pool_first:
+        return activation(y) if activation else y
+    return activate_pool(y, activation, pool, pooling)
 
 
 def conv(

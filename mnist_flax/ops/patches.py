@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mnist_flax.ops.pool import max_of
-from mnist_flax.ops.window import Pair, Window
+from mnist_flax.ops.window import Pair, Window, batch_first, rows_first
 
 
 def patches(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
@@ -16,8 +16,7 @@ def patches(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
     than products a quarter as large followed by slicing (0.75 of the time of the first layer here).
     """
     strides, pads, pool = window
-    # The order of axes that Winograd's form has: before one, so, the image is turned around and not its many maps.
-    x = x.transpose(1, 2, 0, 3)
+    x = rows_first(x)
     h, w, _, channels = kernel.shape
     shifts = [(i * strides[0], j * strides[1]) for i in range(pool) for j in range(pool)]
     last_row, last_column = shifts[-1]
@@ -28,7 +27,7 @@ def patches(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
     patches = _gather(x, (rows, columns), patch_size, (strides[0] * pool, strides[1] * pool), pads)
     y = _product(patches, matrix).reshape(*patches.shape[:3], pool * pool, channels)
     y = max_of(y, (3,)) if pool > 1 else y[:, :, :, 0]
-    return y.transpose(2, 0, 1, 3)
+    return batch_first(y)
 
 
 def _gather(x: jax.Array, outputs: Pair, patch_size: Pair, strides: Pair, pads: tuple[Pair, Pair]) -> jax.Array:

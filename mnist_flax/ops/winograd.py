@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from mnist_flax.ops.pool import max_of
-from mnist_flax.ops.window import Window
+from mnist_flax.ops.window import Window, batch_first, rows_first, split_windows
 
 
 class _Axis(NamedTuple):
@@ -86,11 +86,8 @@ def _transform(rows: np.ndarray, columns: np.ndarray, x: jax.Array) -> jax.Array
 
 def winograd(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
     """f32[B,H,W,C] -> f32[n,m,B,D] (rows and columns lead, so that a transform is one product) -> f32[B,n,m,D]."""
-    y = _winograd_conv(x.transpose(1, 2, 0, 3), kernel, window)
-    if (pool := window.pool) > 1:
-        rows, columns, b, d = y.shape
-        y = max_of(y.reshape(rows // pool, pool, columns // pool, pool, b, d), (1, 3))
-    return y.transpose(2, 0, 1, 3)
+    y = _winograd_conv(rows_first(x), kernel, window)
+    return batch_first(max_of(split_windows(y, window.pool), (1, 3)) if window.pool > 1 else y)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -13,7 +13,7 @@ from mnist_flax.analysis.report import layers
 from mnist_flax.config import Config, Program
 from mnist_flax.data import batches
 from mnist_flax.data.augment import augment
-from mnist_flax.data.load import Splits
+from mnist_flax.data.splits import Splits
 from mnist_flax.step import Variables
 
 # Vermillion and blue of Okabe and Ito (2008), for colour-blind readers; visible in light and in dark mode.
