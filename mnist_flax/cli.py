@@ -72,7 +72,7 @@ def config() -> Config:
     """
     if FLAGS.config is None:
         raise ConfigError("--config is missing: name a preset or a file, such as --config=configs/default.py")
-    return preset.load(preset.find(FLAGS.config), FLAGS.override)
+    return preset.load_config(preset.find_preset(FLAGS.config), FLAGS.override)
 
 
 def define_output() -> None:
@@ -95,7 +95,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax and JAX log a lot; --verbosity=0 shows it
     try:
         try:
-            with signals.listening(lambda signum: signals.leave(128 + signum, "stopped\n")):
+            with signals.listening(lambda signum: signals.end_process(128 + signum, "stopped\n")):
                 app.run(main, flags_parser=_parse)
         except SystemExit:
             sys.stdout.flush()

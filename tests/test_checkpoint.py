@@ -371,7 +371,7 @@ def test_no_checkpoint_is_written_through_a_link(
 def test_checkpoint_deleted_while_it_is_read_is_not_damage(
     workdir: pathlib.Path, state: TrainState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, saved = storage.read_state, []
+    read, saved = storage.restore_state, []
 
     def live_run(folder: pathlib.Path, target: Any) -> Any:
         if not saved:  # a run saves two more, and deletes the one that is being read
@@ -381,10 +381,10 @@ def test_checkpoint_deleted_while_it_is_read_is_not_damage(
                     save(store, state, step)
         return read(folder, target)
 
-    monkeypatch.setattr(storage, "read_state", live_run)
+    monkeypatch.setattr(storage, "restore_state", live_run)
     assert int(load_run(workdir).state.step) == 12
     saved.clear()
-    monkeypatch.setattr(storage, "read_state", lambda *a: (shutil.rmtree(workdir / workdirs.CHECKPOINTS / "9"), 1 / 0))
+    monkeypatch.setattr(storage, "restore_state", lambda *a: (shutil.rmtree(workdir / workdirs.CHECKPOINTS / "9"), 1 / 0))
     with pytest.raises(WorkdirError, match="has no checkpoint '9'; kept are the steps: 12"):
         load_run(workdir, "9")
 

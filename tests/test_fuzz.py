@@ -70,7 +70,7 @@ def check_message(error: UserError) -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_fuzzed_flags_give_a_config_or_a_message(seed: int) -> None:
     chance, accepted = random.Random(seed), 0
-    path = preset.find("tiny")
+    path = preset.find_preset("tiny")
     for _ in range(500):
         names = [chance.choice(NAMES) for _ in range(chance.randint(1, 3))]
         names = [mutated(name, chance) if chance.random() < 0.2 else name for name in names]
@@ -79,7 +79,7 @@ def test_fuzzed_flags_give_a_config_or_a_message(seed: int) -> None:
             arguments.append(chance.choice(["--config.", "--noconfig.train.report", "--config.x", "--config", "--"]))
         rewritten = [text for text in cli._with_overrides(arguments) if text.startswith("--override=")]
         try:
-            config = preset.load(path, [text.removeprefix("--override=") for text in rewritten])
+            config = preset.load_config(path, [text.removeprefix("--override=") for text in rewritten])
             accepted += 1
             assert Config.from_json(config.to_json()) == config
         except ConfigError as error:
@@ -113,7 +113,7 @@ def test_fuzzed_presets_give_a_config_or_a_message(seed: int, tmp_path: pathlib.
         )
         path.write_text(f"{start}    {statement}\n    return config\n")
         try:
-            preset.load(path)
+            preset.load_config(path)
             accepted += 1
         except ConfigError as error:
             check_message(error)

@@ -87,7 +87,7 @@ def test_a_second_signal_leaves_at_once(second: int, status: int) -> None:
 
 def test_second_hang_up_is_not_a_second_request(monkeypatch: pytest.MonkeyPatch) -> None:
     left: list[int] = []
-    monkeypatch.setattr(signals, "leave", left.append)
+    monkeypatch.setattr(signals, "end_process", left.append)
     request = StopRequest()
     for signum in (signal.SIGHUP, signal.SIGHUP):  # a closed terminal and its shell each send one
         request.receive(signum)

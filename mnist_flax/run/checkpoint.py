@@ -144,7 +144,7 @@ def read_record(path: pathlib.Path) -> dict[str, Any]:
       WorkdirError: as `read_run`.
       Exception: of other types, if any file of the checkpoint is not what was saved.
     """
-    record: dict[str, Any] = storage.read_record(path)
+    record: dict[str, Any] = storage.restore_record(path)
     schema = record.get("schema") if isinstance(record, dict) else None
     if type(schema) is int and schema != SCHEMA:
         age = "a newer" if schema > SCHEMA else "an older"
@@ -222,7 +222,7 @@ def read_state(path: pathlib.Path, config: Config, record: Mapping[str, Any]) ->
             )
     # Read into host memory: the file then does not depend on the devices that it was saved from, or is read for.
     target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
-    state: TrainState = storage.read_state(path, target)
+    state: TrainState = storage.restore_state(path, target)
     if int(state.step) != record["step"]:
         raise _foreign(path, f"state.step = {int(state.step)}: must be {record['step']}")
     return jax.device_put(state)
