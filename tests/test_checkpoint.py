@@ -384,7 +384,8 @@ def test_checkpoint_deleted_while_it_is_read_is_not_damage(
     monkeypatch.setattr(storage, "restore_state", live_run)
     assert int(load_run(workdir).state.step) == 12
     saved.clear()
-    monkeypatch.setattr(storage, "restore_state", lambda *a: (shutil.rmtree(workdir / workdirs.CHECKPOINTS / "9"), 1 / 0))
+    gone = workdir / workdirs.CHECKPOINTS / "9"
+    monkeypatch.setattr(storage, "restore_state", lambda *_: (shutil.rmtree(gone), 1 / 0))
     with pytest.raises(WorkdirError, match="has no checkpoint '9'; kept are the steps: 12"):
         load_run(workdir, "9")
 

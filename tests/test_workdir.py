@@ -236,7 +236,12 @@ def test_output_goes_where_it_is_wanted(tmp_path: pathlib.Path) -> None:
 
 
 # Folders that are no run's: caches of data and programs, and what the user names for pictures.
-OTHER_WRITERS = {"run/workdir.py", "run/compilation.py", "predict.py", "exporting/formats.py"}  # the last: a temporary one
+OTHER_WRITERS = {
+    "run/workdir.py",
+    "run/compilation.py",
+    "predict.py",
+    "exporting/formats.py",
+}  # the last: a temporary one
 
 
 def test_only_one_module_writes_files() -> None:
