@@ -6,13 +6,12 @@ import re
 import runpy
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import app, flags
 from absl import logging as absl_logging
 
-from mnist_flax import preset
 from mnist_flax.checks import nearest
-from mnist_flax.config import Config
 from mnist_flax.errors import ConfigError, UserError
 from mnist_flax.run import console, signals
 
@@ -64,14 +63,16 @@ def config_file() -> str:
     return str(FLAGS.config)
 
 
-def config() -> Config:
-    """Returns the config that the flags describe.
+def config() -> Any:
+    """Returns the `Config` that the flags describe.
 
     Raises:
       ConfigError: there is none, or one of its fields is wrong.
     """
     if FLAGS.config is None:
         raise ConfigError("--config is missing: name a preset or a file, such as --config=configs/default.py")
+    from mnist_flax import preset  # only now: --help and a wrong flag need not wait for JAX, which the models import
+
     return preset.load_config(preset.find_preset(FLAGS.config), FLAGS.override)
 
 

@@ -19,20 +19,21 @@ from small_run import SMALL, run, steps
 
 from mnist_flax import rng
 from mnist_flax.config import Config, replace
+from mnist_flax.drivers import jit_init_state
 from mnist_flax.errors import WorkdirError
 from mnist_flax.run import checkpoint, storage
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.checkpoint import load_run
 from mnist_flax.run.store import Store, open_store
 from mnist_flax.run.weights import save_weights
-from mnist_flax.step import TrainState, eval_variables, jit_init_state
+from mnist_flax.step import TrainState, eval_variables
 
 FINGERPRINT = "f" * 64
 
 
 @pytest.fixture(scope="module")
 def state() -> TrainState:
-    return jit_init_state(SMALL, rng.root_key(0))
+    return jit_init_state(SMALL.program, rng.root_key(0))
 
 
 def at(state: TrainState, step: int) -> TrainState:
@@ -289,9 +290,7 @@ def test_another_version_is_refused_and_nothing_moved(
     rewrite(fields)
     with pytest.raises(WorkdirError, match=message):
         load_run(workdir)
-    with pytest.raises(
-        WorkdirError, match="config.+there" if "config" in fields and "schema" not in fields else message
-    ):
+    with pytest.raises(WorkdirError, match=message):
         restored(workdir)
     assert steps(workdir) == [3, 6]
 
@@ -371,7 +370,8 @@ def test_no_checkpoint_is_written_through_a_link(
 def test_checkpoint_deleted_while_it_is_read_is_not_damage(
     workdir: pathlib.Path, state: TrainState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, saved = storage.restore_state, []
+    read = storage.restore_state
+    saved: list[pathlib.Path] = []
 
     def live_run(folder: pathlib.Path, target: Any) -> Any:
         if not saved:  # a run saves two more, and deletes the one that is being read
@@ -496,11 +496,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mnist_flax import rng
 from mnist_flax.run.store import open_store
 from mnist_flax.config import Config
-from mnist_flax.step import jit_init_state
+from mnist_flax.drivers import jit_init_state
 sys.path.insert(0, "tests")
 from test_checkpoint import record
 config = Config.from_json(sys.argv[2])
-state = jit_init_state(config, rng.root_key(0))
+state = jit_init_state(config.program, rng.root_key(0))
 mesh = NamedSharding(Mesh(jax.devices(), ("data",)), PartitionSpec())
 state = jax.device_put(state, mesh)
 assert len(state.step.sharding.device_set) == jax.device_count() == int(sys.argv[3])

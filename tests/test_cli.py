@@ -126,9 +126,10 @@ def test_override_gets_the_type_of_its_field() -> None:
     overrides = ["train.epochs=3", "model.widths=(3, 4)", "model.dense=5", "train.report=false", "seed=7"]
     overrides += ["optimizer.learning_rate=1e-2", "data.raw_dir=/a=b", "model.paddings=('SAME',)"]
     config = preset.load_config(preset.find_preset("tiny"), overrides)
-    assert (config.train.epochs, config.model.widths, config.model.dense) == (3, (3, 4), (5,))
+    model = config.to_dict()["model"]
+    assert (config.train.epochs, model["widths"], model["dense"]) == (3, (3, 4), (5,))
     assert (config.train.report, config.seed, config.optimizer.learning_rate) == (False, 7, 0.01)
-    assert (config.data.raw_dir, config.model.paddings) == ("/a=b", ("SAME",))
+    assert (config.data.raw_dir, model["paddings"]) == ("/a=b", ("SAME",))
 
 
 def test_override_may_choose_another_family() -> None:

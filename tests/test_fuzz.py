@@ -190,6 +190,20 @@ def test_fuzzed_records_give_the_same_run_or_a_message(
     assert refused > 5
 
 
+def harm(path: pathlib.Path, chance: random.Random) -> None:
+    """Deletes, cuts, zeroes or lengthens a file, or puts a folder in its place."""
+    content = path.read_bytes()
+    cut = chance.randrange(len(content) + 1)
+    kind = chance.choice(["delete", "cut", "zero", "lengthen", "folder"])
+    if kind in ("delete", "folder"):
+        path.unlink()
+        if kind == "folder":
+            path.mkdir()
+    else:
+        changed = {"cut": content[:cut], "zero": bytes(len(content)), "lengthen": content[:cut] + b"x" + content[cut:]}
+        path.write_bytes(changed[kind])
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_fuzzed_workdirs_give_the_same_run_or_a_message(
     seed: int, finished: pathlib.Path, quiet: dict[str, Any], tmp_path: pathlib.Path
@@ -201,17 +215,7 @@ def test_fuzzed_workdirs_give_the_same_run_or_a_message(
         for _ in range(chance.randint(1, 4)):
             paths = sorted(path for path in workdir.rglob("*") if path.is_file())
             path = chance.choice(paths)
-            content = path.read_bytes()
-            cut = chance.randrange(len(content) + 1)
-            chance.choice(
-                [
-                    path.unlink,
-                    lambda path=path, content=content, cut=cut: path.write_bytes(content[:cut]),
-                    lambda path=path, content=content: path.write_bytes(bytes(len(content))),
-                    lambda path=path, content=content, cut=cut: path.write_bytes(content[:cut] + b"x" + content[cut:]),
-                    lambda path=path: (path.unlink(), path.mkdir()),
-                ]
-            )()
+            harm(path, chance)
         workdirs.remove(workdir / workdirs.SUMMARY)  # which would say that nothing is left to do
         resume(workdir, quiet)
         shutil.rmtree(workdir)
