@@ -400,11 +400,6 @@ def test_failed_read_leaves_the_log_level_of_absl(workdir: pathlib.Path) -> None
     assert logging.getLogger("absl").level == level != logging.CRITICAL
 
 
-def test_paths_of_a_run_are_forgotten() -> None:
-    config = replace(SMALL, data__data_dir="/outside", data__raw_dir="/outside", data__source="raw")
-    assert checkpoint.without_paths(config).data == replace(SMALL, data__on_missing="error").data
-
-
 # A full disk ----------------------------------------------------------------------------------------------------------
 
 

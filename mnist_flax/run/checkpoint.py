@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from mnist_flax import rng
-from mnist_flax.config import Config, differences, replace
+from mnist_flax.config import Config, differences
 from mnist_flax.errors import ConfigError, WorkdirError
 from mnist_flax.run import storage
 from mnist_flax.run import workdir as workdirs
@@ -250,12 +250,3 @@ def check_same_run(record: Mapping[str, Any], config: Config, fingerprint: str, 
             f" {config.num_steps} (config.train.epochs = {config.train.epochs}); raise config.train.epochs, or name"
             " another --workdir"
         )
-
-
-def without_paths(config: Config) -> Config:
-    """Returns the config of a run that may come from a stranger, without the places where its data are.
-
-    Whoever opens the run finds the data in their own places; nothing is read from or prepared in a folder that the
-    run's files name.
-    """
-    return replace(config, data__source="auto", data__data_dir="", data__raw_dir="", data__on_missing="error")
