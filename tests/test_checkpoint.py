@@ -37,7 +37,7 @@ def state() -> TrainState:
 
 
 def at(state: TrainState, step: int) -> TrainState:
-    """A state that tells its step in all its leaves."""
+    """A state whose leaves all depend on its step."""
     moved = jax.tree.map(lambda leaf: leaf + np.asarray(step, leaf.dtype), state)
     return moved.replace(step=jax.numpy.int32(step))
 
@@ -116,7 +116,7 @@ def test_what_was_saved_comes_back_bit_for_bit(tmp_path: pathlib.Path, state: Tr
         ((1, 1), [0.5, None, None], [1, 3]),
     ],
 )
-def test_the_latest_and_the_best_are_kept(
+def test_latest_and_the_best_are_kept(
     tmp_path: pathlib.Path, state: TrainState, keep: tuple[int, int], accuracies: list[float | None], kept: list[int]
 ) -> None:
     config = replace(SMALL, checkpoint__keep_latest=keep[0], checkpoint__keep_best=keep[1])
@@ -205,7 +205,7 @@ def test_damage_after_damage_leaves_what_it_finds(workdir: pathlib.Path, state: 
     assert restored(workdir) == (6, [])
 
 
-def test_a_run_starts_anew_when_no_checkpoint_is_good(workdir: pathlib.Path) -> None:
+def test_run_starts_anew_when_no_checkpoint_is_good(workdir: pathlib.Path) -> None:
     for name in ("3", "6"):
         shutil.rmtree(workdir / workdirs.CHECKPOINTS / name / "state")
     step, skipped = restored(workdir)
@@ -214,7 +214,7 @@ def test_a_run_starts_anew_when_no_checkpoint_is_good(workdir: pathlib.Path) -> 
     assert sorted(path.name for path in (workdir / workdirs.DAMAGED).iterdir()) == ["3", "6"]
 
 
-def test_a_damaged_checkpoint_is_not_loaded_to_look_at(workdir: pathlib.Path) -> None:
+def test_damaged_checkpoint_is_not_loaded_to_look_at(workdir: pathlib.Path) -> None:
     zero(workdir / workdirs.CHECKPOINTS / "6" / "state" / "manifest.ocdbt")
     with pytest.raises(WorkdirError, match=r"checkpoint 6 is damaged \(.+\); the others are: 3"):
         load_run(workdir)
@@ -403,7 +403,7 @@ def test_failed_read_leaves_the_log_level_of_absl(workdir: pathlib.Path) -> None
 # A full disk ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_file_that_cannot_grow_is_one_message_and_costs_only_that_checkpoint(
+def test_file_that_cannot_grow_is_one_message_and_costs_only_that_checkpoint(
     workdir: pathlib.Path, state: TrainState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = Store._write
@@ -442,7 +442,7 @@ def tiny_disk(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_keeps_the_last_good_checkpoint(tiny_disk: pathlib.Path, state: TrainState) -> None:
+def test_full_disk_keeps_the_last_good_checkpoint(tiny_disk: pathlib.Path, state: TrainState) -> None:
     with (
         pytest.raises(
             WorkdirError, match=r"checkpoint \d+ cannot be written \(.*\); .+ from the newest .*: \d+$"
@@ -458,7 +458,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tiny_disk: pathlib.Path, sta
     assert restored(tiny_disk) == (kept[-1], [])
 
 
-def test_a_failed_save_is_told_by_the_next_one(
+def test_failed_save_is_told_by_the_next_one(
     tmp_path: pathlib.Path, state: TrainState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any) -> None:
@@ -546,7 +546,7 @@ def test_orbax_alone_reads_a_checkpoint(workdir: pathlib.Path, state: TrainState
         assert items["record"]["fingerprint"] == FINGERPRINT
 
 
-def test_the_weights_need_no_framework(tmp_path: pathlib.Path, state: TrainState) -> None:
+def test_weights_need_no_framework(tmp_path: pathlib.Path, state: TrainState) -> None:
     variables = eval_variables(state)
     save_weights(SMALL, tmp_path, variables)
     with safe_open(tmp_path / workdirs.WEIGHTS, framework="numpy") as file:

@@ -33,7 +33,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def start_together(
     count: int, folder: pathlib.Path, cache: pathlib.Path, *flags: str, deaths: dict[int, int] | None = None
 ) -> list[subprocess.Popen[str]]:
-    """Starts the processes of a run in `folder`/run; `deaths` tells at which step which of them dies."""
+    """Starts the processes of a run in `folder`/run; `deaths` gives the step at which a process dies, by its index."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -94,7 +94,7 @@ def test_two_processes_are_one_run(pair: tuple[pathlib.Path, list[Ended]], alone
     assert steps(workdir) == steps(alone)
     assert summary(workdir)["test_examples"] == 360
     assert "test accuracy" in primary.stderr
-    assert "accuracy" not in other.stderr + other.stdout  # only the primary tells
+    assert "accuracy" not in other.stderr + other.stdout  # only the primary prints
 
 
 def test_four_processes_that_feed_their_rows_are_one_run(
@@ -117,7 +117,7 @@ def test_killed_process_ends_the_others_and_the_restart_equals_a_quiet_run(
     assert ended[dead].returncode == -signal.SIGKILL
     survivor = ended[1 - dead]
     assert survivor.returncode not in (0, -signal.SIGKILL)
-    if dead:  # what is left of a run whose primary dies may be told by JAX itself, whose coordinator it was
+    if dead:  # when the primary dies, whose coordinator it was, JAX may report that itself
         assert survivor.returncode == 4
         assert "error: another of the 2 processes is gone or out of reach" in survivor.stderr
         assert "the same commands continue from the newest checkpoint" in survivor.stderr
@@ -143,10 +143,10 @@ def test_signal_to_one_stops_all_at_the_same_step(tmp_path: pathlib.Path, cache:
     started[1].send_signal(signal.SIGTERM)
     ended = end(started)
     assert [process.returncode for process in ended] == [143, 143], ended
-    told = [process.stderr.strip().splitlines()[-1] for process in ended]
-    assert told[0] == told[1]
-    step = int(told[0].split()[3])
-    assert told[0].startswith(f"stopped at step {step} of")
+    last_lines = [process.stderr.strip().splitlines()[-1] for process in ended]
+    assert last_lines[0] == last_lines[1]
+    step = int(last_lines[0].split()[3])
+    assert last_lines[0].startswith(f"stopped at step {step} of")
     assert steps(tmp_path / "run")[-1] == step
 
 
