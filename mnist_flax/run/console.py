@@ -47,8 +47,6 @@ class _Stream:
             self._lose(error)
 
     def _lose(self, error: Exception) -> None:
-        if isinstance(error, UnicodeEncodeError):
-            raise error
         with contextlib.suppress(OSError, ValueError):  # so that what is still buffered fails no more
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self._stream.fileno())
@@ -93,6 +91,7 @@ def open_streams() -> None:
         if stream is None:
             stream = open(descriptor, "w", closefd=False)  # noqa: SIM115
         if not isinstance(stream, _Stream):
+            stream.reconfigure(errors="backslashreplace")  # any file name can be printed in any locale
             setattr(sys, name, wrapper(stream))
 
 
