@@ -28,11 +28,10 @@ from mnist_flax.analysis.evaluation import (
 from mnist_flax.analysis.run_data import load_data
 from mnist_flax.analysis.scores import evaluate_workdir, scores
 from mnist_flax.config import Config, replace
-from mnist_flax.data import batches, datasets
-from mnist_flax.data.splits import Examples
-from mnist_flax.data.labels import MNIST_TEST_DOUBTS, class_names, doubtful_rows
-from mnist_flax.data.load import Splits, load_splits
-from mnist_flax.data.registry import DATASETS
+from mnist_flax.data import batches
+from mnist_flax.data.embedded import embedded_digits
+from mnist_flax.data.load import load_splits
+from mnist_flax.data.splits import Examples, Splits
 from mnist_flax.drivers import jit_forward
 from mnist_flax.errors import ConfigError, DataError, WorkdirError
 from mnist_flax.metrics import negative_log_likelihood
@@ -181,16 +180,16 @@ def test_only_the_place_and_name_of_the_data_can_be_overridden(workdir: pathlib.
 def test_another_dataset_has_no_holdout_rows_and_all_its_training_rows(
     workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train, test = datasets.embedded_digits().values()
+    train, test = embedded_digits()
     asked: list[Config] = []
 
     def load(config: Config) -> Splits:
         asked.append(config)
-        return Splits(config.data.name, Examples(*train), Examples(*test), "other", "tfds")
+        return Splits(config.data.name, train, test, "other", "tfds")
 
     monkeypatch.setattr(run_data, "load_splits", load)
     result = evaluate_workdir(workdir, split="train", overrides={"data.name": "kmnist"})
-    assert result["examples"] == len(train[1]) and result["trained_on"] == "digits"
+    assert result["examples"] == len(train.label) and result["trained_on"] == "digits"
     assert [row["name"] for row in result["per_class"]][:3] == ["o", "ki", "su"]
     assert asked[0].data.on_missing == "error"  # never the digits in place of what was asked for
     with pytest.raises(ConfigError, match="--split=holdout: the run held out no rows of kmnist"):
@@ -278,20 +277,6 @@ def test_the_command_refuses_with_one_line(workdir: pathlib.Path, arguments: lis
     assert done.returncode == 2 and message in done.stderr
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
     assert not done.stdout
-
-
-def test_every_class_has_a_name_of_its_own() -> None:
-    for dataset, info in DATASETS.items():
-        names = class_names(dataset)
-        assert len(set(names)) == len(names) == info.num_classes
-    assert class_names("emnist/balanced")[-11:] == tuple("abdefghnqrt")
-    assert class_names("emnist/letters")[1] == "A" and class_names("emnist/letters")[26] == "Z"
-
-
-def test_doubts_are_about_the_test_images_of_mnist_alone() -> None:
-    assert len(MNIST_TEST_DOUBTS) == len(set(MNIST_TEST_DOUBTS)) == 15
-    assert doubtful_rows("mnist", "test") == MNIST_TEST_DOUBTS
-    assert not doubtful_rows("mnist", "train") and not doubtful_rows("emnist/mnist", "test")
 
 
 def test_a_class_that_never_occurs_has_no_scores() -> None:

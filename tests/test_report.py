@@ -383,19 +383,20 @@ def test_the_plots_beside_the_page_are_files_for_any_program(report: pathlib.Pat
 )
 def test_activations_are_those_of_the_network(fields: dict[str, Any]) -> None:
     config = replace(Config(), **{"model__widths": (4, 5, 6), "model__dense": (7,), **fields})
+    model: Any = config.model
     state = jit_init_state(config.program, jax.random.key(0))
     variables = eval_variables(state)
     images = np.random.default_rng(0).integers(0, 256, (3, 28, 28, 1), dtype=np.uint8)
     found = layers.activations(config.program, variables, images)
     np.testing.assert_allclose(found[-1].values, jit_forward(config.program, variables, images), rtol=1e-4, atol=1e-5)
-    names = ["Conv_1", "Conv_2", "Dense_0"] * bool(config.model.widths) + ["Dense_1", "logits"]
+    names = ["Conv_1", "Conv_2", "Dense_0"] * bool(model.widths) + ["Dense_1", "logits"]
     assert [stage.name for stage in found] == names
-    if config.model.widths:
-        side = 13 if config.model.batch_norm else 12  # without batch norm two rows and columns are cropped
+    if model.widths:
+        side = 13 if model.batch_norm else 12  # without batch norm two rows and columns are cropped
         assert [stage.values.shape for stage in found[:3]] == [(3, side, side, 4), (3, 5, 5, 5), (3, 3, 3, 6)]
     assert all(stage.values.min() >= 0 for stage in found[:-1])  # after the ReLU
     # The last stage before the logits is what the last layer turns into them.
-    last = variables["params"][f"Dense_{len(config.model.dense)}"]
+    last = variables["params"][f"Dense_{len(model.dense)}"]
     np.testing.assert_allclose(
         found[-2].values @ np.asarray(last["kernel"]) + np.asarray(last["bias"]), found[-1].values, rtol=1e-4, atol=1e-5
     )

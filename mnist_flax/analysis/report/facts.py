@@ -54,6 +54,7 @@ def gather(
         "network": [layer._asdict() for layer in layers],
         "config": config.to_dict(),
         "config_changed": changed_fields(config),
+        "config_file": config_source(config, splits.name),
     }
 
 
