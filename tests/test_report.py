@@ -545,6 +545,11 @@ def test_the_command(tmp_path: pathlib.Path) -> None:
     done = command(f"--workdir={workdir}", "--checkpoint=best")
     assert done.returncode == 0, done.stderr
     assert pathlib.Path(done.stdout.strip()) == workdir / "report" / "index.html"
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    done = command(f"--workdir={workdir}", f"--output={tmp_path / 'there'}")
+    assert pathlib.Path(done.stdout.strip()) == tmp_path / "there" / "index.html"
+    assert {path.name for path in (tmp_path / "there").iterdir()} == PIECES
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
     for arguments, message in (
         (["--workdir=nowhere"], "--workdir=nowhere"),
         ([f"--workdir={workdir}", "--checkpoint=7"], "has no checkpoint '7'"),
