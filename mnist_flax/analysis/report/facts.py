@@ -86,7 +86,7 @@ def run_facts(
 
 
 def calibration(evaluation: Evaluation, label: np.ndarray) -> Facts:
-    """Computes the reliability diagram; with a temperature also as it was without it."""
+    """Computes the reliability diagram, and a second one without the temperature if there is one."""
     raw = evaluation.logits * evaluation.temperature
     return {
         "num_bins": NUM_BINS,
