@@ -40,7 +40,9 @@ CONFIGS = {
     "cosine": replace(
         Config(), model__widths=(8, 8), model__pools=(2, 1), model__stem="cosine", model__activation="leaky_relu"
     ),
-    "silu": replace(Config(), model__widths=(8,), model__pools=(3,), model__kernel_sizes=(5,), model__activation="silu"),
+    "silu": replace(
+        Config(), model__widths=(8,), model__pools=(3,), model__kernel_sizes=(5,), model__activation="silu"
+    ),
     "resnet": replace(Config(), model=ResNetConfig(widths=(6, 10), blocks=2)),
 }
 
@@ -50,7 +52,9 @@ def page() -> Iterator[Any]:
     """A blank page with the demo's functions that need no page."""
     with browser() as chromium:
         page = chromium.new_page()
-        page.add_script_tag(content="\n".join((PAGE / f"{name}.js").read_text() for name in ("framing", "network", "inspect")))
+        page.add_script_tag(
+            content="\n".join((PAGE / f"{name}.js").read_text() for name in ("framing", "network", "inspect"))
+        )
         yield page
 
 

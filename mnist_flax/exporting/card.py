@@ -142,8 +142,7 @@ def _scores(result: Mapping[str, Any], facts: Mapping[str, Any], predictor: Pred
     if "ece" in facts:
         yield "expected calibration error on the test set", f"{facts['ece']:.2%}"
         yield "Brier score on the test set", f"{facts['brier']:.4f}"
-    fitted = "fitted on the rows held out" if predictor.temperature != 1 else "not fitted"
-    yield "temperature", f"{predictor.temperature:.3f} ({fitted})"
+    yield "temperature", f"{predictor.temperature:.3f}" + ", fitted on the rows held out" * (predictor.temperature != 1)
 
 
 def _robustness(robustness: Any) -> Rows:

@@ -99,7 +99,9 @@ def _without_specks(blobs: list[Blob], labels: np.ndarray, pen: float) -> list[B
     if not blobs:
         return []
     areas = np.bincount(labels.ravel())
-    thickness = 2 * np.append(0, ndimage.maximum(ndimage.distance_transform_edt(labels > 0), labels, range(1, len(areas))))
+    thickness = 2 * np.append(
+        0, ndimage.maximum(ndimage.distance_transform_edt(labels > 0), labels, range(1, len(areas)))
+    )
     tallest = max(blob.height for blob in blobs)
     largest = max(areas[1:])
     height, width = labels.shape
