@@ -13,8 +13,8 @@ from mnist_flax import metrics
 from mnist_flax.analysis.evaluation import Evaluation, Predictor, RunInfo, evaluate, load_predictor
 from mnist_flax.analysis.report import facts
 from mnist_flax.analysis.run_data import load_data
-from mnist_flax.data import labels
 from mnist_flax.data.load import Splits
+from mnist_flax.data.registry import DATASETS
 from mnist_flax.exporting.graph import Graph
 from mnist_flax.exporting.inference import graph_of
 from mnist_flax.exporting.textbook import textbook_order
@@ -84,7 +84,7 @@ def write_demo(
     page = render(
         checkpoints,
         choose_examples(splits, np.exp(metrics.log_probabilities(evaluation.logits))),
-        classes=labels.class_names(splits.name),
+        classes=DATASETS[splits.name].class_names,
         title=workdir.absolute().name,
         **_texts(predictor, evaluation, splits.name),
     )
