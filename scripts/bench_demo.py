@@ -86,7 +86,8 @@ def redrawn(page: Any, workdir: pathlib.Path, count: int) -> dict[str, Any]:
             """(strokes) => {
               app.pad.set(strokes);
               app.refresh();
-              return [Number(app.data.classes.indexOf($("#digit").textContent)), Array.from(app.pixels), Array.from(app.pad.raster())];
+              const answer = app.data.classes.indexOf($("#digit").textContent);
+              return [answer, Array.from(app.pixels), Array.from(app.pad.raster())];
             }""",
             strokes_of(image),
         )
@@ -132,7 +133,8 @@ def speeds(chromium: Any, address: str, pages: int, updates: int) -> dict[str, A
           app.pad.set([[[60, 60]]]);
           const update = Array.from({ length: count }, (_, i) => {
             const share = i / count;
-            app.pad.strokes[0].push(share < 0.5 ? [60 + 300 * share, 60] : [210 - 160 * (share - 0.5), 60 + 320 * (share - 0.5)]);
+            const [x, y] = share < 0.5 ? [60 + 300 * share, 60] : [290 - 160 * share, 320 * share - 100];
+            app.pad.strokes[0].push([x, y]);
             return time(() => app.refresh());
           });
           const forward = Array.from({ length: count }, () => time(() => app.network().run(app.pixels)));

@@ -13,8 +13,8 @@ from mnist_flax import metrics
 from mnist_flax.analysis.evaluation import Evaluation, Predictor, RunInfo, evaluate, load_predictor
 from mnist_flax.analysis.report import facts
 from mnist_flax.analysis.run_data import load_data
-from mnist_flax.data.load import Splits
 from mnist_flax.data.registry import DATASETS
+from mnist_flax.data.splits import Splits
 from mnist_flax.exporting.graph import Graph
 from mnist_flax.exporting.inference import graph_of
 from mnist_flax.exporting.textbook import textbook_order
@@ -120,7 +120,12 @@ def _texts(predictor: Predictor, evaluation: Evaluation, dataset: str) -> dict[s
 
 
 # Names as their authors write them; other datasets keep the name that the config has.
-DATASET_TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "kmnist": "KMNIST", "digits": "scikit-learn's digits"}
+DATASET_TITLES = {
+    "mnist": "MNIST",
+    "fashion_mnist": "Fashion-MNIST",
+    "kmnist": "KMNIST",
+    "digits": "scikit-learn's digits",
+}
 
 
 def render(
