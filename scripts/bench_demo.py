@@ -9,8 +9,8 @@ Needs the package playwright and a Chromium. `first_answer_ms` is the time from 
 `mnist_flax.predict` reads them. One JSON line holds the results.
 """
 
+import base64
 import datetime
-import io
 import json
 import pathlib
 import shutil
@@ -70,8 +70,6 @@ def _turn(path: Sequence[tuple[int, int]], place: tuple[int, int]) -> float:
 
 def redrawn(page: Any, workdir: pathlib.Path, count: int) -> dict[str, Any]:
     """Compares the page with `predict` on redrawn test images, spread evenly over the test set."""
-    from PIL import Image
-
     from mnist_flax.analysis.evaluation import load_predictor, predict_logits
     from mnist_flax.analysis.run_data import load_data
     from mnist_flax.pictures.segment import read_digits
@@ -82,19 +80,16 @@ def redrawn(page: Any, workdir: pathlib.Path, count: int) -> dict[str, Any]:
     labels, images = splits.test.label[rows], splits.test.image[rows]
     answers, frames, differences = [], [], []
     for image in images[..., 0]:
-        answer, pixels, raster = page.evaluate(
+        answer, pixels, picture = page.evaluate(
             """(strokes) => {
               app.pad.set(strokes);
               app.refresh();
               const answer = app.data.classes.indexOf($("#digit").textContent);
-              return [answer, Array.from(app.pixels), Array.from(app.pad.raster())];
+              return [answer, Array.from(app.pixels), app.pad.rasterContext.canvas.toDataURL()];
             }""",
             strokes_of(image),
         )
-        side = int(np.sqrt(len(raster)))
-        buffer = io.BytesIO()
-        Image.fromarray(255 - np.array(raster, np.uint8).reshape(side, side)).save(buffer, "PNG")
-        digits = read_digits(buffer.getvalue())
+        digits = read_digits(base64.b64decode(picture.partition(",")[2]))
         answers.append(answer)
         frames.append(digits[0].image if len(digits) == 1 else np.zeros((28, 28), np.uint8))
         differences.append(np.abs(frames[-1].ravel() - np.array(pixels, float)).mean())
