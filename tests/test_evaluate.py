@@ -11,7 +11,6 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
-from mnist_flax.data.labels import MNIST_TEST_DOUBTS, class_names, doubtful_rows
 from scipy.special import softmax
 from sklearn.metrics import precision_recall_fscore_support
 
