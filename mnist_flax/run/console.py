@@ -1,6 +1,7 @@
 """The standard streams: losing the console never stops a run, and a reader who has seen enough is no error."""
 
 import contextlib
+import io
 import logging
 import os
 import sys
@@ -91,7 +92,8 @@ def open_streams() -> None:
         if stream is None:
             stream = open(descriptor, "w", closefd=False)  # noqa: SIM115
         if not isinstance(stream, _Stream):
-            stream.reconfigure(errors="backslashreplace")  # any file name can be printed in any locale
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # any file name can be printed in any locale
             setattr(sys, name, wrapper(stream))
 
 
