@@ -22,7 +22,7 @@ from mnist_flax import rng, sharding
 from mnist_flax.config import Program
 from mnist_flax.data import batches
 from mnist_flax.data.batches import Batch
-from mnist_flax.data.datasets import Examples
+from mnist_flax.data.splits import Examples
 from mnist_flax.step import TrainState, forward, init_state, train_step, train_steps
 
 Advance = Callable[[TrainState, int], tuple[TrainState, dict[str, np.ndarray]]]
@@ -77,11 +77,15 @@ def _run_sharding(mesh: Mesh, num_runs: int) -> Any:
     return sharding.replicated(mesh) if num_runs == 1 else sharding.split(mesh)
 
 
+def runs_take_turns() -> bool:
+    """Returns whether the runs of a device train one after the other, as is faster on a CPU, or all at once."""
+    return jax.default_backend() == "cpu"
+
+
 def over_runs(steps: Callable[..., Any], mesh: Mesh, num_runs: int) -> Callable[..., Any]:
     """Maps `steps(state, order, key, examples, num_steps)` over the leading axis M of its first three arguments.
 
-    On a CPU the runs of a device take turns, which gives each the same bits as a run of its own; accelerators are
-    faster with all runs at once (`vmap`), which is the same up to rounding.
+    Runs that take turns get the same bits as a run of its own; all at once (`vmap`), they get the same up to rounding.
     """
     if num_runs == 1:
 
@@ -100,7 +104,7 @@ def over_runs(steps: Callable[..., Any], mesh: Mesh, num_runs: int) -> Callable[
             return steps(*run, examples, num_steps)
 
         runs = (states, orders, keys)
-        return jax.lax.map(one, runs) if jax.default_backend() == "cpu" else jax.vmap(one)(runs)
+        return jax.lax.map(one, runs) if runs_take_turns() else jax.vmap(one)(runs)
 
     return on_device
 

@@ -15,6 +15,7 @@ from mnist_flax import cli
 from mnist_flax.analysis import run_data
 from mnist_flax.analysis.scores import evaluate_workdir, save, table
 from mnist_flax.errors import ConfigError
+from mnist_flax.run import workdir as workdirs
 
 FLAGS = flags.FLAGS
 
@@ -25,7 +26,7 @@ def define_flags() -> None:
     flags.DEFINE_string("checkpoint", "latest", "latest, best (on hold-out rows) or a step")
     flags.DEFINE_enum("split", "test", run_data.SPLITS, "train: the rows trained on; holdout: those held out; test")
     flags.DEFINE_boolean("json", False, "print the result as JSON, as it is saved")
-    flags.DEFINE_string("output", None, "the folder to write the result to; if not given, --workdir")
+    cli.define_output()
     run_data.define_flags()
 
 
@@ -40,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
         workdir, checkpoint=FLAGS.checkpoint, split=FLAGS.split, overrides=run_data.given_overrides()
     )
     print(json.dumps(result, indent=2) if FLAGS.json else table(result), flush=True)
-    save(result, pathlib.Path(FLAGS.output) if FLAGS.output else workdir)
+    save(result, workdirs.output_folder(workdir, FLAGS.output))
 
 
 if __name__ == "__main__":

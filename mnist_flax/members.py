@@ -19,9 +19,8 @@ from mnist_flax.analysis.evaluation import evaluate, make_predictor
 from mnist_flax.analysis.report.write import write_report
 from mnist_flax.config import Config
 from mnist_flax.data import batches
-from mnist_flax.data.datasets import Examples
-from mnist_flax.data.load import Splits
 from mnist_flax.data.registry import IMAGE_SIZE
+from mnist_flax.data.splits import Examples, Splits
 from mnist_flax.errors import WorkdirError
 from mnist_flax.optimizer import schedule
 from mnist_flax.run import checkpoint, processes

@@ -113,7 +113,7 @@ def find_files(names: Sequence[str]) -> Iterator[str]:
 
 def _in_folder(folder: pathlib.Path) -> list[str]:
     """Returns the pictures in a folder and below, by their names; hidden ones are left out."""
-    from mnist_flax.pictures.segment import SUFFIXES
+    from mnist_flax.pictures.decode import SUFFIXES
 
     return sorted(
         str(path)
@@ -130,7 +130,7 @@ def read_file(name: str) -> bytes:
     Raises:
       PictureError: there are none to be had.
     """
-    from mnist_flax.pictures.segment import PictureError
+    from mnist_flax.pictures.decode import PictureError
 
     if name == STDIN:
         return sys.stdin.buffer.read()
@@ -210,7 +210,7 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError("no picture is named: name files, folders or patterns, or - for standard input")
     if not values.workdir:
         raise ConfigError("--workdir is missing: name the folder of a run, such as --workdir=runs/default")
-    from mnist_flax.pictures.segment import PictureError
+    from mnist_flax.pictures.decode import PictureError
     from mnist_flax.run.checkpoint import load_run
     from mnist_flax.step import eval_variables
 

@@ -17,14 +17,14 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mnist_flax.checks import nearest
-from mnist_flax.config import Config
+from mnist_flax.config import Config, default_config_dict
 from mnist_flax.errors import ConfigError
 
 _PACKAGE = pathlib.Path(__file__).resolve().parent
 FOLDERS = (_PACKAGE.parent / "configs", _PACKAGE / "configs")  # of the presets: in a checkout, and in a wheel
 
 
-def find(name: str) -> pathlib.Path:
+def find_preset(name: str) -> pathlib.Path:
     """Returns the file that `--config` names: a path, or the name of a preset of this project, such as `default`.
 
     Raises:
@@ -44,7 +44,7 @@ def find(name: str) -> pathlib.Path:
     return known[name]
 
 
-def load(path: pathlib.Path, overrides: Iterable[str] = ()) -> Config:
+def load_config(path: pathlib.Path, overrides: Iterable[str] = ()) -> Config:
     """Runs a preset and returns its Config.
 
     Args:
@@ -54,21 +54,20 @@ def load(path: pathlib.Path, overrides: Iterable[str] = ()) -> Config:
     Raises:
       ConfigError: the preset fails, or one of its fields or overrides is wrong.
     """
-    values = run(path)
+    values = execute(path)
     try:
         config = Config.from_dict(values)
     except ConfigError as error:
         raise ConfigError(f"{error} ({_place(path, str(error))})") from error
-    overrides = list(overrides)
-    if not overrides:
-        return config
     fields = config.to_dict()
     for override in overrides:
+        if override.startswith("model.name=") and override[11:] != fields["model"]["name"]:
+            fields["model"] = default_config_dict(override[11:])["model"].to_dict()  # the fields of another family
         _override(fields, override)
     return Config.from_dict(fields)
 
 
-def run(path: pathlib.Path) -> dict[str, Any]:
+def execute(path: pathlib.Path) -> dict[str, Any]:
     """Returns what the `get_config()` of a preset returns, as nested dicts.
 
     Raises:
@@ -77,7 +76,7 @@ def run(path: pathlib.Path) -> dict[str, Any]:
     module = types.ModuleType(f"preset_{path.stem}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # where dataclasses look up the types of their fields
-    sys.path.insert(0, str(path.parent))  # a preset may import what lies beside it, such as another preset
+    sys.path.append(str(path.parent))  # a preset may import what lies beside it, such as another preset
     try:
         exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
         get_config = getattr(module, "get_config", None)
@@ -167,7 +166,7 @@ def _convert(old: Any, text: str, path: str) -> Any:
         if isinstance(old, int | float):
             return type(old)(text)
         value = ast.literal_eval(text)
-        return value if isinstance(value, tuple | list) else (value,)
+        return tuple(value) if isinstance(value, tuple | list) else (value,)
     except (ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError) as error:
         kinds = {bool: "true or false", int: "an integer", float: "a number", tuple: "a tuple, such as (16,32)"}
         raise ConfigError(f"--{path}={text}: must be {kinds[type(old)]}") from error

@@ -12,7 +12,9 @@ from absl import flags
 
 from mnist_flax import cli
 from mnist_flax.analysis import run_data
+from mnist_flax.analysis.report.write import report_workdir
 from mnist_flax.errors import ConfigError
+from mnist_flax.run import workdir as workdirs
 
 FLAGS = flags.FLAGS
 
@@ -21,7 +23,7 @@ def define_flags() -> None:
     """Defines the flags of this verb."""
     flags.DEFINE_string("workdir", None, "the run's folder")
     flags.DEFINE_string("checkpoint", "latest", "latest, best (on hold-out rows) or a step")
-    flags.DEFINE_string("output", None, "the folder to write to; if not given, report/ in --workdir")
+    cli.define_output()
     run_data.define_flags()
 
 
@@ -31,11 +33,9 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(f"{argv[1]!r}: is no flag; a flag starts with two dashes")
     if not FLAGS.workdir:
         raise ConfigError("--workdir is missing: name the folder of a run, such as --workdir=runs/default")
-    from mnist_flax.analysis.report.write import report_workdir  # only now: --help need not wait for matplotlib
-
-    folder = pathlib.Path(FLAGS.output) if FLAGS.output else None
-    overrides = run_data.given_overrides()
-    print(report_workdir(pathlib.Path(FLAGS.workdir), FLAGS.checkpoint, folder=folder, overrides=overrides))
+    workdir = pathlib.Path(FLAGS.workdir)
+    folder = workdirs.output_folder(workdir, FLAGS.output) if FLAGS.output else None
+    print(report_workdir(workdir, FLAGS.checkpoint, folder=folder, overrides=run_data.given_overrides()))
 
 
 if __name__ == "__main__":

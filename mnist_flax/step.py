@@ -14,8 +14,8 @@ from mnist_flax.config import Program
 from mnist_flax.data import batches
 from mnist_flax.data.augment import augment
 from mnist_flax.data.batches import Batch
-from mnist_flax.data.datasets import Examples
 from mnist_flax.data.registry import IMAGE_SIZE
+from mnist_flax.data.splits import Examples
 from mnist_flax.losses import LOSSES
 from mnist_flax.optimizer import optimizer
 

@@ -16,8 +16,8 @@ import numpy as np
 from mnist_flax import drivers
 from mnist_flax.analysis import statistics
 from mnist_flax.config import Config, replace
-from mnist_flax.data.datasets import Examples
-from mnist_flax.data.load import Splits, adapt_to_dataset, load_splits
+from mnist_flax.data.load import adapt_to_dataset, load_splits
+from mnist_flax.data.splits import Examples, Splits
 from mnist_flax.errors import NonFiniteLossError, WorkdirError
 from mnist_flax.members import Member, announce, evaluate_holdout, finish, open_member
 from mnist_flax.run import processes
@@ -171,17 +171,8 @@ def train_group(members: Sequence[Member], examples: Examples, *, until: int, re
       NonFiniteLossError, Interrupted: as for `train_all`.
     """
     config, step = members[0].config, members[0].step
-    job = drivers.Job(
-        config.program,
-        [member.config.seed for member in members],
-        [member.rows for member in members],
-        examples,
-        config.train.num_devices,
-        config.train.epochs_per_dispatch,
-    )
     started = time.perf_counter()
-    states = drivers.stack([member.state for member in members], job)
-    advance = drivers.driver(config.train.driver, job, states)
+    states, advance = compile_steps(members, examples)
     logger.info("compiled in %.1f s", time.perf_counter() - started)
     (signum,) = processes.agree(request.signum or 0)
     if signum:
@@ -225,6 +216,21 @@ def train_group(members: Sequence[Member], examples: Examples, *, until: int, re
                     member.store.wait()
                 raise stopped(config, step, signum)
             mark = time.perf_counter()
+
+
+def compile_steps(members: Sequence[Member], examples: Examples) -> tuple[TrainState, drivers.Advance]:
+    """Stacks the states of the runs, and compiles the driver that advances them."""
+    train = members[0].config.train
+    job = drivers.Job(
+        members[0].config.program,
+        [member.config.seed for member in members],
+        [member.rows for member in members],
+        examples,
+        train.num_devices,
+        train.epochs_per_dispatch,
+    )
+    states = drivers.stack([member.state for member in members], job)
+    return states, drivers.driver(train.driver, job, states)
 
 
 def log_steps(members: Sequence[Member], metrics: Mapping[str, np.ndarray], seconds: float) -> None:

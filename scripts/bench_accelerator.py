@@ -32,7 +32,8 @@ from absl import flags
 from bench_steps import training_flops
 
 from mnist_flax import cli
-from mnist_flax.config import IMAGE_SIZE, Config, replace
+from mnist_flax.config import Config, replace
+from mnist_flax.data.registry import IMAGE_SIZE
 
 FLAGS = flags.FLAGS
 
@@ -61,59 +62,31 @@ def warm(started: float, images: int, steps: int, call: Callable[[], None]) -> P
 
 def random_examples(config: Config) -> Any:
     """Returns as many random pictures as the config trains on: `u8[N,28,28,1]`, `i32[N]`."""
-    from mnist_flax.data.datasets import Examples
+    from mnist_flax.data.splits import Examples
 
     generator = np.random.default_rng(0)
     images = generator.integers(0, 256, (config.num_train, IMAGE_SIZE, IMAGE_SIZE, 1), dtype=np.uint8)
     return Examples(images, generator.integers(0, config.num_classes, config.num_train).astype(np.int32))
 
 
-def run_program(config: Config) -> Program:
-    """Compiles a driver; a call is an epoch."""
-    from mnist_flax import rng
-    from mnist_flax.step import jit_init_state
-    from mnist_flax.train import DRIVERS
+def run_program(config: Config, num_runs: int = 1) -> Program:
+    """Compiles a driver for one run, or for several that are spread over the devices; a call is an epoch of each."""
+    from mnist_flax import drivers, rng
 
-    key, rows = rng.root_key(config.seed), np.arange(config.num_train, dtype=np.int32)
-    state, step, examples = jit_init_state(config, key), 0, random_examples(config)
+    rows = np.arange(config.num_train, dtype=np.int32)
+    seeds = range(config.seed, config.seed + num_runs)
+    job = drivers.Job(
+        config.program, seeds, [rows] * num_runs, random_examples(config), num_devices=config.train.num_devices
+    )
+    states = drivers.stack([drivers.jit_init_state(config.program, rng.root_key(seed)) for seed in seeds], job)
     started = time.perf_counter()
-    advance = DRIVERS[config.train.driver](config, state, examples, rows, key)
-
-    def call() -> None:
-        nonlocal state, step
-        state, fetch = advance(state, step, config.steps_per_epoch)
-        fetch()
-        step += config.steps_per_epoch
-
-    return warm(started, config.num_train, config.steps_per_epoch, call)
-
-
-def members_program(config: Config, num_members: int) -> Program:
-    """Compiles a population, spread over the devices, all of a device's members at once; a call is an epoch of each."""
-    import jax
-    import jax.numpy as jnp
-
-    from mnist_flax import rng, sharding
-    from mnist_flax.data import batches
-    from mnist_flax.members import jit_train_members
-    from mnist_flax.step import jit_init_state
-
-    mesh = sharding.make_mesh(config.train.num_devices)
-    by_member, everywhere = sharding.split(mesh), sharding.replicated(mesh)
-    rows = jax.device_put(np.arange(config.num_train, dtype=np.int32))
-    all_keys = [rng.root_key(seed) for seed in range(num_members)]
-    states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[jit_init_state(config, key) for key in all_keys])
-    orders = jnp.stack([batches.epochs_order(key, 0, 1, rows, config.train.batch_size) for key in all_keys])
-    states, orders, keys = sharding.place((states, orders, jnp.stack(all_keys)), by_member)
-    examples, count = sharding.place((random_examples(config), np.int32(config.steps_per_epoch)), everywhere)
+    advance = drivers.driver(config.train.driver, job, states)
 
     def call() -> None:
         nonlocal states
-        states, metrics = jit_train_members(config, states, examples, orders, keys, count, mesh=mesh, vectorized=True)
-        jax.device_get(metrics)
+        states, _ = advance(states, config.steps_per_epoch)
 
-    images = config.num_train * num_members
-    return warm(time.perf_counter(), images, config.steps_per_epoch, call)
+    return warm(started, config.num_train * num_runs, config.steps_per_epoch, call)
 
 
 def torch_program(config: Config) -> Program:
@@ -122,16 +95,17 @@ def torch_program(config: Config) -> Program:
     from torch import nn
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+    network: Any = config.model
     layers: list[Any] = []
     size, channels = IMAGE_SIZE, 1
-    for block in config.model.blocks():
+    for block in network.blocks():
         padding = "same" if block.padding == "SAME" else 0
         layers += [nn.Conv2d(channels, block.width, block.kernel_size, block.stride, padding), nn.ReLU()]
         layers += [nn.MaxPool2d(block.pool)] * (block.pool > 1)
         size, channels = block.output_size(size), block.width
     layers.append(nn.Flatten())
     features = size**2 * channels
-    for width in config.model.dense:
+    for width in network.dense:
         layers += [nn.Linear(features, width), nn.ReLU()]
         features = width
     model = nn.Sequential(*layers, nn.Linear(features, config.num_classes)).cuda().to(memory_format=torch.channels_last)
@@ -259,7 +233,7 @@ def results(config: Config) -> Iterator[dict[str, Any]]:
             print(f"{dtype}, batch {batch_size}, {kind}, {members} members, {count} devices ...", file=sys.stderr)
             sized = replace(chosen, train__num_devices=count)
             if kind == "members":
-                program = members_program(sized, members * count)
+                program = run_program(sized, members * count)
             else:
                 program = run_program(replace(sized, train__driver=kind))
             measured = measure(program, sized, rates[dtype], count)

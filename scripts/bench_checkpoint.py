@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 from absl import flags
 
@@ -29,28 +30,25 @@ def seconds_of(config: Config) -> float:
     """Trains a run into a new folder, and returns how long the loop took, until all was saved."""
     from mnist_flax import train
 
-    spans: list[float] = []
-    loop, next_stop = train.train, train.next_stop
+    began, spans = list[float](), list[float]()
+    compile_steps, train_all = train.compile_steps, train.train_all
 
-    def timed(*arguments: Any, **named: Any) -> Any:
-        began: list[float] = []
+    def timed_compile(*arguments: Any) -> Any:
+        compiled = compile_steps(*arguments)
+        began.append(time.perf_counter())
+        return compiled
 
-        def first_stop(config: Config, step: int) -> int:  # asked for first when all is compiled
-            began.append(time.perf_counter())
-            return next_stop(config, step)
-
-        train.next_stop = first_stop
-        state = loop(*arguments, **named)
-        named["store"].wait()
+    def timed_loop(members: Sequence[Any], *arguments: Any) -> None:
+        train_all(members, *arguments)
+        members[0].store.wait()
         spans.append(time.perf_counter() - began[0])
-        return state
 
-    train.train = timed
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            train.fit(config, pathlib.Path(folder, "run"))
-    finally:
-        train.train, train.next_stop = loop, next_stop
+    with (
+        mock.patch.object(train, "compile_steps", timed_compile),
+        mock.patch.object(train, "train_all", timed_loop),
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        train.fit(config, pathlib.Path(folder, "run"))
     return spans[0]
 
 

@@ -19,7 +19,8 @@ from typing import Any
 from absl import flags
 
 from mnist_flax import cli
-from mnist_flax.config import DATASETS, IMAGE_SIZE, Config, replace
+from mnist_flax.config import Config, replace
+from mnist_flax.data.registry import DATASETS, IMAGE_SIZE
 
 
 def seconds_of(function: Callable[[], Any], repeats: int) -> list[float]:
@@ -54,7 +55,7 @@ def bench(config: Config, *, batch_sizes: Sequence[int], repeats: int, latencies
 
     from mnist_flax import rng
     from mnist_flax.analysis.evaluation import evaluate, predict_logits
-    from mnist_flax.data.datasets import Examples
+    from mnist_flax.data.splits import Examples
     from mnist_flax.predict import read_picture
     from mnist_flax.step import eval_variables, jit_init_state
 

@@ -8,7 +8,6 @@ a target, the line also says how many runs end at it or above: then the seconds 
 """
 
 import datetime
-import importlib.util
 import json
 import pathlib
 import statistics
@@ -19,28 +18,8 @@ from typing import Any
 
 from absl import flags
 
-from mnist_flax import cli
-from mnist_flax.config import Config, replace
-from mnist_flax.errors import UserError
-
-CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
-
-
-def load(preset: str) -> Config:
-    """Returns the config of a file in configs/.
-
-    Raises:
-      UserError: there is no such file.
-    """
-    path = CONFIGS / f"{preset}.py"
-    if not path.is_file():
-        raise UserError(f"--presets={preset}: there is no configs/{preset}.py")
-    spec = importlib.util.spec_from_file_location(preset, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return Config.from_dict(module.get_config().to_dict())
+from mnist_flax import cli, preset
+from mnist_flax.config import replace
 
 
 def statistics_of(name: str, values: Sequence[float]) -> dict[str, Any]:
@@ -52,7 +31,7 @@ def statistics_of(name: str, values: Sequence[float]) -> dict[str, Any]:
     return {f"{name}_{part}": value for part, value in spread(values)._asdict().items()}
 
 
-def bench(preset: str, seeds: Sequence[int], target: float = 0.0) -> dict[str, Any]:
+def bench(name: str, seeds: Sequence[int], target: float = 0.0) -> dict[str, Any]:
     """Trains one preset with each seed and returns the statistics."""
     from mnist_flax.train import fit
 
@@ -60,17 +39,17 @@ def bench(preset: str, seeds: Sequence[int], target: float = 0.0) -> dict[str, A
     for seed in seeds:
         with tempfile.TemporaryDirectory() as folder:
             fit(
-                replace(load(preset), seed=seed, train__tensorboard=False, train__report=False),
+                replace(preset.load_config(preset.find_preset(name)), seed=seed, train__tensorboard=False, train__report=False),
                 pathlib.Path(folder, "run"),
             )
             summaries.append(json.loads(pathlib.Path(folder, "run", "summary.json").read_text()))
-            print(f"{preset} seed {seed}: {summaries[-1]['test_accuracy']:.4f}", file=sys.stderr)
+            print(f"{name} seed {seed}: {summaries[-1]['test_accuracy']:.4f}", file=sys.stderr)
     accuracies = [summary["test_accuracy"] for summary in summaries]
     seconds = [summary["train_seconds"] for summary in summaries]
     reached = {"target": target, "reached": sum(accuracy >= target for accuracy in accuracies)} if target else {}
     last = summaries[-1]
     return {
-        "preset": preset,
+        "preset": name,
         "dataset": last["dataset"],
         "n": len(seeds),
         "seeds": list(seeds),
@@ -93,8 +72,8 @@ def main(argv: Sequence[str]) -> None:
     """Benches the presets that the flags name."""
     del argv
     seeds = range(flags.FLAGS.first_seed, flags.FLAGS.first_seed + flags.FLAGS.seeds)
-    for preset in flags.FLAGS.presets:
-        print(json.dumps(bench(preset, seeds, flags.FLAGS.target)), flush=True)
+    for name in flags.FLAGS.presets:
+        print(json.dumps(bench(name, seeds, flags.FLAGS.target)), flush=True)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from typing import Any
 from absl import flags
 
 from mnist_flax import cli
-from mnist_flax.config import IMAGE_SIZE, Config, replace
+from mnist_flax.config import Config, replace
+from mnist_flax.data.registry import IMAGE_SIZE
 
 
 def training_flops(config: Config) -> int:
@@ -65,7 +66,7 @@ def timed_steps(config: Config, num_steps: int) -> Callable[[], float]:
     import numpy as np
 
     from mnist_flax import rng
-    from mnist_flax.data.datasets import Examples
+    from mnist_flax.data.splits import Examples
     from mnist_flax.step import jit_init_state
     from mnist_flax.train import DRIVERS
 

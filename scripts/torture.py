@@ -1,29 +1,37 @@
-"""Kills short trainings at random moments, restarts them until they are finished, and compares each with a quiet one.
+"""Disturbs short trainings at random moments, restarts them, and compares what they leave with an undisturbed one.
 
     python scripts/torture.py --mode=all --runs=100 --minutes=60 >> scripts/results/torture.jsonl
 
-Every run is of a small network with dropout, augmentation, batch norm and averaged weights, saved every few steps, by
-the scan and the stream driver in turn. It is hit one to three times, each at a moment drawn evenly from the time that a
-quiet run takes, and started again with the same command. A run that does not finish by itself then has needed help.
-What it left (all arrays of the last checkpoint, the exported weights, metrics.jsonl but for the seconds) must be bit
-for bit what a quiet run left. One line of JSON for each mode goes to standard output, progress to standard error.
+Every run trains a small network with dropout, augmentation, batch norm and averaged weights, and saves every few steps;
+the scan and the stream driver take turns. The modes:
+
+  kill, term, hangup  SIGKILL, SIGTERM or SIGHUP, one to three times, at moments drawn from the time of a quiet run
+  damage              SIGKILL, and a file of the newest checkpoint truncated, zeroed or deleted
+  end                 SIGKILL, one to three times, while the run evaluates and writes weights, summary and report
+  console             standard error is closed, full, or a pipe whose reader leaves; the run must not notice
+  disk                no file may grow past a size drawn from those of a quiet run
+
+A disturbed run is started again by the same command, which has to finish it: otherwise it counts as one that needed
+help. All arrays of the last checkpoint, the weights and metrics.jsonl (but for the seconds) must then be equal bit for
+bit to a quiet run's, and summary and report be complete. One line of JSON for each mode goes to standard output.
 """
 
 import collections
 import datetime
+import functools
 import itertools
 import json
 import os
 import pathlib
-import platform
 import random
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from absl import flags
@@ -32,10 +40,12 @@ from safetensors.numpy import load_file
 from mnist_flax import cli
 from mnist_flax.run import checkpoint
 from mnist_flax.run import workdir as workdirs
-from mnist_flax.run.provenance import provenance
+from mnist_flax.run.provenance import cpu_name, provenance
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-MODES = ("kill", "term", "damage")
+SIGNALS = {"kill": signal.SIGKILL, "damage": signal.SIGKILL, "end": signal.SIGKILL}
+SIGNALS |= {"term": signal.SIGTERM, "hangup": signal.SIGHUP}
+MODES = (*SIGNALS, "console", "disk")
 DAMAGES = ("truncated", "zeroed", "deleted")
 DRIVERS = ("scan", "stream")
 FIELDS = {
@@ -50,39 +60,53 @@ FIELDS = {
     "train.log_every_steps": 2,
     "checkpoint.every_steps": 3,
 }
-LONGEST = 120.0  # seconds that a process may take before it counts as hung
+REPORT = "report"
+LONGEST = 300.0  # seconds that a process may take before it counts as hung
 
 _RUNS = flags.DEFINE_integer("runs", 100, "runs of each mode", lower_bound=1)
-_MODE = flags.DEFINE_enum("mode", "all", ("all", *MODES), "SIGKILL, SIGTERM, or SIGKILL and a damaged file")
+_MODE = flags.DEFINE_enum("mode", "all", ("all", *MODES), "see above")
 _MINUTES = flags.DEFINE_float("minutes", 60.0, "begin no new run after this time, over all modes", lower_bound=0.0)
 _SEED = flags.DEFINE_integer("seed", 0, "of the random moments")
 
 
-def start(workdir: pathlib.Path, driver: str, cache: pathlib.Path) -> subprocess.Popen[str]:
-    """Starts the command that is the same every time."""
-    fields = [f"--config.{name}={value}" for name, value in {**FIELDS, "train.driver": driver}.items()]
-    command = [sys.executable, "-m", "mnist_flax.main", "--config=configs/tiny.py", f"--workdir={workdir}", *fields]
-    caching = {
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-    environment = {**os.environ, **caching, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+class Process:
+    """The command that is the same every time, started in a run's folder."""
+
+    def __init__(
+        self, workdir: pathlib.Path, driver: str, *, errors: Any = None, prepare: Callable[[], None] | None = None
+    ) -> None:
+        fields = [f"--config.{name}={value}" for name, value in {**FIELDS, "train.driver": driver}.items()]
+        command = [sys.executable, "-m", "mnist_flax.main", "--config=configs/tiny.py", f"--workdir={workdir}", *fields]
+        caching = {
+            "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115, `finish` closes it
+        self.process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **caching, "PYTHONPATH": str(ROOT)},
+            stderr=self._said if errors is None else errors,
+            preexec_fn=prepare,
+        )
+
+    def finish(self) -> tuple[int, str]:
+        """Waits for the process, and returns its status and the end of what it said; a hung one is killed."""
+        said = ""
+        try:
+            self.process.wait(timeout=LONGEST)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            said = "hung; "
+        self._said.seek(0)
+        said += self._said.read().decode()[-1000:]
+        self._said.close()
+        return self.process.returncode, said
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Waits for a process, and returns its status and the end of what it said; a hung one is killed."""
-    try:
-        _, said = process.communicate(timeout=LONGEST)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        _, said = process.communicate()
-        return -1, f"hung; {said[-1000:]}"
-    return process.returncode, said[-1000:]
-
-
-def outcome(workdir: pathlib.Path) -> dict[str, bytes]:
+def outcome(workdir: pathlib.Path) -> dict[str, Any]:
     """Returns all that must be the same, by name."""
     run = checkpoint.load_run(workdir)
     leaves = {f"state{name}": leaf.tobytes() for name, leaf in checkpoint.leaves(run.state).items()}
@@ -90,7 +114,16 @@ def outcome(workdir: pathlib.Path) -> dict[str, bytes]:
     lines = [json.loads(line) for line in (workdir / workdirs.METRICS).read_text().splitlines()]
     for line in lines:
         del line["seconds"]
-    return {**leaves, **weights, workdirs.METRICS: json.dumps(lines).encode()}
+    summary = json.loads((workdir / workdirs.SUMMARY).read_text())
+    report = {path.name for path in (workdir / REPORT).iterdir()}
+    page = (workdir / REPORT / "index.html").read_text().rstrip().endswith("</html>")
+    return {
+        **leaves,
+        **weights,
+        workdirs.METRICS: lines,
+        workdirs.SUMMARY: (summary.keys(), summary["steps"], summary["test_accuracy"]),
+        REPORT: (report, page),
+    }
 
 
 def newest(workdir: pathlib.Path) -> pathlib.Path | None:
@@ -101,7 +134,7 @@ def newest(workdir: pathlib.Path) -> pathlib.Path | None:
 
 
 def damage(path: pathlib.Path, kind: str, chance: random.Random) -> None:
-    """Damages one file of a checkpoint, as a power cut might."""
+    """Damages one file of a checkpoint, as a power failure might."""
     file = chance.choice(sorted(file for file in path.rglob("*") if file.is_file()))
     size = file.stat().st_size
     if kind == "deleted":
@@ -111,84 +144,156 @@ def damage(path: pathlib.Path, kind: str, chance: random.Random) -> None:
         file.write_bytes(file.read_bytes()[:keep] + bytes(size if kind == "zeroed" else 0))
 
 
-def where(workdir: pathlib.Path) -> Iterator[str]:
-    """Yields what a process was about when it died, as far as its folder shows."""
+def where(workdir: pathlib.Path, mode: str) -> Iterator[str]:
+    """Yields what a process was doing when it died, as far as its folder shows."""
+    if mode == "end":
+        pieces = (workdirs.WEIGHTS, workdirs.SUMMARY, f"{REPORT}/index.html")
+        missing = next((name for name in pieces if not (workdir / name).exists()), None)
+        yield f"before {missing}" if missing else "after the report"
+        return
     if not workdir.exists():
         yield "before the folder was made"
     elif newest(workdir) is None:
         yield "before the first checkpoint"
     if any((workdir / workdirs.CHECKPOINTS).glob("*.unfinished*")):
         yield "during a save"
+    if (workdir / workdirs.WEIGHTS).exists():
+        yield "at the end"
 
 
-def torment(
-    mode: str, workdir: pathlib.Path, driver: str, *, seconds: float, cache: pathlib.Path, chance: random.Random
+def hit(
+    mode: str, workdir: pathlib.Path, driver: str, seconds: float, chance: random.Random
 ) -> tuple[collections.Counter[str], str]:
-    """Hits one run until it has had enough, and lets it finish.
+    """Sends a run one to three signals, each to a process of its own.
 
     Returns:
-      How often what happened, and what help it would have needed: empty if none.
+      How often what happened, and what help the run would have needed: empty if none.
     """
     tally: collections.Counter[str] = collections.Counter()
-    wanted = chance.randint(1, 3)
+    wanted, signum = chance.randint(1, 3), SIGNALS[mode]
     while tally["hits"] < wanted:
-        process = start(workdir, driver, cache)
+        process = Process(workdir, driver)
         try:
-            process.wait(timeout=chance.uniform(0, seconds))
+            process.process.wait(timeout=chance.uniform(0.3 * seconds if mode == "end" else 0, seconds))
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGTERM if mode == "term" else signal.SIGKILL)
-        status, said = finish(process)
-        # A signal that comes before Python has started ends it the system's way, which a shell calls 143, too.
-        if status not in {"term": (0, 143, -signal.SIGTERM)}.get(mode, (0, -signal.SIGKILL)):
+            process.process.send_signal(signum)
+        status, said = process.finish()
+        # A signal that arrives before Python has started ends it the system's way.
+        if status not in (0, -signum, 128 + signum) or "Traceback" in said:
             return tally, f"status {status}: {said}"
         if status == 0:
-            if tally["hits"] == 0:  # it was too quick: once more from the start
-                shutil.rmtree(workdir)
-                continue
-            return tally, ""
-        tally.update(where(workdir))
-        if mode == "damage":
-            path = newest(workdir)
-            if path is None:
-                continue
+            break
+        tally.update(where(workdir, mode))
+        tally["hits"] += 1
+        path = newest(workdir)
+        if mode == "damage" and path:
             kind = chance.choice(DAMAGES)
             damage(path, kind, chance)
             tally[kind] += 1
-        tally["hits"] += 1
-    status, said = finish(start(workdir, driver, cache))
-    return tally, "" if status == 0 else f"status {status}: {said}"
+    return tally, ""
 
 
-def torture(mode: str, folder: pathlib.Path, deadline: float) -> dict[str, Any]:
-    """Torments runs one after the other, and returns what came of it, as JSON."""
-    chance = random.Random(f"{_SEED.value} {mode}")
-    cache = folder / "cache"
+def lose_console(workdir: pathlib.Path, driver: str, seconds: float, chance: random.Random) -> tuple[str, str]:
+    """Runs without a console, and returns how it was lost, and what went wrong."""
+    kind = chance.choice(("closed", "full", "reader leaves"))
+    if kind == "closed":
+        process = Process(workdir, driver, prepare=functools.partial(os.close, 2))
+    elif kind == "full":
+        with open("/dev/full", "wb") as full:
+            process = Process(workdir, driver, errors=full)
+    else:
+        process = Process(workdir, driver, errors=subprocess.PIPE)
+        time.sleep(chance.uniform(0, seconds))
+        assert process.process.stderr
+        process.process.stderr.close()
+    status, _ = process.finish()
+    return kind, f"status {status} with the console {kind}" if status else ""
+
+
+def fill_disk(workdir: pathlib.Path, driver: str, largest: int, chance: random.Random) -> tuple[str, str]:
+    """Runs with a limit on the size of files, and returns what it said, and what went wrong."""
+    limit = int(largest ** chance.uniform(0.5, 1))
+    limits = (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    process = Process(workdir, driver, prepare=functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, limits))
+    status, said = process.finish()
+    if status == 0:
+        return "large enough", ""
+    last = said.strip().splitlines()[-1] if said.strip() else ""
+    is_clear = status == 2 and last.startswith("error: ") and "File too large" in last and "Traceback" not in said
+    what = next((name for name in ("checkpoint", REPORT, workdirs.WEIGHTS, "tfevents") if name in last), "another file")
+    return what, "" if is_clear else f"status {status} at a limit of {limit} bytes: {said}"
+
+
+def stripped(source: pathlib.Path, workdir: pathlib.Path) -> None:
+    """Copies a finished run, without what is written after the last step."""
+    shutil.copytree(source, workdir)
+    for name in (workdirs.WEIGHTS, workdirs.SUMMARY, REPORT):
+        workdirs.remove(workdir / name)
+
+
+def quiet_runs(mode: str, folder: pathlib.Path) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
+    """Makes the undisturbed runs, and returns by driver what they leave, and the seconds that one takes."""
     quiet, seconds = {}, {}
     for driver in DRIVERS:
-        for name in ("cold", "warm"):  # the first compiles, the second tells how long a run takes
+        for name in ("cold", "warm"):  # the first compiles, the second shows how long a run takes
+            if mode == "end" and name == "warm":
+                stripped(folder / f"cold-{driver}", folder / f"warm-{driver}")
             began = time.monotonic()
-            status, said = finish(start(folder / f"{name}-{driver}", driver, cache))
+            status, said = Process(folder / f"{name}-{driver}", driver).finish()
             if status:
                 raise RuntimeError(f"the quiet run failed with status {status}: {said}")
             seconds[driver] = time.monotonic() - began
         quiet[driver] = outcome(folder / f"warm-{driver}")
-        shutil.rmtree(folder / f"cold-{driver}")
+    return quiet, seconds
+
+
+def disturb(
+    mode: str, workdir: pathlib.Path, driver: str, seconds: float, chance: random.Random
+) -> tuple[collections.Counter[str], str]:
+    """Disturbs one run in a mode, and lets the same command finish it.
+
+    Returns:
+      How often what happened, and what help the run would have needed: empty if none.
+    """
+    warm = workdir.with_name(f"warm-{driver}")
+    if mode == "console":
+        kind, help_needed = lose_console(workdir, driver, seconds, chance)
+        return collections.Counter([kind]), help_needed
+    if mode == "disk":
+        largest = max(path.stat().st_size for path in warm.rglob("*") if path.is_file())
+        kind, help_needed = fill_disk(workdir, driver, largest, chance)
+        tally = collections.Counter([kind])
+    else:
+        if mode == "end":
+            stripped(warm, workdir)
+        tally, help_needed = hit(mode, workdir, driver, seconds, chance)
+    if not help_needed:
+        status, said = Process(workdir, driver).finish()
+        help_needed = f"status {status}: {said}" if status else ""
+    return tally, help_needed
+
+
+def torture(mode: str, folder: pathlib.Path, deadline: float) -> dict[str, Any]:
+    """Disturbs runs one after the other, and returns the result as JSON."""
+    chance = random.Random(f"{_SEED.value} {mode}")
+    quiet, seconds = quiet_runs(mode, folder)
     tally: collections.Counter[str] = collections.Counter()
     runs, differing, helped = 0, [], []
     for driver in itertools.islice(itertools.cycle(DRIVERS), _RUNS.value):
         if time.monotonic() > deadline:
             break
         workdir = folder / f"run-{runs}"
-        counted, help_needed = torment(mode, workdir, driver, seconds=seconds[driver], cache=cache, chance=chance)
-        runs += 1
+        counted, help_needed = disturb(mode, workdir, driver, seconds[driver], chance)
         tally.update(counted)
+        runs += 1
+        try:
+            found = {} if help_needed else outcome(workdir)
+        except (OSError, ValueError, KeyError) as error:
+            found, help_needed = {}, f"incomplete: {error!r}"
         if help_needed:
             helped.append(help_needed)
-        else:
-            found = outcome(workdir)
-            names = [name for name in quiet[driver] | found if quiet[driver].get(name) != found.get(name)]
-            if names:
-                differing.append(names)
+        elif names := [name for name in quiet[driver] | found if quiet[driver].get(name) != found.get(name)]:
+            differing.append(names)
         shutil.rmtree(workdir, ignore_errors=True)
         flaws = f"{len(differing)} differing {differing[-1:]}, {len(helped)} needing help {helped[-1:]}"
         print(f"{mode}: run {runs} of {_RUNS.value}, {dict(tally)}, {flaws}", file=sys.stderr, flush=True)
@@ -204,17 +309,8 @@ def torture(mode: str, folder: pathlib.Path, deadline: float) -> dict[str, Any]:
     }
 
 
-def cpu_name() -> str:
-    """Returns the name of the processor's model, or at least of its kind."""
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()
-
-
 def main(argv: Sequence[str]) -> None:
-    """Tortures in the modes that the flags name; the status is 1 if any run differed or needed help."""
+    """Disturbs runs in the modes that the flags name; the status is 1 if any differed or needed help."""
     del argv
     deadline = time.monotonic() + 60 * _MINUTES.value
     flawed = False

@@ -1,7 +1,9 @@
 """Strict settings for all tests, and what several of them use."""
 
+import logging
 import os
 import pathlib
+from collections.abc import Iterator
 
 # Before JAX is imported: several devices on one CPU.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
@@ -11,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from mnist_flax.data.datasets import Examples
+from mnist_flax.data.splits import Examples
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_legacy_prng_key", "error")
@@ -23,6 +25,24 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 def root() -> pathlib.Path:
     """The checkout."""
     return ROOT
+
+
+@pytest.fixture
+def data_messages() -> Iterator[list[str]]:
+    """What `mnist_flax.data` logs from INFO on: level and text."""
+    logged: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            logged.append(f"{record.levelname}: {record.getMessage()}")
+
+    logger, listener = logging.getLogger("mnist_flax.data"), Listener()
+    level = logger.level
+    logger.addHandler(listener)
+    logger.setLevel(logging.INFO)
+    yield logged
+    logger.setLevel(level)
+    logger.removeHandler(listener)
 
 
 @pytest.fixture(scope="session")

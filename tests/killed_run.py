@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from mnist_flax import train
+from mnist_flax import members, train
 from mnist_flax.config import Config
 from mnist_flax.run import log as logs
 from mnist_flax.run import store
@@ -51,6 +51,12 @@ def orbax_writing() -> None:
     instead(ocp.JsonCheckpointHandler, "finalize", die, calls=2)
 
 
+def after(owner: Any, name: str) -> None:
+    """Dies when a function has done its work."""
+    old = getattr(owner, name)
+    setattr(owner, name, lambda *a, **k: (old(*a, **k), die()))
+
+
 MOMENTS: dict[str, Callable[[], None]] = {
     "while it claims its folder": lambda: instead(workdirs, "write_text", die),
     "before its first file": lambda: instead(workdirs, "write_text", die, calls=2),
@@ -60,12 +66,16 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "after the rename": lambda: instead(store.Store, "_prune", die, calls=2),
     "while an old checkpoint is deleted": lambda: instead(shutil, "rmtree", half_a_folder),
     "while a line is written": lambda: instead(workdirs, "append_bytes", half_a_line, calls=10),
-    "while it evaluates": lambda: instead(train, "judge", die, calls=2),
+    "while it evaluates": lambda: instead(train, "evaluate_holdout", die, calls=2),
     "before it reads the test set": lambda: instead(train, "finish", die),
-    "before its weights": lambda: instead(train, "save_weights", die),
-    "before its summary": lambda: instead(train, "provenance", die),
+    "before its weights": lambda: instead(members, "save_weights", die),
+    "before its summary": lambda: instead(members, "provenance", die),
+}
+MOMENTS_OF_A_REPORT: dict[str, Callable[[], None]] = {
+    "before its report": lambda: instead(members, "write_report", die),
+    "after its report": lambda: after(members, "write_report"),
 }
 
 if __name__ == "__main__":
-    MOMENTS[sys.argv[3]]()
+    (MOMENTS | MOMENTS_OF_A_REPORT)[sys.argv[3]]()
     train.fit(Config.from_json(pathlib.Path(sys.argv[1]).read_text()), pathlib.Path(sys.argv[2]))

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import signal
 import struct
 import subprocess
 import sys
@@ -99,22 +100,26 @@ def config_file(config: Config, path: pathlib.Path) -> pathlib.Path:
     return path
 
 
-def start(*arguments: str, devices: int = 1, cache: pathlib.Path | None = None) -> subprocess.Popen[str]:
-    """Starts a process of Python."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    }
+def environment(cache: pathlib.Path | None = None, devices: int = 1) -> dict[str, str]:
+    """Returns the environment of a process of the tests, which may keep its compiled programs in `cache`."""
+    variables = {"PYTHONPATH": str(ROOT), "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     if cache:
-        environment |= {
+        variables |= {
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
-    command = [sys.executable, *arguments]
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background job, whose children inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    return {**os.environ, **variables}
+
+
+def start(*arguments: str, devices: int = 1, cache: pathlib.Path | None = None) -> subprocess.Popen[str]:
+    """Starts a process of Python."""
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(
+        [sys.executable, *arguments], env=environment(cache, devices), stdin=pipe, stdout=pipe, stderr=pipe, text=True
+    )
 
 
 def run(*arguments: str, devices: int = 1, cache: pathlib.Path | None = None) -> subprocess.CompletedProcess[str]:

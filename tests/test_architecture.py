@@ -1,66 +1,73 @@
-"""The arrows of the design: who may import whom, and who may mention what."""
+"""The structure of the package: which module may import which, and what each library is used for."""
 
 import ast
 import pathlib
+from collections import defaultdict
 from collections.abc import Iterator
 
 import pytest
 
-# A module imports only from lower layers. `errors` is the ground all stand on.
+# A module imports only from lower layers and from its own. A folder is one entry, unless some of its modules are listed.
 LAYERS = [
     ["errors"],
-    [
-        "config",
-        "rng",
-        "ops",
-        "metrics",
-        "sharding",
-        "processes",
-        "datasets",
-        "pictures",
-        "compilation",
-        "workdir",
-        "signals",
-        "provenance",
-    ],
-    ["data", "model", "augment", "optimizer", "batches", "labels", "cli"],
-    ["step"],
-    ["checkpoint"],
-    ["evaluate"],
-    ["logs"],
-    ["report"],
-    ["train", "predict", "export"],
-    ["main", "population"],
+    ["checks", "rng", "metrics", "sharding", "ops", "run.console", "run.signals"],
+    ["models", "optimizer", "losses", "data.registry", "data.augment", "data.framing"],
+    ["sections"],
+    ["config"],
+    ["preset", "data", "run.workdir", "run.compilation", "run.provenance", "run.processes", "run.storage", "pictures"],
+    ["cli", "step", "run.progress", "run.weights", "run.tensorboard", "run.log"],
+    ["drivers"],
+    ["run"],
+    ["analysis"],
+    ["exporting"],
+    ["members"],
+    ["train"],
+    ["main", "evaluate", "report", "predict", "population", "export", "demo", "robustness", "__main__"],
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
+VERBS = LAYERS[-1]
 
-# Heavy or delicate libraries, each behind one room.
-ROOMS = {
-    "tensorflow_datasets": {"data", "datasets"},
-    "orbax": {"checkpoint"},
-    "matplotlib": {"report"},
-    "tensorboardX": {"logs"},
+# Heavy or delicate libraries, each used in one place.
+PLACES = {
+    "tensorflow_datasets": {"data"},
+    "orbax": {"run"},
+    "matplotlib": {"analysis"},
+    "tensorboardX": {"run"},
+    "onnx": {"exporting"},
+    "onnxruntime": {"exporting"},
     "tensorflow": set[str](),
     "pickle": set[str](),
 }
-LAZY = ("tensorflow_datasets", "orbax", "matplotlib", "sklearn", "scipy", "skimage", "PIL", "tensorboardX")
-WITH_FILES = {"pictures", "compilation", "config", "data", "datasets", "provenance", "workdir"}
+LAZY = {
+    *("tensorflow_datasets", "orbax", "matplotlib", "sklearn", "scipy", "skimage", "PIL", "tensorboardX"),
+    *("onnx", "onnxruntime", "safetensors", "jinja2"),
+}
+LONGEST_MODULE, LONGEST_FUNCTION = 350, 60  # lines
 
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "mnist_flax"
-
-
-def room(path: pathlib.Path) -> str:
-    """The module, or the folder that a module has become."""
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return parts[0]
-
-
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 IDS = [str(path.relative_to(PACKAGE)) for path in FILES]
 
 
+def module_of(path: pathlib.Path) -> str:
+    """The dotted name of a file within the package; that of a folder for its __init__.py."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path) for path in FILES}
+
+
+def layer_of(module: str) -> int:
+    """The layer of a module: its own, or that of its folder."""
+    for name in (module, module.split(".")[0]):
+        if name in LAYER:
+            return LAYER[name]
+    raise AssertionError(f"{module} has no layer: add it to LAYERS")
+
+
 def imports(tree: ast.AST) -> Iterator[str]:
-    """Every module that is imported anywhere in a file, dotted."""
+    """Every module or name that is imported anywhere in a file, dotted."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -75,51 +82,72 @@ def parse(path: pathlib.Path) -> ast.Module:
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)
 def test_a_module_imports_only_from_lower_layers(path: pathlib.Path) -> None:
-    own = room(path)
-    assert own in LAYER, f"{own} has no layer: place it in LAYERS"
+    own = module_of(path)
     for name in imports(parse(path)):
         package, _, rest = name.partition(".")
-        if package == "mnist_flax" and rest and rest != "__version__":
-            other = rest.split(".")[0]
-            assert other == own or LAYER[other] < LAYER[own], f"{own} imports {other}"
         assert package not in ("configs", "scripts", "tests"), f"{own} imports {package}"
+        if package != "mnist_flax" or rest == "__version__":
+            continue
+        other = rest if rest in MODULES else rest.rpartition(".")[0]
+        same_folder = other.split(".")[0] == own.split(".")[0] and own not in VERBS
+        assert layer_of(other) < layer_of(own) or (same_folder and layer_of(other) == layer_of(own)), (
+            f"{own} imports {other}"
+        )
 
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)
-def test_libraries_stay_in_their_rooms(path: pathlib.Path) -> None:
+def test_libraries_are_used_in_one_place(path: pathlib.Path) -> None:
+    folder = module_of(path).split(".")[0]
     for name in imports(parse(path)):
-        library = name.split(".")[0]
-        assert room(path) in ROOMS.get(library, {room(path)}), f"{room(path)} imports {library}"
+        assert folder in PLACES.get(name.split(".")[0], {folder}), f"{module_of(path)} imports {name}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)
 def test_heavy_libraries_are_imported_where_they_are_used(path: pathlib.Path) -> None:
     at_the_top = ast.Module([node for node in parse(path).body if isinstance(node, ast.Import | ast.ImportFrom)], [])
-    if room(path) == "pictures":
-        return  # it is about nothing but Pillow's pictures, and is itself imported only when one is read
+    if module_of(path).startswith("pictures"):
+        return  # is itself imported only when a picture is read
     for name in imports(at_the_top):
-        assert name.split(".")[0] not in LAZY, f"{room(path)} imports {name} at its top"
+        assert name.split(".")[0] not in LAZY, f"{module_of(path)} imports {name} at its top"
 
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)
-def test_no_flag_is_defined_on_import_and_nothing_is_hidden(path: pathlib.Path) -> None:
+def test_importing_a_module_defines_no_flag_and_hides_nothing(path: pathlib.Path) -> None:
     tree = parse(path)
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.If):
-            continue  # not run on import, or only under __main__, which the next test looks at
+            continue  # not run on import, or only under __main__, which the next lines check
         calls = [call.func for call in ast.walk(node) if isinstance(call, ast.Call)]
         names = [call.attr if isinstance(call, ast.Attribute) else getattr(call, "id", "") for call in calls]
         assert not [name for name in names if name.startswith("DEFINE_")]
     conditions = [ast.unparse(node.test) for node in tree.body if isinstance(node, ast.If)]
-    assert set(conditions) <= {"__name__ == '__main__'"}  # so no TYPE_CHECKING block hides a circle
+    assert set(conditions) <= {"__name__ == '__main__'"}  # so no TYPE_CHECKING block hides a cycle
     mentions = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     assert "import_module" not in mentions, "choose from a dict that can be read"
 
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)
-def test_the_lower_layers_touch_no_files(path: pathlib.Path) -> None:
-    if LAYER[room(path)] > LAYER["step"] or room(path) in WITH_FILES:
-        return
-    calls = [node.func for node in ast.walk(parse(path)) if isinstance(node, ast.Call)]
-    names = {call.attr if isinstance(call, ast.Attribute) else getattr(call, "id", "") for call in calls}
-    assert not names & {"open", "read_text", "read_bytes", "write_text", "write_bytes", "mkdir", "unlink"}
+def test_no_private_name_is_used_in_another_module(path: pathlib.Path) -> None:
+    for name in imports(parse(path)):
+        if name.startswith("mnist_flax."):
+            assert not name.rpartition(".")[2].startswith("_"), f"{module_of(path)} imports {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_modules_and_functions_are_short(path: pathlib.Path) -> None:
+    assert len(path.read_text().splitlines()) <= LONGEST_MODULE
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.FunctionDef) and node.end_lineno:
+            length = node.end_lineno - node.lineno + 1
+            assert length <= LONGEST_FUNCTION, f"{node.name} has {length} lines"
+
+
+def test_a_public_name_means_one_thing() -> None:
+    places = defaultdict(set)
+    for path in FILES:
+        for node in parse(path).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                places[node.name].add(module_of(path))
+    # Every verb has the same two functions.
+    shared = {name: modules for name, modules in places.items() if len(modules) > 1 and not modules <= {*VERBS, "cli"}}
+    assert not shared

@@ -14,7 +14,7 @@ from jax.scipy.ndimage import map_coordinates
 
 from mnist_flax import rng
 from mnist_flax.data.augment import AUGMENTATIONS, Augmentation, augment, distort, resampled, source
-from mnist_flax.data.datasets import Examples
+from mnist_flax.data.splits import Examples
 
 KEY = rng.root_key(0)
 SHAPE = (28, 28)

@@ -7,16 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mnist_flax import rng
+from mnist_flax import rng, sharding
 from mnist_flax.data import batches
 from mnist_flax.data.batches import NO_LABEL
-from mnist_flax.data.datasets import Examples
+from mnist_flax.data.splits import Examples
 
 KEY = rng.root_key(0)
 
 
 @pytest.mark.parametrize(("num_rows", "batch_size"), [(10, 3), (12, 4), (1, 1), (5, 5), (7, 64)])
-def test_an_epoch_is_a_permutation_of_the_rows(num_rows: int, batch_size: int) -> None:
+def test_order_is_a_permutation_of_the_rows(num_rows: int, batch_size: int) -> None:
     rows = np.arange(100, 100 + 2 * num_rows, 2)
     order = np.asarray(batches.epoch_order(KEY, 0, jnp.asarray(rows), batch_size))
     assert order.shape == (-(-num_rows // batch_size), batch_size)
@@ -24,21 +24,21 @@ def test_an_epoch_is_a_permutation_of_the_rows(num_rows: int, batch_size: int) -
     assert (order.ravel()[num_rows:] == -1).all()
 
 
-def test_the_order_differs_by_epoch_and_by_seed() -> None:
+def test_order_differs_by_epoch_and_by_seed() -> None:
     rows = jnp.arange(64)
     orders = [batches.epoch_order(key, epoch, rows, 8) for key in (KEY, rng.root_key(1)) for epoch in (0, 1)]
     for one, other in itertools.combinations(orders, 2):
         assert (one != other).any()
 
 
-def test_the_order_is_the_same_inside_and_outside_jit() -> None:
+def test_order_is_the_same_inside_and_outside_jit() -> None:
     rows = jnp.arange(50)
     np.testing.assert_array_equal(
         batches.epoch_order(KEY, 2, rows, 8), batches.jit_epoch_order(KEY, jnp.int32(2), rows, 8)
     )
 
 
-def test_taking_fills_up_with_places_that_hold_no_example(examples: Examples) -> None:
+def test_take_fills_up_with_places_without_an_example(examples: Examples) -> None:
     batch = batches.take(jax.device_put(examples), jnp.array([5, 2, -1]))
     assert batch["label"].tolist() == [5, 2, NO_LABEL]
     np.testing.assert_array_equal(batch["image"][:2], examples.image[[5, 2]])
@@ -46,9 +46,10 @@ def test_taking_fills_up_with_places_that_hold_no_example(examples: Examples) ->
 
 
 @pytest.mark.parametrize("start_step", [0, 3, 7, 8, 20])
-def test_the_stream_yields_what_the_scan_takes(examples: Examples, start_step: int) -> None:
+def test_stream_yields_what_the_scan_takes(examples: Examples, start_step: int) -> None:
     rows = np.arange(3, 90, dtype=np.int32)  # 87 rows: 7 batches of 12 and one of 3
-    stream = batches.stream(examples, jnp.asarray(rows), KEY, start_step, 12)
+    placement = sharding.split(sharding.make_mesh(1))
+    stream = batches.stream(examples, jnp.asarray(rows), KEY, start_step, 12, placement)
     on_device = jax.device_put(examples)
     for step, batch in zip(range(start_step, start_step + 10), stream, strict=False):
         order = batches.epoch_order(KEY, step // 8, jnp.asarray(rows), 12)

@@ -7,28 +7,32 @@ import subprocess
 import sys
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import tiny_run
+from scipy.special import softmax
 from sklearn.metrics import precision_recall_fscore_support
 
 from mnist_flax.analysis import run_data
 from mnist_flax.analysis import scores as scores_lib
 from mnist_flax.analysis.evaluation import (
     Evaluation,
+    Predictor,
     evaluate,
     load_predictor,
     make_predictor,
+    member_logits,
     predict_logits,
 )
 from mnist_flax.analysis.run_data import load_data
 from mnist_flax.analysis.scores import evaluate_workdir, scores
 from mnist_flax.config import Config, replace
-from mnist_flax.data import batches, datasets
-from mnist_flax.data.datasets import Examples
-from mnist_flax.data.labels import MNIST_TEST_DOUBTS, class_names, doubtful_rows
-from mnist_flax.data.load import Splits, load_splits
-from mnist_flax.data.registry import DATASETS
+from mnist_flax.data import batches
+from mnist_flax.data.embedded import embedded_digits
+from mnist_flax.data.load import load_splits
+from mnist_flax.data.splits import Examples, Splits
+from mnist_flax.drivers import jit_forward
 from mnist_flax.errors import ConfigError, DataError, WorkdirError
 from mnist_flax.metrics import negative_log_likelihood
 from mnist_flax.run.checkpoint import load_run
@@ -60,6 +64,35 @@ def test_every_example_counts_once(examples: int) -> None:
     assert result.examples == examples
     assert result.accuracy == np.mean(logits.argmax(axis=-1) == label)
     assert result.loss == pytest.approx(np.mean(negative_log_likelihood(logits, label)), abs=1e-5)
+
+
+def by_hand(predictor: Predictor, images: np.ndarray) -> np.ndarray:
+    """The mean of softmax over members and shifts, straight from `forward`."""
+    padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    shifts = [(1, 1), (0, 1), (2, 1), (1, 0), (1, 2)][: predictor.views]
+    probs = [
+        np.asarray(jax.nn.softmax(jit_forward(predictor.program, variables, padded[:, i : i + 28, j : j + 28])))
+        for variables in predictor.members
+        for i, j in shifts
+    ]
+    return np.mean(probs, axis=0)
+
+
+@pytest.mark.parametrize("views", [1, 5])
+@pytest.mark.parametrize("members", [1, 3])
+def test_predictor_averages_probabilities_over_members_and_views(members: int, views: int) -> None:
+    images = load_splits(tiny_run.CONFIG).test.image[:11]
+    run = load_run(tiny_run.workdir())
+    variables = eval_variables(run.state)
+    several = [jax.tree.map(lambda leaf, scale=scale: leaf * scale, variables) for scale in (1.0, 0.8, 1.3)]
+    config = replace(run.config, eval__views=views, eval__batch_size=4)
+    predictor = make_predictor(config, *several[:members])
+    probs = softmax(predict_logits(predictor, images), axis=-1)
+    np.testing.assert_allclose(probs, by_hand(predictor, images), atol=1e-5)
+    assert member_logits(predictor, images).shape == (members, 11, 10)
+    warm = make_predictor(config, *several[:members], temperature=2.0)
+    np.testing.assert_allclose(2 * predict_logits(warm, images), predict_logits(predictor, images), rtol=1e-6)
+    assert predict_logits(predictor, images[:0]).shape == (0, 10)
 
 
 def test_nothing_and_labels_that_are_no_class_are_refused() -> None:
@@ -147,7 +180,7 @@ def test_only_the_place_and_name_of_the_data_can_be_overridden(workdir: pathlib.
 def test_another_dataset_has_no_holdout_rows_and_all_its_training_rows(
     workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train, test = datasets.embedded_digits().values()
+    train, test = embedded_digits()
     asked: list[Config] = []
 
     def load(config: Config) -> Splits:
@@ -166,6 +199,24 @@ def test_another_dataset_has_no_holdout_rows_and_all_its_training_rows(
 def test_other_data_under_the_same_name_are_refused() -> None:
     with pytest.raises(DataError, match=r"digits: its fingerprint is .* but the run was trained on 0123"):
         load_data(tiny_run.CONFIG, "0123", {})
+
+
+def test_data_are_not_looked_for_where_the_run_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Config] = []
+    split = Examples(np.zeros((5, 28, 28, 1), np.uint8), np.zeros(5, np.int32))
+
+    def load(config: Config) -> Splits:
+        asked.append(config)
+        return Splits("digits", split, split, "f", "tfds")
+
+    monkeypatch.setattr(run_data, "load_splits", load)
+    stranger = replace(tiny_run.CONFIG, data__data_dir="/elsewhere", data__raw_dir="/there", data__source="download")
+    load_data(stranger, "f", {})
+    load_data(stranger, "f", {"data.raw_dir": "/mine"})
+    assert [(c.data.source, c.data.data_dir, c.data.raw_dir) for c in asked] == [
+        ("auto", "", ""),
+        ("auto", "", "/mine"),
+    ]
 
 
 def test_images_of_another_shape_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,14 +243,30 @@ def test_the_command_prints_a_table(workdir: pathlib.Path) -> None:
     result = json.loads((workdir / "evaluation-test-digits.json").read_text())
     assert f"{result['correct']} of 360 right" in done.stdout
     assert f"accuracy {result['accuracy']:.2%}" in done.stdout
-    assert len(done.stdout.splitlines()) == 4 + 10
+    assert len(done.stdout.splitlines()) == 5 + 10  # one line is without the temperature
+
+
+def test_the_command_writes_to_output_only(workdir: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    done = command(f"--workdir={workdir}", f"--output={tmp_path / 'there'}")
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["evaluation-test-digits.json"]
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
+
+
+def test_the_command_prints_before_it_fails_to_write(workdir: pathlib.Path) -> None:
+    (workdir / "evaluation-test-digits.json").mkdir()  # in the way, as in a folder that cannot be written
+    done = command(f"--workdir={workdir}")
+    assert done.returncode == 2 and "of 360 right" in done.stdout
+    assert "evaluation-test-digits.json: cannot be written" in done.stderr and "--output" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--config.data.name=emnist/letters"], "has 37 classes"),
-        (["--config.data.nam=kmnist"], "did you mean 'name'"),
+        (["--config.data.nam=kmnist"], "Did you mean: config.data.name"),
         (["--split=tset"], "train|holdout|test"),
         (["here"], "'here': is no flag"),
         (["--workdir="], "--workdir is missing"),
@@ -210,20 +277,6 @@ def test_the_command_refuses_with_one_line(workdir: pathlib.Path, arguments: lis
     assert done.returncode == 2 and message in done.stderr
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
     assert not done.stdout
-
-
-def test_every_class_has_a_name_of_its_own() -> None:
-    for dataset, info in DATASETS.items():
-        names = class_names(dataset)
-        assert len(set(names)) == len(names) == info.num_classes
-    assert class_names("emnist/balanced")[-11:] == tuple("abdefghnqrt")
-    assert class_names("emnist/letters")[1] == "A" and class_names("emnist/letters")[26] == "Z"
-
-
-def test_doubts_are_about_the_test_images_of_mnist_alone() -> None:
-    assert len(MNIST_TEST_DOUBTS) == len(set(MNIST_TEST_DOUBTS)) == 15
-    assert doubtful_rows("mnist", "test") == MNIST_TEST_DOUBTS
-    assert not doubtful_rows("mnist", "train") and not doubtful_rows("emnist/mnist", "test")
 
 
 def test_a_class_that_never_occurs_has_no_scores() -> None:

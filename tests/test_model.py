@@ -15,7 +15,7 @@ from jax import Array
 from mnist_flax import rng
 from mnist_flax.config import Config, replace
 from mnist_flax.data.batches import Batch
-from mnist_flax.data.datasets import Examples
+from mnist_flax.data.splits import Examples
 from mnist_flax.drivers import jit_forward, jit_init_state
 from mnist_flax.models.layers import INITIALIZERS, Dropout, cosine_patterns
 from mnist_flax.step import eval_variables, forward, scale_pixels, train_step

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -24,12 +25,14 @@ BASE = replace(Config(), data__num_train=1000, train__batch_size=10, train__epoc
         ({"schedule": "one_cycle"}, {0: 0.004, 50: 0.052, 100: 0.1, 250: 0.05, 400: 0.0}),
         ({"schedule": "one_cycle", "peak_at": 0.5, "start_fraction": 0.1}, {0: 0.01, 200: 0.1, 300: 0.05}),
         ({"schedule": "one_cycle", "end_fraction": 0.1}, {400: 0.01}),
+        ({"schedule": "linear", "end_fraction": 0.5}, {0: 0.1, 200: 0.075, 400: 0.05}),
         ({"schedule": "exponential", "decay_rate": 0.5}, {0: 0.1, 50: 0.1 * 0.5**0.5, 100: 0.05, 200: 0.025}),
         ({"schedule": "step", "decay_rate": 0.5, "decay_epochs": 2.0}, {0: 0.1, 199: 0.1, 200: 0.05, 399: 0.05}),
     ],
 )
 def test_learning_rates(fields: dict[str, Any], values: dict[int, float]) -> None:
-    rate = schedule(replace(BASE, **{f"optimizer__{name}": value for name, value in fields.items()}))
+    config = replace(BASE, **{f"optimizer__{name}": value for name, value in fields.items()})
+    rate = schedule(config.optimizer, config.num_steps, config.steps_per_epoch)
     for step, expected in values.items():
         assert float(rate(step)) == pytest.approx(expected, abs=1e-7), step
 
@@ -40,7 +43,8 @@ GRADS = {"kernel": jnp.array([[0.3, 0.4]]), "bias": jnp.array([0.0])}
 
 def update(count: int = 1, **fields: Any) -> dict[str, np.ndarray]:
     """The change of the weights over `count` updates with the same gradient."""
-    chain = optimizer(replace(BASE, **{f"optimizer__{name}": value for name, value in fields.items()}))
+    config = replace(BASE, **{f"optimizer__{name}": value for name, value in fields.items()})
+    chain = optimizer(config.optimizer, config.num_steps, config.steps_per_epoch)
     state, params = chain.init(PARAMS), PARAMS
     for _ in range(count):
         updates, state = chain.update(GRADS, state, params)
@@ -71,3 +75,19 @@ def test_weight_decay_spares_biases() -> None:
 def test_clipping_cuts_the_global_norm_and_only_a_longer_one() -> None:
     np.testing.assert_allclose(update(name="sgd", momentum=0.0, clip_norm=0.25)["kernel"], [[-0.015, -0.02]], rtol=1e-5)
     np.testing.assert_allclose(update(name="sgd", momentum=0.0, clip_norm=1.0)["kernel"], [[-0.03, -0.04]], rtol=1e-5)
+
+
+def test_muon_orthogonalises_kernels_and_leaves_biases_to_adam() -> None:
+    params = {
+        "kernel": jnp.asarray(np.random.default_rng(0).normal(size=(3, 3, 4, 8)), jnp.float32),
+        "bias": jnp.ones(8),
+    }
+    grads = jax.tree.map(lambda leaf: leaf**2 + 0.1, params)
+    config = replace(BASE, optimizer__name="muon")
+    chain = optimizer(config.optimizer, config.num_steps, config.steps_per_epoch)
+    updates, _ = chain.update(grads, chain.init(params), params)
+    singular = np.linalg.svd(np.asarray(updates["kernel"]).reshape(36, 8), compute_uv=False)
+    assert singular.max() / singular.min() < 2.5  # five Newton-Schulz iterations bring them near to each other
+    raw = np.linalg.svd(np.asarray(grads["kernel"]).reshape(36, 8), compute_uv=False)
+    assert raw.max() / raw.min() > 3
+    np.testing.assert_allclose(updates["bias"], -0.1 * (1 + 0.9 / 1.9), rtol=1e-4)  # Adam with Nesterov momentum

@@ -11,15 +11,17 @@ import pytest
 from small_run import SMALL, lines
 
 from mnist_flax import rng
-from mnist_flax.analysis.evaluation import evaluate
-from mnist_flax.config import Config, replace
+from mnist_flax.analysis.evaluation import evaluate, make_predictor
+from mnist_flax.config import Config, Program, replace
 from mnist_flax.data import batches
-from mnist_flax.data.datasets import Examples
 from mnist_flax.data.load import load_splits
+from mnist_flax.data.splits import Examples
+from mnist_flax.drivers import Job, driver, jit_init_state, stack
 from mnist_flax.run import checkpoint
 from mnist_flax.run.log import RunLog
-from mnist_flax.step import StepMetrics, eval_variables, jit_init_state
-from mnist_flax.train import DRIVERS, fit
+from mnist_flax.sections import DRIVERS
+from mnist_flax.step import eval_variables
+from mnist_flax.train import fit
 
 CONFIG = replace(
     Config(),
@@ -36,43 +38,45 @@ CONFIG = replace(
 KEY = rng.root_key(0)
 
 
+def train_with(name: str, program: Program, examples: Examples, cuts: list[int]) -> tuple[Any, dict[str, np.ndarray]]:
+    """Trains one run with a driver, in calls from each cut to the next."""
+    job = Job(program, [0], [np.arange(96, dtype=np.int32)], examples)
+    state = jit_init_state(program, KEY)
+    states = stack([state.replace(step=state.step + cuts[0])], job)
+    advance, history = driver(name, job, states), []
+    for start, stop in itertools.pairwise(cuts):
+        states, metrics = advance(states, stop - start)
+        history.append(metrics)
+    return jax.device_get(states), jax.tree.map(lambda *columns: np.concatenate(columns, 1), *history)
+
+
 @pytest.mark.parametrize("cuts", [[0, 5, 10], [0, 2, 5, 6, 10], [7, 10, 12]])
 def test_scan_and_stream_agree(examples: Examples, cuts: list[int]) -> None:
-    rows = np.arange(96, dtype=np.int32)
-    results = {}
-    for name, driver in DRIVERS.items():
-        state = jit_init_state(CONFIG, KEY)
-        state = state.replace(step=state.step + cuts[0])
-        advance = driver(CONFIG, state, examples, rows, KEY)
-        history = []
-        for start, stop in itertools.pairwise(cuts):
-            state, fetch = advance(state, start, stop - start)
-            history.append(fetch())
-        results[name] = jax.device_get(state), jax.tree.map(lambda *columns: np.concatenate(columns), *history)
-    (state, sums), (other_state, other_sums) = results["scan"], results["stream"]
-    np.testing.assert_array_equal(sums.examples, other_sums.examples)
-    assert len(sums.loss) == cuts[-1] - cuts[0]
+    state, sums = train_with("scan", CONFIG.program, examples, cuts)
+    other_state, other_sums = train_with("stream", CONFIG.program, examples, cuts)
+    np.testing.assert_array_equal(sums["examples"], other_sums["examples"])
+    assert sums["loss"].shape == (1, cuts[-1] - cuts[0])
     # Two programs: XLA fuses a loop's body and a lone step differently, so the last bits of f32 differ, and Adam's
     # first steps, which divide by the gradient's own size, carry that into the weights.
-    np.testing.assert_allclose(sums.loss, other_sums.loss, rtol=1e-4)
+    np.testing.assert_allclose(sums["loss"], other_sums["loss"], rtol=1e-4)
     for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(other_state), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize("driver", list(DRIVERS))
+@pytest.mark.parametrize("name", DRIVERS)
 def test_several_epochs_in_a_call_are_the_same_bits_and_leave_the_same_curve(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, driver: str
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     calls, take_in = list[int](), RunLog.steps
     curves: dict[int, list[dict[str, Any]]] = {}
 
-    def count_and_take_in(log: RunLog, sums: StepMetrics, seconds: float) -> None:
-        calls.append(len(sums.loss))
-        take_in(log, sums, seconds)
+    def count_and_take_in(log: RunLog, metrics: dict[str, np.ndarray], seconds: float) -> None:
+        calls.append(len(metrics["loss"]))
+        take_in(log, metrics, seconds)
 
     monkeypatch.setattr(RunLog, "steps", count_and_take_in)
     for count in (0, 1, 2, 3):
-        config = replace(SMALL, train__driver=driver, train__epochs=5, train__epochs_per_dispatch=count)
+        config = replace(SMALL, train__driver=name, train__epochs=5, train__epochs_per_dispatch=count)
         calls.clear()
         fit(config, tmp_path / str(count))
         if count:
@@ -119,12 +123,13 @@ def test_bfloat16_trains_to_within_a_tenth_of_a_point() -> None:
         config = replace(base, model__dtype=dtype)
         found = []
         for seed in range(3):
-            key = rng.root_key(seed)
-            state = jit_init_state(config, key)
-            advance = DRIVERS["scan"](config, state, splits.train, rows, key)
-            for step in range(0, config.num_steps, config.steps_per_epoch):
-                state, _ = advance(state, step, config.steps_per_epoch)
-            found.append(evaluate(config, eval_variables(state), judged).accuracy)
+            job = Job(config.program, [seed], [rows], splits.train)
+            states = stack([jit_init_state(config.program, rng.root_key(seed))], job)
+            advance = driver("scan", job, states)
+            for _ in range(config.train.epochs):
+                states, _ = advance(states, config.steps_per_epoch)
+            state = jax.tree.map(lambda leaf: leaf[0], states)
+            found.append(evaluate(make_predictor(config, eval_variables(state)), judged).accuracy)
         accuracy[dtype] = np.mean(found)
     assert accuracy["float32"] > 0.97
     assert accuracy["bfloat16"] == pytest.approx(accuracy["float32"], abs=0.001)

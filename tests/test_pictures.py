@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from mnist_flax.pictures import decode as decode_lib
 from mnist_flax.pictures import segment as pictures
 from mnist_flax.pictures.segment import PictureError, decode, find_digits, read_digits
 
@@ -73,7 +74,7 @@ def test_box_is_where_the_digit_is() -> None:
 # Formats and modes ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", pictures.FORMATS)
+@pytest.mark.parametrize("kind", decode_lib.FORMATS)
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 def test_formats(wanted: Array, kind: str, mode: str) -> None:
     assert difference(only(encode(Image.fromarray(draw("L")).convert(mode), kind)).image, wanted) < 3
@@ -277,7 +278,7 @@ def test_bomb(monkeypatch: pytest.MonkeyPatch) -> None:
             read_digits(encode(draw("L")))
 
 
-@pytest.mark.parametrize("kind", pictures.FORMATS)
+@pytest.mark.parametrize("kind", decode_lib.FORMATS)
 def test_truncated(kind: str) -> None:
     content = encode(Image.effect_noise((200, 200), 50), kind)
     with pytest.raises(PictureError, match=r"damaged|no picture"):

@@ -17,7 +17,7 @@ from PIL import Image
 from mnist_flax import config as config_lib
 from mnist_flax import predict, train
 from mnist_flax.config import Config
-from mnist_flax.data import datasets
+from mnist_flax.data.embedded import embedded_digits
 from mnist_flax.pictures.segment import PictureError, read_digits
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -33,7 +33,7 @@ class Model:
             train__batch_size=32, optimizer__learning_rate=3e-3, train__tensorboard=False, train__report=False,
         )  # fmt: skip
         train.fit(config, self.workdir)
-        images, labels = datasets.embedded_digits()["test"]
+        images, labels = embedded_digits()[1]
         self.images = [images[list(labels).index(digit)][..., 0] for digit in range(10)]
 
     def picture(self, digit: int, side: int = 120) -> Image.Image:

@@ -3,16 +3,19 @@
 import importlib.util
 import os
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import jit_train_step
 
 from mnist_flax import rng
 from mnist_flax.config import Config, replace
 from mnist_flax.data.batches import Batch
-from mnist_flax.step import jit_init_state, jit_train_step
+from mnist_flax.drivers import jit_init_state
+from mnist_flax.models.cnn import CNNConfig
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden_presets"
@@ -65,17 +68,19 @@ def test_a_preset_says_what_it_is_what_it_reaches_and_how_to_run_it(name: str) -
 def test_a_preset_trains(name: str) -> None:
     config, _ = load(name)
     # Narrow layers and small batches compile and run fast; everything else is the preset's own.
-    config = replace(
-        config, model__widths=tuple(4 for _ in config.model.widths), model__dense=tuple(8 for _ in config.model.dense)
-    )
+    model: Any = config.model
+    narrow = {"model__widths": tuple(4 for _ in model.widths)}
+    if isinstance(model, CNNConfig):
+        narrow["model__dense"] = tuple(8 for _ in model.dense)
+    config = replace(config, **narrow)
     key = rng.root_key(0)
-    state = jit_init_state(config, key)
+    state = jit_init_state(config.program, key)
     before = jax.device_get(state.params)
     images = jax.random.randint(key, (8, 28, 28, 1), 0, 256).astype(jnp.uint8)
     batch: Batch = {"image": images, "label": jnp.arange(8)}
     for _ in range(2):
-        state, sums = jit_train_step(config, state, batch, key)
-        assert np.isfinite(sums.loss)
+        state, sums = jit_train_step(config.program, state, batch, key)
+        assert np.isfinite(sums["loss"])
     assert any(
         (one != other).any()
         for one, other in zip(jax.tree.leaves(before), jax.tree.leaves(jax.device_get(state.params)), strict=True)

@@ -1,5 +1,6 @@
 """The report: complete, self-contained, right, and the same numbers in the page and in metrics.json."""
 
+import dataclasses
 import html.parser
 import itertools
 import json
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -22,12 +24,13 @@ from mnist_flax.analysis.evaluation import Evaluation, evaluate, load_predictor,
 from mnist_flax.analysis.report import facts, layers, page, pictures, plots, write
 from mnist_flax.analysis.report.write import report_workdir, shown, write_report
 from mnist_flax.config import Config, replace
-from mnist_flax.data.datasets import Examples
-from mnist_flax.data.labels import MNIST_TEST_DOUBTS, class_names
-from mnist_flax.data.load import Splits, load_splits
+from mnist_flax.data.load import load_splits
 from mnist_flax.data.registry import DATASETS
+from mnist_flax.data.splits import Examples, Splits
 from mnist_flax.drivers import jit_forward, jit_init_state
 from mnist_flax.errors import WorkdirError
+from mnist_flax.models import MODELS
+from mnist_flax.models.base import ModelConfig
 from mnist_flax.step import eval_variables, init_state
 
 VOID = {"meta", "img", "br", "link", "hr", "input"}
@@ -84,24 +87,38 @@ def numbers(report: pathlib.Path) -> dict[str, Any]:
     return loaded
 
 
-def made_up(
-    folder: pathlib.Path, dataset: str, *, examples: int = 10_000, records: Any = (), **fields: Any
-) -> tuple[dict[str, Any], str]:
-    """The numbers and the page of a network that knows nothing, but whose logits are often right."""
+def made_up_split(num_classes: int, examples: int) -> tuple[np.ndarray, Examples]:
+    """Logits that are often right, and noise with the labels."""
     generator = np.random.default_rng(0)
-    num_classes = DATASETS[dataset].num_classes
     label = np.arange(examples, dtype=np.int32) % num_classes
     logits = generator.normal(0, 1, (examples, num_classes)).astype(np.float32)
     logits[np.arange(examples), label] += 3
+    return logits, Examples(generator.integers(0, 256, (examples, 28, 28, 1), dtype=np.uint8), label)
+
+
+SMALLER = {"model__widths": (2, 3), "model__pools": (2,), "model__dense": (4,)}
+
+
+def made_up(
+    folder: pathlib.Path,
+    dataset: str,
+    *,
+    examples: int = 10_000,
+    records: Any = (),
+    temperature: float = 1.0,
+    model: ModelConfig | None = None,
+    **fields: Any,
+) -> tuple[dict[str, Any], str]:
+    """The numbers and the page of a network that knows nothing, but whose logits are often right."""
+    logits, split = made_up_split(DATASETS[dataset].num_classes, examples)
     evaluation = Evaluation(
-        loss=float(np.mean(metrics.negative_log_likelihood(logits, label))),
-        accuracy=float(np.mean(logits.argmax(axis=-1) == label)),
+        loss=float(np.mean(metrics.negative_log_likelihood(logits, split.label))),
+        accuracy=float(np.mean(logits.argmax(axis=-1) == split.label)),
         examples=examples,
         logits=logits,
+        temperature=temperature,
     )
-    split = Examples(generator.integers(0, 256, (examples, 28, 28, 1), dtype=np.uint8), label)
-    smaller = {"model__widths": (2, 3), "model__pools": (2,), "model__dense": (4,)}
-    config = replace(Config(), data__name=dataset, **{**smaller, **fields})
+    config = Config(model=model) if model else replace(Config(), data__name=dataset, **{**SMALLER, **fields})
     folder.mkdir()
     path = write_report(
         config,
@@ -246,9 +263,9 @@ def test_the_embedded_digits_are_stamped(report: pathlib.Path) -> None:
 
 def test_doubtful_labels_are_marked_on_mnist_and_only_there(tmp_path: pathlib.Path) -> None:
     numbers, text = made_up(tmp_path / "mnist", "mnist")
-    assert [item["row"] for item in numbers["galleries"]["doubtful"]] == list(MNIST_TEST_DOUBTS)
+    assert [item["row"] for item in numbers["galleries"]["doubtful"]] == list(DATASETS["mnist"].doubtful_test_rows)
     for item in gallery_items(numbers):
-        assert item["doubtful"] == (item["row"] in MNIST_TEST_DOUBTS)
+        assert item["doubtful"] == (item["row"] in DATASETS["mnist"].doubtful_test_rows)
     marked = sum(item["doubtful"] for item in gallery_items(numbers))
     assert text.count("label doubtful") == text.count('<li class="doubtful">') == marked >= 15
     assert "Northcutt" in text
@@ -287,7 +304,7 @@ def test_a_network_without_mistakes() -> None:
     found = facts.galleries(probs, label, "digits")
     assert found["num_mistakes"] == 0 and not found["mistakes"] and len(found["correct"]) == 24
     assert facts.confused_pairs(np.diag([4] * 10), label, probs) == []
-    text = plots.confusion(np.diag([4] * 10).tolist(), class_names("digits"))["confusion_counts"]
+    text = plots.confusion(np.diag([4] * 10).tolist(), DATASETS["digits"].class_names)["confusion_counts"]
     assert text.count(">4</text>") >= 10
 
 
@@ -386,6 +403,90 @@ def test_activations_are_those_of_the_network(fields: dict[str, Any]) -> None:
     assert sum(row.parameters for row in rows) == sum(leaf.size for leaf in jax.tree.leaves(state.params))
 
 
+class ToyBlock(nn.Module):
+    """A residual block whose branch has a stride and whose shortcut is a projection of the same input."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = nn.relu(nn.Conv(6, (3, 3), strides=2, padding="SAME")(x))
+        y = nn.Conv(6, (3, 3), padding="SAME")(y)
+        return nn.relu(y + nn.Conv(6, (1, 1), strides=2)(x))
+
+
+class Toy(nn.Module):
+    """A network of a family that the package does not know."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        x = nn.relu(nn.Conv(4, (5, 5), padding="VALID")(x))
+        x = ToyBlock()(x)
+        return nn.Dense(self.num_classes)(x.mean((1, 2)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToyConfig(ModelConfig):
+    """The config of `Toy`."""
+
+    def module(self, num_classes: int, *, train: bool = False) -> nn.Module:
+        """Builds it."""
+        return Toy(num_classes)
+
+
+def test_network_of_an_unknown_family_is_shown(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODELS, "toy", ToyConfig)
+    numbers, text = made_up(tmp_path / "run", "kmnist", examples=300, model=ToyConfig())
+    Page(text)
+    assert [(row["name"], tuple(row["output_shape"]), row["multiply_adds"]) for row in numbers["network"]] == [
+        ("Conv_0", (24, 24, 4), 24 * 24 * 25 * 4),
+        ("ToyBlock_0/Conv_0", (12, 12, 6), 12 * 12 * 9 * 4 * 6),
+        ("ToyBlock_0/Conv_1", (12, 12, 6), 12 * 12 * 9 * 6 * 6),
+        ("ToyBlock_0/Conv_2", (12, 12, 6), 12 * 12 * 4 * 6),
+        ("Dense_0", (10,), 60),
+    ]
+    # The two convolutions that see the same are shown once.
+    assert [(stage["name"], tuple(stage["shape"])) for stage in numbers["activations"]["stages"]] == [
+        ("ToyBlock_0/Conv_0", (24, 24, 4)),
+        ("ToyBlock_0/Conv_1", (12, 12, 6)),
+        ("Dense_0", (6,)),
+        ("logits", (10,)),
+    ]
+    with Image.open(tmp_path / "run" / "report" / "filters.png") as filters:
+        assert filters.size == (12 * (4 * 5 + 3), 12 * 5)
+    assert "default_config_dict('toy')" in numbers["config_file"]
+
+
+def test_resnet_is_shown(tmp_path: pathlib.Path) -> None:
+    config = Config(model=MODELS["resnet"]())
+    variables = eval_variables(jit_init_state(config.program, jax.random.key(0)))
+    rows = layers.layers(config.program, variables)
+    assert sum(row.parameters for row in rows) == sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    assert {"Conv_0", "BatchNorm_0", "Dense_0"} <= {row.name for row in rows}
+    filters = layers.first_filters(config.program, variables)
+    assert filters is not None and filters.shape[1:] == (3, 3)
+
+
+def test_training_images_are_shown_with_their_augmentation(tmp_path: pathlib.Path) -> None:
+    numbers, text = made_up(tmp_path / "run", "kmnist", examples=300, augment__rotate=30.0, data__num_train=200)
+    assert 'id="trained-on"' in text and len(numbers["augmented"]) == pictures.TRAINING_IMAGES
+    with Image.open(tmp_path / "run" / "report" / "augmented.png") as image:
+        drawn = np.asarray(image)[::2, ::2]
+    first = drawn[:28, :28]
+    assert drawn.shape == (10 * 30 - 2, 8 * 30 - 2)
+    _, split = made_up_split(10, 300)
+    np.testing.assert_array_equal(first, split.image[numbers["augmented"][0], :, :, 0])
+    assert not np.array_equal(first, drawn[:28, 30:58])
+
+
+def test_both_calibrations_are_shown(tmp_path: pathlib.Path) -> None:
+    numbers, text = made_up(tmp_path / "run", "kmnist", examples=2000, temperature=1.8)
+    assert numbers["test"]["temperature"] == 1.8
+    assert numbers["test"]["uncalibrated"]["loss"] != numbers["test"]["loss"]
+    assert numbers["calibration"]["uncalibrated_bins"] != numbers["calibration"]["bins"]
+    assert "without temperature" in text and "temperature of 1.800" in text
+
+
 def test_layers_by_hand() -> None:
     config = Config()
     shapes = jax.eval_shape(lambda: init_state(config.program, jax.random.key(0)))  # all that is looked at
@@ -429,7 +530,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: pathlib.Path) -> Non
     workdir = shutil.copytree(tiny_run.workdir(), tmp_path / "run")
     shutil.rmtree(workdir / "report", ignore_errors=True)
     (workdir / "report").write_text("a file where the folder should be")
-    with pytest.raises(WorkdirError, match=r"report/.*: cannot be written \(File exists\)"):
+    with pytest.raises(WorkdirError, match=r"report: cannot be written \(File exists\); .*--output"):
         report_workdir(workdir)
 
 

@@ -14,6 +14,7 @@ from mnist_flax.config import Config, replace
 from mnist_flax.errors import WorkdirError
 from mnist_flax.run.checkpoint import load_run
 from mnist_flax.run.log import RunLog
+from mnist_flax.run.progress import Progress
 from mnist_flax.run.signals import Interrupted, StopRequest
 from mnist_flax.train import fit
 
@@ -93,11 +94,11 @@ def test_saving_changes_nothing(quiet: dict[str, dict[str, Any]], tmp_path: path
 def test_a_signal_changes_nothing(
     quiet: dict[str, dict[str, Any]], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def ask_to_stop(_: RunLog) -> None:
+    def ask_to_stop(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.1)  # another thread hears of it
 
-    monkeypatch.setattr(RunLog, "epoch_line", ask_to_stop)
+    monkeypatch.setattr(Progress, "epoch_line", ask_to_stop)
     with pytest.raises(Interrupted, match=r"stopped at step 7 of 14; nothing is lost: the same command") as stopped:
         fit(SMALL, tmp_path)
     assert stopped.value.exit_status == 143
@@ -129,7 +130,7 @@ def test_the_driver_may_change_on_resume(die_at: list[int], tmp_path: pathlib.Pa
     die_at += [9]
     with pytest.raises(Died):
         fit(replace(SMALL, train__driver="scan"), tmp_path)
-    fit(replace(SMALL, train__driver="stream", train__eval_batch_size=7, train__tensorboard=False), tmp_path)
+    fit(replace(SMALL, train__driver="stream", eval__batch_size=7, train__tensorboard=False), tmp_path)
     assert [line["step"] for line in lines(tmp_path) if line["split"] == "train"] == [3, 6, 7, 9, 12, 14]
 
 

@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 from small_run import config_file
 
+from mnist_flax import preset
 from mnist_flax.config import Config, replace
 from mnist_flax.errors import ConfigError, UserError
 
@@ -148,8 +149,8 @@ def test_inference_is_measured() -> None:
 
 def test_a_preset_over_seeds_has_its_interval_and_counts_its_target(monkeypatch: pytest.MonkeyPatch) -> None:
     bench_presets = script("bench_presets")
-    monkeypatch.setattr(bench_presets, "load", lambda preset: replace(SMALL, train__epochs=1))
-    result = bench_presets.bench("small", [3, 4], target=1.0)
+    monkeypatch.setattr(preset, "load", lambda *_: replace(SMALL, train__epochs=1))
+    result = bench_presets.bench("tiny", [3, 4], target=1.0)
     low, high = result["accuracy_interval"]
     assert low < min(result["accuracies"]) < result["accuracy_mean"] < max(result["accuracies"]) < high
     assert result["reached"] == 0

@@ -12,17 +12,18 @@ import pytest
 from small_run import SMALL, lines
 
 from mnist_flax import rng, sharding
-from mnist_flax.analysis.evaluation import predict_logits
-from mnist_flax.config import AugmentConfig, Config, replace
-from mnist_flax.data.augment import augment
-from mnist_flax.data.datasets import Examples
+from mnist_flax.analysis.evaluation import make_predictor, predict_logits
+from mnist_flax.config import Config, replace
+from mnist_flax.data.augment import AugmentConfig, augment
+from mnist_flax.data.splits import Examples
+from mnist_flax.drivers import Job, driver, jit_init_state, job_mesh, stack
 from mnist_flax.errors import ConfigError
-from mnist_flax.members import fit_population, mesh_of
-from mnist_flax.models.cnn import Dropout
+from mnist_flax.models.layers import Dropout
 from mnist_flax.run import checkpoint
-from mnist_flax.run.log import RunLog
-from mnist_flax.step import StepMetrics, TrainState, eval_variables, forward, jit_init_state, train_step
-from mnist_flax.train import DRIVERS, fit
+from mnist_flax.run.progress import Progress
+from mnist_flax.sections import DRIVERS
+from mnist_flax.step import TrainState, eval_variables, forward, train_step
+from mnist_flax.train import fit, fit_population
 
 KEY = rng.root_key(0)
 COUNTS = [1, 2, 4, 8]
@@ -72,7 +73,7 @@ def test_a_batch_is_split_and_the_rest_is_everywhere() -> None:
     mesh = sharding.make_mesh(8)
     order = sharding.place(np.arange(48).reshape(3, 16), sharding.split(mesh, axis=1))
     assert {shard.data.shape for shard in order.addressable_shards} == {(3, 2)}
-    variables = sharding.place(eval_variables(jit_init_state(CONFIG, KEY)), sharding.replicated(mesh))
+    variables = sharding.place(eval_variables(jit_init_state(CONFIG.program, KEY)), sharding.replicated(mesh))
     assert all(leaf.addressable_shards[5].data.shape == leaf.shape for leaf in jax.tree.leaves(variables))
 
 
@@ -84,19 +85,19 @@ def test_in_the_form_for_accelerators_devices_tell_each_other_sums_and_nothing_e
     mesh = sharding.make_mesh(8)
     everywhere, split = sharding.replicated(mesh), sharding.split(mesh)
     config = replace(CONFIG, model__widths=(4, 6), model__pools=(2, 1))
-    state, key = sharding.place((jit_init_state(config, KEY), KEY), everywhere)
+    state, key = sharding.place((jit_init_state(config.program, KEY), KEY), everywhere)
     batch = sharding.place({"image": examples.image[:16], "label": examples.label[:16]}, split)
-    logits = jax.jit(forward, static_argnums=0)(config, eval_variables(state), batch["image"])
+    logits = jax.jit(forward, static_argnums=0)(config.program, eval_variables(state), batch["image"])
     assert {shard.data.shape for shard in logits.addressable_shards} == {(2, 10)}  # each device has made its own
     step = jax.jit(train_step, static_argnums=0, out_shardings=everywhere)
-    program = str(step.lower(config, state, batch, key).compile().as_text())
+    program = str(step.lower(config.program, state, batch, key).compile().as_text())
     assert set(re.findall(r" (all-[a-z]+|collective-permute|reduce-scatter)[(-]", program)) == {"all-reduce"}
 
 
 @pytest.mark.parametrize("count", COUNTS[1:])
 def test_distortions_and_dropout_masks_do_not_depend_on_the_number_of_devices(examples: Examples, count: int) -> None:
     config = AugmentConfig(shift=2, rotate=10.0, scale=0.1, shear=5.0)
-    dropout = Dropout(0.3)
+    dropout = Dropout(0.3, train=True)
 
     def random(images: jax.Array, key: jax.Array) -> Any:
         ones = jnp.ones((len(images), 7, 5))
@@ -122,43 +123,44 @@ def assert_close(state: Any, other: Any) -> None:
         np.testing.assert_allclose(one, another, rtol=RTOL, atol=ATOL)
 
 
-def train_on(count: int, driver: str, examples: Examples, num_steps: int) -> tuple[TrainState, StepMetrics]:
-    config = replace(CONFIG, train__num_devices=count)
-    rows = np.arange(config.num_train, dtype=np.int32)
-    state = jit_init_state(config, KEY)
-    advance = DRIVERS[driver](config, state, examples, rows, KEY)
+def train_on(count: int, name: str, examples: Examples, num_steps: int) -> tuple[TrainState, dict[str, np.ndarray]]:
+    rows = np.arange(CONFIG.num_train, dtype=np.int32)
+    job = Job(CONFIG.program, [0], [rows], examples, num_devices=count)
+    state = stack([jit_init_state(CONFIG.program, KEY)], job)
+    advance = driver(name, job, state)
     history = []
-    for step in range(0, num_steps, 6):
-        state, fetch = advance(state, step, 6)
-        history.append(fetch())
+    for _ in range(0, num_steps, 6):
+        state, metrics = advance(state, 6)
+        history.append(metrics)
     assert {leaf.sharding.num_devices for leaf in jax.tree.leaves(state)} == {count}
     assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(state))
-    return jax.device_get(state), jax.tree.map(lambda *columns: np.concatenate(columns), *history)
+    return jax.device_get(state), jax.tree.map(lambda *columns: np.concatenate(columns, 1)[0], *history)
 
 
-@pytest.mark.parametrize("driver", list(DRIVERS))
-def test_one_and_many_devices_agree(examples: Examples, driver: str) -> None:
-    state, sums = train_on(1, driver, examples, 12)
-    assert sums.examples.tolist() == [16, 16, 16, 16, 16, 12] * 2
+@pytest.mark.parametrize("name", DRIVERS)
+def test_one_and_many_devices_agree(examples: Examples, name: str) -> None:
+    state, sums = train_on(1, name, examples, 12)
+    assert sums["examples"].tolist() == [16, 16, 16, 16, 16, 12] * 2
     for count in COUNTS[1:]:
-        other_state, other_sums = train_on(count, driver, examples, 12)
-        np.testing.assert_array_equal(sums.examples, other_sums.examples)
-        np.testing.assert_allclose(sums.loss, other_sums.loss, rtol=RTOL)
+        other_state, other_sums = train_on(count, name, examples, 12)
+        np.testing.assert_array_equal(sums["examples"], other_sums["examples"])
+        np.testing.assert_allclose(sums["loss"], other_sums["loss"], rtol=RTOL)
         assert_close(state, other_state)
 
 
 @pytest.mark.parametrize("count", [2, 3, 8])
 def test_evaluation_splits_its_batches_and_counts_every_example_once(examples: Examples, count: int) -> None:
-    variables = eval_variables(jit_init_state(CONFIG, KEY))
-    one = predict_logits(replace(CONFIG, train__eval_batch_size=20), variables, examples.image)
-    config = replace(CONFIG, train__eval_batch_size=20, train__num_devices=count)
-    np.testing.assert_allclose(predict_logits(config, variables, examples.image), one, atol=1e-5)  # other batches
+    variables = eval_variables(jit_init_state(CONFIG.program, KEY))
+    one = predict_logits(make_predictor(replace(CONFIG, eval__batch_size=20), variables), examples.image)
+    config = replace(CONFIG, eval__batch_size=20, train__num_devices=count)
+    many = predict_logits(make_predictor(config, variables), examples.image)
+    np.testing.assert_allclose(many, one, atol=1e-5)  # other batches
 
 
 def test_a_run_of_more_devices_than_there_are_can_be_looked_at(examples: Examples) -> None:
-    variables = eval_variables(jit_init_state(CONFIG, KEY))
+    variables = eval_variables(jit_init_state(CONFIG.program, KEY))
     config = replace(CONFIG, train__num_devices=64)
-    assert predict_logits(config, variables, examples.image).shape == (96, 10)
+    assert predict_logits(make_predictor(config, variables), examples.image).shape == (96, 10)
 
 
 class Died(Exception):
@@ -174,7 +176,7 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         raise Died
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunLog, "epoch_line", die)
+        patch.setattr(Progress, "epoch_line", die)
         with pytest.raises(Died):
             fit(replace(RUN, train__num_devices=8), workdir)
     assert checkpoint.steps_in(workdir / "checkpoints") == [5]
@@ -205,9 +207,9 @@ def test_a_checkpoint_of_eight_devices_goes_on_with_fewer(
 
 
 def test_members_are_spread_over_as_many_devices_as_can_have_equal_shares() -> None:
-    config = replace(SMALL, train__num_devices=8)
-    assert [mesh_of(config, members).size for members in (1, 6, 8, 12, 30, 7)] == [1, 6, 8, 6, 6, 7]
-    assert mesh_of(SMALL, 6).size == 1
+    assert [job_mesh(SMALL.program, runs, 8).size for runs in (6, 8, 12, 30, 7)] == [6, 8, 6, 6, 7]
+    assert job_mesh(SMALL.program, 6, 0).size == 1
+    assert job_mesh(SMALL.program, 1, 8).size == 8  # one run splits its batches instead
 
 
 def test_members_on_devices_of_their_own_are_what_they_are_together(tmp_path: pathlib.Path) -> None:

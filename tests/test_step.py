@@ -14,7 +14,7 @@ from mnist_flax import rng
 from mnist_flax.config import Config, replace
 from mnist_flax.data import batches
 from mnist_flax.data.batches import NO_LABEL, Batch
-from mnist_flax.data.datasets import Examples
+from mnist_flax.data.splits import Examples
 from mnist_flax.drivers import jit_forward, jit_init_state
 from mnist_flax.losses import cross_entropy
 from mnist_flax.step import Metrics, TrainState, eval_variables, moving_average, scale_pixels

@@ -7,7 +7,7 @@ import numpy as np
 
 from mnist_flax import metrics
 from mnist_flax.analysis.evaluation import Predictor, predict_logits
-from mnist_flax.data.datasets import Examples
+from mnist_flax.data.splits import Examples
 
 LIMIT = 20.0  # temperatures are searched from 1 / LIMIT to LIMIT
 NUM_BINS = 15  # of the reliability diagram (as in Guo et al., 2017)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from mnist_flax import metrics, sharding
 from mnist_flax.config import Config, Program
 from mnist_flax.data.batches import NO_LABEL
-from mnist_flax.data.datasets import Examples
+from mnist_flax.data.splits import Examples
 from mnist_flax.drivers import jit_forward
 from mnist_flax.errors import WorkdirError
 from mnist_flax.run import workdir as workdirs

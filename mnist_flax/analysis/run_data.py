@@ -8,9 +8,9 @@ from absl import flags
 from mnist_flax.checks import nearest
 from mnist_flax.config import Config, replace
 from mnist_flax.data import batches
-from mnist_flax.data.datasets import Examples
-from mnist_flax.data.load import Splits, load_splits
+from mnist_flax.data.load import load_splits
 from mnist_flax.data.registry import DATASETS, IMAGE_SIZE
+from mnist_flax.data.splits import Examples, Splits
 from mnist_flax.errors import ConfigError, DataError
 
 SPLITS = ("train", "holdout", "test")

@@ -11,7 +11,7 @@ from mnist_flax import metrics
 from mnist_flax.analysis.calibration import calibration_scores
 from mnist_flax.analysis.evaluation import POPULATION, Evaluation, evaluate, load_predictor
 from mnist_flax.analysis.run_data import load_data, select_examples
-from mnist_flax.data import labels
+from mnist_flax.data.registry import DATASETS
 from mnist_flax.errors import ConfigError
 from mnist_flax.run import workdir as workdirs
 
@@ -57,7 +57,7 @@ def class_rows(confusion: np.ndarray, dataset: str) -> list[dict[str, Any]]:
                 for field, column in columns.items()
             },
         }
-        for number, name in enumerate(labels.class_names(dataset))
+        for number, name in enumerate(DATASETS[dataset].class_names)
     ]
 
 
@@ -109,7 +109,7 @@ def save(result: Mapping[str, Any], folder: pathlib.Path) -> None:
     Raises:
       WorkdirError: the file cannot be written.
     """
-    workdirs.write_text(folder / result_file(result), json.dumps(result, indent=2) + "\n")
+    workdirs.write_text(folder / result_file(result), json.dumps(result, indent=2) + "\n", remedy=workdirs.NAME_OUTPUT)
 
 
 def table(result: Mapping[str, Any]) -> str:

@@ -22,8 +22,7 @@ from mnist_flax.analysis.evaluation import (
 from mnist_flax.analysis.report import bands
 from mnist_flax.config import Config
 from mnist_flax.data import batches
-from mnist_flax.data.datasets import Examples
-from mnist_flax.data.load import Splits
+from mnist_flax.data.splits import Examples, Splits
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.provenance import provenance
 from mnist_flax.step import Variables
@@ -170,7 +169,7 @@ def gather(
     for name, config, summary, of_member in zip(members, configs, summaries, logits, strict=True):
         temperature = stored_temperature(summary)
         fold = {"fold": config.data.fold} if is_folds else {}
-        scores = score(of_member / temperature, label)
+        scores = score(combine_members(of_member[None], temperature), label)
         rows.append({"name": name, "seed": config.seed, **fold, **scores, "temperature": temperature})
     temperature = 1.0 if is_folds else shared_temperature(committee, configs[0], splits)
     result: Facts = {

@@ -1,8 +1,8 @@
-"""Which rows are trained on, in which order, and the batches they make.
+"""Which rows are trained on, in which order, and the batches they form.
 
-A row set (hold-out, subset, fold) is an array of row numbers; the order of an epoch is a permutation of it, computed
-from the key and the epoch wherever it is needed. A batch has always the same shape: places that no row is left for
-carry the label -1, weigh nothing in the loss, and are counted nowhere.
+A set of rows (training, hold-out, fold) is an array of row numbers. The order of an epoch is a permutation of it,
+computed from the key and the epoch wherever it is needed. All batches have the same shape: a place that no row is left
+for has the label -1, does not contribute to the loss, and is not counted.
 """
 
 from collections.abc import Iterator
@@ -15,12 +15,12 @@ from jax import Array
 from jax.sharding import NamedSharding
 
 from mnist_flax import rng, sharding
-from mnist_flax.config import DataConfig
-from mnist_flax.data.datasets import Examples
+from mnist_flax.data.splits import Examples
 from mnist_flax.errors import ConfigError
+from mnist_flax.sections import DataConfig
 
 NO_LABEL = -1  # the label of a place in a batch that holds no example
-FOLDS_SEED = 0  # of the shuffle before rows are divided into folds: the folds are the same for every run
+FOLDS_SEED = 0  # seeds the shuffle before rows are divided into folds, so the folds are the same for every run
 
 
 class Batch(TypedDict):
@@ -31,15 +31,15 @@ class Batch(TypedDict):
 
 
 def spread_rows(labels: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
-    """Picks `count` of `rows` evenly: over the classes, and within each over the file.
+    """Picks `count` rows that are spread evenly over the classes, and within each class over the file.
 
-    Systematic sampling of the rows sorted by class. It is stratified (no class is off by more than one row), and needs
-    no random numbers, so it is the same for every seed and with every version of every library.
+    Systematic sampling of the rows sorted by class: stratified (no class is off by more than one row) and, without
+    random numbers, the same for every seed and with every version of every library.
 
     Args:
-      labels: `i32[N]`, of the whole split.
+      labels: `i32[N]`, the labels of the whole split.
       rows: `i32[R]`, the candidates.
-      count: how many to pick, at most R.
+      count: at most R.
 
     Returns:
       `i32[count]`, ascending.
@@ -50,16 +50,7 @@ def spread_rows(labels: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
 
 
 def split_rows(labels: np.ndarray, num_train: int, holdout: int) -> tuple[np.ndarray, np.ndarray]:
-    """Divides the training split into the rows to train on and those held out.
-
-    Args:
-      labels: `i32[N]`, of the training split.
-      num_train: use only this many rows, hold-out included; 0 means all.
-      holdout: of those, keep this many for validation.
-
-    Returns:
-      `i32[R]` rows to train on and `i32[H]` held out, disjoint, ascending.
-    """
+    """Divides `num_train` rows (0: all) into `R` rows to train on and `holdout` others: `i32[N] -> i32[R], i32[H]`."""
     rows = np.arange(len(labels), dtype=np.int32)
     if num_train:
         rows = spread_rows(labels, rows, num_train)
@@ -68,11 +59,11 @@ def split_rows(labels: np.ndarray, num_train: int, holdout: int) -> tuple[np.nda
 
 
 def rows_of(labels: np.ndarray, data: DataConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Divides the training split as a config says: into the rows to train on and those held out.
+    """Divides the training split as a config says.
 
     Args:
-      labels: `i32[N]`, of the training split.
-      data: how many rows, and which of them are held out.
+      labels: `i32[N]`, the labels of the training split.
+      data: how many rows are used, and which of them are held out.
 
     Returns:
       `i32[R]` rows to train on and `i32[H]` held out, disjoint, ascending.
@@ -88,12 +79,9 @@ def rows_of(labels: np.ndarray, data: DataConfig) -> tuple[np.ndarray, np.ndarra
 
 
 def fold_rows(labels: np.ndarray, rows: np.ndarray, folds: int) -> list[np.ndarray]:
-    """Divides rows at random into K parts with equal shares of each class, `i32[R] -> K times i32[R/K]`.
+    """Divides rows at random into K parts with equal shares of each class: `i32[R] -> K times i32[R/K]`.
 
-    Args:
-      labels: `i32[N]`, of the whole split.
-      rows: `i32[R]`, those to divide.
-      folds: K. The first R mod K parts have one row more.
+    If R is not divisible by K, the first parts have one row more.
 
     Raises:
       ConfigError: a class has fewer rows than there are folds.
@@ -111,13 +99,13 @@ def fold_rows(labels: np.ndarray, rows: np.ndarray, folds: int) -> list[np.ndarr
 
 
 def epoch_order(key: Array, epoch: Array | int, rows: Array, batch_size: int) -> Array:
-    """Returns the rows of every batch of an epoch: a permutation of `rows`, `i32[R] -> i32[S,B]`.
+    """Returns the rows of each batch of an epoch: a permutation, padded with -1 at the end, `i32[R] -> i32[S,B]`.
 
     Args:
-      key: the run's root key.
-      epoch: its number, from 0.
+      key: the root key of the run.
+      epoch: counted from 0.
       rows: the row numbers to train on.
-      batch_size: B. Places after the last row hold -1.
+      batch_size: B.
     """
     order = jax.random.permutation(rng.stream(key, "order", epoch), rows)
     padding = -len(rows) % batch_size
@@ -128,9 +116,9 @@ jit_epoch_order = jax.jit(epoch_order, static_argnames="batch_size")
 
 
 def epochs_order(key: Array, first_epoch: int, num_epochs: int, rows: Array, batch_size: int) -> Array:
-    """Returns the orders of some epochs that follow each other, one after the other: `i32[R] -> i32[num_epochs*S,B]`.
+    """Returns the orders of consecutive epochs, one after the other: `i32[R] -> i32[num_epochs*S,B]`.
 
-    Made by the program that makes one epoch's, whatever their number.
+    However many they are, they are computed by the same compiled program, one epoch at a time.
     """
     numbers = range(first_epoch, first_epoch + num_epochs)
     orders = [jit_epoch_order(key, jax.device_put(np.int32(epoch)), rows, batch_size) for epoch in numbers]
@@ -138,39 +126,32 @@ def epochs_order(key: Array, first_epoch: int, num_epochs: int, rows: Array, bat
 
 
 def take(examples: Examples, rows: Array) -> Batch:
-    """Gathers a batch on the device, `i32[B] -> u8[B,28,28,1], i32[B]`; row -1 is a place without an example."""
+    """Gathers a batch on the device: `i32[B] -> u8[B,28,28,1], i32[B]`; row -1 is a place without an example."""
     image = jnp.take(examples.image, rows, axis=0, mode="clip")
     label = jnp.take(examples.label, rows, axis=0, mode="clip")
     return {"image": image, "label": jnp.where(rows < 0, NO_LABEL, label)}
 
 
 def stream(
-    examples: Examples,
-    rows: Array,
-    key: Array,
-    start_step: int,
-    batch_size: int,
-    placement: NamedSharding | None = None,
+    examples: Examples, rows: Array, key: Array, start_step: int, batch_size: int, placement: NamedSharding
 ) -> Iterator[Batch]:
-    """Yields, from `start_step` on and without end, the very batches that the scan driver takes on the device.
+    """Yields the batches that `epoch_order` and `take` form, from `start_step` on and without end.
 
     Args:
-      examples: on the host.
+      examples: on the host. Only the rows of this process are read.
       rows: `i32[R]`, the row numbers to train on.
-      key: the run's root key.
+      key: the root key of the run.
       start_step: finished updates.
       batch_size: B.
-      placement: of a batch; on the default device, if not given. Only this process's rows are read.
+      placement: where a batch is placed.
     """
-    steps_per_epoch = -(-len(rows) // batch_size)
-    placement = placement or sharding.split(sharding.make_mesh(1))
     own = sharding.own_rows(placement, batch_size)
-    epoch, skip = divmod(start_step, steps_per_epoch)
+    epoch, skip = divmod(start_step, -(-len(rows) // batch_size))
     while True:
         index = jax.device_put(np.int32(epoch))
         for batch_rows in jax.device_get(jit_epoch_order(key, index, rows, batch_size))[skip:, own]:
             label = np.where(batch_rows < 0, NO_LABEL, examples.label[batch_rows])
             batch = {"image": examples.image[np.maximum(batch_rows, 0)], "label": label}
-            # JAX copies while the step before is still running: the transfer costs no waiting.
+            # JAX copies the batch while the previous step is still running, so the transfer costs no waiting.
             yield sharding.place_rows(batch, placement, batch_size)
         epoch, skip = epoch + 1, 0

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-IMAGE_SIZE = 28
+from mnist_flax.data.registry import IMAGE_SIZE
+
 BOX_SIZE = 20
 CENTRE = 14
 
@@ -26,12 +27,14 @@ def frame(image: np.ndarray) -> np.ndarray:
         return canvas
     tight = image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     height, width = (max(1, round(side * BOX_SIZE / max(tight.shape))) for side in tight.shape)
-    box = np.asarray(Image.fromarray(tight).resize((width, height), Image.Resampling.BICUBIC)).astype(np.float64)
+    # In two steps because Pillow 13 scales the columns of tall images first, which rounds differently.
+    rows_done = Image.fromarray(tight).resize((width, len(tight)), Image.Resampling.BICUBIC)
+    box = np.asarray(rows_done.resize((width, height), Image.Resampling.BICUBIC)).astype(np.float64)
     if not box.any():  # ink too thin and faint to survive the scaling
         return canvas
     centre_row = np.arange(height) @ box.sum(axis=1) / box.sum()
     centre_column = np.arange(width) @ box.sum(axis=0) / box.sum()
-    top = int(np.clip(round(CENTRE - centre_row), 0, IMAGE_SIZE - height))
-    left = int(np.clip(round(CENTRE - centre_column), 0, IMAGE_SIZE - width))
+    top = int(np.clip(round(CENTRE - float(centre_row)), 0, IMAGE_SIZE - height))
+    left = int(np.clip(round(CENTRE - float(centre_column)), 0, IMAGE_SIZE - width))
     canvas[top : top + height, left : left + width] = np.round(box * (255 / box.max()))
     return canvas

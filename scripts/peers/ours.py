@@ -11,7 +11,7 @@ import numpy as np
 from mnist_flax import rng
 from mnist_flax.analysis.evaluation import evaluate
 from mnist_flax.config import Config
-from mnist_flax.data import datasets
+from mnist_flax.data import splits
 from mnist_flax.step import eval_variables, jit_init_state
 from mnist_flax.train import DRIVERS
 from scripts.peers.harness import Examples, Recipe, serve
@@ -26,7 +26,7 @@ class Ours:
         self._state = jit_init_state(self._config, key)
         rows = np.arange(len(train.label), dtype=np.int32)
         driver = DRIVERS[self._config.train.driver]
-        self._advance = driver(self._config, self._state, datasets.Examples(*train), rows, key)
+        self._advance = driver(self._config, self._state, splits.Examples(*train), rows, key)
         self._done = 0
 
     def epoch(self) -> float:
@@ -39,7 +39,7 @@ class Ours:
 
     def accuracy(self, images: np.ndarray, labels: np.ndarray) -> float:
         """Judges the network."""
-        return evaluate(self._config, eval_variables(self._state), datasets.Examples(images, labels)).accuracy
+        return evaluate(self._config, eval_variables(self._state), splits.Examples(images, labels)).accuracy
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ from mnist_flax.analysis.evaluation import Evaluation
 from mnist_flax.analysis.report.layers import Layer
 from mnist_flax.analysis.scores import scores
 from mnist_flax.config import Config
-from mnist_flax.data import batches, labels
-from mnist_flax.data.load import Splits
+from mnist_flax.data import batches
+from mnist_flax.data.registry import DATASETS
+from mnist_flax.data.splits import Splits
 from mnist_flax.run.provenance import provenance
 
 GALLERY = 24  # examples in each gallery
@@ -42,7 +43,7 @@ def gather(
     return {
         "dataset": splits.name,
         "dataset_fingerprint": splits.fingerprint,
-        "class_names": list(labels.class_names(splits.name)),
+        "class_names": list(DATASETS[splits.name].class_names),
         "run": run_facts(config, layers, records, step, summary),
         "test": {"evaluated_by": evaluated_by, **scores(evaluation, label, splits.name)},
         "calibration": calibration(evaluation, label),
@@ -126,7 +127,7 @@ def galleries(probs: np.ndarray, label: np.ndarray, dataset: str) -> Facts:
     """
     prediction = probs.argmax(axis=-1)
     of_label = np.take_along_axis(probs, label[:, None], axis=-1)[:, 0]
-    doubtful = set(labels.doubtful_rows(dataset, "test"))
+    doubtful = set(DATASETS[dataset].doubtful_test_rows)
 
     def describe(rows: np.ndarray | Sequence[int]) -> list[Facts]:
         return [

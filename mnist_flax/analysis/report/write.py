@@ -10,7 +10,7 @@ from mnist_flax.analysis.report import facts as facts_lib
 from mnist_flax.analysis.report import layers, page, pictures, plots
 from mnist_flax.analysis.run_data import load_data
 from mnist_flax.config import Config
-from mnist_flax.data.load import Splits
+from mnist_flax.data.splits import Splits
 from mnist_flax.errors import WorkdirError
 from mnist_flax.run import workdir as workdirs
 
@@ -51,7 +51,8 @@ def write_report(
       WorkdirError: the folder cannot be written.
     """
     place = shown(folder) if folder else f"{shown(workdir)}/{FOLDER}"
-    folder = folder or workdirs.subfolder(workdir, FOLDER)
+    remedy = workdirs.RESUMES if evaluated_by == "training" else workdirs.NAME_OUTPUT
+    folder = folder or workdirs.subfolder(workdir, FOLDER, remedy=remedy)
     variables = predictor.members[0]
     facts = facts_lib.gather(
         config,
@@ -86,7 +87,7 @@ def write_report(
         "index.html": html.encode(),
     }
     for name, content in pieces.items():
-        workdirs.write_bytes(folder / name, content)
+        workdirs.write_bytes(folder / name, content, remedy=remedy)
     return folder / "index.html"
 
 

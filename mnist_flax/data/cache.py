@@ -1,0 +1,120 @@
+"""Loading a prepared copy: decoded once, then read from a cache of its arrays."""
+
+import contextlib
+import hashlib
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+
+from mnist_flax.data import tfds_copy
+from mnist_flax.data.registry import DATASETS, IMAGE_SIZE
+from mnist_flax.data.splits import Examples, Splits, check_fingerprint, fingerprint, make_splits
+
+logger = logging.getLogger(__name__)
+
+FINGERPRINT_FILE = "fingerprint.txt"  # in a copy that we prepared: the fingerprint of what was written
+
+
+def load_prepared(name: str, data_dir: Path) -> tuple[Splits | None, list[str]]:
+    """Loads the first prepared copy that can be used, and says why others cannot.
+
+    Raises:
+      DataError: a copy can be read, but it is not this dataset.
+    """
+    flaws: list[str] = []
+    for parent in (data_dir, data_dir / "mnist_flax"):
+        copy = tfds_copy.copy_dir(name, parent)
+        flaw = tfds_copy.find_flaw(name, parent)
+        if not flaw:
+            try:
+                splits = _load_copy(name, data_dir, parent)
+            except Exception as error:  # a damaged record surfaces as almost any error of the libraries that decode it
+                flaw = f"its records cannot be read ({type(error).__name__}: {error})"
+            else:
+                remedy = "delete this folder to prepare it again, or choose another with --config.data.data_dir=DIR"
+                check_fingerprint(splits, _expected_fingerprint(name, copy), copy, remedy)
+                return splits, flaws
+        if os.path.exists(copy):  # unlike Path.exists, it never raises
+            flaws.append(f"{copy}: {flaw}")
+    return None, flaws
+
+
+def _load_copy(name: str, data_dir: Path, parent: Path) -> Splits:
+    """Loads the copy below `parent` through the cache."""
+    cache = data_dir / "mnist_flax" / "decoded" / f"{name.replace('/', '-')}.npz"
+    key = _copy_key(tfds_copy.copy_dir(name, parent))
+    splits = _read_cache(cache, name, key)
+    if splits is None:
+        splits = make_splits(name, *tfds_copy.read_copy(name, parent), "tfds")
+        _write_cache(cache, key, splits)
+    _check_arrays(splits)
+    return splits
+
+
+def _check_arrays(splits: Splits) -> None:
+    """Raises ValueError if shapes or labels are not those that the dataset's entry promises."""
+    num_classes = DATASETS[splits.name].num_classes
+    for split, rows in DATASETS[splits.name].num_rows.items():
+        image, label = getattr(splits, split)
+        if image.shape != (rows, IMAGE_SIZE, IMAGE_SIZE, 1) or label.shape != (rows,):
+            raise ValueError(f"{split} has images {image.shape} and labels {label.shape} for {rows} rows")
+        if label.min() < 0 or label.max() >= num_classes:
+            raise ValueError(f"{split} has labels from {label.min()} to {label.max()} for {num_classes} classes")
+
+
+def _expected_fingerprint(name: str, copy: Path) -> str:
+    """Returns the fingerprint that a copy should have; empty if it is not known."""
+    if not DATASETS[name].fingerprint:
+        with contextlib.suppress(OSError):
+            return (copy / FINGERPRINT_FILE).read_text().strip()
+    return DATASETS[name].fingerprint
+
+
+def _copy_key(copy: Path) -> str:
+    """Returns a key of a prepared copy, which changes whenever one of its files is written again."""
+    digest = hashlib.sha256((copy / "dataset_info.json").read_bytes())
+    for path in sorted(copy.iterdir()):
+        stat = path.stat()
+        digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _read_cache(cache: Path, name: str, key: str) -> Splits | None:
+    """Loads the decoded arrays; None if there are none, or if they are damaged or belong to another copy."""
+    try:
+        with cache.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            if str(arrays["key"]) != key:
+                return None
+            train, test = (Examples(arrays[f"{split}_image"], arrays[f"{split}_label"]) for split in ("train", "test"))
+            splits = Splits(name, train, test, str(arrays["fingerprint"]), "tfds")
+        if fingerprint(train, test) != splits.fingerprint:
+            raise ValueError("its fingerprint differs")
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # whatever is wrong with it, it can be made again
+        logger.info("%s is damaged (%s): decoding %s again", cache, error, name)
+        return None
+    return splits
+
+
+def _write_cache(cache: Path, key: str, splits: Splits) -> None:
+    """Keeps the decoded arrays for the next time; the file appears whole or not at all."""
+    arrays = {
+        f"{split}_{field}": array
+        for split in ("train", "test")
+        for field, array in getattr(splits, split)._asdict().items()
+    }
+    temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in cache.parent.glob(f"{cache.name}.*.tmp"):  # of a process that died
+            leftover.unlink()
+        with temporary.open("wb") as file:
+            np.savez(file, key=key, fingerprint=splits.fingerprint, **arrays)
+        os.replace(temporary, cache)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        logger.info("the decoded images cannot be kept (%s): they will be decoded again at the next start", error)

@@ -1,0 +1,89 @@
+"""Official files: what is checked about them, and how they are downloaded."""
+
+import hashlib
+import logging
+from pathlib import Path
+
+from mnist_flax.data.registry import DATASETS, DataFile, Dataset
+from mnist_flax.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+TIMEOUTS = (5, 20)  # seconds to connect, and between two pieces of an answer
+
+
+class UnavailableError(DataError):
+    """A source does not have the dataset, but nothing is wrong with the data: the next source may have it."""
+
+
+def check_files(dataset: Dataset, folder: Path) -> None:
+    """Checks that a folder contains the files of a dataset, as far as their sizes and checksums are known.
+
+    Raises:
+      DataError: a file is missing, cannot be read, or has another size or SHA-256.
+    """
+    for file in dataset.files:
+        _check_file(folder / file.name, file)
+
+
+def _check_file(path: Path, file: DataFile) -> None:
+    """Checks one file."""
+    remedy = f"; fetch it from {file.url}" if file.url else ""
+    try:
+        if not path.is_file():
+            raise DataError(f"{path}: no such file{remedy}")
+        size = path.stat().st_size
+        if file.size and size != file.size:
+            raise DataError(f"{path}: {size} bytes instead of {file.size}{_owner(size)}{remedy}")
+        with path.open("rb") as opened:
+            sha256 = hashlib.file_digest(opened, "sha256").hexdigest() if file.sha256 else ""
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); make it readable{remedy}") from error
+    if sha256 != file.sha256:
+        raise DataError(f"{path}: damaged, its SHA-256 is {sha256} instead of {file.sha256}{remedy}")
+
+
+def _owner(size: int) -> str:
+    """Returns a hint if the size is that of another known file: many have the same name and are easily swapped."""
+    for name, dataset in DATASETS.items():
+        for file in dataset.files:
+            if file.size == size:
+                return f", the size of {name}'s {file.name}"
+    return ""
+
+
+def download_files(dataset: Dataset, folder: Path) -> None:
+    """Downloads the files of a dataset into a folder.
+
+    Raises:
+      UnavailableError: a server cannot be reached.
+      DataError: what a server sent is not the official file.
+      OSError: the folder cannot be written.
+    """
+    for file in dataset.files:
+        logger.info("downloading %s (%.1f MB)", file.url, file.size / 1e6)
+        _download(file, folder / file.name)
+
+
+def _download(file: DataFile, path: Path) -> None:
+    """Downloads one file, and never more than its size."""
+    import requests
+
+    size = 0
+    try:
+        with requests.Session() as session, path.open("wb") as out:
+            # Identity: if the server compressed or unpacked the file on the way, no checksum would match.
+            request = session.get(file.url, stream=True, timeout=TIMEOUTS, headers={"Accept-Encoding": "identity"})
+            with request as response:
+                response.raise_for_status()
+                for block in response.iter_content(1 << 16):
+                    size += len(block)
+                    if size > file.size:
+                        raise DataError(f"{file.url}: sends more than the expected {file.size} bytes; try again later")
+                    out.write(block)
+    except requests.RequestException as error:
+        raise UnavailableError(f"{file.url} cannot be downloaded: {error}") from error
+    try:
+        _check_file(path, file)
+    except DataError as error:
+        raise DataError(f"{file.url} does not send the official file: {error}") from error

@@ -1,0 +1,55 @@
+"""A dataset in memory."""
+
+import hashlib
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mnist_flax.errors import DataError
+
+
+class Examples(NamedTuple):
+    """Images `u8[N,28,28,1]`, white on black, and labels `i32[N]`, on the host or on the device."""
+
+    image: Any  # np.ndarray or jax.Array: most functions take either
+    label: Any
+
+
+class Splits(NamedTuple):
+    """A dataset in memory, in the order of the original files.
+
+    Attributes:
+      name: the key in `registry.DATASETS` of what was loaded, which may differ from what the config asked for.
+      fingerprint: SHA-256 of all shapes, images and labels, in hexadecimal.
+      source: where it was loaded from: `tfds` (a copy that was already prepared), `raw` (files in a folder),
+        `download`, or `embedded`.
+    """
+
+    name: str
+    train: Examples
+    test: Examples
+    fingerprint: str
+    source: str
+
+
+def make_splits(name: str, train: Examples, test: Examples, source: str) -> Splits:
+    """Returns the splits with their fingerprint."""
+    return Splits(name, train, test, fingerprint(train, test), source)
+
+
+def check_fingerprint(splits: Splits, expected: str, place: object, remedy: str) -> None:
+    """Raises DataError if the images and labels found at a place are not the expected ones; unknown if empty."""
+    if expected and splits.fingerprint != expected:
+        raise DataError(
+            f"{place}: its images and labels are not those of {splits.name} (fingerprint {splits.fingerprint[:12]}"
+            f" instead of {expected[:12]}); {remedy}"
+        )
+
+
+def fingerprint(train: Examples, test: Examples) -> str:
+    """Returns the SHA-256 of all shapes, images and labels, in hexadecimal."""
+    digest = hashlib.sha256()
+    for array in (*train, *test):
+        digest.update(f"{array.dtype.str}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()

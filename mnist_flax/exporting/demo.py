@@ -1,0 +1,241 @@
+"""The demo page: one HTML file in which a trained network reads what you draw, and shows how."""
+
+import base64
+import itertools
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mnist_flax import metrics
+from mnist_flax.analysis.evaluation import Evaluation, Predictor, RunInfo, evaluate, load_predictor
+from mnist_flax.analysis.report import facts
+from mnist_flax.analysis.run_data import load_data
+from mnist_flax.data.registry import DATASETS
+from mnist_flax.data.splits import Splits
+from mnist_flax.exporting.graph import Graph
+from mnist_flax.exporting.inference import graph_of
+from mnist_flax.exporting.textbook import textbook_order
+from mnist_flax.run import workdir as workdirs
+from mnist_flax.run.checkpoint import steps_in
+
+FILE = "demo.html"
+PAGE = pathlib.Path(__file__).with_name("page")
+SCRIPTS = ("framing", "network", "inspect", "draw", "views", "inspector", "app")  # in the order that they need
+
+EXAMPLES = 12  # of each kind
+
+
+class Checkpoint(NamedTuple):
+    """A network on the page: what it is called there, and its graph."""
+
+    title: str
+    graph: Graph
+
+
+class Example(NamedTuple):
+    """An image to step through.
+
+    Attributes:
+      kind: `right`, `mistake` or `corrupted`.
+      title: such as `Test image 947`.
+      label: the class that it shows.
+      image: `u8[28,28]`.
+    """
+
+    kind: str
+    title: str
+    label: int
+    image: np.ndarray
+
+
+def write_demo(
+    workdir: pathlib.Path,
+    checkpoint: str = "latest",
+    *,
+    output: pathlib.Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> pathlib.Path:
+    """Writes the demo page of a run, or of a population as a committee.
+
+    Args:
+      workdir: the folder of the run or population.
+      checkpoint: `latest`, `best` (on hold-out rows) or a step. If the run has an earlier one, the page compares the
+        two.
+      output: where to write; if not given, `demo.html` in the run's folder.
+      overrides: where the data are, as for `load_data`.
+
+    Returns:
+      The page.
+
+    Raises:
+      UserError: the run or its data cannot be read, its network cannot be exported, or the page cannot be written.
+    """
+    predictor, info = load_predictor(workdir, checkpoint)
+    _, splits = load_data(info.config, info.fingerprint, overrides or {})
+    evaluation = evaluate(predictor, splits.test)
+    checkpoints = [Checkpoint(_title(info), graph_of(predictor))]
+    steps = steps_in(workdir / workdirs.CHECKPOINTS)
+    if info.kind == "run" and steps[0] < info.steps[0]:
+        early, early_info = load_predictor(workdir, str(steps[0]))
+        checkpoints.append(Checkpoint(_title(early_info), graph_of(early)))
+    page = render(
+        checkpoints,
+        choose_examples(splits, np.exp(metrics.log_probabilities(evaluation.logits))),
+        classes=DATASETS[splits.name].class_names,
+        title=workdir.absolute().name,
+        **_texts(predictor, evaluation, splits.name),
+    )
+    path = output or workdir / FILE
+    workdirs.write_text(path, page, remedy="name another file with --output=FILE")
+    return path
+
+
+def _title(info: RunInfo) -> str:
+    step = max(info.steps)
+    return f"step {step:,}" + (" (end)" if step == info.config.num_steps else "")
+
+
+def _texts(predictor: Predictor, evaluation: Evaluation, dataset: str) -> dict[str, str]:
+    """Returns the sentences of the page that depend on the run."""
+    import jax
+
+    name = DATASET_TITLES.get(dataset, dataset)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves([member["params"] for member in predictor.members]))
+    what = "A network" if len(predictor.members) == 1 else f"A committee of {len(predictor.members)} networks"
+    right = round(evaluation.accuracy * evaluation.examples)
+    lead = (
+        f"{what} with {parameters:,} weights runs inside this page. Trained on {name}, it reads {right:,} of"
+        f" {evaluation.examples:,} test images correctly. Nothing you draw leaves the page."
+    )
+    note = (
+        f"The mistakes are the test images that cost this network the highest loss. Its probabilities are calibrated on"
+        f" images held out from training (temperature {predictor.temperature:.3g})."
+        if predictor.temperature != 1
+        else "The mistakes are the test images that cost this network the highest loss."
+    )
+    return {"dataset": name, "lead": lead, "note": note}
+
+
+# Names as their authors write them; other datasets keep the name that the config has.
+DATASET_TITLES = {
+    "mnist": "MNIST",
+    "fashion_mnist": "Fashion-MNIST",
+    "kmnist": "KMNIST",
+    "digits": "scikit-learn's digits",
+}
+
+
+def render(
+    checkpoints: Sequence[Checkpoint],
+    examples: Sequence[Example],
+    *,
+    classes: Sequence[str],
+    title: str,
+    dataset: str,
+    lead: str,
+    note: str,
+) -> str:
+    """Returns the page.
+
+    Args:
+      checkpoints: the network that answers, and perhaps another one to compare it with.
+      examples: the first one is shown when the page opens.
+      classes: their names.
+      title: of the page.
+      dataset: what the network was trained on, for the reader.
+      lead: the sentences below the heading.
+      note: the sentences at the end.
+    """
+    import jinja2
+
+    data = {
+        "classes": list(classes),
+        "checkpoints": [
+            {"title": name, "graph": json.loads(graph.to_json()), "weights": _base64(graph.weights())}
+            for name, graph in ((name, textbook_order(graph)) for name, graph in checkpoints)
+        ],
+        "examples": [{**example._asdict(), "image": _base64(example.image.tobytes())} for example in examples],
+    }
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    return environment.from_string(_source("page.html.jinja")).render(
+        title=title,
+        dataset=dataset,
+        lead=lead,
+        note=note,
+        classes=classes,
+        checkpoints=checkpoints,
+        css=_source("page.css"),
+        script="\n".join(_source(f"{name}.js") for name in SCRIPTS),
+        data=json.dumps(data).replace("<", "\\u003c"),  # so that no text in it can end the script element
+    )
+
+
+def _source(name: str) -> str:
+    return (PAGE / name).read_text(encoding="utf-8")
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode("ascii")
+
+
+def choose_examples(splits: Splits, probs: np.ndarray) -> list[Example]:
+    """Picks test images to step through: a correct one of each class, the worst mistakes, and corrupted ones.
+
+    Args:
+      splits: the data.
+      probs: `f32[N,C]`, what the network says of the test images.
+    """
+    images, labels = splits.test.image[..., 0], splits.test.label
+    found = facts.galleries(probs, labels, splits.name)
+    correct = list({example["label"]: example["row"] for example in reversed(found["correct"])}.values())[::-1]
+    worst = [example["row"] for example in found["mistakes"]]
+
+    def example(kind: str, row: int) -> Example:
+        return Example(kind, f"Test image {row}", int(labels[row]), images[row])
+
+    corrupted = [
+        example("corrupted", row)._replace(title=f"Test image {row}, {name}", image=corrupt(images[row]))
+        for (name, corrupt), row in zip(CORRUPTIONS.items(), itertools.cycle(correct[1:] or correct), strict=False)
+    ]
+    return [
+        *(example("right", row) for row in correct[:EXAMPLES]),
+        *(example("mistake", row) for row in worst[:EXAMPLES]),
+        *corrupted,
+    ]
+
+
+def _noise(image: np.ndarray) -> np.ndarray:
+    noise = np.random.default_rng(0).normal(0, 60, image.shape)
+    return np.clip(image + noise, 0, 255).astype(np.uint8)
+
+
+def _blur(image: np.ndarray) -> np.ndarray:
+    from scipy import ndimage
+
+    return np.asarray(ndimage.gaussian_filter(image.astype(np.float32), 1.5)).astype(np.uint8)
+
+
+def _rotate(image: np.ndarray) -> np.ndarray:
+    from scipy import ndimage
+
+    return np.clip(ndimage.rotate(image.astype(np.float32), 40, reshape=False, order=1), 0, 255).astype(np.uint8)
+
+
+def _cover(image: np.ndarray) -> np.ndarray:
+    covered = image.copy()
+    covered[12:17] = 0
+    return covered
+
+
+CORRUPTIONS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
+    "with noise": _noise,
+    "blurred": _blur,
+    "rotated": _rotate,
+    "negative": lambda image: 255 - image,
+    "partly covered": _cover,
+    "shifted": lambda image: np.roll(image, (5, -5), (0, 1)),
+    "faint": lambda image: (image // 6).astype(np.uint8),
+}

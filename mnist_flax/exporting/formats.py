@@ -1,0 +1,180 @@
+"""The formats of `export`, one entry each, and the check that every file passes before it is kept."""
+
+import dataclasses
+import importlib.util
+import json
+import pathlib
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mnist_flax import metrics
+from mnist_flax.analysis.evaluation import Predictor, RunInfo, load_predictor, predict_logits
+from mnist_flax.analysis.run_data import load_data
+from mnist_flax.config import Config
+from mnist_flax.data.load import load_splits
+from mnist_flax.data.registry import DATASETS
+from mnist_flax.errors import DataError
+from mnist_flax.exporting import card, numpy_program, onnx, stablehlo
+from mnist_flax.exporting.graph import ExportError
+from mnist_flax.exporting.inference import graph_of, in_float32
+from mnist_flax.run import workdir as workdirs
+from mnist_flax.sections import DataConfig
+
+FOLDER = "export"
+STEM = "model"
+TOLERANCE = 1e-4  # of logits and probabilities
+NUM_IMAGES = 1_000
+
+Outputs = Mapping[str, np.ndarray]
+Metadata = dict[str, str]
+
+
+class Format(NamedTuple):
+    """A way to write a predictor.
+
+    Attributes:
+      suffix: of the file that `load` takes.
+      packages: what it imports that is not always installed.
+      write: returns the content of each file by its suffix.
+      load: opens the file: `u8[N,28,28,1] -> {"logits", "probabilities"}`.
+    """
+
+    suffix: str
+    packages: tuple[str, ...]
+    write: Callable[[Predictor, Metadata], dict[str, bytes]]
+    load: Callable[[pathlib.Path], Callable[[np.ndarray], Outputs]]
+
+
+def _write_onnx(predictor: Predictor, metadata: Metadata) -> dict[str, bytes]:
+    return {".onnx": onnx.to_onnx(graph_of(predictor), metadata)}
+
+
+def _write_stablehlo(predictor: Predictor, metadata: Metadata) -> dict[str, bytes]:
+    del metadata  # the format has no place for it
+    return {".stablehlo": stablehlo.to_stablehlo(predictor)}
+
+
+def _write_npz(predictor: Predictor, metadata: Metadata) -> dict[str, bytes]:
+    del metadata
+    program, weights = numpy_program.to_numpy(graph_of(predictor))
+    return {".npz": weights, ".py": program.encode()}
+
+
+FORMATS: dict[str, Format] = {
+    "onnx": Format(".onnx", ("onnx", "onnxruntime"), _write_onnx, onnx.load),
+    "stablehlo": Format(".stablehlo", ("flatbuffers",), _write_stablehlo, stablehlo.load),
+    "npz": Format(".npz", (), _write_npz, numpy_program.load),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+      paths: the files.
+      difference: the largest of any logit or probability from the network's own.
+      images: how many images were compared.
+      source: which.
+    """
+
+    paths: tuple[pathlib.Path, ...]
+    difference: float
+    images: int
+    source: str
+
+    def line(self) -> str:
+        """Returns the result as a line to print."""
+        files = " and ".join(f"{path} ({path.stat().st_size / 1000:,.0f} kB)" for path in self.paths)
+        return f"{files}: largest difference of logits {self.difference:.1e}, over {self.images:,} {self.source}"
+
+
+def export_workdir(
+    workdir: pathlib.Path,
+    format_name: str,
+    *,
+    checkpoint: str = "latest",
+    folder: pathlib.Path | None = None,
+    overrides: Mapping[str, Any],
+) -> Exported:
+    """Writes a run, or a population as a committee, in a format, and a model card beside it.
+
+    Args:
+      workdir: of the run or the population.
+      format_name: a key of `FORMATS`.
+      checkpoint: `latest`, `best` (on hold-out rows) or a step.
+      folder: where to write; if None, `export/` in the workdir.
+      overrides: fields that say where the run's data are.
+
+    Raises:
+      UserError: a package is missing, the run cannot be read, the network cannot be expressed in the format, or the
+        file does not agree with it. Nothing is written then.
+    """
+    chosen = FORMATS[format_name]
+    check_packages(format_name, chosen)
+    predictor, info = load_predictor(workdir, checkpoint)
+    images, source = images_to_compare(info, overrides)
+    contents = chosen.write(predictor, metadata_of(info))
+    difference = check(chosen, contents, predictor, images, format_name)
+    folder = folder or workdirs.subfolder(workdir, FOLDER)
+    paths = tuple(folder / f"{STEM}{suffix}" for suffix in contents)
+    for path, content in zip(paths, contents.values(), strict=True):
+        workdirs.write_bytes(path, content, remedy="make room, or name another --output")
+    workdirs.write_text(folder / card.FILE, card.text(workdir, predictor, info), remedy="name another --output")
+    return Exported(paths, difference, len(images), source)
+
+
+def check_packages(format_name: str, chosen: Format) -> None:
+    """Raises if a package that a format needs is not installed."""
+    missing = [name for name in chosen.packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ExportError(f"--format={format_name}: needs packages that are missing: pip install {' '.join(missing)}")
+
+
+def metadata_of(info: RunInfo) -> Metadata:
+    """Returns what a file says of itself, where its format has a place for it."""
+    dataset = info.config.data.name
+    return {"dataset": dataset, "classes": json.dumps(DATASETS[dataset].class_names), "steps": str(max(info.steps))}
+
+
+def images_to_compare(info: RunInfo, overrides: Mapping[str, Any]) -> tuple[np.ndarray, str]:
+    """Returns up to 1,000 test images, or scikit-learn's digits if the run's data cannot be had, and what they are."""
+    try:
+        config, splits = load_data(info.config, info.fingerprint, overrides)
+        return splits.test.image[:NUM_IMAGES], f"test images of {config.data.name}"
+    except DataError:
+        digits = load_splits(Config(data=DataConfig(name="digits")))
+        source = f"of scikit-learn's digits, because {info.config.data.name} cannot be had here"
+        return digits.train.image[:NUM_IMAGES], source
+
+
+def check(
+    chosen: Format, contents: Mapping[str, bytes], predictor: Predictor, images: np.ndarray, format_name: str
+) -> float:
+    """Runs a file and compares it with the network, in batches of several sizes.
+
+    Returns:
+      The largest difference of a logit or a probability.
+
+    Raises:
+      ExportError: the difference is above `TOLERANCE`, or not a number.
+    """
+    with tempfile.TemporaryDirectory() as staging:
+        for suffix, content in contents.items():
+            pathlib.Path(staging, STEM + suffix).write_bytes(content)
+        run = chosen.load(pathlib.Path(staging, STEM + chosen.suffix))
+        batches = [images[:1], *(images[start : start + 333] for start in range(1, len(images), 333))]
+        outputs = [run(batch) for batch in batches]
+    logits = predict_logits(in_float32(predictor), images)
+    expected = {"logits": logits, "probabilities": np.exp(metrics.log_probabilities(logits))}
+    found = {name: np.concatenate([output[name] for output in outputs]) for name in expected}
+    difference = max(float(np.max(np.abs(found[name] - expected[name]))) for name in expected)
+    if not difference <= TOLERANCE:
+        raise ExportError(
+            f"--format={format_name}: the file differs from the network by {difference:.1e}, more than the"
+            f" {TOLERANCE:.0e} allowed, so it was not written"
+        )
+    return difference

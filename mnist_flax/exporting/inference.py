@@ -1,0 +1,66 @@
+"""What is exported: pixels in, logits and probabilities out, with views, committee and temperature inside."""
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from mnist_flax.analysis.evaluation import VIEWS, Predictor
+from mnist_flax.exporting.graph import Graph, trace
+from mnist_flax.step import Variables, forward
+
+
+def in_float32(predictor: Predictor) -> Predictor:
+    """Returns the predictor with products in float32 on every device: the precision of all exports."""
+    model = dataclasses.replace(predictor.program.model, dtype="float32", matmul_precision="highest")
+    return dataclasses.replace(predictor, program=dataclasses.replace(predictor.program, model=model))
+
+
+def logits_of(predictor: Predictor, members: Sequence[Variables], images: Array) -> Array:
+    """Computes what `predict_logits` does, as a function that JAX can trace: `u8[N,28,28,1] -> f32[N,C]`.
+
+    Args:
+      predictor: everything but the weights.
+      members: the weights of each network.
+      images: of any number, which may be symbolic.
+    """
+    views = _shifted(images, VIEWS[: predictor.views])
+    outputs = []
+    for i, variables in enumerate(members):
+        with jax.named_scope(f"member_{i}") if len(members) > 1 else contextlib.nullcontext():
+            logits = forward(predictor.program, variables, views)
+            outputs.append(logits.reshape(images.shape[0], predictor.views, logits.shape[-1]))
+    logits = outputs[0][:, 0] if len(outputs) == predictor.views == 1 else _log_mean(jnp.concatenate(outputs, 1))
+    return logits / predictor.temperature
+
+
+def _shifted(images: Array, shifts: Sequence[tuple[int, int]]) -> Array:
+    """Returns the views of each image, one after the other: `u8[N,H,W,1] -> u8[N*V,H,W,1]`."""
+    if len(shifts) == 1:
+        return images
+    count, height, width, channels = images.shape
+    padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    views = [padded[:, 1 - down : 1 - down + height, 1 - right : 1 - right + width] for down, right in shifts]
+    return jnp.stack(views, 1).reshape(count * len(shifts), height, width, channels)
+
+
+def _log_mean(logits: Array) -> Array:
+    """Returns the log of the mean probabilities, `f32[N,V,C] -> f32[N,C]`; shifted, so that none underflows."""
+    log_probs = jax.nn.log_softmax(logits)
+    top = log_probs.max(1, keepdims=True)
+    return (top + jnp.log(jnp.exp(log_probs - top).mean(1, keepdims=True)))[:, 0]
+
+
+def graph_of(predictor: Predictor) -> Graph:
+    """Returns the graph of a predictor.
+
+    Raises:
+      ExportError: the network contains an operation that the graph does not know.
+    """
+    exact = in_float32(predictor)
+    if len(exact.members) == 1:
+        return trace(lambda variables, images: logits_of(exact, [variables], images), exact.members[0])
+    return trace(lambda members, images: logits_of(exact, members, images), exact.members)

@@ -1,0 +1,210 @@
+"""A graph as an ONNX model, and back as a function."""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from mnist_flax.exporting.graph import IMAGE_SHAPE, INPUT, ExportError, Graph, Node
+
+# Read by onnxruntime since 1.14 (2023), of which onnxruntime-web is a build.
+OPSET, IR_VERSION = 18, 8
+
+OPS = {
+    **{"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "max": "Max", "min": "Min", "pow": "Pow"},
+    **{"equal": "Equal", "less": "Less", "less_equal": "LessOrEqual", "greater": "Greater"},
+    **{"greater_equal": "GreaterOrEqual", "and": "And", "or": "Or", "not": "Not", "neg": "Neg", "abs": "Abs"},
+    **{"sign": "Sign", "floor": "Floor", "exp": "Exp", "log": "Log", "sqrt": "Sqrt", "tanh": "Tanh", "erf": "Erf"},
+    **{"logistic": "Sigmoid", "sin": "Sin", "cos": "Cos", "where": "Where", "relu": "Relu", "softmax": "Softmax"},
+    **{"einsum": "Einsum", "concat": "Concat", "transpose": "Transpose", "cast": "Cast", "slice": "Slice"},
+    **{"pad": "Pad", "reshape": "Reshape", "broadcast": "Expand"},
+    **{"reduce_sum": "ReduceSum", "reduce_mean": "ReduceMean", "reduce_max": "ReduceMax", "reduce_min": "ReduceMin"},
+}
+ATTRIBUTES = {"einsum": {"equation": "equation"}, "concat": {"axis": "axis"}, "transpose": {"axes": "perm"}}
+POOLS = {"max_pool": "MaxPool", "sum_pool": "AveragePool", "avg_pool": "AveragePool"}
+TO_NCHW, TO_NHWC, TO_OIHW = (0, 3, 1, 2), (0, 2, 3, 1), (3, 2, 0, 1)
+
+
+class _Writer:
+    """Collects ONNX nodes and initialisers."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.nodes: list[Any] = []
+        self.arrays: dict[str, np.ndarray] = dict(graph.constants)
+        self.names = {node: output for output, node in graph.outputs.items()}
+        self.shapes = {INPUT: (-1, *IMAGE_SHAPE), **{node.name: node.shape for node in graph.nodes}}
+
+    def add(self, op: str, inputs: tuple[str, ...], name: str, output: str = "", **attrs: Any) -> str:
+        from onnx import helper
+
+        output = output or name
+        inputs = tuple(self.names.get(x, x) for x in inputs)
+        self.nodes.append(helper.make_node(op, inputs, [self.names.get(output, output)], name=name, **attrs))
+        return output
+
+    def array(self, name: str, values: Any) -> str:
+        self.arrays[name] = np.asarray(values)
+        return name
+
+    def ints(self, name: str, values: Any) -> str:
+        return self.array(name, np.asarray(values, np.int64))
+
+    def write(self, node: Node) -> None:
+        name = node.name
+        if node.op == "conv":
+            self._conv(node)
+        elif node.op in POOLS:
+            self._pool(node)
+        elif node.op == "dense":
+            self._dense(node)
+        else:
+            arguments = {
+                "slice": self._slice,
+                "pad": self._pad,
+                "reshape": self._reshape,
+                "broadcast": self._expand,
+                **dict.fromkeys(("reduce_sum", "reduce_mean", "reduce_max", "reduce_min"), self._reduce),
+            }.get(node.op, lambda node: node.inputs)(node)
+            attrs = {theirs: node.attrs[ours] for ours, theirs in ATTRIBUTES.get(node.op, {}).items()}
+            if node.op == "cast":
+                attrs["to"] = _onnx_type(node.dtype)
+            if node.op.startswith("reduce"):
+                attrs["keepdims"] = 0
+            self.add(OPS[node.op], arguments, name, **attrs)
+
+    def _images(self, op: str, inputs: tuple[str, ...], name: str, **attrs: Any) -> str:
+        """Adds a node that takes and gives channels first, between two transpositions, which onnxruntime cancels."""
+        first = self.add("Transpose", inputs[:1], f"{name}/to_nchw", perm=TO_NCHW)
+        result = self.add(op, (first, *inputs[1:]), name, f"{name}/nchw", **attrs)
+        return self.add("Transpose", (result,), f"{name}/to_nhwc", name, perm=TO_NHWC)
+
+    def _conv(self, node: Node) -> None:
+        kernel = node.inputs[1]
+        name = f"{kernel}/oihw"
+        if kernel in self.graph.constants:
+            self.array(name, np.ascontiguousarray(self.graph.constants[kernel].transpose(TO_OIHW)))
+        else:
+            self.add("Transpose", (kernel,), name, perm=TO_OIHW)
+        self._images(
+            "Conv",
+            (node.inputs[0], name, *node.inputs[2:]),
+            node.name,
+            strides=node.attrs["strides"],
+            pads=_pads(node.attrs["pads"]),
+            dilations=node.attrs["dilations"],
+            group=node.attrs["groups"],
+        )
+
+    def _pool(self, node: Node) -> None:
+        size = node.attrs["size"]
+        attrs: dict[str, Any] = {"kernel_shape": size, "strides": node.attrs["strides"]}
+        attrs["pads"] = _pads(node.attrs["pads"])
+        if node.op != "max_pool":
+            attrs["count_include_pad"] = 1
+        if node.op != "sum_pool":
+            self._images(POOLS[node.op], node.inputs, node.name, **attrs)
+            return
+        mean = self.add("Transpose", node.inputs, f"{node.name}/to_nchw", perm=TO_NCHW)
+        mean = self.add(POOLS[node.op], (mean,), f"{node.name}/mean", **attrs)
+        mean = self.add("Transpose", (mean,), f"{node.name}/to_nhwc", perm=TO_NHWC)
+        count = self.array(f"{node.name}/count", np.asarray(np.prod(size), node.dtype))
+        self.add("Mul", (mean, count), node.name)
+
+    def _dense(self, node: Node) -> None:
+        x, kernel, *bias = node.inputs
+        if not bias:
+            self.add("MatMul", (x, kernel), node.name)
+            return
+        product = self.add("MatMul", (x, kernel), node.name, f"{node.name}/product")
+        self.add("Add", (product, *bias), f"{node.name}/bias", node.name)
+
+    def _reduce(self, node: Node) -> tuple[str, ...]:
+        return (*node.inputs, self.ints(f"{node.name}/axes", node.attrs["axes"]))
+
+    def _slice(self, node: Node) -> tuple[str, ...]:
+        of = self.shapes.get(node.inputs[0], ())
+        parts = list(zip(node.attrs["starts"], node.attrs["limits"], node.attrs["strides"], strict=True))
+        axes = [axis for axis, part in enumerate(parts) if part != (0, of[axis], 1)]
+        if any(of[axis] < 0 for axis in axes):
+            raise ExportError(f"layer {node.layer or node.name}: slices the batch, which an export cannot do")
+        columns = zip(("starts", "limits", "strides"), zip(*(parts[axis] for axis in axes), strict=True), strict=True)
+        starts, limits, strides = (self.ints(f"{node.name}/{label}", values) for label, values in columns)
+        return (*node.inputs, starts, limits, self.ints(f"{node.name}/axes", axes), strides)
+
+    def _pad(self, node: Node) -> tuple[str, ...]:
+        x, value = node.inputs
+        return (x, self.ints(f"{node.name}/pads", (*node.attrs["low"], *node.attrs["high"])), value)
+
+    def _reshape(self, node: Node) -> tuple[str, ...]:
+        if sum(size < 0 for size in node.shape) > 1:
+            raise ExportError(f"layer {node.layer or node.name}: spreads the batch over several axes")
+        return (*node.inputs, self.ints(f"{node.name}/shape", [max(size, -1) for size in node.shape]))
+
+    def _expand(self, node: Node) -> tuple[str, ...]:
+        """A size that comes from the batch is read from the input when the model runs."""
+        sizes = []
+        for axis, size in enumerate(node.shape):
+            label = f"{node.name}/size_{axis}"
+            if size >= 0:
+                sizes.append(self.ints(label, [size]))
+                continue
+            batch = self.add("Shape", (INPUT,), f"{label}/batch", start=0, end=1)
+            sizes.append(self.add("Mul", (batch, self.ints(f"{label}/times", [-size])), label))
+        return (*node.inputs, self.add("Concat", tuple(sizes), f"{node.name}/shape", axis=0))
+
+
+def _pads(pads: Any) -> tuple[int, ...]:
+    (top, bottom), (left, right) = pads
+    return top, left, bottom, right
+
+
+def _onnx_type(dtype: str) -> int:
+    from onnx import helper
+
+    return int(helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
+
+
+def to_onnx(graph: Graph, metadata: dict[str, str]) -> bytes:
+    """Returns a checked ONNX model, `images` u8[N,28,28,1] -> `probabilities`, `logits` f32[N,C].
+
+    Args:
+      graph: of a predictor.
+      metadata: stored in the file.
+
+    Raises:
+      ExportError: the graph contains something that ONNX cannot express.
+    """
+    import onnx
+    from onnx import helper, numpy_helper
+
+    writer = _Writer(graph)
+    for node in graph.nodes:
+        writer.write(node)
+    used = {name for node in writer.nodes for name in node.input}
+    inputs = [helper.make_tensor_value_info(INPUT, onnx.TensorProto.UINT8, ["N", *IMAGE_SHAPE])]
+    outputs = [
+        helper.make_tensor_value_info(output, _onnx_type("float32"), ["N", *writer.shapes[node][1:]])
+        for output, node in graph.outputs.items()
+    ]
+    arrays = [numpy_helper.from_array(array, name) for name, array in writer.arrays.items() if name in used]
+    model = helper.make_model(
+        helper.make_graph(writer.nodes, "mnist_flax", inputs, outputs, arrays),
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=IR_VERSION,
+        producer_name="mnist_flax",
+    )
+    helper.set_model_props(model, metadata)
+    onnx.checker.check_model(model, full_check=True)
+    content: bytes = model.SerializeToString()
+    return content
+
+
+def load(path: pathlib.Path) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+    """Opens an ONNX file with onnxruntime."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return lambda images: dict(zip(names, session.run(None, {INPUT: images}), strict=True))

@@ -1,0 +1,134 @@
+// The pad: strokes by mouse, touch or pen, kept as lines so that they can be undone and drawn at any size.
+
+const PAD = 280; // the pad's side in its own units
+const PEN = 20; // width of the pen in these units
+const MARGIN = 20; // around the pad in the raster, for strokes that are widened beyond its edge
+
+class Pad {
+  // onDraw(finished) is called after every change; finished is false while a stroke goes on.
+  constructor(canvas, onDraw) {
+    this.canvas = canvas;
+    this.onDraw = onDraw;
+    this.strokes = []; // each a list of [x, y]
+    this.backdrop = null; // a 28x28 image shown instead of strokes
+    this.pointer = null;
+    const side = PAD + 2 * MARGIN;
+    this.rasterContext = Object.assign(document.createElement("canvas"), { width: side, height: side })
+      .getContext("2d", { willReadFrequently: true });
+    canvas.addEventListener("pointerdown", (event) => this.start(event));
+    canvas.addEventListener("pointermove", (event) => this.move(event));
+    for (const name of ["pointerup", "pointercancel"]) canvas.addEventListener(name, (event) => this.end(event));
+  }
+
+  start(event) {
+    if (this.pointer !== null || event.button !== 0) return;
+    event.preventDefault();
+    this.canvas.focus({ preventScroll: true });
+    this.pointer = event.pointerId;
+    this.canvas.setPointerCapture(event.pointerId);
+    this.backdrop = null;
+    this.strokes.push([this.place(event)]);
+    this.onDraw(false);
+  }
+
+  move(event) {
+    if (event.pointerId !== this.pointer) return;
+    const events = event.getCoalescedEvents?.() ?? [];
+    const stroke = this.strokes[this.strokes.length - 1];
+    for (const part of events.length ? events : [event]) stroke.push(this.place(part));
+    this.onDraw(false);
+  }
+
+  end(event) {
+    if (event.pointerId !== this.pointer) return;
+    this.pointer = null;
+    this.onDraw(true);
+  }
+
+  place(event) {
+    const box = this.canvas.getBoundingClientRect();
+    const inside = (at, length) => clamp((at * PAD) / length, 0, PAD);
+    return [inside(event.clientX - box.left, box.width), inside(event.clientY - box.top, box.height)];
+  }
+
+  // Replaces what is drawn.
+  set(strokes, backdrop = null) {
+    this.strokes = strokes;
+    this.backdrop = backdrop;
+    this.onDraw(true);
+  }
+
+  undo() {
+    this.set(this.strokes.slice(0, -1), this.strokes.length ? null : this.backdrop);
+  }
+
+  clear() {
+    this.set([]);
+  }
+
+  get isEmpty() {
+    return !this.strokes.length;
+  }
+
+  // The drawing as grey values, white on black: u8[320 * 320].
+  //
+  // A pen thinner than a tenth of the drawing would fade in the small image, so its strokes are widened to that, as
+  // mnist_flax.predict widens the strokes of a picture.
+  raster() {
+    const context = this.rasterContext;
+    const { width: side } = context.canvas;
+    context.setTransform(1, 0, 0, 1, 0, 0);
+    context.fillStyle = "#000";
+    context.fillRect(0, 0, side, side);
+    context.translate(MARGIN, MARGIN);
+    drawStrokes(context, this.strokes, Math.max(PEN, 0.1 * this.extent()), "#fff");
+    const { data } = context.getImageData(0, 0, side, side);
+    const grey = new Uint8Array(side * side);
+    for (let i = 0; i < grey.length; i++) grey[i] = data[4 * i];
+    return grey;
+  }
+
+  // The longer side of the box around the drawing, pen included.
+  extent() {
+    const points = this.strokes.flat();
+    const lengths = [0, 1].map((axis) => {
+      const places = points.map((point) => point[axis]);
+      return Math.max(...places) - Math.min(...places);
+    });
+    return points.length ? Math.max(...lengths) + PEN : 0;
+  }
+
+  // The 28x28 pixels for the network.
+  pixels() {
+    const side = PAD + 2 * MARGIN;
+    return this.backdrop ?? frame(this.raster(), side, side);
+  }
+
+  // Shows the drawing, as sharp as the screen is; ink is [r, g, b].
+  paint(ink) {
+    const side = Math.round(this.canvas.clientWidth * devicePixelRatio) || PAD;
+    if (this.canvas.width !== side) this.canvas.width = this.canvas.height = side;
+    const context = this.canvas.getContext("2d");
+    context.setTransform(side / PAD, 0, 0, side / PAD, 0, 0);
+    context.clearRect(0, 0, PAD, PAD);
+    if (this.backdrop) paintBackdrop(context, this.backdrop, ink);
+    drawStrokes(context, this.strokes, PEN, `rgb(${ink})`);
+  }
+}
+
+function drawStrokes(context, strokes, width, color) {
+  Object.assign(context, { lineWidth: width, lineCap: "round", lineJoin: "round", strokeStyle: color });
+  for (const [first, ...rest] of strokes) {
+    context.beginPath();
+    context.moveTo(...first);
+    for (const point of rest.length ? rest : [first]) context.lineTo(...point);
+    context.stroke();
+  }
+}
+
+function paintBackdrop(context, pixels, ink) {
+  const digit = Object.assign(document.createElement("canvas"), { width: SIDE, height: SIDE });
+  paintDigit(digit.getContext("2d"), pixels, ink);
+  context.imageSmoothingEnabled = false;
+  context.drawImage(digit, 0, 0, PAD, PAD);
+}

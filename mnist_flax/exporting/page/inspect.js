@@ -1,0 +1,205 @@
+// What can be seen of a network: its layers as maps, and how each of their values came about.
+
+const POOLS = { max_pool: "Max pooling", avg_pool: "Average pooling", sum_pool: "Sum pooling", reduce_mean: "Mean of each map" };
+const FUNCTIONS = { relu: "ReLU", leaky_relu: "leaky ReLU", elu: "ELU", gelu: "GELU", silu: "SiLU", tanh: "tanh" };
+
+// Lists the stages to show, in computing order: what each layer with weights passes on, and what pooling makes of it.
+// A stage is { title, layer, first, node, steps }: `first` is the convolution, dense layer or pooling, `node` is what
+// is shown, and `steps` are the operations from one to the other, all of the same shape.
+function findStages(network) {
+  const owners = findOwners(network);
+  const numbers = {}; // of each kind of layer, in each member of a committee
+  const stages = [];
+  for (const first of network.nodes.filter((node) => hasWeights(network, node))) {
+    const own = network.nodes.filter((node) => owners.get(node.name) === first.name);
+    const isLast = own.some((node) => node.name === network.outputs.logits);
+    const member = first.layer.match(/^member_(\d+)/)?.[1];
+    const kind = (member ? `Network ${Number(member) + 1}: ` : "") + (first.op === "conv" ? "Convolution" : "Dense layer");
+    numbers[kind] = (numbers[kind] ?? 0) + 1;
+    const title = isLast ? "Logits" : `${kind} ${numbers[kind]}`;
+    stages.push(stageOf(title, first, own));
+    const pooling = own.find((node) => node.op in POOLS);
+    if (pooling && !isLast) stages.push(stageOf(POOLS[pooling.op], pooling, own));
+  }
+  return stages;
+}
+
+function stageOf(title, first, nodes) {
+  const steps = nodes.slice(nodes.indexOf(first) + 1).filter((node) => node.op !== "softmax" && sameShape(node.shape, first.shape));
+  return { title, layer: first.layer, first, steps, node: steps[steps.length - 1] ?? first };
+}
+
+// For each node, the last node with weights that it depends on.
+function findOwners(network) {
+  const owners = new Map();
+  const order = new Map(network.nodes.map((node, i) => [node.name, i]));
+  for (const node of network.nodes) {
+    const found = node.inputs.map((name) => owners.get(name)).filter((name) => name !== undefined);
+    const last = found.sort((a, b) => order.get(a) - order.get(b)).pop();
+    owners.set(node.name, hasWeights(network, node) ? node.name : last);
+  }
+  return owners;
+}
+
+function hasWeights(network, node) {
+  return (node.op === "conv" || node.op === "dense") && node.inputs[1] in network.constants;
+}
+
+function sameShape(a, b) {
+  return a.length === b.length && a.every((size, axis) => size === b[axis]);
+}
+
+// The size of a stage's maps; a vector has maps of one pixel.
+function mapSize(shape) {
+  const channels = shape[shape.length - 1];
+  return shape.length === 4 ? { height: shape[1], width: shape[2], channels } : { height: 1, width: 1, channels };
+}
+
+// Where a value of a map is in the array of its stage.
+function indexOf(shape, { y, x, channel }) {
+  const { width, channels } = mapSize(shape);
+  return (y * width + x) * channels + channel;
+}
+
+// Explains one value of a stage: { inputs, operation, sum, lines }.
+// `inputs` is the window below the value: { rows, columns, channels, value(i, j, k), weight(i, j, k) }; `sum` what the
+// operation makes of it, and `lines` the steps after that, each { label, value }.
+function explain(network, stage, place) {
+  const { first } = stage;
+  const [x, kernel, bias] = first.inputs.map((name) => network.values.get(name));
+  const lines = [];
+  let window;
+  if (first.op === "conv") window = convWindow(x, kernel, first, place);
+  else if (first.op === "dense") window = denseWindow(network, first, kernel, place);
+  else window = poolWindow(x, first, place);
+  let value = network.values.get(first.name).data[indexOf(first.shape, place)];
+  if (bias) {
+    lines.push({ label: signed(bias.data[place.channel]) + " bias", value });
+    value = 0;
+    for (let k = 0; k < window.channels; k++) value += contribution(window, k);
+  }
+  return { window, sum: value, lines: lines.concat(explainSteps(network, stage, place)) };
+}
+
+// The sum of products of one input map.
+function contribution({ rows, columns, value, weight }, k) {
+  let sum = 0;
+  for (let i = 0; i < rows; i++) for (let j = 0; j < columns; j++) sum += value(i, j, k) * weight(i, j, k);
+  return sum;
+}
+
+function convWindow(x, kernel, { attrs, shape }, { y, x: column, channel }) {
+  const [, height, width, depth] = x.shape;
+  const [rows, columns, groupDepth, channels] = kernel.shape;
+  const group = Math.floor(channel / (shape[3] / attrs.groups));
+  return {
+    rows, columns, channels: groupDepth, firstChannel: group * groupDepth,
+    value(i, j, k) {
+      const row = y * attrs.strides[0] - attrs.pads[0][0] + i * attrs.dilations[0];
+      const at = column * attrs.strides[1] - attrs.pads[1][0] + j * attrs.dilations[1];
+      const inside = row >= 0 && row < height && at >= 0 && at < width;
+      return inside ? x.data[(row * width + at) * depth + group * groupDepth + k] : 0;
+    },
+    weight: (i, j, k) => kernel.data[((i * columns + j) * groupDepth + k) * channels + channel],
+  };
+}
+
+// A dense layer on flattened maps is a convolution with a kernel as large as they are.
+function denseWindow(network, node, kernel, { channel }) {
+  let source = node.inputs[0];
+  for (let before = network.node(source); before?.op === "reshape"; before = network.node(source)) source = before.inputs[0];
+  const { data, shape } = network.values.get(source);
+  const { height, width, channels } = count(shape) === kernel.shape[0] ? mapSize(shape) : mapSize([kernel.shape[0]]);
+  const index = (i, j, k) => (i * width + j) * channels + k;
+  return {
+    rows: height, columns: width, channels, firstChannel: 0,
+    value: (i, j, k) => data[index(i, j, k)],
+    weight: (i, j, k) => kernel.data[index(i, j, k) * kernel.shape[1] + channel],
+  };
+}
+
+function poolWindow(x, { op, attrs }, { y, x: column, channel }) {
+  const { height, width, channels } = mapSize(x.shape);
+  const whole = { size: [height, width], strides: [1, 1], pads: [[0, 0], [0, 0]] };
+  const { size, strides, pads } = op === "reduce_mean" ? whole : attrs;
+  return {
+    rows: size[0], columns: size[1], channels: 1, firstChannel: channel, weight: null,
+    value(i, j) {
+      const row = y * strides[0] - pads[0][0] + i, at = column * strides[1] - pads[1][0] + j;
+      const inside = row >= 0 && row < height && at >= 0 && at < width;
+      return inside ? x.data[(row * width + at) * channels + channel] : op === "max_pool" ? -Infinity : 0;
+    },
+  };
+}
+
+// The operations after the first, those of one function (such as SiLU) as one line.
+function explainSteps(network, { first, steps }, place) {
+  const lines = [];
+  steps.forEach((node, i) => {
+    if (node.function && node.function === steps[i + 1]?.function && node.layer === steps[i + 1].layer) return;
+    const index = indexOf(first.shape, place);
+    lines.push({ label: stepLabel(network, node, index), value: network.values.get(node.name).data[index] });
+  });
+  return lines;
+}
+
+function stepLabel(network, node, index) {
+  const name = FUNCTIONS[node.function] ?? FUNCTIONS[node.op];
+  if (name) return name;
+  if (node.inputs.length !== 2) return node.function || node.op;
+  const constant = node.inputs.find((input) => input in network.constants);
+  if (!constant) return { add: "+ shortcut" }[node.op] ?? node.function ?? node.op;
+  const input = network.values.get(constant);
+  const operand = input.data[broadcastMap(input, node.shape)?.[index] ?? index];
+  const isLast = node.op === "div" && count(input.shape) === 1;
+  return { add: signed(operand), sub: signed(-operand), mul: `× ${format(operand)}`,
+    div: `÷ ${format(operand)}${isLast ? " temperature" : ""}` }[node.op] ?? node.op;
+}
+
+function format(value) {
+  if (!Number.isFinite(value)) return "outside";
+  const text = Math.abs(value).toFixed(Math.abs(value) < 100 ? 3 : 1);
+  return value < 0 && Number(text) !== 0 ? `−${text}` : text;
+}
+
+function signed(value) {
+  return value < 0 ? `− ${format(-value)}` : `+ ${format(value)}`;
+}
+
+// The part of the image that a value depends on: { top, left, bottom, right }, in pixels, the last two exclusive.
+function receptiveField(network, node, { y, x }) {
+  const all = { top: 0, left: 0, bottom: SIDE, right: SIDE };
+  const field = fieldOf(network, node.name, { top: y, left: x, bottom: y + 1, right: x + 1 });
+  if (!field) return all;
+  return {
+    top: Math.max(0, field.top), left: Math.max(0, field.left),
+    bottom: Math.min(SIDE, field.bottom), right: Math.min(SIDE, field.right),
+  };
+}
+
+// Follows a box of a map back to the image; null stands for the whole image.
+function fieldOf(network, name, box) {
+  const node = network.node(name);
+  if (!node) return box; // the image itself
+  const sources = node.inputs.filter((input) => !(input in network.constants));
+  if (node.shape.length !== 4 || sources.some((input) => network.values.get(input).shape.length !== 4)) return null;
+  let wider = box;
+  if (node.op === "conv" || /pool/.test(node.op)) {
+    const { strides, pads, dilations = [1, 1] } = node.attrs;
+    const size = node.attrs.size ?? network.values.get(node.inputs[1]).shape;
+    const reach = [0, 1].map((axis) => (size[axis] - 1) * dilations[axis]);
+    wider = {
+      top: box.top * strides[0] - pads[0][0], bottom: (box.bottom - 1) * strides[0] - pads[0][0] + reach[0] + 1,
+      left: box.left * strides[1] - pads[1][0], right: (box.right - 1) * strides[1] - pads[1][0] + reach[1] + 1,
+    };
+  } else if (node.op === "slice" || node.op === "pad") {
+    const [dy, dx] = node.op === "slice" ? node.attrs.starts.slice(1) : node.attrs.low.slice(1).map((width) => -width);
+    wider = { top: box.top + dy, bottom: box.bottom + dy, left: box.left + dx, right: box.right + dx };
+  }
+  const fields = sources.map((input) => fieldOf(network, input, wider));
+  if (fields.some((field) => field === null)) return null;
+  return {
+    top: Math.min(...fields.map((field) => field.top)), left: Math.min(...fields.map((field) => field.left)),
+    bottom: Math.max(...fields.map((field) => field.bottom)), right: Math.max(...fields.map((field) => field.right)),
+  };
+}

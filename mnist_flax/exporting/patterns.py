@@ -1,0 +1,220 @@
+"""Simplifies a graph: drops what does nothing, and joins operations that belong together."""
+
+import dataclasses
+import itertools
+import re
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+
+from mnist_flax.exporting.graph import IMAGE_SHAPE, INPUT, Graph, Node
+
+BINARY = ("add", "sub", "mul", "div", "max", "min", "pow", "equal", "less", "less_equal", "greater", "greater_equal")
+
+
+def simplify(graph: Graph) -> Graph:
+    """Applies the rules until none fits; the result computes the same outputs."""
+    while True:
+        simpler = _drop_unused(_Pass(graph).run())
+        if simpler.nodes == graph.nodes:
+            return _renumber(simpler)
+        graph = simpler
+
+
+def _renumber(graph: Graph) -> Graph:
+    """Gives every node and constant the shortest name that is free, in order."""
+    names: dict[str, str] = {INPUT: INPUT}
+    taken = {INPUT}
+
+    def rename(old: str, stem: str) -> None:
+        numbered = (f"{stem}_{i}" for i in itertools.count(1))
+        names[old] = stem if stem not in taken else next(name for name in numbered if name not in taken)
+        taken.add(names[old])
+
+    for name in graph.constants:
+        rename(name, re.sub(r"_\d+$", "", name))
+    for node in graph.nodes:
+        rename(node.name, stem_of(node))
+    nodes = [
+        dataclasses.replace(node, name=names[node.name], inputs=tuple(names[name] for name in node.inputs))
+        for node in graph.nodes
+    ]
+    constants = {names[name]: np.asarray(array, order="C") for name, array in graph.constants.items()}
+    return Graph(tuple(nodes), constants, {name: names[node] for name, node in graph.outputs.items()})
+
+
+def stem_of(node: Node) -> str:
+    """Returns a node's name without a number."""
+    return "/".join(filter(None, (node.layer, "" if node.function == node.op else node.function, node.op)))
+
+
+def _drop_unused(graph: Graph) -> Graph:
+    used = set(graph.outputs.values())
+    for node in reversed(graph.nodes):
+        if node.name in used:
+            used.update(node.inputs)
+    constants = {name: array for name, array in graph.constants.items() if name in used}
+    return Graph(tuple(node for node in graph.nodes if node.name in used), constants, graph.outputs)
+
+
+class _Pass:
+    """One walk over the graph. `nodes` holds what has been written so far, `alias` the names of what was replaced."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.constants = dict(graph.constants)
+        self.nodes: dict[str, Node] = {}
+        self.alias: dict[str, str] = {}
+        self.uses = Counter(name for node in graph.nodes for name in node.inputs) + Counter(graph.outputs.values())
+
+    def run(self) -> Graph:
+        for old in self.graph.nodes:
+            node = dataclasses.replace(old, inputs=tuple(self.alias.get(name, name) for name in old.inputs))
+            for rule in RULES:
+                result = rule(self, node)
+                if isinstance(result, str):  # the node does nothing
+                    self.alias[old.name] = result
+                    break
+                if result is not None:
+                    node = result
+            else:
+                self.nodes[node.name] = node
+                if node.name != old.name:
+                    self.alias[old.name] = node.name
+        outputs = {name: self.alias.get(node, node) for name, node in self.graph.outputs.items()}
+        return Graph(tuple(self.nodes.values()), self.constants, outputs)
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        if name in self.constants:
+            return self.constants[name].shape
+        if name == INPUT:
+            return (-1, *IMAGE_SHAPE)
+        return self.nodes[name].shape if name in self.nodes else None
+
+    def number(self, name: str) -> float | None:
+        """Returns the value of a constant that is one number."""
+        array = self.constants.get(name)
+        return float(array.item()) if array is not None and array.size == 1 and array.dtype != bool else None
+
+    def only(self, name: str, op: str) -> Node | None:
+        """Returns the node of this name if it does `op` and has one user."""
+        node = self.nodes.get(name)
+        return node if node and node.op == op and self.uses[name] == 1 else None
+
+
+Rule = Callable[[_Pass, Node], Node | str | None]
+
+
+def _nothing(state: _Pass, node: Node) -> str | None:
+    """Drops operations that return their first input."""
+    x, shape = node.inputs[0], state.shape(node.inputs[0])
+    same = shape == node.shape
+    if node.op in ("reshape", "broadcast") and same:
+        return x
+    if node.op == "transpose" and node.attrs["axes"] == tuple(range(len(node.shape))):
+        return x
+    if node.op == "slice" and same and not any(node.attrs["starts"]):
+        return x
+    if node.op == "pad" and same:
+        return x
+    if node.op == "cast" and x in state.nodes and state.nodes[x].dtype == node.dtype:
+        return x
+    neutral = {"add": 0, "sub": 0, "mul": 1, "div": 1, "max": -np.inf, "min": np.inf}
+    if node.op in neutral:
+        for x, other in (node.inputs, node.inputs[::-1])[: 1 if node.op in ("sub", "div") else 2]:
+            if state.number(other) == neutral[node.op] and state.shape(x) == node.shape:
+                return x
+    return None
+
+
+def _reshape_twice(state: _Pass, node: Node) -> Node | None:
+    inner = state.nodes.get(node.inputs[0])
+    if node.op == "reshape" and inner and inner.op == "reshape":
+        return dataclasses.replace(node, inputs=inner.inputs)
+    return None
+
+
+def _broadcast(state: _Pass, node: Node) -> Node | None:
+    """Leaves it to elementwise operations to repeat their inputs."""
+    if node.op not in (*BINARY, "where"):
+        return None
+    inputs = tuple(
+        inner.inputs[0] if (inner := state.nodes.get(name)) and inner.op == "broadcast" else name
+        for name in node.inputs
+    )
+    shapes = [state.shape(name) for name in inputs]
+    if inputs == node.inputs or None in shapes:
+        return None
+    # Negative sizes stand for the batch; only sizes of 1 may give way.
+    for axis in range(1, len(node.shape) + 1):
+        sizes = {shape[-axis] for shape in shapes if shape is not None and len(shape) >= axis}
+        if node.shape[-axis] not in sizes:
+            return None
+    return dataclasses.replace(node, inputs=inputs)
+
+
+def _relu(state: _Pass, node: Node) -> Node | None:
+    if node.op == "max":
+        for x, other in (node.inputs, node.inputs[::-1]):
+            if state.number(other) == 0 and state.shape(x) == node.shape:
+                return dataclasses.replace(node, op="relu", inputs=(x,))
+    return None
+
+
+def _bias(state: _Pass, node: Node) -> Node | str | None:
+    """Joins a constant that is added to each channel with the convolution or dense layer before it.
+
+    A max-pooling between them changes nothing: max(x) + b and max(x + b) are equal, rounding included.
+    """
+    if node.op != "add":
+        return None
+    for x, bias in (node.inputs, node.inputs[::-1]):
+        array = state.constants.get(bias)
+        if array is None or array.ndim == 0 or array.size != array.shape[-1] or array.size != node.shape[-1]:
+            continue
+        pool = state.only(x, "max_pool")
+        inner = state.only(pool.inputs[0], "conv") if pool else state.only(x, "conv") or state.only(x, "dense")
+        if inner and len(inner.inputs) == 2 and inner.dtype == node.dtype and state.shape(x) == node.shape:
+            state.constants[bias] = array.reshape(-1)
+            state.nodes[inner.name] = dataclasses.replace(inner, inputs=(*inner.inputs, bias))
+            return x
+    return None
+
+
+def _windows(state: _Pass, node: Node) -> Node | None:
+    """Recognises pooling that is written as a reduction over windows: [B,H/s,s,W/t,t,C]."""
+    pools = {"reduce_sum": "sum_pool", "reduce_max": "max_pool"}
+    if node.op not in pools or node.attrs["axes"] != (2, 4):
+        return None
+    inner = state.only(node.inputs[0], "reshape")
+    outer = state.shape(inner.inputs[0]) if inner else None
+    if not inner or not outer or len(outer) != 4 or len(inner.shape) != 6:
+        return None
+    batch, rows, height, columns, width, channels = inner.shape
+    if outer != (batch, rows * height, columns * width, channels):
+        return None
+    window = {"size": (height, width), "strides": (height, width), "pads": ((0, 0), (0, 0))}
+    return dataclasses.replace(node, op=pools[node.op], inputs=inner.inputs, attrs=window)
+
+
+def _mean(state: _Pass, node: Node) -> Node | None:
+    """Joins a sum with the division by the number of its terms."""
+    if node.op not in ("div", "mul"):
+        return None
+    number = state.number(node.inputs[1])
+    for op, mean in (("sum_pool", "avg_pool"), ("reduce_sum", "reduce_mean")):
+        inner = state.only(node.inputs[0], op)
+        if not inner or number is None or inner.shape != node.shape:
+            continue
+        of = state.shape(inner.inputs[0]) or ()
+        sizes = inner.attrs["size"] if op == "sum_pool" else [of[axis] for axis in inner.attrs["axes"]]
+        count = np.prod(sizes)
+        if count > 0 and np.isclose(number if node.op == "div" else 1 / number, count, rtol=1e-6):
+            joined = dataclasses.replace(inner, op=mean)
+            del state.nodes[inner.name]
+            return joined
+    return None
+
+
+RULES: tuple[Rule, ...] = (_nothing, _reshape_twice, _broadcast, _bias, _relu, _windows, _mean)

@@ -1,0 +1,211 @@
+"""What each operation of a graph means, in NumPy: one function an operation, inputs then attributes."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from mnist_flax.exporting.graph import INPUT, Graph, Node
+
+Array = np.ndarray
+
+
+def windows(x: Array, size: Any, strides: Any, dilations: Any = (1, 1)) -> Array:
+    """All windows of an image: [N,H,W,C] -> [N,H',W',C,h,w]."""
+    spans = [(n - 1) * d + 1 for n, d in zip(size, dilations, strict=True)]
+    views = np.lib.stride_tricks.sliding_window_view(x, spans, (1, 2))
+    return views[:, :: strides[0], :: strides[1], :, :: dilations[0], :: dilations[1]]
+
+
+def conv(x: Array, kernel: Array, bias: Any = 0.0, *, strides: Any, pads: Any, dilations: Any, groups: int) -> Array:
+    """Convolution: [N,H,W,C], [h,w,C/groups,D] -> [N,H',W',D]."""
+    x = np.pad(x, ((0, 0), *pads, (0, 0)))
+    patches = windows(x, kernel.shape[:2], strides, dilations)
+    parts = zip(np.split(patches, groups, 3), np.split(kernel, groups, 3), strict=True)
+    return np.concatenate([np.tensordot(p, k, ((3, 4, 5), (2, 0, 1))) for p, k in parts], 3) + bias
+
+
+def dense(x: Array, kernel: Array, bias: Any = 0.0) -> Array:
+    """Matrix product: [...,K], [K,D] -> [...,D]."""
+    return x @ kernel + bias
+
+
+def max_pool(x: Array, *, size: Any, strides: Any, pads: Any) -> Array:
+    """Maximum of each window."""
+    x = np.pad(x, ((0, 0), *pads, (0, 0)), constant_values=-np.inf)
+    return windows(x, size, strides).max((4, 5))
+
+
+def sum_pool(x: Array, *, size: Any, strides: Any, pads: Any) -> Array:
+    """Sum of each window."""
+    return windows(np.pad(x, ((0, 0), *pads, (0, 0))), size, strides).sum((4, 5))
+
+
+def avg_pool(x: Array, *, size: Any, strides: Any, pads: Any) -> Array:
+    """Mean of each window."""
+    return windows(np.pad(x, ((0, 0), *pads, (0, 0))), size, strides).mean((4, 5))
+
+
+def relu(x: Array) -> Array:
+    """Negative values become 0."""
+    return np.maximum(x, 0)
+
+
+def softmax(x: Array) -> Array:
+    """Logits to probabilities, over the last axis."""
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def logistic(x: Array) -> Array:
+    """1 / (1 + exp(-x)), without overflow."""
+    return 0.5 * np.tanh(0.5 * x) + 0.5
+
+
+def erf(x: Array) -> Array:
+    """The error function."""
+    return np.vectorize(math.erf, [x.dtype])(x)
+
+
+def where(condition: Array, x: Array, y: Array) -> Array:
+    """Takes x where the condition holds, and y elsewhere."""
+    return np.where(condition, x, y)
+
+
+def reduce_sum(x: Array, *, axes: Any) -> Array:
+    """Sum over axes."""
+    return x.sum(axes)
+
+
+def reduce_mean(x: Array, *, axes: Any) -> Array:
+    """Mean over axes."""
+    return x.mean(axes)
+
+
+def reduce_max(x: Array, *, axes: Any) -> Array:
+    """Maximum over axes."""
+    return x.max(axes)
+
+
+def reduce_min(x: Array, *, axes: Any) -> Array:
+    """Minimum over axes."""
+    return x.min(axes)
+
+
+def reshape(x: Array, *, shape: Any) -> Array:
+    """The same values in another shape."""
+    return x.reshape(shape)
+
+
+def broadcast(x: Array, *, shape: Any) -> Array:
+    """Repeats axes of size 1."""
+    return np.broadcast_to(x, shape)
+
+
+def transpose(x: Array, *, axes: Any) -> Array:
+    """The axes in another order."""
+    return x.transpose(axes)
+
+
+def concat(*inputs: Array, axis: int) -> Array:
+    """One after the other."""
+    return np.concatenate(inputs, axis)
+
+
+def slice_(x: Array, *, starts: Any, limits: Any, strides: Any) -> Array:
+    """A part of every axis."""
+    return x[tuple(slice(*part) for part in zip(starts, limits, strides, strict=True))]
+
+
+def pad(x: Array, value: Array, *, low: Any, high: Any) -> Array:
+    """A margin around the array."""
+    return np.pad(x, tuple(zip(low, high, strict=True)), constant_values=value)
+
+
+def cast(x: Array, *, dtype: str) -> Array:
+    """Another type of number."""
+    return x.astype(dtype)
+
+
+def einsum(x: Array, y: Array, *, equation: str) -> Array:
+    """Any product and sum over axes."""
+    return np.einsum(equation, x, y)
+
+
+UFUNCS: dict[str, np.ufunc] = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "div": np.divide,
+    "max": np.maximum,
+    "min": np.minimum,
+    "pow": np.power,
+    "equal": np.equal,
+    "less": np.less,
+    "less_equal": np.less_equal,
+    "greater": np.greater,
+    "greater_equal": np.greater_equal,
+    "and": np.logical_and,
+    "or": np.logical_or,
+    "not": np.logical_not,
+    "neg": np.negative,
+    "abs": np.abs,
+    "sign": np.sign,
+    "floor": np.floor,
+    "exp": np.exp,
+    "log": np.log,
+    "sqrt": np.sqrt,
+    "tanh": np.tanh,
+    "sin": np.sin,
+    "cos": np.cos,
+}
+OPERATIONS: dict[str, Callable[..., Array]] = {
+    "slice": slice_,
+    "conv": conv,
+    "dense": dense,
+    "max_pool": max_pool,
+    "sum_pool": sum_pool,
+    "avg_pool": avg_pool,
+    "relu": relu,
+    "softmax": softmax,
+    "logistic": logistic,
+    "erf": erf,
+    "where": where,
+    "reduce_sum": reduce_sum,
+    "reduce_mean": reduce_mean,
+    "reduce_max": reduce_max,
+    "reduce_min": reduce_min,
+    "reshape": reshape,
+    "broadcast": broadcast,
+    "transpose": transpose,
+    "concat": concat,
+    "pad": pad,
+    "cast": cast,
+    "einsum": einsum,
+    **UFUNCS,
+}
+
+
+def attributes(node: Node) -> dict[str, Any]:
+    """Returns what a function takes beside its inputs."""
+    if node.op in ("reshape", "broadcast"):
+        return {"shape": node.shape}
+    return {"dtype": node.dtype} if node.op == "cast" else node.attrs
+
+
+def sizes(value: Any, batch: int) -> Any:
+    """Puts the batch size into an attribute: -k becomes k times it."""
+    if isinstance(value, tuple):
+        return tuple(sizes(item, batch) for item in value)
+    return -value * batch if isinstance(value, int) and value < 0 else value
+
+
+def run(graph: Graph, images: Array) -> Mapping[str, Array]:
+    """Computes every node, `u8[N,28,28,1] ->` its value by its name, and the graph's outputs by theirs."""
+    values: dict[str, Any] = {INPUT: images, **graph.constants}
+    for node in graph.nodes:
+        function = OPERATIONS[node.op]
+        attrs = {name: sizes(value, len(images)) for name, value in attributes(node).items()}
+        values[node.name] = function(*(values[name] for name in node.inputs), **attrs)
+    return values | {name: values[node] for name, node in graph.outputs.items()}

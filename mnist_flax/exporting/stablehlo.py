@@ -1,0 +1,51 @@
+"""A predictor as StableHLO, by `jax.export`, and back as a function."""
+
+import pathlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+
+from mnist_flax.analysis.evaluation import Predictor
+from mnist_flax.exporting.graph import IMAGE_SHAPE, ExportError
+from mnist_flax.exporting.inference import in_float32, logits_of
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def to_stablehlo(predictor: Predictor) -> bytes:
+    """Returns a serialised program for any number of images on any of `PLATFORMS`.
+
+    Raises:
+      ExportError: the network needs to know the number of images when it is traced.
+    """
+    exact = in_float32(predictor)
+
+    def outputs(images: jax.Array) -> dict[str, jax.Array]:
+        logits = logits_of(exact, exact.members, images)
+        return {"logits": logits, "probabilities": jax.nn.softmax(logits)}
+
+    (batch,) = export.symbolic_shape("N")
+    images = jax.ShapeDtypeStruct((batch, *IMAGE_SHAPE), jnp.uint8)
+    try:
+        exported = export.export(jax.jit(outputs), platforms=PLATFORMS)(images)
+    except (TypeError, jax.errors.InconclusiveDimensionOperation) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ExportError(
+            f"the network cannot be traced for any number of images ({reason}); use x.shape[0] rather than len(x), and"
+            " let no size depend on the batch"
+        ) from error
+    return bytes(exported.serialize())
+
+
+def load(path: pathlib.Path) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+    """Reads a serialised program and compiles it for the device at hand."""
+    call = jax.jit(export.deserialize(bytearray(path.read_bytes())).call)
+
+    def run(images: np.ndarray) -> dict[str, np.ndarray]:
+        outputs: dict[str, np.ndarray] = jax.device_get(call(images))
+        return outputs
+
+    return run

@@ -1,0 +1,42 @@
+"""Puts a graph into the order in which textbooks draw a network: convolution, bias, activation, pooling."""
+
+import dataclasses
+
+from mnist_flax.exporting import patterns
+from mnist_flax.exporting.graph import Graph, Node
+
+
+def textbook_order(graph: Graph) -> Graph:
+    """Moves max pooling behind the bias and the activation that come after it.
+
+    Models may pool first because that is faster. The values are the same, because a maximum commutes with adding a
+    number and with every non-decreasing function. In this order each convolution has activations at full resolution.
+    """
+    users: dict[str, list[Node]] = {}
+    for node in graph.nodes:
+        for name in node.inputs:
+            users.setdefault(name, []).append(node)
+    for pool in graph.nodes:
+        after = users.get(pool.name, ())
+        if pool.op == "max_pool" and len(after) == 1 and _commutes(graph, after[0]):
+            return textbook_order(patterns.simplify(_exchange(graph, pool, after[0])))
+    return graph
+
+
+def _commutes(graph: Graph, node: Node) -> bool:
+    if node.op == "add":
+        return any(
+            name in graph.constants and graph.constants[name].size in (1, node.shape[-1]) for name in node.inputs
+        )
+    return node.op in ("relu", "tanh", "logistic")
+
+
+def _exchange(graph: Graph, pool: Node, after: Node) -> Graph:
+    """Lets two neighbours change places; the second keeps its name, so what uses it need not change."""
+    (source,) = pool.inputs
+    shape = next(node.shape for node in graph.nodes if node.name == source)
+    inputs = tuple(source if name == pool.name else name for name in after.inputs)
+    first = dataclasses.replace(after, name=pool.name, inputs=inputs, shape=shape)
+    second = dataclasses.replace(pool, name=after.name, inputs=(pool.name,))
+    replaced = {pool.name: first, after.name: second}
+    return dataclasses.replace(graph, nodes=tuple(replaced.get(node.name, node) for node in graph.nodes))

@@ -1,0 +1,186 @@
+"""Pieces of ink: which of them make a digit, and in which order they are read."""
+
+import bisect
+from typing import NamedTuple
+
+import numpy as np
+from scipy import ndimage
+
+from mnist_flax.pictures.decode import PictureError
+
+MOST = 10_000  # pieces of ink: more than a page of handwriting has
+
+
+class Blob(NamedTuple):
+    """Connected ink: its numbers in the label image, and its box, whose right and bottom are exclusive."""
+
+    labels: tuple[int, ...]
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+    @property
+    def width(self) -> int:
+        return self.right - self.left
+
+    @property
+    def height(self) -> int:
+        return self.bottom - self.top
+
+
+def find_blobs(mask: np.ndarray, pen: float) -> tuple[np.ndarray, list[Blob]]:
+    """Finds the digits in a mask of ink, in no order.
+
+    Returns:
+      The number of each pixel's piece, `i32[H,W]`, 0 where there is no ink; and the digits.
+
+    Raises:
+      PictureError: there are too many pieces.
+    """
+    labels, blobs = _pieces(mask, pen)
+    blobs = _without_specks(blobs, labels, pen)
+    if len(blobs) > MOST:
+        raise PictureError(f"holds more than {MOST:,} separate marks, which is no handwriting; crop it")
+    count = int(labels.max())
+    digits = []
+    for blob in _join_broken(blobs, pen):
+        parts = _cut_touching(blob, labels, pen, count + 1)
+        count += len(parts) - 1
+        digits += parts
+    return labels, digits
+
+
+def in_lines(blobs: list[Blob]) -> list[list[Blob]]:
+    """Groups blobs into lines, from top to bottom; each is sorted from left to right.
+
+    A blob belongs to a line when its middle lies within the height of the line's nearest member, which tells where a
+    slanting line is. The tallest blobs come first.
+    """
+    lines: list[tuple[list[int], list[Blob]]] = []  # left + right of each member, sorted; and the members
+    for blob in sorted(blobs, key=lambda blob: -blob.height):
+        middle, place = (blob.top + blob.bottom) / 2, blob.left + blob.right
+        for places, members in lines:
+            right = bisect.bisect_left(places, place)
+            near = range(max(0, right - 1), min(len(places), right + 1))
+            nearest = members[min(near, key=lambda i: abs(places[i] - place))]
+            if nearest.top <= middle <= nearest.bottom:
+                places.insert(right, place)
+                members.insert(right, blob)
+                break
+        else:
+            lines.append(([place], [blob]))
+    return sorted((members for _, members in lines), key=lambda line: np.mean([b.top + b.bottom for b in line]))
+
+
+def of_digit_size(line: list[Blob]) -> list[Blob]:
+    """Leaves out what is much lower than the rest of its line: a dash, a dot, a comma."""
+    heights = np.array([blob.height for blob in line])
+    height = float(np.median(heights[heights >= 0.5 * heights.max()]))
+    return [blob for blob in line if blob.height >= 0.4 * height]
+
+
+def _pieces(mask: np.ndarray, pen: float) -> tuple[np.ndarray, list[Blob]]:
+    """Numbers connected ink, small gaps closed."""
+    reach = max(0, round(pen / 4))
+    near = ndimage.distance_transform_edt(~mask) <= reach if reach else mask
+    labels, _ = ndimage.label(near, structure=np.ones((3, 3)))
+    labels[~mask] = 0
+    places = ndimage.find_objects(labels)
+    return labels, [
+        Blob((number,), place[1].start, place[0].start, place[1].stop, place[0].stop)
+        for number, place in enumerate(places, 1)
+        if place
+    ]
+
+
+def _without_specks(blobs: list[Blob], labels: np.ndarray, pen: float) -> list[Blob]:
+    """Leaves out dots, and what is left of rulings."""
+    if not blobs:
+        return []
+    areas = np.bincount(labels.ravel())
+    thickness = 2 * np.append(
+        0, ndimage.maximum(ndimage.distance_transform_edt(labels > 0), labels, range(1, len(areas)))
+    )
+    tallest = max(blob.height for blob in blobs)
+    largest = max(areas[1:])
+    height, width = labels.shape
+
+    def is_speck(blob: Blob) -> bool:
+        area = areas[blob.labels[0]]
+        side = max(blob.height, blob.width)
+        at_edge = blob.left == 0 or blob.top == 0 or blob.right == width or blob.bottom == height
+        return bool(
+            area < 0.03 * largest
+            or side < max(0.15 * tallest, 1.2 * pen)
+            or area < 2.5 * thickness[blob.labels[0]] ** 2  # a blot, or the corner of a shadow
+            or (side > 3 * pen and area < 0.4 * pen * side)  # a line much thinner than the pen
+            or (at_edge and blob.width > 3 * blob.height)
+        )
+
+    # If it is all specks, the largest may be the digit.
+    return [blob for blob in blobs if not is_speck(blob)] or [max(blobs, key=lambda blob: areas[blob.labels[0]])]
+
+
+def _join_broken(blobs: list[Blob], pen: float) -> list[Blob]:
+    """Joins the strokes of a digit that do not touch: a piece clearly smaller than its host, above, below or near."""
+    boxes = np.array([blob[1:] for blob in blobs])
+    parts = [blob.labels for blob in blobs]
+    whole = np.ones(len(blobs), bool)
+    first_height = boxes[:, 3] - boxes[:, 1]
+    for piece in np.argsort(first_height, kind="stable"):
+        left, top, right, bottom = boxes[piece]
+        if not whole[piece] or bottom - top != first_height[piece]:  # joined, or grown and no piece any more
+            continue
+        widths, heights = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+        overlap = np.minimum(boxes[:, 2], right) - np.maximum(boxes[:, 0], left)  # in columns; negative: a gap
+        apart = np.maximum(0, np.maximum(boxes[:, 1], top) - np.minimum(boxes[:, 3], bottom))
+        gap = np.hypot(np.maximum(0, -overlap), apart)
+        over = overlap >= 0.25 * np.minimum(widths, right - left)
+        together = np.maximum(boxes[:, 2:], (right, bottom)) - np.minimum(boxes[:, :2], (left, top))
+        hosts = (
+            whole
+            & (bottom - top <= 0.7 * heights)
+            & (gap <= np.where(over, 0.35 * heights, max(2.0, 1.5 * pen)))
+            & (together[:, 0] <= 1.5 * together[:, 1])
+        )
+        hosts[piece] = False
+        if hosts.any():
+            candidates = np.flatnonzero(hosts)
+            host = candidates[np.lexsort((-overlap[candidates], gap[candidates]))[0]]
+            boxes[host, :2] = np.minimum(boxes[host, :2], (left, top))
+            boxes[host, 2:] = np.maximum(boxes[host, 2:], (right, bottom))
+            parts[host] += parts[piece]
+            whole[piece] = False
+    return [Blob(parts[i], *map(int, boxes[i])) for i in np.flatnonzero(whole)]
+
+
+def _cut_touching(blob: Blob, labels: np.ndarray, pen: float, number: int) -> list[Blob]:
+    """Cuts two digits apart that touch: a wide blob with a place near its middle where only one stroke passes.
+
+    The right part gets a number of its own in `labels`, which is `number`.
+    """
+    if blob.width < 1.5 * blob.height:
+        return [blob]
+    window = labels[blob.top : blob.bottom, blob.left : blob.right]
+    own = np.isin(window, blob.labels)
+    third = blob.width // 3
+    cut = third + int(np.argmin(own.sum(axis=0)[third:-third]))
+    halves = own[:, :cut], own[:, cut:]
+    heights = [np.ptp(np.flatnonzero(half.any(axis=1))) + 1 if half.any() else 0 for half in halves]
+    if own[:, cut].sum() > 1.3 * pen or min(heights) < 0.75 * blob.height:
+        return [blob]
+    window[:, cut:][halves[1]] = number
+    parts = []
+    for numbers, half, offset in ((blob.labels, halves[0], 0), ((number,), halves[1], cut)):
+        rows, columns = np.flatnonzero(half.any(axis=1)), np.flatnonzero(half.any(axis=0)) + offset
+        parts.append(
+            Blob(
+                numbers,
+                blob.left + int(columns[0]),
+                blob.top + int(rows[0]),
+                blob.left + int(columns[-1]) + 1,
+                blob.top + int(rows[-1]) + 1,
+            )
+        )
+    return parts

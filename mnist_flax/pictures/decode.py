@@ -1,0 +1,136 @@
+"""Decoding: the bytes of any picture's file to an upright grey picture of moderate size."""
+
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from mnist_flax.errors import UserError
+
+FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff")
+FOREIGN_SUFFIXES = (".heic", ".heif", ".avif")  # pictures too, but Pillow alone cannot read them
+
+_SIDE = 1000  # pixels of a picture's longer side at most: enough for a page of digits, and averages much noise away
+_STRIP = 4_000_000  # pixels that are converted at once, which bounds the memory
+_ORIENTATION = 0x0112  # the EXIF tag
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+
+
+class PictureError(UserError):
+    """A picture cannot be read, or holds no ink."""
+
+    exit_status = 1
+
+
+class Picture(NamedTuple):
+    """A decoded picture.
+
+    Attributes:
+      grey: `u8[H,W]`, upright, transparent parts white, reduced to at most 1,000 pixels a side.
+      scale: pixels of the original to a pixel of `grey`.
+    """
+
+    grey: np.ndarray
+    scale: float
+
+
+def decode(content: bytes) -> Picture:
+    """Decodes a picture's file; of several frames or pages, the first.
+
+    Raises:
+      PictureError: it is no picture of a format in `FORMATS`, is damaged, or claims more pixels than
+        `PIL.Image.MAX_IMAGE_PIXELS`.
+    """
+    if not content:
+        raise PictureError("is empty")
+    Image.init()  # Pillow knows the rarer formats only from then on
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about metadata, which do not matter here
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+                size = image.size
+                image.draft("L", (_SIDE, _SIDE))  # JPEG only: large ones are decoded at half their size or less
+                grey = _upright(_to_grey(image), image)
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            raise PictureError(
+                f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels, which this program does not open; make it smaller"
+            ) from error
+        except UnidentifiedImageError as error:
+            foreign = {b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIC", b"avif": "AVIF"}.get(content[8:12])
+            hint = f", but {foreign}; save it as JPEG" if foreign and content[4:8] == b"ftyp" else ""
+            raise PictureError(f"is no picture of a known format ({', '.join(FORMATS)}){hint}") from error
+        except Exception as error:  # damaged files surface as almost any error of the decoders
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise PictureError(f"is damaged, or not all there ({reason})") from error
+    shrink = max(1.0, max(grey.size) / _SIDE)
+    if shrink > 1:
+        width, height = (max(1, round(side / shrink)) for side in grey.size)
+        grey = grey.resize((width, height), Image.Resampling.BOX)
+    return Picture(np.asarray(grey), max(size) / max(grey.size))
+
+
+def _upright(grey: Image.Image, image: Image.Image) -> Image.Image:
+    """Turns a picture as the EXIF data of `image` say; damaged data say nothing."""
+    try:
+        orientation = image.getexif().get(_ORIENTATION)
+    except Exception:  # Pillow raises almost anything over damaged EXIF data
+        return grey
+    turn = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    return grey if turn is None else grey.transpose(turn)
+
+
+def _to_grey(image: Image.Image) -> Image.Image:
+    """Turns any mode into `L`, strip by strip, and reduces large pictures by a whole factor."""
+    if image.mode in ("F", "I") or image.mode.startswith("I;16"):
+        return _converted(image, _deep_to_bytes(image))
+    if not image.has_transparency_data:
+        return _converted(image, lambda strip: strip.convert("L"))
+    grey = _converted(image, lambda strip: _over(strip, "white"))
+    if grey.getextrema()[0] == grey.getextrema()[1]:  # white ink on nothing
+        grey = _converted(image, lambda strip: _over(strip, "black"))
+    return grey
+
+
+def _converted(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    factor = max(1, max(image.size) // _SIDE)
+    return Image.fromarray(np.concatenate([np.asarray(convert(s).reduce(factor)) for s in _strips(image, factor)]))
+
+
+def _strips(image: Image.Image, factor: int = 1) -> Iterator[Image.Image]:
+    """Yields an image in strips of rows, whose number is divisible by `factor`."""
+    rows = max(1, _STRIP // image.width // factor) * factor
+    for top in range(0, image.height, rows):
+        yield image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def _over(layers: Image.Image, colour: str) -> Image.Image:
+    """Lays an image with transparency over a sheet of one colour."""
+    layers = layers.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layers.size, colour), layers).convert("L")
+
+
+def _deep_to_bytes(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
+    """Returns what turns pixels of more than 8 bits into bytes: counts by the bits in use, others by their range."""
+    low, high = 0.0, 0.0
+    for strip in _strips(image):
+        values = np.asarray(strip)
+        if not np.isfinite(values).all():
+            raise ValueError("its pixels are not all finite")
+        low, high = min(low, float(values.min())), max(high, float(values.max()))
+    if low >= 0 and high > 1:
+        high = 2.0 ** max(8, int(high).bit_length()) - 1  # 255, 1023, 4095, ..., 65535
+
+    def convert(strip: Image.Image) -> Image.Image:
+        values = (np.asarray(strip).astype(np.float64) - low) * (255 / max(high - low, 1e-9))
+        return Image.fromarray(np.round(values).astype(np.uint8))
+
+    return convert

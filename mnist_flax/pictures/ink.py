@@ -1,0 +1,161 @@
+"""Ink and paper: which pixels are ink, under any light, dark on light or light on dark."""
+
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+
+_FAINTEST = 10.0  # grey values of 255: ink differs from the paper by at least this much
+
+
+class Ink(NamedTuple):
+    """The ink of a picture.
+
+    Attributes:
+      strength: `f32[H,W]`, from 0 (paper) to 1 (the pen's full colour).
+      mask: `bool[H,W]`, where ink is.
+      marks: `bool[H,W]`, where anything differs from the paper, however pale.
+    """
+
+    strength: np.ndarray
+    mask: np.ndarray
+    marks: np.ndarray
+
+
+def find_ink(grey: np.ndarray, sheet: np.ndarray | None = None) -> Ink | None:
+    """Separates ink from paper, `u8[H,W] -> Ink`; None if nothing stands out like ink.
+
+    Args:
+      grey: the picture.
+      sheet: `bool[H,W]`, where a light sheet of paper lies; without it, all of the picture is paper.
+    """
+    from skimage.filters import apply_hysteresis_threshold, threshold_otsu
+
+    values = grey.astype(np.float32)
+    dark = sheet is not None or is_dark_on_light(values)
+    values, noise = _denoised(255 - values if dark else values)
+    window = _paper_window(values)
+    contrast = _contrast(values, window, dark)
+    for _ in range(2):
+        if sheet is not None:
+            contrast *= sheet
+        marks = contrast > max(_FAINTEST, 5 * noise)
+        if marks.sum() < 4:
+            return None
+        inked = np.round(contrast[marks])  # a histogram fails on values that are all but equal
+        strong = float(np.median(inked[inked >= threshold_otsu(inked)]))
+        mask = apply_hysteresis_threshold(contrast, max(0.4 * strong, _FAINTEST), max(0.6 * strong, _FAINTEST))
+        # The corners of shadows look like ink, but less so in a window that is no wider than it need be.
+        needed = max(5, round(4 * thick_pen(mask)))
+        if needed > 0.7 * window:
+            break
+        contrast = _contrast(values, needed, dark)
+    low = min(max(2.5 * noise, 0.1 * strong), 0.3 * strong)  # JPEG draws ripples around strokes
+    strength = np.clip((contrast - low) / (0.95 * strong - low), 0, 1).astype(np.float32)
+    return Ink(strength, mask, marks)
+
+
+def _contrast(values: np.ndarray, window: int, dark: bool) -> np.ndarray:
+    """Returns how much each pixel is lighter than the paper, and under a shadow, how much it would be outside."""
+    paper = opened(values, window)
+    contrast = values - paper
+    contrast = np.maximum(contrast - np.median(contrast), 0)
+    if dark:  # a shadow dims paper and ink by the same factor
+        light = np.maximum(255 - paper, 1)
+        contrast *= np.clip(np.percentile(light[::4, ::4], 90) / light, 1, 2.5)
+    return contrast
+
+
+def is_dark_on_light(values: np.ndarray) -> bool:
+    """Returns the polarity of a grey picture, `f32[H,W]`, by five votes.
+
+    Is the border lighter than Otsu's threshold? Once uneven light is taken out: is the border lighter than the mean, and
+    do the few pixels that differ most differ towards dark? Do thin dark things stand out more than thin light things,
+    in all, and at their strongest? Each fails on some pictures: the first under a shadow, the next two on a digit
+    without a margin, the last two on thick strokes.
+    """
+    from skimage.filters import threshold_otsu
+
+    small = np.round(shrunk(values, 64))
+    flat = small - ndimage.median_filter(small, size=max(3, int(min(small.shape) * 0.6) | 1), mode="nearest")
+    fine = shrunk(values, 128)
+    window = max(3, int(min(fine.shape) * 0.1) | 1)
+    thin_light, thin_dark = fine - opened(fine, window), -opened(-fine, window) - fine
+
+    def border(image: np.ndarray) -> np.ndarray:
+        return np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
+
+    votes = [
+        np.mean(border(small) > threshold_otsu(small)) > 0.5,
+        np.median(border(flat)) > flat.mean(),
+        np.mean((flat - flat.mean()) ** 3) < 0,
+        np.sum(thin_dark**2) > np.sum(thin_light**2),
+        np.percentile(thin_dark, 98) > np.percentile(thin_light, 98),
+    ]
+    return sum(map(bool, votes)) >= 3
+
+
+def pen_width(mask: np.ndarray) -> float:
+    """Returns the width of the strokes in pixels: on average, a stroke's pixels are a quarter of it from its edge."""
+    distance = ndimage.distance_transform_edt(mask)
+    return max(1.0, 4 * float(distance[mask].mean()) - 1) if mask.any() else 1.0
+
+
+def thick_pen(mask: np.ndarray) -> float:
+    """Returns the width of the thicker strokes, in pixels, whatever thin lines there are."""
+    distance = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
+    ridge = mask & (distance >= ndimage.maximum_filter(distance, 3))
+    if not ridge.any():
+        return 1.0
+    widths = np.sort(distance[ridge])  # weighted by the area of ink they stand for
+    return 2 * float(widths[np.searchsorted(np.cumsum(widths), 0.8 * widths.sum())])
+
+
+def opened(values: np.ndarray, size: int) -> np.ndarray:
+    """Takes away whatever is bright and narrower than `size`, and keeps straight edges of shadows where they are."""
+    padded = np.pad(values, size, mode="edge")
+    return np.asarray(ndimage.grey_opening(padded, (size, size))[size:-size, size:-size])
+
+
+def shrunk(values: np.ndarray, side: int) -> np.ndarray:
+    """Shrinks an image by averaging until no side is longer than `side` pixels, `f32[H,W] -> f32[h,w]`."""
+    image = Image.fromarray(values)
+    factor = max(1.0, max(image.size) / side)
+    width, height = (max(1, round(length / factor)) for length in image.size)
+    return np.asarray(image.resize((width, height), Image.Resampling.BOX))
+
+
+def _denoised(values: np.ndarray) -> tuple[np.ndarray, float]:
+    """Smooths a noisy image, and a dithered one until it is grey; returns it with the noise that is left."""
+    noise = _noise(values)
+    if noise <= 1 or min(values.shape) <= 60:
+        return values, noise
+    sigma = 1.0
+    smooth = ndimage.gaussian_filter(values, sigma)
+    # Sensor noise falls to 0.3 of itself. A dither pattern is no noise: what is left has to be measured.
+    left = 0.3 * noise
+    while noise > 60 and (left := _noise(smooth)) > 6 and sigma < min(values.shape) / 60:
+        sigma *= 1.5
+        smooth = ndimage.gaussian_filter(values, sigma)
+    return smooth, left
+
+
+def _noise(values: np.ndarray) -> float:
+    """Returns the standard deviation of the noise: how much neighbours differ where nothing is drawn."""
+    steps = np.abs(np.diff(values, axis=1))  # the median does not see edges
+    return 1.4826 * float(np.median(steps)) / np.sqrt(2) if steps.size else 0.0
+
+
+def _paper_window(values: np.ndarray) -> int:
+    """Returns how wide a window must be to hold paper everywhere: several times the pen, for light ink on dark paper."""
+    from skimage.filters import threshold_otsu
+
+    small = shrunk(values, 200)
+    factor = max(values.shape) / max(small.shape)
+    widest = max(3, round(min(small.shape) / 3) | 1)
+    contrast = small - opened(small, widest)
+    if contrast.max() <= _FAINTEST / 2:
+        return round(widest * factor)
+    mask = contrast > max(threshold_otsu(contrast), _FAINTEST / 2)
+    return round(min(max(5, 4 * thick_pen(mask)), widest) * factor)

@@ -1,0 +1,84 @@
+"""The sheet of paper in a photograph: where it lies on the table, and how it is turned."""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy import ndimage
+
+from mnist_flax.pictures.ink import shrunk
+
+_SIDE = 160  # pixels: sheets are found in a reduced picture
+_RATIO = 1.2  # how much brighter than the table a sheet is, at least
+
+
+class Sheet(NamedTuple):
+    """A sheet of paper.
+
+    Attributes:
+      inside: `bool[H,W]`, where it lies, less a margin.
+      turn: its angle in degrees, from -45 to 45, positive if it is turned clockwise.
+    """
+
+    inside: np.ndarray
+    turn: float
+
+
+def find_sheet(grey: np.ndarray) -> Sheet | None:
+    """Finds a light, rectangular sheet with two sides or more in view, `u8[H,W] -> Sheet`; None if there is none."""
+    from skimage.filters import threshold_otsu
+
+    if min(grey.shape) < 60:
+        return None
+    small = shrunk(grey.astype(np.float32), _SIDE)
+    paper = ndimage.grey_closing(np.pad(small, 9, mode="edge"), (9, 9))[9:-9, 9:-9]  # without ink
+    paper = np.log(np.maximum(ndimage.median_filter(paper, 3), 4.0))
+    light = paper > threshold_otsu(paper)
+    if light.all() or not light.any():
+        return None
+    if paper[light].mean() - paper[~light].mean() < np.log(_RATIO):
+        return None
+    labels, count = ndimage.label(light)
+    largest = labels == 1 + np.argmax(np.bincount(labels.ravel(), minlength=count + 1)[1:])
+    largest = ndimage.binary_fill_holes(largest)
+    if not 0.08 < largest.mean() < 0.97:
+        return None
+    return _rectangle(largest, grey.shape)
+
+
+def _rectangle(region: np.ndarray, shape: tuple[int, ...]) -> Sheet | None:
+    """Fits a rectangle around a region; None if it is none, or fewer than two of its sides are in view."""
+    y, x = np.nonzero(region & ~ndimage.binary_erosion(region))
+    best: tuple[float, float, tuple[float, ...]] | None = None
+    for turn in np.arange(-45, 45, 1.0):
+        along, across = _turned(x, y, turn)
+        low, high = along.min(), along.max()
+        left, right = across.min(), across.max()
+        area = (high - low) * (right - left)
+        if best is None or area < best[0]:
+            best = area, turn, (low, high, left, right)
+    assert best is not None
+    _, turn, (low, high, left, right) = best
+    height, width = region.shape
+    rows, columns = np.mgrid[0:height, 0:width]
+    along, across = _turned(columns, rows, turn)
+    box = (along >= low) & (along <= high) & (across >= left) & (across <= right)
+    if region.sum() < 0.85 * box.sum():
+        return None
+    edge = 2
+    border = np.ones_like(region)
+    border[edge:-edge, edge:-edge] = False
+    ends = [np.abs(along - low) < 1, np.abs(along - high) < 1, np.abs(across - left) < 1, np.abs(across - right) < 1]
+    in_view = sum((end & box & ~border).sum() > 0.3 * max(1, (end & box).sum()) for end in ends)
+    if in_view < 2:
+        return None
+    # The corners of a sheet seen from aside lie within its rectangle: so the region, not the rectangle.
+    solid = ndimage.binary_closing(np.pad(region, 12), iterations=10)[12:-12, 12:-12] | region
+    solid = ndimage.binary_erosion(ndimage.binary_fill_holes(solid), iterations=2, border_value=1)
+    index = [np.arange(full) * side // full for full, side in zip(shape, solid.shape, strict=True)]
+    return Sheet(solid[np.ix_(*index)], float(turn))
+
+
+def _turned(x: np.ndarray, y: np.ndarray, degrees: float) -> tuple[np.ndarray, np.ndarray]:
+    """Returns coordinates along and across a direction that is turned clockwise by an angle."""
+    angle = np.deg2rad(degrees)
+    return x * np.cos(angle) + y * np.sin(angle), -x * np.sin(angle) + y * np.cos(angle)

@@ -1,0 +1,151 @@
+"""The sections of a config that say which data are used, and how a run is trained, evaluated and saved."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from mnist_flax.checks import among, within
+from mnist_flax.losses import LOSSES
+
+SOURCES = ("auto", "tfds", "raw", "download")
+DRIVERS = ("scan", "stream")
+VIEWS = (1, 5)
+
+
+def cadence(default: Any) -> Any:
+    """A field that no result depends on, such as how often a run is saved; it may change when a run is resumed."""
+    return dataclasses.field(default=default, metadata={"changes_result": False})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images, and where they come from.
+
+    Attributes:
+      name: a key of `DATASETS`.
+      source: `auto` tries the three others in this order: `tfds` (a copy prepared in `data_dir`), `raw` (the official
+        files in `raw_dir`), `download` (from the addresses that TFDS has for them).
+      data_dir: the TFDS folder; empty means `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
+      raw_dir: a folder with the official files; empty means `$MNIST_FLAX_RAW_DIR`.
+      on_missing: `digits` trains on scikit-learn's embedded digits when nothing can be reached; `error` stops.
+      num_train: use this many rows, drawn stratified, hold-out rows included; 0 means all.
+      holdout: rows of the training set kept for validation, drawn stratified; 0 means none.
+      folds: divide the rows into this many stratified parts and hold out one of them, instead of `holdout`; 0 means no.
+      fold: which of them, from 0.
+    """
+
+    name: str = "mnist"
+    source: str = cadence("auto")
+    data_dir: str = cadence("")
+    raw_dir: str = cadence("")
+    on_missing: str = cadence("digits")
+    num_train: int = 0
+    holdout: int = 0
+    folds: int = 0
+    fold: int = 0
+
+    def check(self, num_train: int, num_classes: int) -> Iterator[str]:
+        """Yields a message for each wrong value, given the rows and classes that the dataset has."""
+        yield from among("data.source", self.source, SOURCES)
+        yield from among("data.on_missing", self.on_missing, ("digits", "error"))
+        yield from within("data.num_train", self.num_train, 0, num_train)
+        rows = self.num_train or num_train
+        if self.folds:
+            yield from within("data.folds", self.folds, 2, rows // num_classes)
+            if self.holdout:
+                yield f"config.data.holdout = {self.holdout}: must be 0 with config.data.folds: a fold is held out"
+        yield from within("data.fold", self.fold, 0, max(self.folds, 1), open_high=True)
+        if self.holdout:
+            yield from within("data.holdout", self.holdout, num_classes, rows, open_high=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The training loop.
+
+    Attributes:
+      batch_size: rows of a step. An epoch's last batch may hold fewer; no row is dropped.
+      epochs: passes over the training rows.
+      loss: a key of `LOSSES`.
+      label_smoothing: this share of each one-hot label is spread over all classes.
+      driver: `scan` (many steps in one compiled call, with the data on the device) or `stream` (one batch a call, from
+        the host); it changes speed and memory, never the result.
+      epochs_per_dispatch: how many epochs one call of the device trains, so that a fast device does not wait for the
+        host; evaluation on hold-out rows, checkpoints by epoch, signals and the console then wait that long. 0 means
+        calls of about half a second, and of an epoch at most. It changes speed, never the result.
+      num_devices: devices to train and evaluate on, counted over all processes; each batch is split evenly over them.
+        0 means all accelerators, or one CPU device in each process, because CPU devices share the cores.
+      log_every_steps: a line of `metrics.jsonl` averages over this many steps, or what is left of an epoch; 0 means an
+        epoch.
+      tensorboard: write TensorBoard events.
+      report: write `report/index.html` at the end.
+    """
+
+    batch_size: int = 64
+    epochs: int = 5
+    loss: str = "cross_entropy"
+    label_smoothing: float = 0.0
+    driver: str = cadence("scan")
+    epochs_per_dispatch: int = cadence(0)
+    num_devices: int = cadence(0)
+    log_every_steps: int = cadence(100)
+    tensorboard: bool = cadence(True)
+    report: bool = cadence(True)
+
+    def check(self, num_rows: int) -> Iterator[str]:
+        """Yields a message for each wrong value, given the number of rows to train on."""
+        yield from within("train.batch_size", self.batch_size, 1)
+        if self.batch_size > num_rows:
+            yield f"config.train.batch_size = {self.batch_size}: more than the {num_rows} rows to train on"
+        yield from within("train.epochs", self.epochs, 1)
+        yield from among("train.loss", self.loss, LOSSES)
+        yield from within("train.label_smoothing", self.label_smoothing, 0, 1, open_high=True)
+        yield from among("train.driver", self.driver, DRIVERS)
+        for name in ("epochs_per_dispatch", "num_devices", "log_every_steps"):
+            yield from within(f"train.{name}", getattr(self, name), 0)
+        if self.batch_size > 0 and self.epochs * -(-num_rows // self.batch_size) >= 2**31:
+            yield f"config.train.epochs = {self.epochs}: steps are counted in 32 bits; use fewer than 2,147,483,648"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """How images are evaluated, in training's own evaluations and in the final one.
+
+    Attributes:
+      batch_size: images of a batch, views counted once.
+      views: 1, or 5 to average the probabilities of an image and of its shifts by one pixel up, down, left and right.
+    """
+
+    batch_size: int = cadence(2000)
+    views: int = 1
+
+    def check(self) -> Iterator[str]:
+        """Yields a message for each wrong value."""
+        yield from within("eval.batch_size", self.batch_size, 1, 1_000_000)
+        if self.views not in VIEWS:
+            yield f"config.eval.views = {self.views}: must be 1 or 5"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the state is saved, and how many checkpoints are kept.
+
+    Attributes:
+      every_epochs: save after this many epochs; 0 saves only at the end, which is always saved.
+      every_steps: also save after this many steps, even in the middle of an epoch; 0 turns this off.
+      every_seconds: also save when this many seconds have passed since the last save; 0 turns this off.
+      keep_latest: how many of the newest are kept.
+      keep_best: how many of the best on hold-out rows are kept besides, if rows are held out.
+    """
+
+    every_epochs: int = cadence(1)
+    every_steps: int = cadence(0)
+    every_seconds: float = cadence(0.0)
+    keep_latest: int = cadence(2)
+    keep_best: int = cadence(1)
+
+    def check(self) -> Iterator[str]:
+        """Yields a message for each wrong value."""
+        for name in ("every_epochs", "every_steps", "every_seconds", "keep_best"):
+            yield from within(f"checkpoint.{name}", getattr(self, name), 0)
+        yield from within("checkpoint.keep_latest", self.keep_latest, 1)

@@ -1,0 +1,99 @@
+"""Trains variants of a preset and scores them on hold-out rows; the test set is never looked at.
+
+Each finished run appends one JSON line: the fields that differ from the preset, and accuracy, loss and calibration.
+
+    python scripts/study_presets.py --jobs=jobs.jsonl --output=scripts/results/study_presets.jsonl
+
+A job is a JSON object such as {"preset": "default", "seed": 1, "train__label_smoothing": 0.0}.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import pathlib
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from mnist_flax import drivers, rng
+from mnist_flax.analysis.calibration import calibration_scores, fit_temperature
+from mnist_flax.analysis.evaluation import make_predictor, predict_logits
+from mnist_flax.config import Config, replace
+from mnist_flax.data import batches
+from mnist_flax.data.load import load_splits
+from mnist_flax.data.splits import Splits
+from mnist_flax.run import compilation
+from mnist_flax.step import eval_variables
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def preset(name: str) -> Config:
+    """Returns the config of `configs/<name>.py`."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return Config.from_dict(module.get_config())
+
+
+def scores(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Returns errors, loss and calibration; also with a temperature fitted on one half and used on the other."""
+    halves = (slice(0, None, 2), slice(1, None, 2))
+    fitted = [fit_temperature(logits[half], labels[half]) for half in halves]
+    scaled = logits.copy()
+    scaled[halves[0]] /= fitted[1]
+    scaled[halves[1]] /= fitted[0]
+    result = {"errors": int((logits.argmax(1) != labels).sum()), "temperature": float(np.mean(fitted))}
+    for suffix, values in (("", logits), ("_scaled", scaled)):
+        result |= {name + suffix: value for name, value in calibration_scores(values, labels).items()}
+    return {name: round(value, 5) for name, value in result.items()}
+
+
+def run(config: Config, splits: Splits) -> dict[str, Any]:
+    """Trains one variant on the rows that are not held out, and scores its last step on those that are."""
+    rows, held = batches.rows_of(splits.train.label, config.data)
+    job = drivers.Job(config.program, [config.seed], [rows], splits.train)
+    states = drivers.stack([drivers.jit_init_state(config.program, rng.root_key(config.seed))], job)
+    advance = drivers.driver("scan", job, states)
+    started, cpu = time.perf_counter(), time.process_time()
+    for _ in range(config.train.epochs):
+        states, _ = advance(states, config.steps_per_epoch)
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    variables = eval_variables(jax.tree.map(lambda leaf: leaf[0], states))
+    predictor = make_predictor(config, variables)
+    images, labels = splits.train.image[held], splits.train.label[held]
+    return {
+        "holdout": len(held),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
+        "one": scores(predict_logits(dataclasses.replace(predictor, views=1), images), labels),
+        "five": scores(predict_logits(dataclasses.replace(predictor, views=5), images), labels),
+        "seconds": round(seconds),
+        "cpu_seconds": round(cpu),
+    }
+
+
+def main() -> None:
+    """Runs the jobs of a file one after the other; lines may be added to it meanwhile."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=pathlib.Path, required=True)
+    parser.add_argument("--output", type=pathlib.Path, required=True)
+    args = parser.parse_args()
+    compilation.keep_programs()
+    done = 0
+    while len(lines := args.jobs.read_text().splitlines()) > done:
+        job = json.loads(lines[done])
+        done += 1
+        fields = {"data__holdout": 10_000, **{name: value for name, value in job.items() if name != "preset"}}
+        config = replace(preset(job["preset"]), **fields)
+        result = {**job, **run(config, load_splits(config))}
+        with args.output.open("a") as file:
+            file.write(json.dumps(result) + "\n")
+
+
+if __name__ == "__main__":
+    main()

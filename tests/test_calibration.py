@@ -1,0 +1,90 @@
+"""Temperatures: fitted on hold-out rows, stored with a run, and used when it is loaded."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+import tiny_run
+from scipy.optimize import minimize
+
+from mnist_flax.analysis import calibration
+from mnist_flax.analysis.calibration import calibrate, calibration_scores, fit_temperature
+from mnist_flax.analysis.evaluation import evaluate, load_predictor, predict_logits
+from mnist_flax.analysis.run_data import load_data, select_examples
+from mnist_flax.analysis.scores import evaluate_workdir, table
+from mnist_flax.data.splits import Examples
+from mnist_flax.metrics import negative_log_likelihood
+
+
+def draws(temperature: float, num_examples: int = 20_000) -> tuple[np.ndarray, np.ndarray]:
+    """Logits, and labels that are drawn from their softmax at a temperature."""
+    generator = np.random.default_rng(0)
+    logits = generator.normal(0, 3, (num_examples, 5)).astype(np.float32)
+    labels = np.argmax(logits / temperature + generator.gumbel(size=logits.shape), axis=-1)
+    return logits, labels.astype(np.int32)
+
+
+@pytest.mark.parametrize("temperature", [0.4, 1.0, 2.5])
+def test_temperature_recovers_the_one_that_labels_were_drawn_with(temperature: float) -> None:
+    logits, labels = draws(temperature)
+    assert fit_temperature(logits, labels) == pytest.approx(temperature, rel=0.04)
+    after = calibration_scores(logits / fit_temperature(logits, labels), labels)
+    before = calibration_scores(logits, labels)
+    assert after["loss"] <= before["loss"] and after["ece"] < 0.01
+
+
+def test_temperature_is_where_another_optimiser_finds_the_minimum() -> None:
+    logits, labels = draws(1.7, 300)
+    found = minimize(lambda t: np.mean(negative_log_likelihood(logits / t[0], labels)), [1.0], method="Nelder-Mead")
+    assert fit_temperature(logits, labels) == pytest.approx(found.x[0], rel=1e-3)
+
+
+def test_temperature_without_mistakes_is_one() -> None:
+    logits = np.eye(4, dtype=np.float32)
+    assert fit_temperature(logits, np.arange(4)) == 1.0
+    assert fit_temperature(logits[:0], np.arange(0)) == 1.0
+
+
+def test_temperature_of_useless_logits_is_bounded() -> None:
+    logits, labels = draws(1.0, 200)
+    assert fit_temperature(logits, (labels + 1) % 5) == pytest.approx(calibration.LIMIT, rel=1e-3)
+
+
+def test_calibrated_predictor_predicts_the_same_classes() -> None:
+    predictor, info = load_predictor(tiny_run.workdir())
+    config, splits = load_data(info.config, info.fingerprint, {})
+    holdout = select_examples(config, splits, "holdout")
+    fitted = calibrate(dataclasses.replace(predictor, temperature=7.0), holdout)
+    raw = dataclasses.replace(predictor, temperature=1.0)
+    assert fitted.temperature == pytest.approx(fit_temperature(predict_logits(raw, holdout.image), holdout.label))
+    assert fitted.temperature != 1.0
+    before, after = evaluate(raw, splits.test), evaluate(fitted, splits.test)
+    assert before.accuracy == after.accuracy
+    np.testing.assert_allclose(after.logits * fitted.temperature, before.logits, rtol=1e-5)
+    assert calibrate(fitted, Examples(holdout.image[:0], holdout.label[:0])).temperature == 1.0
+
+
+def test_temperature_is_stored_with_a_run_and_used_for_its_last_step(tmp_path: pathlib.Path) -> None:
+    workdir = shutil.copytree(tiny_run.workdir(), tmp_path / "run")
+    summary = json.loads((workdir / "summary.json").read_text())
+    summary["temperature"] = 2.5
+    (workdir / "summary.json").write_text(json.dumps(summary))
+    assert load_predictor(workdir)[0].temperature == 2.5
+    first = min(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal())
+    assert load_predictor(workdir, str(first))[0].temperature == 1.0  # other weights
+    result = evaluate_workdir(workdir, overrides={})
+    assert result["temperature"] == 2.5
+    assert "without its temperature of 2.500" in table(result)
+    (workdir / "summary.json").unlink()
+    assert result["uncalibrated"]["loss"] == pytest.approx(evaluate_workdir(workdir, overrides={})["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("value", ["2.5", 0, -1, float("nan"), float("inf"), None, True, [1.5]])
+def test_temperature_that_makes_no_sense_is_ignored(tmp_path: pathlib.Path, value: object) -> None:
+    workdir = shutil.copytree(tiny_run.workdir(), tmp_path / "run")
+    summary = json.loads((workdir / "summary.json").read_text())
+    (workdir / "summary.json").write_text(json.dumps(summary | {"temperature": value}))
+    assert load_predictor(workdir)[0].temperature == 1.0

@@ -1,0 +1,76 @@
+"""Comparing two results: the tests by hand, the verdict, and what cannot be compared."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mnist_flax.analysis import comparison
+from mnist_flax.analysis.comparison import Result
+from mnist_flax.errors import WorkdirError
+
+
+def test_mcnemar_by_hand() -> None:
+    a = np.array([True] * 50 + [True] + [False] * 9 + [False] * 5)
+    b = np.array([True] * 50 + [False] + [True] * 9 + [False] * 5)
+    test = comparison.mcnemar(a, b)
+    assert (test["only_a_right"], test["only_b_right"]) == (1, 9)
+    assert test["p"] == pytest.approx(2 * (1 + 10) / 2**10)  # both tails of the binomial distribution
+    assert test["difference"] == pytest.approx(8 / 65)
+    assert comparison.mcnemar(a, a)["p"] == 1
+
+
+def test_t_by_hand() -> None:
+    paired = comparison.t_test([1.0, 1.0, 1.0], [2.0, 3.0, 4.0], paired=True)
+    assert paired["t"] == pytest.approx(2 * 3**0.5)
+    assert (paired["df"], paired["difference"]) == (2, 2)
+    assert paired["p"] == pytest.approx(1 - 12**0.5 / (12 + 2) ** 0.5)  # Student's distribution with 2 df, closed form
+    assert paired["interval"] == pytest.approx([2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5])
+    welch = comparison.t_test([1.0, 2.0, 3.0], [4.0, 6.0], paired=False)
+    assert welch["t"] == pytest.approx(3 / (1 / 3 + 2 / 2) ** 0.5)
+    assert welch["df"] == pytest.approx((1 / 3 + 1) ** 2 / ((1 / 3) ** 2 / 2 + 1))
+    same = comparison.t_test([0.9, 0.9], [0.9, 0.9], paired=True)
+    assert (same["p"], same["t"]) == (1, None)
+    assert comparison.t_test([0.9, 0.9], [0.8, 0.8], paired=False)["p"] == 0
+
+
+def result_of(predictions: Any, accuracies: tuple[float, ...], **fields: Any) -> Result:
+    labels = np.zeros(len(predictions), np.int32)
+    values: dict[str, Any] = {
+        "name": "x",
+        "kind": "seeds" if len(accuracies) > 1 else "run",
+        "dataset": "mnist",
+        "fingerprint": "f" * 64,
+        "pairing": tuple(range(len(accuracies))),
+        "labels": labels,
+    }
+    return Result(**(values | {"predictions": np.asarray(predictions), "accuracies": accuracies} | fields))
+
+
+def test_verdict_follows_the_members_if_there_are_any() -> None:
+    good, bad = [0] * 20, [1] * 10 + [0] * 10
+    runs = comparison.compare_results(result_of(bad, (0.5,)), result_of(good, (1.0,)))
+    assert (runs["verdict"], runs["t"]) == ("b", None)
+    assert "B is better than A" in comparison.table(runs)
+    assert "50.000 points of accuracy, p = 0.002" in comparison.sentence(runs)
+    assert comparison.compare_results(result_of(good, (1.0,)), result_of(bad, (0.5,)))["verdict"] == "a"
+    # The members decide where there are some: here the committees differ, and the members do not.
+    populations = comparison.compare_results(result_of(bad, (0.5, 0.9)), result_of(good, (0.9, 0.5)))
+    assert populations["mcnemar"]["p"] < 0.05
+    assert (populations["verdict"], populations["t"]["kind"]) == (None, "paired")
+    assert "No significant difference" in comparison.table(populations)
+    welch = comparison.compare_results(
+        result_of(bad, (0.5, 0.51, 0.52)), result_of(good, (0.9, 0.91), pairing=(7, 8), kind="seeds")
+    )
+    assert (welch["verdict"], welch["t"]["kind"]) == ("b", "Welch")
+
+
+def test_other_examples_are_not_compared() -> None:
+    one = result_of([0, 0], (1.0,))
+    with pytest.raises(WorkdirError, match=r"is about mnist .* about kmnist .*only results on the same data"):
+        comparison.compare_results(one, result_of([0, 0], (1.0,), fingerprint="0" * 64, dataset="kmnist"))
+    of_folds = result_of([0, 0], (1.0, 1.0), kind="folds")
+    with pytest.raises(WorkdirError, match="was evaluated on 2 test rows, x on 2 training rows in 2 folds"):
+        comparison.compare_results(one, of_folds)
+    with pytest.raises(WorkdirError, match="2 training rows in 3 folds"):
+        comparison.compare_results(of_folds, result_of([0, 0], (1.0, 1.0, 1.0), kind="folds"))

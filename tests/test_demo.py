@@ -1,0 +1,188 @@
+"""The demo page in a browser: drawn on, stepped through and looked into, as people do it."""
+
+import pathlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_run
+from browser import SEVEN, browser, draw_by_mouse, draw_by_touch, opened, settle
+
+from mnist_flax.analysis.evaluation import load_predictor, predict_logits
+from mnist_flax.config import replace
+from mnist_flax.exporting.demo import write_demo
+from mnist_flax.train import fit
+
+CONFIG = replace(tiny_run.CONFIG, train__epochs=12, model__widths=(8, 12), checkpoint__every_epochs=6)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A run with two checkpoints, long enough to read a drawn digit, with its page."""
+    folder = tmp_path_factory.mktemp("demo") / "run"
+    fit(CONFIG, folder)
+    write_demo(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    with browser() as chromium:
+        yield chromium
+
+
+@pytest.fixture
+def page(workdir: pathlib.Path, chromium: Any) -> Iterator[Any]:
+    """The page, just opened."""
+    with opened(chromium, workdir / "demo.html") as page:
+        yield page
+
+
+def answer(page: Any) -> str:
+    return str(page.inner_text("#digit"))
+
+
+def probabilities_in_jax(workdir: pathlib.Path, page: Any) -> np.ndarray:
+    """What the run says of the 28x28 pixels that the page shows its network."""
+    pixels = np.array(page.evaluate("Array.from(app.pixels)"), np.uint8).reshape(1, 28, 28, 1)
+    logits = predict_logits(load_predictor(workdir)[0], pixels)[0]
+    return np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")])
+@pytest.mark.parametrize("draw", [draw_by_mouse, draw_by_touch])
+def test_demo_reads_a_drawn_seven(
+    draw: Callable[..., None], width: int, scheme: str, workdir: pathlib.Path, chromium: Any
+) -> None:
+    options = {"width": width, "color_scheme": scheme, "has_touch": draw is draw_by_touch}
+    with opened(chromium, workdir / "demo.html", **options) as page:
+        draw(page, SEVEN)
+        assert answer(page) == "7"
+        assert page.inner_text("#live").startswith("7, ") or page.inner_text("#live").startswith("A guess: 7, ")
+        found = page.evaluate("Array.from(app.network().values.get(app.network().outputs.probabilities).data)")
+        np.testing.assert_allclose(found, probabilities_in_jax(workdir, page), atol=1e-5)
+        assert page.evaluate("document.documentElement.scrollWidth") == width  # nothing is cut off at the right
+        answer_end = page.locator("#bars").bounding_box()
+        assert answer_end["y"] + answer_end["height"] < 844  # the answer is in sight while drawing
+
+
+def test_demo_undoes_and_clears_strokes(page: Any) -> None:
+    draw_by_mouse(page, [(0.5, 0.2), (0.5, 0.8)])
+    one = page.evaluate("Array.from(app.pixels)")
+    draw_by_mouse(page, [(0.2, 0.5), (0.8, 0.5)])
+    assert page.evaluate("Array.from(app.pixels)") != one
+    page.click("#undo")
+    settle(page)
+    assert page.evaluate("Array.from(app.pixels)") == one
+    page.keyboard.press("c")
+    settle(page)
+    assert not any(page.evaluate("Array.from(app.pixels)"))
+    assert page.is_visible("#hint")
+    assert page.is_disabled("#undo")
+    assert page.inner_text("#live") == "The pad is empty."
+
+
+def test_demo_steps_through_examples_by_keys(page: Any, workdir: pathlib.Path) -> None:
+    kinds = page.evaluate("app.data.examples.map((example) => example.kind)")
+    assert {"right", "mistake", "corrupted"} == set(kinds)
+    for i, kind in enumerate(kinds):
+        label = page.evaluate(f"app.data.classes[app.data.examples[{i}].label]")
+        probabilities = probabilities_in_jax(workdir, page)
+        assert answer(page) == str(probabilities.argmax())
+        if kind != "corrupted":
+            assert (answer(page) == label) == (kind == "right")
+            assert ("read correctly" in page.inner_text("#caption")) == (kind == "right")
+        page.keyboard.press("ArrowRight")
+        settle(page)
+    assert page.evaluate("app.example") == 0  # after the last comes the first
+    page.keyboard.press("ArrowLeft")
+    settle(page)
+    assert page.evaluate("app.example") == len(kinds) - 1
+
+
+def test_demo_explains_the_value_under_the_pointer(page: Any) -> None:
+    maps = page.locator("canvas.maps").first
+    maps.scroll_into_view_if_needed()
+    maps.hover(position={"x": 30, "y": 30})
+    settle(page)
+    assert page.inner_text("#inspector h3").startswith("Convolution 1: map 1, row ")
+    assert page.locator("#inspector .tables table").count() == 3
+    kernel = page.locator("#inspector .tables table").nth(1).locator("td").all_inner_texts()
+    weights = page.evaluate("Array.from(app.network().values.get('params/Conv_0/kernel').data)")[
+        :: CONFIG.model.widths[0]
+    ]
+    assert [float(text.replace("−", "-")) for text in kernel] == pytest.approx(weights, abs=0.0051)
+    lines = page.locator("#inspector .arithmetic tr").all_inner_texts()
+    assert lines[0].startswith("sum of 9 products")
+    assert "bias" in lines[1]
+    assert lines[2].startswith("ReLU")
+    assert page.is_visible("#field")
+
+
+def test_demo_explains_values_by_keys(page: Any) -> None:
+    maps = page.locator("canvas.maps").nth(1)
+    maps.focus()
+    for key in ("ArrowDown", "ArrowDown", "ArrowRight", "Shift+ArrowRight"):
+        page.keyboard.press(key)
+    assert page.inner_text("#inspector h3") == "Max pooling: map 2, row 2, column 2"
+    assert "Max pooling: map 2, row 2, column 2" in page.inner_text("#live")
+    assert page.evaluate("app.example") == 0  # the keys did not step through the examples as well
+
+
+def test_demo_shows_the_explanation_below_the_maps_on_a_phone(workdir: pathlib.Path, chromium: Any) -> None:
+    with opened(chromium, workdir / "demo.html", width=390, has_touch=True) as page:
+        page.locator("canvas.maps").nth(2).tap(position={"x": 60, "y": 20})
+        settle(page)
+        assert page.locator(".stage").nth(2).locator("#inspector").count() == 1
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
+
+
+def test_demo_compares_two_checkpoints(page: Any, workdir: pathlib.Path) -> None:
+    early, late = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+    assert page.locator("#checkpoints label").all_inner_texts() == [f"step {late:,} (end)", f"step {early:,}"]
+    assert page.inner_text("#legend").startswith(f"Thin bars: step {early:,}, which reads ")
+    draw_by_mouse(page, SEVEN)
+    page.locator("#checkpoints label").nth(1).click()
+    settle(page)
+    found = page.evaluate("Array.from(app.network().values.get(app.network().outputs.logits).data)")
+    pixels = np.array(page.evaluate("Array.from(app.pixels)"), np.uint8).reshape(1, 28, 28, 1)
+    wanted = predict_logits(load_predictor(workdir, str(early))[0], pixels)[0]
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+def test_demo_names_everything_that_can_be_focused(page: Any) -> None:
+    names = page.evaluate(
+        """Array.from(document.querySelectorAll("button, input, canvas[tabindex]"), (element) =>
+             element.getAttribute("aria-label") || element.labels?.[0]?.innerText || element.innerText)"""
+    )
+    assert len(names) > 30
+    assert all(names)
+
+
+def test_demo_does_not_move_where_motion_is_unwelcome(workdir: pathlib.Path, chromium: Any) -> None:
+    for motion, duration in (("no-preference", "0.09s"), ("reduce", "0s")):
+        with opened(chromium, workdir / "demo.html", reduced_motion=motion) as page:
+            assert page.evaluate("getComputedStyle(document.querySelector('.bar')).transitionDuration") == duration
+
+
+def test_demo_verb_writes_where_it_is_told(workdir: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    copy = shutil.copytree(workdir, tmp_path / "<b>run")
+    command = [sys.executable, "-m", "mnist_flax.demo", f"--workdir={copy}", f"--output={tmp_path / 'page.html'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'page.html'}\n"), done.stderr
+    assert (tmp_path / "page.html").stat().st_size < 400_000
+    assert "<b>run" not in (tmp_path / "page.html").read_text()  # a name is text, never markup
+
+
+def test_demo_without_a_workdir_is_refused() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mnist_flax.demo"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: --workdir is missing: name the folder of a run, such as --workdir=runs/default\n",
+    )

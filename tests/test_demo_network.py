@@ -1,0 +1,257 @@
+"""The demo page's JavaScript computes what Python does: framing, every layer, and the arithmetic of single values."""
+
+import base64
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from browser import browser
+
+from mnist_flax.config import Config, replace
+from mnist_flax.data.framing import frame
+from mnist_flax.exporting import reference
+from mnist_flax.exporting.demo import PAGE
+from mnist_flax.exporting.graph import Graph, trace
+from mnist_flax.exporting.textbook import textbook_order
+from mnist_flax.models.resnet import ResNetConfig
+from mnist_flax.step import crop, forward, init_state, scale_pixels
+
+GOLDEN = pathlib.Path(__file__).with_name("golden_framing.npz")
+
+CONFIGS = {
+    "default": Config(),
+    "mlp": replace(Config(), model__widths=(), model__pools=(1,), model__dense=(16, 12), model__activation="elu"),
+    "batch_norm": replace(
+        Config(),
+        model__widths=(6, 8),
+        model__paddings=("SAME",),
+        model__strides=(2, 1),
+        model__pooling="avg",
+        model__pools=(1, 2),
+        model__activation="gelu",
+        model__batch_norm=True,
+    ),
+    "cosine": replace(
+        Config(), model__widths=(8, 8), model__pools=(2, 1), model__stem="cosine", model__activation="leaky_relu"
+    ),
+    "silu": replace(
+        Config(), model__widths=(8,), model__pools=(3,), model__kernel_sizes=(5,), model__activation="silu"
+    ),
+    "resnet": replace(Config(), model=ResNetConfig(widths=(6, 10), blocks=2)),
+}
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[Any]:
+    """A blank page with the demo's functions that need no page."""
+    with browser() as chromium:
+        page = chromium.new_page()
+        page.add_script_tag(
+            content="\n".join((PAGE / f"{name}.js").read_text() for name in ("framing", "network", "inspect"))
+        )
+        yield page
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    """Three images of random strokes, `u8[3,28,28,1]`."""
+    generator = np.random.default_rng(0)
+    return (generator.integers(0, 256, (3, 28, 28, 1)) * (generator.random((3, 28, 28, 1)) < 0.3)).astype(np.uint8)
+
+
+def variables_of(config: Config) -> Any:
+    """Random weights; biases and statistics too, which start at 0 and 1."""
+    state = init_state(config.program, jax.random.key(0))
+    leaves, tree = jax.tree.flatten({"params": state.params, "batch_stats": state.batch_stats})
+    generator = np.random.default_rng(1)
+    noisy = [leaf * generator.uniform(0.8, 1.2, leaf.shape) + generator.normal(0, 0.02, leaf.shape) for leaf in leaves]
+    return jax.tree.unflatten(tree, [np.asarray(leaf, np.float32) for leaf in noisy])
+
+
+def graph_of(config: Config, variables: Any) -> Graph:
+    return trace(lambda variables, images: forward(config.program, variables, images), variables)
+
+
+def load(page: Any, graph: Graph) -> None:
+    """Makes the page's `network`."""
+    weights = base64.b64encode(graph.weights()).decode()
+    page.evaluate(
+        """([graph, weights]) => {
+          const bytes = Uint8Array.from(atob(weights), (letter) => letter.charCodeAt(0));
+          window.network = new Network(JSON.parse(graph), bytes.buffer);
+        }""",
+        [graph.to_json(), weights],
+    )
+
+
+def layers_in_jax(config: Config, variables: Any, images: np.ndarray) -> dict[str, np.ndarray]:
+    """What every module with weights returns, by its path, and the logits."""
+    module = config.program.model.module(config.num_classes)
+
+    @jax.jit
+    def run(images: jax.Array) -> dict[str, jax.Array]:
+        found: dict[str, jax.Array] = {}
+
+        def record(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+            output = call(*args, **kwargs)
+            if context.method_name == "__call__":
+                found["/".join(context.module.path) or "logits"] = output
+            return output
+
+        with nn.intercept_methods(record):
+            module.apply(variables, scale_pixels(config.program, crop(config.program, images)))
+        return found
+
+    return {name: np.asarray(values) for name, values in run(jnp.asarray(images)).items()}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_demo_layers_equal_jax(name: str, page: Any, images: np.ndarray) -> None:
+    config = CONFIGS[name]
+    variables = variables_of(config)
+    load(page, textbook_order(graph_of(config, variables)))
+    wanted = layers_in_jax(config, variables, images)
+    for i, image in enumerate(images):
+        found = page.evaluate(
+            """(pixels) => {
+              network.run(Uint8Array.from(pixels));
+              const layers = { logits: Array.from(network.values.get(network.outputs.logits).data) };
+              for (const { name, layer } of network.nodes) if (layer) layers[layer] = Array.from(network.values.get(name).data);
+              return layers;
+            }""",
+            image.ravel().tolist(),
+        )
+        assert set(found) == set(wanted)
+        for layer, values in wanted.items():
+            np.testing.assert_allclose(found[layer], values[i].ravel(), atol=1e-5, err_msg=layer)
+
+
+def test_demo_operations_equal_their_definitions(page: Any) -> None:
+    """Those that no model family here uses."""
+    generator = np.random.default_rng(2)
+    shift = jnp.asarray(generator.normal(size=(5, 4, 3)), jnp.float32)
+
+    def everything(variables: Any, images: jax.Array) -> jax.Array:
+        x = images[:, 3:23:4, 2:26:6].astype(jnp.float32) / 255 + variables["shift"][None]
+        x = jnp.pad(x, ((0, 0), (1, 2), (0, 1), (0, 0)), constant_values=0.5)
+        x = jnp.concatenate([jnp.sin(x), jnp.where(x > 1, jnp.abs(x), jnp.floor(x)), -x], axis=3)
+        attention = jnp.einsum("nhwc,nhvc->nhwv", x, jnp.cos(x))
+        x = jnp.einsum("nhwv,nhvc->nchw", jax.nn.softmax(attention), x)
+        x = jnp.minimum(x, 2.0) ** 2 + jax.lax.erf(x) + jnp.sqrt(jnp.abs(x)) + jnp.sign(x)
+        return jnp.stack([x.max((1, 2, 3)), x.min((1, 2, 3)), x.sum((1, 2, 3)), x.mean((1, 2, 3))], 1)
+
+    graph = trace(everything, {"shift": shift})
+    image = generator.integers(0, 256, (1, 28, 28, 1), dtype=np.uint8)
+    load(page, graph)
+    logits = page.evaluate(
+        "(pixels) => { network.run(Uint8Array.from(pixels)); return Array.from(network.values.get(network.outputs.logits).data) }",
+        image.ravel().tolist(),
+    )
+    np.testing.assert_allclose(logits, everything({"shift": shift}, jnp.asarray(image))[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_textbook_order_keeps_the_logits(name: str, images: np.ndarray) -> None:
+    config = CONFIGS[name]
+    variables = variables_of(config)
+    graph = textbook_order(graph_of(config, variables))
+    wanted = forward(config.program, variables, jnp.asarray(images))
+    np.testing.assert_allclose(reference.run(graph, images)["logits"], wanted, atol=1e-5)
+
+
+def test_textbook_order_shows_activations_before_pooling() -> None:
+    graph = textbook_order(graph_of(Config(), variables_of(Config())))
+    assert [node.op for node in graph.nodes if node.layer == "Conv_0"] == ["conv", "relu", "max_pool"]
+
+
+def explained(page: Any, pixels: np.ndarray, title: str, place: dict[str, int]) -> Any:
+    """What the page says about one value: all products, the steps after them, the part of the image, the value."""
+    return page.evaluate(
+        """([pixels, title, place]) => {
+          network.run(Uint8Array.from(pixels));
+          const stage = findStages(network).find((stage) => stage.title === title);
+          const { window: w, sum, lines } = explain(network, stage, place);
+          const products = [];
+          for (let k = 0; k < w.channels; k++) for (let i = 0; i < w.rows; i++) for (let j = 0; j < w.columns; j++)
+            products.push(w.weight ? w.value(i, j, k) * w.weight(i, j, k) : w.value(i, j, k));
+          const value = network.values.get(stage.node.name).data[indexOf(stage.node.shape, place)];
+          return { products, sum, lines, value, field: receptiveField(network, stage.node, place) };
+        }""",
+        [pixels.ravel().tolist(), title, place],
+    )
+
+
+def test_demo_explains_a_convolution(page: Any, images: np.ndarray) -> None:
+    variables = variables_of(Config())
+    load(page, textbook_order(graph_of(Config(), variables)))
+    found = explained(page, images[0], "Convolution 1", {"y": 3, "x": 5, "channel": 7})
+    kernel, bias = variables["params"]["Conv_0"]["kernel"][:, :, 0, 7], variables["params"]["Conv_0"]["bias"][7]
+    products = images[0, 3:6, 5:8, 0] / 255 * kernel
+    np.testing.assert_allclose(found["products"], products.ravel(), atol=1e-6)
+    assert found["sum"] == pytest.approx(products.sum(), abs=1e-5)
+    assert [line["value"] for line in found["lines"]] == pytest.approx(
+        [products.sum() + bias, max(0, products.sum() + bias)], abs=1e-5
+    )
+    assert found["lines"][-1]["label"] == "ReLU"
+    assert found["field"] == {"top": 3, "left": 5, "bottom": 6, "right": 8}
+
+
+def test_demo_explains_pooling_and_dense_layers(page: Any, images: np.ndarray) -> None:
+    load(page, textbook_order(graph_of(Config(), variables_of(Config()))))
+    pooled = explained(page, images[0], "Max pooling", {"y": 2, "x": 4, "channel": 9})
+    assert len(pooled["products"]) == 4
+    assert max(pooled["products"]) == pooled["sum"] == pooled["value"]
+    assert pooled["field"] == {"top": 4, "left": 8, "bottom": 8, "right": 12}
+    dense = explained(page, images[0], "Logits", {"y": 0, "x": 0, "channel": 3})
+    assert len(dense["products"]) == 64
+    assert sum(dense["products"]) == pytest.approx(dense["sum"], abs=1e-5)
+    assert dense["lines"][-1]["value"] == pytest.approx(dense["value"], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_demo_explanations_lead_to_the_values(name: str, page: Any, images: np.ndarray) -> None:
+    """In every stage of every family the last line is the value that the map shows."""
+    load(page, textbook_order(graph_of(CONFIGS[name], variables_of(CONFIGS[name]))))
+    stages = page.evaluate(
+        """(pixels) => {
+          network.run(Uint8Array.from(pixels));
+          return findStages(network).map((stage) => {
+            const { height, width, channels } = mapSize(stage.node.shape);
+            const place = { y: height >> 1, x: width >> 1, channel: channels - 1 };
+            const { sum, lines, window: w } = explain(network, stage, place);
+            let products = 0;
+            for (let k = 0; k < w.channels; k++) products += w.weight ? contribution(w, k) : 0;
+            const value = network.values.get(stage.node.name).data[indexOf(stage.node.shape, place)];
+            const start = network.values.get(stage.first.name).data[indexOf(stage.first.shape, place)];
+            return { title: stage.title, sum, lines, value, start, products, weighted: w.weight !== null, bias: stage.first.inputs.length > 2 };
+          });
+        }""",
+        images[1].ravel().tolist(),
+    )
+    assert stages[-1]["title"] == "Logits"
+    assert len({stage["title"] for stage in stages if "pooling" not in stage["title"]}) >= 3
+    for stage in stages:
+        last = [stage["sum"], *(line["value"] for line in stage["lines"])][-1]
+        assert last == pytest.approx(stage["value"], abs=1e-5), stage
+        if stage["weighted"]:
+            assert stage["products"] == pytest.approx(stage["sum"], abs=1e-5), stage
+
+
+def test_demo_frames_as_python_does(page: Any) -> None:
+    golden = np.load(GOLDEN)
+    for i in range(len(golden.files) // 2):
+        drawing, framed = golden[f"drawing_{i}"], golden[f"framed_{i}"]
+        np.testing.assert_array_equal(frame(drawing), framed, err_msg="Python")
+        height, width = drawing.shape
+        found = page.evaluate(
+            "([pixels, width, height]) => Array.from(frame(Uint8Array.from(pixels), width, height))",
+            [drawing.ravel().tolist(), width, height],
+        )
+        np.testing.assert_array_equal(np.reshape(found, (28, 28)), framed, err_msg="JavaScript")
+    assert json.dumps(page.evaluate("Array.from(frame(new Uint8Array(12), 3, 4))")).count("0") == 784

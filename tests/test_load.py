@@ -1,0 +1,470 @@
+"""Every source of a dataset, the order in which they are tried, own datasets, and what goes wrong."""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import http.server
+import itertools
+import shutil
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from idx_files import (
+    FILE_NAMES,
+    NAMES,
+    Arrays,
+    Published,
+    check_arrays,
+    closed_url,
+    idx,
+    random_arrays,
+    real_folder,
+    tree,
+    write_files,
+)
+
+from mnist_flax import config
+from mnist_flax.config import Config
+from mnist_flax.data import download, tfds_copy
+from mnist_flax.data.load import adapt_to_dataset, load_splits
+from mnist_flax.data.registry import DATASETS, DataFile, Dataset
+from mnist_flax.data.splits import Splits, fingerprint
+from mnist_flax.errors import DataError
+
+
+@pytest.fixture(autouse=True)
+def _no_folders_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MNIST_FLAX_RAW_DIR", raising=False)
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Published:
+    return Published(tmp_path, monkeypatch)
+
+
+@contextlib.contextmanager
+def served(folder: Path, handler: type[http.server.SimpleHTTPRequestHandler]) -> Iterator[str]:
+    """Serves a folder on this machine; gives its address."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=folder)) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}/"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Serves files without logging."""
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+class HalfHandler(Handler):
+    """Announces the whole file, sends half, hangs up."""
+
+    def copyfile(self, source: Any, outputfile: Any) -> None:
+        content = source.read()
+        outputfile.write(content[: len(content) // 2])
+
+
+class ScrambledHandler(Handler):
+    """Sends the right number of bytes, one of them wrong."""
+
+    def copyfile(self, source: Any, outputfile: Any) -> None:
+        content = bytearray(source.read())
+        content[-20] ^= 1
+        outputfile.write(content)
+
+
+# Sources --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_raw_files_are_prepared_then_cached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data_messages: list[str], name: str
+) -> None:
+    small = Published(tmp_path, monkeypatch, name)
+    first = small.load(raw_dir=str(small.raw_dir))
+    small.check(first, "raw")
+    assert [message for message in data_messages if "preparing" in message] == data_messages
+    monkeypatch.setattr(tfds_copy, "read_copy", None)  # from here on, decoding would fail
+    again = small.load()
+    small.check(again, "tfds")
+    assert again.fingerprint == first.fingerprint
+    for source in ("tfds", "raw", "download"):
+        small.check(small.load(source=source, raw_dir=str(small.raw_dir)), "tfds")
+
+
+def test_raw_dir_comes_from_the_environment(small: Published, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MNIST_FLAX_RAW_DIR", str(small.raw_dir))
+    monkeypatch.setenv("TFDS_DATA_DIR", str(small.data_dir))
+    small.check(small.load(data_dir=""), "raw")
+    assert (small.copy / "dataset_info.json").is_file()
+
+
+def test_raw_dir_with_subfolders_serves_several_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw_dir = tmp_path / "all"
+    monkeypatch.setenv("MNIST_FLAX_RAW_DIR", str(raw_dir))
+    for seed, (name, subfolder) in enumerate(
+        (("mnist", "mnist"), ("fashion_mnist", "fashion_mnist"), ("emnist/letters", "emnist"))
+    ):
+        small = Published(tmp_path / subfolder, monkeypatch, name, seed=seed)
+        shutil.copytree(small.raw_dir, raw_dir / subfolder)
+        small.check(small.load(), "raw")
+
+
+@pytest.mark.parametrize("of_environment", [True, False])
+def test_raw_dir_of_another_dataset_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_environment: bool
+) -> None:
+    mnist = Published(tmp_path / "mnist", monkeypatch)
+    fashion = Published(tmp_path / "fashion", monkeypatch, "fashion_mnist", seed=1)
+    fashion.arrays["train"] = fashion.arrays["train"][0] // 16, fashion.arrays["train"][1]  # files of another size
+    fashion.publish()
+    monkeypatch.setenv("MNIST_FLAX_RAW_DIR", str(mnist.raw_dir))
+    with pytest.raises(DataError) as raised:
+        fashion.load(raw_dir="" if of_environment else str(mnist.raw_dir))
+    field = "$MNIST_FLAX_RAW_DIR" if of_environment else "config.data.raw_dir"
+    assert str(raised.value).startswith(f"{field} = '{mnist.raw_dir}' does not hold fashion_mnist: {mnist.raw_dir}/")
+    assert "the size of mnist's train-images-idx3-ubyte.gz" in str(raised.value)
+    assert "files of fashion_mnist can be in its subfolder 'fashion_mnist'" in str(raised.value)
+    assert not fashion.data_dir.exists()
+
+
+@pytest.mark.parametrize("name", ["mnist", "emnist/letters"])
+def test_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data_messages: list[str], name: str) -> None:
+    small = Published(tmp_path, monkeypatch, name)
+    with served(small.raw_dir, Handler) as url:
+        small.at(url)
+        small.check(small.load(), "download")
+    assert any(f"downloading {url}" in message for message in data_messages)
+    shutil.rmtree(small.copy)
+    small.check(small.load(), "download")  # from the files that were kept, because nobody serves them any more
+
+
+def test_interrupted_download_counts_as_unreachable(small: Published) -> None:
+    with served(small.raw_dir, HalfHandler) as url:
+        small.at(url)
+        assert small.load().name == "digits"
+        with pytest.raises(DataError, match="cannot be downloaded"):
+            small.load(source="download")
+    assert not small.data_dir.exists()
+
+
+@pytest.mark.parametrize("source", ["auto", "download"])
+def test_wrong_download_is_an_error(small: Published, source: str) -> None:
+    with served(small.raw_dir, ScrambledHandler) as url:
+        small.at(url)
+        with pytest.raises(DataError, match=r"does not send the official file: .*SHA-256"):
+            small.load(source=source)
+    assert not small.data_dir.exists()
+
+
+def test_download_reads_no_more_than_it_should(small: Published) -> None:
+    path = small.raw_dir / "train-images-idx3-ubyte.gz"
+    with served(small.raw_dir, Handler) as url:
+        small.at(url)
+        path.write_bytes(path.read_bytes() + bytes(1 << 20))
+        with pytest.raises(DataError, match="sends more than"):
+            small.load(source="download")
+    assert not small.data_dir.exists()
+
+
+def test_missing_page_is_no_download(small: Published, tmp_path: Path) -> None:
+    with served(tmp_path, Handler) as url:
+        small.at(url)
+        with pytest.raises(DataError, match="404"):
+            small.load(source="download")
+
+
+def test_silent_host_is_given_up(small: Published, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sum(download.TIMEOUTS) < 30
+    monkeypatch.setattr(download, "TIMEOUTS", (0.2, 0.2))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        small.at(f"http://127.0.0.1:{silent.getsockname()[1]}/")
+        with pytest.raises(DataError, match=r"(?s)cannot be downloaded: .*timed out.*MNIST_FLAX_RAW_DIR"):
+            small.load(source="download")
+
+
+def test_unreachable_host_falls_back_to_digits_loudly(small: Published, data_messages: list[str]) -> None:
+    splits = small.load()
+    assert (splits.name, splits.source) == ("digits", "embedded")
+    assert len(splits.train.label) == 1437
+    (warning,) = (message for message in data_messages if message.startswith("WARNING"))
+    for part in ("NOT mnist", "no prepared copy in", "$MNIST_FLAX_RAW_DIR", "127.0.0.1", "on_missing=error"):
+        assert part in warning
+    assert warning.count("\n") >= 8
+    assert not small.data_dir.exists()
+
+
+def test_on_missing_error_says_what_was_tried(small: Published) -> None:
+    with pytest.raises(DataError) as raised:
+        small.load(on_missing="error")
+    for part in (f"no prepared copy in {small.data_dir}", "neither config.data.raw_dir nor", "127.0.0.1", "Connect"):
+        assert part in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [("tfds", "no prepared copy in"), ("raw", "neither config.data.raw_dir nor"), ("download", "cannot be downloaded")],
+)
+def test_explicit_source_never_falls_back(small: Published, source: str, message: str) -> None:
+    with pytest.raises(DataError, match=message) as raised:
+        small.load(source=source)
+    assert f"config.data.source = '{source}'" in str(raised.value)
+    assert not small.data_dir.exists()
+
+
+def test_digits_need_no_folder(small: Published) -> None:
+    splits = small.load(name="digits", data_dir="/dev/null")
+    assert (splits.name, splits.source) == ("digits", "embedded")
+    assert splits.train.image.shape == (1437, 28, 28, 1)
+    assert splits.fingerprint == small.load(name="digits").fingerprint
+
+
+def test_digits_are_split_the_same_everywhere() -> None:
+    from sklearn.datasets import load_digits
+
+    splits = load_splits(config.replace(Config(), data__name="digits"))
+    assert splits.test.image.shape == (360, 28, 28, 1)
+    assert {part.image.dtype for part in (splits.train, splits.test)} == {np.dtype(np.uint8)}
+    assert {part.label.dtype for part in (splits.train, splits.test)} == {np.dtype(np.int32)}
+    share = np.bincount(splits.test.label) / np.bincount(load_digits().target)
+    assert np.all(abs(share - 0.2) < 0.006)  # each class gives a fifth of its rows, to the nearest row
+    np.testing.assert_array_equal(splits.train.label[:9], [0, 1, 2, 3, 4, 5, 6, 7, 8])
+    np.testing.assert_array_equal(splits.test.label[:9], [2, 4, 7, 0, 6, 8, 9, 5, 1])
+    # Another value here means that everybody's test set has changed.
+    labels = splits.train.label.tobytes() + splits.test.label.tobytes()
+    assert hashlib.sha256(labels).hexdigest()[:16] == "048b2a8a935f3934"
+
+
+# Bad input ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "one bit", "swapped", "no folder"])
+@pytest.mark.parametrize("source", ["auto", "raw"])
+def test_damaged_raw_files_are_named(small: Published, damage: str, source: str) -> None:
+    path = small.raw_dir / "t10k-labels-idx1-ubyte.gz"
+    raw_dir, content = str(small.raw_dir), bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+        message = "no such file; fetch it from http"
+    elif damage == "truncated":
+        path.write_bytes(content[:-3])
+        message = f"{len(content) - 3} bytes instead of {len(content)}; fetch it from http"
+    elif damage == "one bit":
+        content[20] ^= 4
+        path.write_bytes(content)
+        message = f"SHA-256 is {hashlib.sha256(content).hexdigest()} instead of "
+    elif damage == "swapped":
+        shutil.copy(small.raw_dir / "train-images-idx3-ubyte.gz", path)
+        message = "the size of mnist's train-images-idx3-ubyte.gz"
+    else:
+        raw_dir += "x"
+        message = "no such file; fetch it from http"
+    with pytest.raises(DataError) as raised:
+        small.load(source=source, raw_dir=raw_dir)
+    assert str(raised.value).startswith(f"config.data.raw_dir = {raw_dir!r} does not hold mnist: {raw_dir}/t")
+    assert message in str(raised.value)
+    assert "config.data.source=download" in str(raised.value)
+    assert not small.data_dir.exists()
+
+
+def test_official_files_with_wrong_content_leave_nothing(small: Published) -> None:
+    images, labels = small.arrays["train"]
+    write_files(small.raw_dir, small.name, {"train": (images, labels + 9), "test": small.arrays["test"]})
+    small.at(closed_url())
+    with pytest.raises(DataError, match="contains label 18, but there are 10 classes"):
+        small.load_raw()
+    assert not small.data_dir.exists()
+
+
+# Own datasets ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def letters(monkeypatch: pytest.MonkeyPatch) -> Arrays:
+    """Registers a dataset of one's own, and returns what its files will contain."""
+    monkeypatch.setitem(DATASETS, "letters", Dataset(num_classes=26, num_train=70, num_test=50))
+    return random_arrays("letters")
+
+
+def load_letters(raw_dir: Path, **fields: Any) -> Splits:
+    fields = {f"data__{field}": value for field, value in fields.items()}
+    return load_splits(
+        config.replace(Config(), data__name="letters", data__raw_dir=str(raw_dir), train__batch_size=1, **fields)
+    )
+
+
+def test_own_dataset_is_one_entry(tmp_path: Path, letters: Arrays, data_messages: list[str]) -> None:
+    write_files(tmp_path / "letters", "letters", letters)
+    for raw_dir in (tmp_path, tmp_path / "letters"):
+        splits = load_letters(raw_dir, data_dir="/dev/null")
+        assert (splits.name, splits.source) == ("letters", "raw")
+        check_arrays(splits, letters)
+        assert splits.fingerprint == fingerprint(splits.train, splits.test)
+    assert not data_messages
+
+
+def test_own_dataset_may_have_other_file_names_and_checksums(
+    tmp_path: Path, letters: Arrays, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contents = {f"part{i}.idx": idx(array) for i, array in enumerate(itertools.chain(*letters.values()))}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    files = tuple(DataFile(name, sha256=hashlib.sha256(content).hexdigest()) for name, content in contents.items())
+    monkeypatch.setitem(DATASETS, "letters", dataclasses.replace(DATASETS["letters"], files=files))
+    check_arrays(load_letters(tmp_path), letters)
+    (tmp_path / "part2.idx").write_bytes(idx(letters["test"][0] ^ 1))
+    with pytest.raises(DataError, match=r"part2\.idx: damaged, its SHA-256 is"):
+        load_letters(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train": lambda images, labels: (images[:69], labels)}, r"idx3.*shape \(70, 28, 28\).* says 69 x 28 x 28"),
+        ({"train": lambda images, labels: (images[:, :20], labels)}, r"idx3.*says 70 x 20 x 28"),
+        ({"test": lambda images, labels: (images, labels[:9])}, r"t10k-labels.*shape \(50,\).*says 9"),
+        ({"test": lambda images, labels: (images, labels + 1)}, r"t10k-labels.*contains label 26, .* 26 classes"),
+        ({"test": lambda images, labels: (labels, images)}, r"t10k-images.*says 50;"),
+    ],
+)
+def test_own_dataset_that_differs_from_its_entry_is_an_error(
+    tmp_path: Path, letters: Arrays, change: dict[str, Any], message: str
+) -> None:
+    changed = {split: change[split](*pair) if split in change else pair for split, pair in letters.items()}
+    write_files(tmp_path, "letters", changed)
+    with pytest.raises(DataError, match=rf"does not hold letters: {tmp_path}/.*{message}") as raised:
+        load_letters(tmp_path)
+    assert "correct its entry in DATASETS" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_own_dataset_with_a_missing_file_is_an_error(tmp_path: Path, letters: Arrays) -> None:
+    write_files(tmp_path / "letters", "letters", letters)
+    (tmp_path / "letters" / FILE_NAMES[3]).unlink()
+    with pytest.raises(DataError, match=f"does not hold letters: {tmp_path}/letters/{FILE_NAMES[3]}: no such file"):
+        load_letters(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"), [("tfds", "TFDS does not have this dataset"), ("download", "only read from a folder")]
+)
+def test_own_dataset_has_no_other_source(tmp_path: Path, letters: Arrays, source: str, message: str) -> None:
+    write_files(tmp_path, "letters", letters)
+    with pytest.raises(DataError, match=rf"(?s){message}.*Put its files into a folder .*--config\.data\.raw_dir"):
+        load_letters(tmp_path, source=source)
+
+
+def test_own_dataset_with_a_fingerprint_is_checked(
+    tmp_path: Path, letters: Arrays, monkeypatch: pytest.MonkeyPatch, data_messages: list[str]
+) -> None:
+    write_files(tmp_path, "letters", letters)
+    entry, known = DATASETS["letters"], load_letters(tmp_path).fingerprint
+    monkeypatch.setitem(DATASETS, "letters", dataclasses.replace(entry, fingerprint=known))
+    load_letters(tmp_path)
+    monkeypatch.setitem(DATASETS, "letters", dataclasses.replace(entry, fingerprint="0" * 64))
+    with pytest.raises(DataError, match=f"{tmp_path}: its images and labels are not those of letters"):
+        load_letters(tmp_path)
+    assert not data_messages
+
+
+def test_own_dataset_with_the_files_of_another_is_announced(
+    tmp_path: Path, letters: Arrays, monkeypatch: pytest.MonkeyPatch, data_messages: list[str]
+) -> None:
+    write_files(tmp_path, "letters", letters)
+    known = dataclasses.replace(DATASETS["kmnist"], fingerprint=load_letters(tmp_path).fingerprint)
+    monkeypatch.setitem(DATASETS, "kmnist", known)
+    load_letters(tmp_path)
+    assert data_messages == [f"WARNING: the files of letters in {tmp_path} are those of kmnist"]
+
+
+# The config of the dataset that was loaded ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits() -> Splits:
+    return load_splits(config.replace(Config(), data__name="digits"))
+
+
+def test_adapt_keeps_the_config_of_the_dataset_asked_for(digits: Splits) -> None:
+    same = config.replace(Config(), data__name="digits", data__holdout=100)
+    assert adapt_to_dataset(same, digits) is same
+
+
+def test_adapt_scales_the_rows(digits: Splits) -> None:
+    wanted = config.replace(Config(), seed=3, data__num_train=30_000, data__holdout=6_000, train__batch_size=64)
+    got = adapt_to_dataset(wanted, digits)
+    assert (got.data.name, got.data.num_train, got.data.holdout, got.train.batch_size) == ("digits", 718, 144, 64)
+    assert config.replace(got, data=wanted.to_dict()["data"]) == wanted
+    assert got.seed == 3
+    assert adapt_to_dataset(Config(), digits).num_train == 1437
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_adapt_is_always_valid(digits: Splits, name: str) -> None:
+    info, most = DATASETS[name], 10**9
+    for num_train, holdout, batch_size in itertools.product(
+        (0, 5, 11, 63, 200, most), (0, 62, 199, most), (1, 64, most)
+    ):
+        num_train = min(num_train, info.num_train)
+        rows = num_train or info.num_train
+        holdout = min(holdout, rows - 1)
+        if 0 < holdout < info.num_classes:
+            holdout = 0
+        batch_size = min(batch_size, rows - holdout)
+        wanted = config.replace(
+            Config(), data__name=name, data__num_train=num_train, data__holdout=holdout, train__batch_size=batch_size
+        )
+        got = adapt_to_dataset(wanted, digits)
+        assert got.data.name == "digits"
+        assert got.data.num_train <= num_train
+        assert got.data.holdout <= holdout
+        assert (got.data.holdout == 0) == (holdout == 0)
+        assert got.train.batch_size <= batch_size
+
+
+# The real files -------------------------------------------------------------------------------------------------------
+
+COUNTS = {
+    "mnist": (
+        [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949],
+        [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009],
+    ),
+    "fashion_mnist": ([6000] * 10, [1000] * 10),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_real_files(tmp_path: Path, name: str) -> None:
+    import gzip
+
+    folder = real_folder(name)
+    wanted = config.replace(
+        Config(), data__name=name, data__raw_dir=str(folder), data__data_dir=str(tmp_path), data__on_missing="error"
+    )
+    splits = load_splits(wanted)
+    assert (splits.name, splits.source, splits.fingerprint) == (name, "raw", DATASETS[name].fingerprint)
+    for split, prefix, counts in zip((splits.train, splits.test), ("train", "t10k"), COUNTS[name], strict=True):
+        images = gzip.decompress(Path(folder, f"{prefix}-images-idx3-ubyte.gz").read_bytes())[16:]
+        labels = gzip.decompress(Path(folder, f"{prefix}-labels-idx1-ubyte.gz").read_bytes())[8:]
+        assert split.image.shape == (sum(counts), 28, 28, 1)
+        assert split.image.tobytes() == images
+        assert split.label.astype(np.uint8).tobytes() == labels
+        np.testing.assert_array_equal(np.bincount(split.label), counts)
+    again = load_splits(wanted)
+    assert again._replace(train=splits.train, test=splits.test) == splits._replace(source="tfds")
+    assert sorted(tree(tmp_path))[:2] == ["mnist_flax", "mnist_flax/decoded"]

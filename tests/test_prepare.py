@@ -1,0 +1,362 @@
+"""Preparing a dataset once: copies that cannot be used, the cache, full and read-only disks, several processes."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import namedtuple
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+import pytest
+from idx_files import Published, tree
+
+import mnist_flax
+from mnist_flax.data import cache, prepare
+from mnist_flax.data.registry import DATASETS
+from mnist_flax.errors import DataError
+
+
+@pytest.fixture(autouse=True)
+def _no_folders_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MNIST_FLAX_RAW_DIR", raising=False)
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Published:
+    return Published(tmp_path, monkeypatch)
+
+
+# Prepared copies and the cache ----------------------------------------------------------------------------------------
+
+
+def edit_info(change: Callable[[dict[str, Any]], Any], copy: Path) -> None:
+    path = copy / "dataset_info.json"
+    info = json.loads(path.read_text())
+    change(info)
+    path.write_text(json.dumps(info))
+
+
+FLAWS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "of TensorFlow": (
+        functools.partial(edit_info, lambda info: info.update(fileFormat="tfrecord")),
+        "format is tfrecord",
+    ),
+    "shuffled": (functools.partial(edit_info, lambda info: info.pop("disableShuffling")), "were shuffled"),
+    "another size": (
+        functools.partial(edit_info, lambda info: info["splits"][0].update(shardLengths=["3"])),
+        r"rows are \{'train': 3, 'test': 50\}, not \{'train': 70, 'test': 50\}",
+    ),
+    "incomplete": (lambda copy: (copy / "dataset_info.json").unlink(), "is incomplete"),
+    "damaged info": (lambda copy: (copy / "dataset_info.json").write_text("[]"), "is incomplete"),
+    "truncated records": (
+        lambda copy: next(copy.glob("*train*")).write_bytes(next(copy.glob("*train*")).read_bytes()[:5000]),
+        "records cannot be read",
+    ),
+    "no records": (lambda copy: next(copy.glob("*test*")).unlink(), "records cannot be read"),
+}
+
+
+@pytest.mark.parametrize("flaw", FLAWS)
+def test_copy_that_cannot_be_used_is_no_obstacle(small: Published, data_messages: list[str], flaw: str) -> None:
+    damage, message = FLAWS[flaw]
+    small.load_raw()
+    copy = small.data_dir / "mnist" / "3.0.1"  # as if others had prepared it
+    shutil.move(small.copy, copy)
+    shutil.rmtree(small.own)
+    damage(copy)
+    before = {path: path.read_bytes() for path in copy.iterdir()}
+    data_messages.clear()
+    with pytest.raises(DataError, match=message):
+        small.load(source="tfds")
+    small.check(small.load(raw_dir=str(small.raw_dir)), "raw")
+    (line,) = (text for text in data_messages if text.startswith("INFO: not used"))
+    assert re.search(message, line)
+    assert {path: path.read_bytes() for path in copy.iterdir()} == before
+    small.check(small.load(source="tfds"), "tfds")
+
+
+@pytest.mark.parametrize("flaw", FLAWS)
+def test_our_own_damaged_copy_is_replaced(small: Published, flaw: str) -> None:
+    small.load_raw()
+    small.cache.unlink()
+    FLAWS[flaw][0](small.copy)
+    small.check(small.load_raw(), "raw")
+    small.check(small.load(source="tfds"), "tfds")
+
+
+def test_transposed_emnist_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = Published(tmp_path, monkeypatch, "emnist/digits")
+    small.load_raw()
+    edit_info(lambda info: info.update(description="Note: Like the original EMNIST data, ..."), small.copy)
+    with pytest.raises(DataError, match="images are transposed"):
+        small.load(source="tfds")
+
+
+def test_cache_of_another_copy_is_not_used(small: Published, monkeypatch: pytest.MonkeyPatch) -> None:
+    small.load_raw()
+    other = Published(small.data_dir / "other", monkeypatch, seed=1)
+    other.load_raw()
+    shutil.rmtree(small.copy)
+    shutil.move(other.copy, small.copy)
+    other.check(small.load(source="tfds"), "tfds")
+
+
+class Touch:
+    """An object whose pickle makes a file when it is read."""
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self._path,)
+
+
+@pytest.mark.parametrize("damage", ["pixel", "fingerprint", "truncated", "empty", "no archive", "pickle"])
+def test_damaged_cache_is_rebuilt(small: Published, tmp_path: Path, data_messages: list[str], damage: str) -> None:
+    small.load_raw()
+    cache = small.cache
+    if damage in ("pixel", "fingerprint"):  # well-formed, so that no checksum of the zip format helps
+        with np.load(cache) as arrays:
+            content = dict(arrays)
+        if damage == "pixel":
+            content["test_image"][7, 3, 3, 0] ^= 1
+        else:
+            content["fingerprint"] = np.array("0" * 64)
+        np.savez(cache, **content)
+    elif damage == "pickle":  # which would run whatever its maker likes, were it opened as one
+        with np.load(cache) as arrays:
+            np.savez(cache, **{**arrays, "train_label": np.array([Touch(tmp_path / "run")], object)})
+    else:
+        cache.write_bytes({"truncated": cache.read_bytes()[:-5000], "empty": b"", "no archive": b"x" * 5000}[damage])
+    data_messages.clear()
+    small.check(small.load(), "tfds")
+    assert len(data_messages) == 1
+    assert f"{cache} is damaged" in data_messages[0]
+    assert not (tmp_path / "run").exists()
+    small.check(small.load(), "tfds")
+    assert len(data_messages) == 1
+
+
+# Wrong data -----------------------------------------------------------------------------------------------------------
+
+
+def swap_splits(small: Published) -> None:
+    """Replaces the test records by the training records, as in a folder that was copied together by hand."""
+    shutil.copy(next(small.copy.glob("*train*")), next(small.copy.glob("*test*")))
+
+
+@pytest.mark.parametrize("known", ["in the registry", "from preparing"])
+@pytest.mark.parametrize("name", ["mnist", "emnist/letters"])
+def test_swapped_records_stop_every_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: str, name: str
+) -> None:
+    small = Published(tmp_path, monkeypatch, name)
+    fingerprint = small.load_raw().fingerprint
+    if known == "in the registry":
+        monkeypatch.setitem(DATASETS, name, dataclasses.replace(DATASETS[name], fingerprint=fingerprint))
+        (small.copy / cache.FINGERPRINT_FILE).unlink()
+    small.cache.unlink()
+    swap_splits(small)
+    for source in ("auto", "tfds", "raw", "download"):
+        for _ in range(2):  # decoded, and from the cache
+            with pytest.raises(
+                DataError, match=rf"{small.copy}: its images and labels are not those of {name}"
+            ) as error:
+                small.load(source=source, raw_dir=str(small.raw_dir))
+            assert "fingerprint" in str(error.value) and "instead of " + fingerprint[:12] in str(error.value)
+            assert "delete this folder" in str(error.value)
+    shutil.rmtree(small.copy)
+    small.check(small.load(raw_dir=str(small.raw_dir)), "raw")
+
+
+# Disks ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("data_dir", ["a file", "under a file", "/proc/mnist"])
+def test_data_dir_that_cannot_be_written(small: Published, tmp_path: Path, data_dir: str) -> None:
+    (tmp_path / "a file").touch()
+    folder = {"a file": tmp_path / "a file", "under a file": tmp_path / "a file" / "b" / "c"}.get(data_dir, data_dir)
+    with pytest.raises(DataError, match=rf"{folder}/mnist_flax: cannot prepare mnist there .*--config\.data\.data_dir"):
+        small.load(source="raw", raw_dir=str(small.raw_dir), data_dir=str(folder))
+    assert tree(tmp_path) == ["a file", "raw", *(f"raw/{path.name}" for path in sorted(small.raw_dir.iterdir()))]
+
+
+def test_too_little_free_space_is_said_before_anything_is_written(
+    small: Published, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "free")
+    needed = 120 * prepare._BYTES_PER_ROW
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(needed - 1))
+    with pytest.raises(DataError, match=r"cannot prepare mnist there \(it needs 0\.2 MB, .*0\.2 MB.* free some space"):
+        small.load_raw()
+    assert not small.data_dir.exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(needed))
+    small.check(small.load_raw(), "raw")
+
+
+def test_disk_that_fills_up_is_a_clear_error(small: Published) -> None:
+    with start(small, "full") as process:  # which may not write more than 1000 bytes into a file
+        _, stderr = process.communicate()
+    last = stderr.splitlines()[-1]
+    assert last.startswith(f"DataError: {small.own}: cannot prepare mnist there (")
+    assert "File too large" in last and "free some space, or choose a folder" in last
+    assert "Traceback" not in stderr
+    assert not small.data_dir.exists()
+    small.check(small.load_raw(), "raw")
+
+
+@contextlib.contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """Forbids writing to a folder; root, whom no permission binds, is an ordinary user meanwhile."""
+    root = os.geteuid() == 0
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+        for path in (folder, *folder.rglob("*")):
+            path.chmod(0o755)
+
+
+def test_read_only_folder(small: Published, data_messages: list[str]) -> None:
+    small.load_raw()
+    cache = small.cache.relative_to(small.data_dir)
+    with tempfile.TemporaryDirectory() as shared:  # unlike tmp_path, it can be opened to other users
+        os.chmod(shared, 0o755)
+        small.data_dir = Path(shutil.copytree(small.data_dir, Path(shared, "tfds")))
+        (small.data_dir / cache).unlink()
+        raw_dir, closed = shutil.copytree(small.raw_dir, Path(shared, "raw")), Path(shared, "closed")
+        raw_dir.chmod(0o755)
+        closed.mkdir(mode=0)
+        data_messages.clear()
+        before = tree(small.data_dir)
+        with read_only(small.data_dir):
+            for _ in range(2):
+                small.check(small.load(), "tfds")
+            with pytest.raises(DataError, match=r"Permission denied.*--config\.data\.data_dir"):
+                prepare.prepare("fashion_mnist", small.data_dir, Path("/"))
+            with pytest.raises(DataError, match=r"Permission denied"):
+                small.load(source="raw", raw_dir=str(raw_dir), data_dir=str(closed / "tfds"))
+        assert tree(small.data_dir) == before
+    assert len(data_messages) == 2
+    assert all("cannot be kept ([Errno 13] Permission denied" in message for message in data_messages)
+
+
+# Several processes ----------------------------------------------------------------------------------------------------
+
+PROGRAM = """
+import logging, os, resource, signal, sys
+from pathlib import Path
+import pytest
+from idx_files import closed_url, make_official, random_arrays
+from mnist_flax import config
+from mnist_flax.data import tfds_copy
+from mnist_flax.data.load import load_splits
+from mnist_flax.errors import DataError
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+raw_dir, data_dir, fault = sys.argv[1:]
+make_official(pytest.MonkeyPatch(), Path(raw_dir), "mnist", random_arrays("mnist"), closed_url())
+if fault == "killed":
+    tfds_copy.encode_png = lambda image: os.kill(os.getpid(), signal.SIGKILL)
+if fault == "full":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+fields = dict(data__raw_dir=raw_dir, data__data_dir=data_dir, train__batch_size=1)
+try:
+    splits = load_splits(config.replace(config.Config(), **fields))
+except DataError as error:
+    sys.exit(f"DataError: {error}")
+assert "tensorflow" not in sys.modules
+print(splits.source, splits.fingerprint)
+"""
+
+
+def start(small: Published, fault: str = "") -> subprocess.Popen[str]:
+    roots = [str(Path(mnist_flax.__file__).parents[1]), str(Path(__file__).parent)]
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(small.raw_dir), str(small.data_dir), fault],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(roots)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_two_processes_prepare_once(small: Published) -> None:
+    own = small.own
+    own.mkdir(parents=True)
+    with filelock.FileLock(own / "lock"):
+        processes = [start(small), start(small)]
+        first_lines = [process.stderr.readline() for process in processes if process.stderr]
+    results = [process.communicate() for process in processes]
+    assert all("waiting for another process" in line for line in first_lines)
+    assert [process.returncode for process in processes] == [0, 0], results
+    assert sorted("preparing" in stderr for _, stderr in results) == [False, True]
+    fingerprint = small.load().fingerprint
+    assert sorted(stdout for stdout, _ in results) == [f"raw {fingerprint}\n", f"tfds {fingerprint}\n"]
+
+
+def test_waiting_outlives_the_failure_of_another(small: Published, data_messages: list[str]) -> None:
+    own = small.own
+    own.mkdir(parents=True)
+    with filelock.FileLock(own / "lock"):
+        thread = threading.Thread(target=small.load_raw)
+        thread.start()
+        while not data_messages:
+            time.sleep(0.01)
+        (own / "lock").unlink()
+        own.rmdir()
+    thread.join()
+    small.check(small.load(), "tfds")
+
+
+def test_killed_process_is_no_obstacle(small: Published) -> None:
+    with start(small, "killed") as process:
+        process.communicate()
+    assert process.returncode == -9
+    own = small.own
+    assert list(own.glob("preparing-*"))
+    (own / "decoded").mkdir()
+    (own / "decoded" / "mnist.npz.1.tmp").touch()
+    small.check(small.load_raw(), "raw")
+    assert sorted(path.name for path in own.iterdir()) == ["decoded", "lock", "mnist"]
+    assert [path.name for path in (own / "decoded").iterdir()] == ["mnist.npz"]
+
+
+def test_imports_are_light(small: Published) -> None:
+    small.load_raw()
+    program = f"""
+import dataclasses, sys
+from mnist_flax import config
+from mnist_flax.data.load import load_splits
+from mnist_flax.data.registry import DATASETS
+DATASETS["mnist"] = dataclasses.replace(DATASETS["mnist"], num_train=70, num_test=50, fingerprint="")
+fields = dict(data__data_dir={str(small.data_dir)!r}, train__batch_size=1)
+assert load_splits(config.replace(config.Config(), **fields)).source == "tfds"
+heavy = ("tensorflow", "tensorflow_datasets", "PIL", "sklearn", "requests")
+print([name for name in heavy if name in sys.modules])
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        env={**os.environ, "PYTHONPATH": str(Path(mnist_flax.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("[]\n", "")

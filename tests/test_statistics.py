@@ -1,0 +1,226 @@
+"""A population's results: what each member, the committee and the folds score, and how they are read again."""
+
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import small_population
+from small_population import CONFIG
+
+from mnist_flax.analysis import comparison, statistics
+from mnist_flax.analysis.evaluation import combine_members, evaluate, load_predictor, make_predictor
+from mnist_flax.analysis.scores import evaluate_workdir
+from mnist_flax.data import batches
+from mnist_flax.data.load import load_splits
+from mnist_flax.data.splits import Examples
+from mnist_flax.errors import ConfigError, WorkdirError
+from mnist_flax.run import checkpoint
+from mnist_flax.step import eval_variables
+
+
+@pytest.fixture(scope="module")
+def seeds() -> pathlib.Path:
+    return small_population.seeds()
+
+
+@pytest.fixture(scope="module")
+def folds() -> pathlib.Path:
+    return small_population.folds()
+
+
+def test_result_holds_what_it_promises(seeds: pathlib.Path) -> None:
+    result = statistics.load(seeds)
+    assert result
+    with np.load(seeds / "population.npz") as file:
+        probs, label = file["test_probs"], file["test_label"]
+    splits = load_splits(CONFIG)
+    np.testing.assert_array_equal(label, splits.test.label)
+    assert (probs.shape, probs.dtype) == ((3, 360, 10), np.float32)
+    np.testing.assert_allclose(probs.sum(axis=-1), 1, rtol=1e-5)
+    right = probs.argmax(axis=-1) == label
+    assert [member["accuracy"] for member in result["members"]] == right.mean(axis=-1).tolist()
+    assert [member["seed"] for member in result["members"]] == [3, 4, 5]
+    names = ["seed-3", "seed-4", "seed-5"]
+    for name in names:
+        test = statistics.read_log(seeds / "members" / name)[-1]
+        member = next(member for member in result["members"] if member["name"] == name)
+        assert (test["split"], test["accuracy"], test["loss"]) == ("test", member["accuracy"], member["loss"])
+    assert result["mean"]["accuracy"] == pytest.approx(right.mean())
+    summaries = [json.loads((seeds / "members" / name / "summary.json").read_text()) for name in names]
+    assert [member["temperature"] for member in result["members"]] == [summary["temperature"] for summary in summaries]
+    assert result["temperature"] > 0
+    assert result["committee"]["accuracy"] == np.mean(probs.mean(axis=0).argmax(axis=-1) == label)
+    assert result["agreement"]["examples_by_members_right"] == np.bincount(right.sum(axis=0), minlength=4).tolist()
+    assert {"config", "dataset", "dataset_fingerprint", "device", "versions", "train_seconds"} <= result.keys()
+    holdout = result["curves"]["holdout"]
+    assert [point["epoch"] for point in holdout] == [1, 2]
+    assert [point["step"] for point in result["curves"]["train"]] == [3, 6, 8, 9, 12, 15, 16]
+    assert all(point["loss"]["min"] < point["loss"]["mean"] < point["loss"]["max"] for point in holdout)
+    for name in ("curves_loss.svg", "curves_accuracy.svg"):
+        assert (seeds / name).read_text().count("<svg") == 1
+    table = statistics.table(result)
+    assert f"{result['committee']['accuracy']:.2%}" in table
+    assert table.count("seed-") == 3
+
+
+def test_out_of_fold_evaluates_every_row_with_the_member_not_trained_on_it(folds: pathlib.Path) -> None:
+    result = statistics.load(folds)
+    assert result
+    out_of_fold = result["out_of_fold"]
+    with np.load(folds / "population.npz") as file:
+        rows, fold, probs, label = (file[name] for name in ("rows", "fold", "out_of_fold_probs", "out_of_fold_label"))
+    splits = load_splits(CONFIG)
+    used, _ = batches.split_rows(splits.train.label, 220, 0)
+    np.testing.assert_array_equal(rows, used)
+    np.testing.assert_array_equal(label, splits.train.label[used])
+    for k in range(3):
+        config, state, _ = checkpoint.load_run(folds / "members" / f"fold-{k}")
+        trained_on, held_out = batches.rows_of(splits.train.label, config.data)
+        np.testing.assert_array_equal(rows[fold == k], held_out)
+        assert not set(rows[fold == k]) & set(trained_on)
+        image, of_held_out = splits.train.image[held_out], splits.train.label[held_out]
+        evaluation = evaluate(make_predictor(config, eval_variables(state)), Examples(image, of_held_out))
+        np.testing.assert_allclose(probs[fold == k], jax.nn.softmax(evaluation.logits), atol=1e-6)
+        assert out_of_fold["folds"][k]["accuracy"] == evaluation.accuracy
+        holdout = [line for line in statistics.read_log(folds / "members" / f"fold-{k}") if line["split"] == "holdout"]
+        assert holdout[-1]["accuracy"] == evaluation.accuracy
+        assert (result["members"][k]["seed"], result["members"][k]["fold"]) == (3 + k, k)
+    right = probs.argmax(axis=-1) == label
+    assert (out_of_fold["correct"], out_of_fold["examples"]) == (right.sum(), 220)
+    assert out_of_fold["mean"]["accuracy"] == pytest.approx(np.mean([right[fold == k].mean() for k in range(3)]))
+    doubtful = out_of_fold["doubtful_labels"]
+    of_label = probs[np.arange(220), label]
+    np.testing.assert_allclose([example["probability_of_label"] for example in doubtful], np.sort(of_label)[:100], 1e-5)
+    for example in doubtful:
+        (place,) = np.flatnonzero(rows == example["row"])
+        assert (example["label"], example["fold"]) == (label[place], fold[place])
+        assert example["prediction"] == probs[place].argmax()
+    assert "out of fold" in statistics.table(result)
+
+
+def test_spread() -> None:
+    from scipy import stats
+
+    mean, sd, interval = statistics.spread([1.0, 2.0, 3.0])
+    assert (mean, sd) == (2, 1)
+    assert interval == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5))  # t(0.975, 2) from a table
+    values = [0.991, 0.9924, 0.9907, 0.9931]
+    assert statistics.spread(values).interval == pytest.approx(
+        stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
+    )
+
+
+def test_committee_averages_probabilities() -> None:
+    # Two are undecided for class 1, one is sure of class 0: the mean of probabilities is for class 0.
+    probs = np.array([[[0.45, 0.55]], [[0.45, 0.55]], [[0.9, 0.1]]])
+    together = combine_members(np.log(probs).astype(np.float32))
+    np.testing.assert_allclose(np.exp(together), [[0.6, 0.4]], rtol=1e-6)
+    assert statistics.score(together, np.array([0])) == {
+        "accuracy": 1.0,
+        "loss": pytest.approx(-np.log(0.6)),
+        "correct": 1,
+        "examples": 1,
+    }
+    assert np.isfinite(combine_members(np.array([[[0.0, -2000.0]], [[0.0, -2000.0]]]))).all()
+
+
+def test_agreement_counts_members_that_are_right() -> None:
+    predictions = np.array([[0, 1, 2, 2], [0, 1, 0, 2], [0, 2, 0, 2]])
+    log_probs = np.log(np.eye(3)[predictions] * 0.9 + 0.1 / 3)
+    agreement = statistics.agreement(log_probs, np.array([0, 1, 2, 1]))
+    assert agreement["examples_by_members_right"] == [1, 1, 1, 1]
+    assert agreement["none_right"] == [{"row": 3, "label": 1, "committee": 2}]
+
+
+def test_doubtful_labels_come_most_doubtful_first() -> None:
+    probs = np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]])
+    doubtful = statistics.doubtful_labels(np.log(probs), np.array([0, 0, 1]), np.array([7, 8, 9]), np.array([0, 1, 1]))
+    assert [example["row"] for example in doubtful] == [8, 9, 7]
+    assert doubtful[0] == {
+        "row": 8,
+        "label": 0,
+        "prediction": 1,
+        "probability_of_label": pytest.approx(0.2),
+        "probability_of_prediction": pytest.approx(0.8),
+        "fold": 1,
+    }
+
+
+def test_curves_hold_the_points_that_all_members_have() -> None:
+    def line(split: str, step: int, loss: float) -> dict[str, Any]:
+        return {"split": split, "step": step, "epoch": step / 10, "loss": loss, "accuracy": 0.5}
+
+    logs = [[line("train", 10, 1.0), line("test", 10, 4.0)], [line("train", 5, 9.0), line("train", 10, 3.0)]]
+    curves = statistics.curves(logs)
+    assert (curves["holdout"], curves["test"]) == ([], [])
+    (point,) = curves["train"]
+    assert (point["step"], point["epoch"]) == (10, 1)
+    assert point["loss"] == {"mean": 2.0, "sd": pytest.approx(2**0.5), "min": 1.0, "max": 3.0}
+
+
+def test_population_is_evaluated_as_one_network(seeds: pathlib.Path) -> None:
+    saved = statistics.load(seeds)
+    assert saved
+    predictor, info = load_predictor(seeds)
+    assert (len(predictor.members), info.kind, predictor.temperature) == (3, "seeds", saved["temperature"])
+    result = evaluate_workdir(seeds, overrides={})
+    for name in ("accuracy", "loss", "correct", "examples"):
+        assert result[name] == saved["committee"][name], name
+    assert result["members"] == 3
+    holdout = evaluate_workdir(seeds, split="holdout", overrides={})
+    assert holdout["examples"] == 20
+    assert holdout["loss"] <= holdout.get("uncalibrated", holdout)["loss"]  # where the temperature was fitted
+
+
+def test_folds_are_evaluated_on_the_test_set_only(folds: pathlib.Path) -> None:
+    saved = statistics.load(folds)
+    assert saved
+    assert evaluate_workdir(folds, overrides={})["loss"] == saved["committee"]["loss"]
+    for split in ("train", "holdout"):
+        with pytest.raises(ConfigError, match=f"--split={split}: each of these rows was trained on by other folds"):
+            evaluate_workdir(folds, split=split, overrides={})
+
+
+@pytest.mark.parametrize("name", ["../seed-3", "..", "", 3, None])
+def test_member_name_that_leads_elsewhere_is_refused(seeds: pathlib.Path, tmp_path: pathlib.Path, name: Any) -> None:
+    (tmp_path / "members").mkdir()
+    saved = statistics.load(seeds)
+    assert saved
+    saved["members"][1]["name"] = name
+    (tmp_path / "population.json").write_text(json.dumps(saved))
+    with pytest.raises(WorkdirError, match=r"holds a population without a whole population.json"):
+        load_predictor(tmp_path)
+
+
+def test_unfinished_population_is_refused(seeds: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    workdir = shutil.copytree(seeds, tmp_path / "copy")
+    (workdir / "population.json").unlink()
+    with pytest.raises(WorkdirError, match="the command that trains it writes one"):
+        load_predictor(workdir)
+
+
+def test_load_result_reads_runs_and_populations_alike(seeds: pathlib.Path, folds: pathlib.Path) -> None:
+    population, run = comparison.load_result(seeds), comparison.load_result(seeds / "members" / "seed-4")
+    assert run.accuracies == population.accuracies[1:2]
+    assert (population.pairing, run.pairing, run.kind) == ((3, 4, 5), (4,), "run")
+    compared = comparison.compare(seeds / "members" / "seed-4", seeds)
+    assert compared["examples"] == 360
+    assert json.loads(json.dumps(compared)) == compared
+    result = statistics.load(folds)
+    assert result
+    of_folds = comparison.load_result(folds)
+    assert of_folds.accuracies == tuple(fold["accuracy"] for fold in result["out_of_fold"]["folds"])
+    assert np.mean(of_folds.predictions == of_folds.labels) == pytest.approx(result["out_of_fold"]["accuracy"])
+    with pytest.raises(WorkdirError, match="holds no checkpoints/ of a run"):
+        comparison.load_result(seeds / "members")
+
+
+def test_damaged_arrays_are_named(seeds: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    shutil.copy(seeds / "population.json", tmp_path)
+    (tmp_path / "population.npz").write_bytes(b"nothing")
+    with pytest.raises(WorkdirError, match=r"population.npz: cannot be read .*remove population.json"):
+        comparison.load_result(tmp_path)
