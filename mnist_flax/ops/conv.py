@@ -4,7 +4,7 @@ Inside a loop (`lax.scan`, `lax.fori_loop`) XLA:CPU lowers the gradient of a con
 slower than a matrix product (jax issue 12868), so on CPU a convolution takes one of three forms:
 
 - `winograd`, for a stride of 1 and enough channels: the fewest products, and those of a good shape.
-- `direct`, XLA's own with gradients written out, for strides and for large maps of few channels: the least memory.
+- `direct`, XLA's own with gradients written out, for strides: the least memory.
 - `patches` times kernel otherwise (one input channel, kernels of one pixel).
 
 Other platforms get XLA's own convolution.
@@ -105,7 +105,7 @@ def _conv(
     def cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
         # Half precision is widened: XLA:CPU has no fast product for it, and Winograd's sums would lose its few bits.
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        form = _cpu_form(x.shape, kernel.shape, window)
+        form = _cpu_form(kernel.shape, window)
         return form(x.astype(wide), kernel.astype(wide), window).astype(x.dtype)
 
     outputs = (window.output_size(axis, x.shape[1 + axis], kernel.shape[axis]) for axis in (0, 1))
@@ -115,15 +115,11 @@ def _conv(
     return y
 
 
-def _cpu_form(
-    shape: Sequence[int], kernel_shape: Sequence[int], window: Window
-) -> Callable[[jax.Array, jax.Array, Window], jax.Array]:
+def _cpu_form(kernel_shape: Sequence[int], window: Window) -> Callable[[jax.Array, jax.Array, Window], jax.Array]:
     """Chooses by size; each figure is CPU time forward and backward, batch 128, on jax 0.12 and 0.10."""
     h, w, c, d = kernel_shape
     if max(h, w) == 1 or c == 1:
         return patches  # 1x1, stride 2: 0.6 and 0.4 of the time of `direct`; one channel: 0.7 (3x3 kernel)
     if window.strides != (1, 1) and window.pool == 1:
         return direct  # 3x3, stride 2, 16 to 32 channels: 0.7 and 0.5 of the time of `patches`
-    if max(shape[1:3]) >= 20 and max(c, d) <= 32 and window.pool == 1:
-        return direct  # 28x28: 0.7 of the time of `winograd` for 16 channels, 0.9 for 32; at 14x14 it is 1.4
     return winograd.winograd if winograd.pays(kernel_shape, window) else patches
