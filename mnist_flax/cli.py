@@ -6,13 +6,12 @@ import re
 import runpy
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import app, flags
 from absl import logging as absl_logging
 
-from mnist_flax import preset
 from mnist_flax.checks import nearest
-from mnist_flax.config import Config
 from mnist_flax.errors import ConfigError, UserError
 from mnist_flax.run import console, signals
 
@@ -64,15 +63,17 @@ def config_file() -> str:
     return str(FLAGS.config)
 
 
-def config() -> Config:
-    """Returns the config that the flags describe.
+def config() -> Any:
+    """Returns the `Config` that the flags describe.
 
     Raises:
       ConfigError: there is none, or one of its fields is wrong.
     """
     if FLAGS.config is None:
         raise ConfigError("--config is missing: name a preset or a file, such as --config=configs/default.py")
-    return preset.load(preset.find(FLAGS.config), FLAGS.override)
+    from mnist_flax import preset  # only now: --help and a wrong flag need not wait for JAX, which the models import
+
+    return preset.load_config(preset.find_preset(FLAGS.config), FLAGS.override)
 
 
 def define_output() -> None:
@@ -95,7 +96,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax and JAX log a lot; --verbosity=0 shows it
     try:
         try:
-            with signals.listening(lambda signum: signals.leave(128 + signum, "stopped\n")):
+            with signals.listening(lambda signum: signals.end_process(128 + signum, "stopped\n")):
                 app.run(main, flags_parser=_parse)
         except SystemExit:
             sys.stdout.flush()

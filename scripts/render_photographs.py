@@ -71,7 +71,13 @@ def write_sheet(images: Array, kind: str, random: np.random.Generator) -> tuple[
 
 
 def form_cells(
-    shape: tuple[int, ...], size: float, pitch: float, left: float, middle: float, count: int, random: np.random.Generator
+    shape: tuple[int, ...],
+    size: float,
+    pitch: float,
+    left: float,
+    middle: float,
+    count: int,
+    random: np.random.Generator,
 ) -> Array:
     """Prints a box around each digit, in one row or with empty rows above and below, `f32[H,W]`."""
     width = max(1.0, size * random.uniform(0.015, 0.09))

@@ -8,6 +8,7 @@ A job is a JSON object such as {"preset": "default", "seed": 1, "train__label_sm
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -17,10 +18,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from mnist_flax import drivers, metrics, rng
+from mnist_flax import drivers, rng
+from mnist_flax.analysis.calibration import calibration_scores, fit_temperature
+from mnist_flax.analysis.evaluation import make_predictor, predict_logits
 from mnist_flax.config import Config, replace
 from mnist_flax.data import batches
-from mnist_flax.data.load import Splits, load_splits
+from mnist_flax.data.load import load_splits
+from mnist_flax.data.splits import Splits
 from mnist_flax.run import compilation
 from mnist_flax.step import eval_variables
 
@@ -38,22 +42,15 @@ def preset(name: str) -> Config:
 
 
 def scores(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Returns errors, loss and calibration error, also at a temperature fitted on one half and used on the other."""
-
-    def loss(rows: slice, temperature: float) -> float:
-        return float(metrics.negative_log_likelihood(logits[rows] / temperature, labels[rows]).mean())
-
-    halves, grid = (slice(0, None, 2), slice(1, None, 2)), np.geomspace(0.25, 2.5, 93)
-    fitted = [float(grid[np.argmin([loss(half, t) for t in grid])]) for half in halves]
+    """Returns errors, loss and calibration; also with a temperature fitted on one half and used on the other."""
+    halves = (slice(0, None, 2), slice(1, None, 2))
+    fitted = [fit_temperature(logits[half], labels[half]) for half in halves]
     scaled = logits.copy()
     scaled[halves[0]] /= fitted[1]
     scaled[halves[1]] /= fitted[0]
-    result: dict[str, float] = {"errors": int((logits.argmax(1) != labels).sum()), "temperature": np.mean(fitted)}
+    result = {"errors": int((logits.argmax(1) != labels).sum()), "temperature": float(np.mean(fitted))}
     for suffix, values in (("", logits), ("_scaled", scaled)):
-        probs = np.exp(metrics.log_probabilities(values))
-        bins = metrics.reliability(probs, labels)
-        result["nll" + suffix] = float(metrics.negative_log_likelihood(values, labels).mean())
-        result["ece" + suffix] = metrics.expected_calibration_error(bins)
+        result |= {name + suffix: value for name, value in calibration_scores(values, labels).items()}
     return {name: round(value, 5) for name, value in result.items()}
 
 
@@ -68,21 +65,13 @@ def run(config: Config, splits: Splits) -> dict[str, Any]:
         states, _ = advance(states, config.steps_per_epoch)
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     variables = eval_variables(jax.tree.map(lambda leaf: leaf[0], states))
+    predictor = make_predictor(config, variables)
     images, labels = splits.train.image[held], splits.train.label[held]
-
-    def logits(dy: int, dx: int) -> np.ndarray:
-        parts = np.split(np.roll(images, (dy, dx), (1, 2)), range(1000, len(images), 1000))
-        return np.concatenate([drivers.jit_forward(config.program, variables, part) for part in parts])
-
-    one = logits(0, 0)
-    views = [one, *(logits(*shift) for shift in ((1, 0), (-1, 0), (0, 1), (0, -1)))]
-    five = np.log(np.mean([np.exp(metrics.log_probabilities(view)) for view in views], axis=0))
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
     return {
         "holdout": len(held),
-        "parameters": parameters,
-        "one": scores(one, labels),
-        "five": scores(five, labels),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
+        "one": scores(predict_logits(dataclasses.replace(predictor, views=1), images), labels),
+        "five": scores(predict_logits(dataclasses.replace(predictor, views=5), images), labels),
         "seconds": round(seconds),
         "cpu_seconds": round(cpu),
     }

@@ -8,7 +8,6 @@ import shutil
 import numpy as np
 import pytest
 import tiny_run
-from mnist_flax.data.splits import Examples
 from scipy.optimize import minimize
 
 from mnist_flax.analysis import calibration
@@ -16,6 +15,7 @@ from mnist_flax.analysis.calibration import calibrate, calibration_scores, fit_t
 from mnist_flax.analysis.evaluation import evaluate, load_predictor, predict_logits
 from mnist_flax.analysis.run_data import load_data, select_examples
 from mnist_flax.analysis.scores import evaluate_workdir, table
+from mnist_flax.data.splits import Examples
 from mnist_flax.metrics import negative_log_likelihood
 
 

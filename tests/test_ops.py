@@ -1,6 +1,7 @@
 """The CPU forms of convolution and pooling equal lax's, value and gradient, and other platforms get lax's own."""
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 from jax import lax
 
 from mnist_flax.ops import conv as ops
-from mnist_flax.ops import winograd
+from mnist_flax.ops import norm, winograd
+from mnist_flax.ops.pool import avg_pool, max_pool
 from mnist_flax.ops.window import Window
 
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -37,8 +39,10 @@ def assert_near(actual: jax.Array, expected: jax.Array, tolerance: float = TOLER
     np.testing.assert_allclose(actual64 / scale, expected64 / scale, rtol=0, atol=tolerance)
 
 
-def conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding, **kwargs: Any) -> jax.Array:
-    return ops.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=NHWC, **kwargs)
+def conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding, pool: int = 1) -> jax.Array:
+    if strides[0] != strides[1]:
+        return max_pool(ops.conv(x, kernel, strides=strides, padding=padding), pool)
+    return ops.conv_block(x, kernel, stride=strides[0], padding=padding, pool=pool)
 
 
 def lax_conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding) -> jax.Array:
@@ -87,7 +91,7 @@ def test_values_and_gradients_equal_lax(winograd: bool, data: st.DataObject) -> 
     kernel = normal(1, *case["kernel_size"], *case["channels"])
 
     def ours(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return conv(x, kernel, case["strides"], case["padding"], max_pool_size=case["pool"])
+        return conv(x, kernel, case["strides"], case["padding"], case["pool"])
 
     def theirs(x: jax.Array, kernel: jax.Array) -> jax.Array:
         y = lax_conv(x, kernel, case["strides"], case["padding"])
@@ -136,8 +140,8 @@ def test_pooling_equals_lax(batch: int, height: int, width: int, channels: int, 
     x = normal(0, batch, height, width, channels)
     window = (size, size)
     pairs: list[tuple[Callable[..., jax.Array], Callable[..., jax.Array], float]] = [
-        (lambda x: ops.max_pool(x, size), lambda x: nn.max_pool(x, window, window), 0),  # no arithmetic: exact
-        (lambda x: ops.avg_pool(x, size), lambda x: nn.avg_pool(x, window, window), 1e-6),
+        (lambda x: max_pool(x, size), lambda x: nn.max_pool(x, window, window), 0),  # no arithmetic: exact
+        (lambda x: avg_pool(x, size), lambda x: nn.avg_pool(x, window, window), 1e-6),
     ]
     for ours, theirs, tolerance in pairs:
         for actual, expected in zip(value_and_gradients(ours, x), value_and_gradients(theirs, x), strict=True):
@@ -146,7 +150,7 @@ def test_pooling_equals_lax(batch: int, height: int, width: int, channels: int, 
 
 def test_ties_share_the_gradient_and_the_rest_gets_none() -> None:
     x = jnp.array([[1.0, 1, 5, 0], [0, 1, 2, 3], [7, 7, 4, 4], [7, 7, 4, 9]]).reshape(1, 4, 4, 1)
-    gradient = jax.grad(lambda x: ops.max_pool(x, 2).sum())(x)[0, :, :, 0]
+    gradient = jax.grad(lambda x: max_pool(x, 2).sum())(x)[0, :, :, 0]
     expected = [[1 / 3, 1 / 3, 1, 0], [0, 1 / 3, 0, 0], [1 / 4, 1 / 4, 0, 0], [1 / 4, 1 / 4, 0, 1]]
     np.testing.assert_allclose(gradient, expected, rtol=1e-6)
 
@@ -159,7 +163,7 @@ def test_a_flat_picture_gets_lax_gradient_for_the_kernel(channels: int) -> None:
     def theirs(kernel: jax.Array) -> jax.Array:
         return nn.max_pool(lax_conv(x, kernel, (1, 1), "VALID"), (2, 2), (2, 2))
 
-    actual = value_and_gradients(lambda kernel: conv(x, kernel, (1, 1), "VALID", max_pool_size=2), kernel)
+    actual = value_and_gradients(lambda kernel: conv(x, kernel, (1, 1), "VALID", 2), kernel)
     for a, b in zip(actual, value_and_gradients(theirs, kernel), strict=True):
         assert_near(a, b)
 
@@ -170,7 +174,7 @@ def test_bfloat16_is_computed_in_float32(channels: int) -> None:
     kernel = normal(1, 3, 3, channels, 16).astype(jnp.bfloat16)
 
     def ours(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return conv(x, kernel, (1, 1), "SAME", max_pool_size=2)
+        return conv(x, kernel, (1, 1), "SAME", 2)
 
     wide = value_and_gradients(ours, x.astype(jnp.float32), kernel.astype(jnp.float32))
     for actual, expected in zip(value_and_gradients(ours, x, kernel), wide, strict=True):
@@ -182,30 +186,31 @@ def test_bfloat16_is_computed_in_float32(channels: int) -> None:
 @pytest.mark.parametrize("batch", [0, 1])
 def test_empty_and_single_batches(channels: int, batch: int) -> None:
     x, kernel = normal(0, batch, 9, 9, channels), normal(1, 3, 3, channels, 16)
-    y = conv(x, kernel, (1, 1), "SAME", max_pool_size=2)
+    y = conv(x, kernel, (1, 1), "SAME", 2)
     assert_near(y, nn.max_pool(lax_conv(x, kernel, (1, 1), "SAME"), (2, 2), (2, 2)))
-    assert ops.max_pool(x, 2).shape == ops.avg_pool(x, 2).shape == (batch, 4, 4, channels)
+    assert max_pool(x, 2).shape == avg_pool(x, 2).shape == (batch, 4, 4, channels)
 
 
 @pytest.mark.parametrize("channels", [1, 4])
 def test_inference_takes_lax(channels: int) -> None:
     x, kernel = normal(0, 2, 9, 9, channels), normal(1, 3, 3, channels, 6)
     expected = lax_conv(x, kernel, (1, 1), "SAME")
-    assert (conv(x, kernel, (1, 1), "SAME", inference=True) == expected).all()
-    pooled = conv(x, kernel, (1, 1), "SAME", inference=True, max_pool_size=2)
+    assert (ops.conv(x, kernel, inference=True) == expected).all()
+    pooled = ops.conv_block(x, kernel, pool=2, inference=True)
     assert (pooled == nn.max_pool(expected, (2, 2), (2, 2))).all()
 
 
 class Net(nn.Module):
-    """One layer of each form, by linen's own Conv."""
+    """One layer of each form."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """u8-like f32[B,12,12,1] -> f32[B,16]."""
-        pooled = functools.partial(ops.conv_general_dilated, max_pool_size=2)
-        x = nn.relu(nn.Conv(16, (3, 3), conv_general_dilated=pooled)(x))
-        x = nn.relu(nn.Conv(16, (3, 3), padding="VALID", conv_general_dilated=ops.conv_general_dilated)(x))
-        return ops.avg_pool(ops.max_pool(x, 2), 2).reshape(x.shape[0], -1)
+        init = nn.initializers.lecun_normal()
+        first, second = self.param("first", init, (3, 3, 1, 16)), self.param("second", init, (3, 3, 16, 16))
+        x = ops.conv_block(x, first, self.param("bias", nn.initializers.zeros, 16), activation=nn.relu, pool=2)
+        x = ops.conv_block(x, second, padding="VALID", activation=nn.relu)
+        return avg_pool(max_pool(x, 2), 2).reshape(x.shape[0], -1)
 
 
 @pytest.fixture(scope="module")
@@ -282,3 +287,101 @@ def test_exports_for_several_platforms_at_once(net: tuple[Callable[..., jax.Arra
     exported = jax.export.export(jax.jit(apply), platforms=("cpu", "cuda"))(variables, x)
     assert_near(exported.call(variables, x), apply(variables, x))
     assert jax.eval_shape(apply, variables, x).shape == (8, 16)
+
+
+# Batch norm.
+
+
+def plain_norm(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, mask: jax.Array | None, activation: Any, pool: int, pooling: str
+) -> tuple[jax.Array, ...]:
+    """The textbook: statistics of the examples, normalisation, activation, pooling."""
+    rows = jnp.ones(x.shape[0], bool) if mask is None else mask
+    where, axes = jnp.expand_dims(rows, range(1, x.ndim)), tuple(range(x.ndim - 1))
+    mean = x.mean(axes, where=where)
+    var = x.var(axes, where=where)
+    y = (x - jnp.expand_dims(mean, axes)) / jnp.sqrt(jnp.expand_dims(var, axes) + 1e-5)
+    y = y * jnp.expand_dims(scale, axes) + jnp.expand_dims(bias, axes)
+    y = activation(y) if activation else y
+    if pool > 1:
+        y = {"max": nn.max_pool, "avg": nn.avg_pool}[pooling](y, (pool, pool), (pool, pool))
+    return y, mean, var
+
+
+NORMS = [(None, 1, "max"), (nn.relu, 2, "max"), (nn.tanh, 3, "max"), (nn.gelu, 2, "max"), (nn.elu, 2, "avg")]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("activation", "pool", "pooling"), NORMS)
+def test_batch_norm_equals_the_plain_formula(activation: Any, pool: int, pooling: str, masked: bool) -> None:
+    """Values and gradients; a scale of every sign, and rows and columns that fill no window."""
+    x = jnp.asarray(np.random.default_rng(0).normal(1, 2, (5, 7, 8, 6)).astype(np.float32))  # no ties
+    scale, bias = jnp.array([1.0, -1.5, 0.5, -0.1, 2.0, 1.0]), normal(2, 6)
+    mask = jnp.array([True, True, False, True, False]) if masked else None
+    after = {"activation": activation, "pool": pool, "pooling": pooling}
+
+    def loss(f: Callable[..., tuple[jax.Array, ...]]) -> Callable[..., tuple[jax.Array, tuple[jax.Array, ...]]]:
+        def weighed(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+            outputs = f(x, scale, bias, mask, **after)
+            return sum(((normal(9, *out.shape) * out).sum() for out in outputs), jnp.zeros(())), outputs
+
+        return jax.jit(jax.grad(weighed, (0, 1, 2), has_aux=True))
+
+    actual, expected = (loss(f)(x, scale, bias) for f in (norm.norm_activate_pool, plain_norm))
+    jax.tree.map(lambda a, b: assert_near(a, b, 2e-5), actual, expected)
+
+
+def test_batch_norm_of_a_flat_channel_is_finite() -> None:
+    """A blank channel has no variance, and every window ties."""
+    x, one = jnp.full((2, 4, 4, 1), 3.0), jnp.ones(1)
+    f = functools.partial(norm.norm_activate_pool, activation=nn.relu, pool=2)
+    value, gradient = jax.value_and_grad(lambda x: f(x, one, one)[0].sum())(x)
+    assert value == 8.0
+    assert_near(gradient, jnp.zeros_like(x))
+
+
+def test_batch_norm_vectors_loops_and_types() -> None:
+    """f32[B,C] too; under vmap, in lax.map and in bfloat16 the same as alone."""
+    x, scale, bias = normal(0, 3, 8, 5), normal(1, 5), normal(2, 5)
+    mask = jnp.arange(8) < 6
+
+    def gradient(x: jax.Array) -> jax.Array:
+        return jax.grad(lambda x: (norm.norm_activate_pool(x, scale, bias, mask, activation=nn.relu)[0] ** 2).sum())(x)
+
+    alone = jnp.stack([gradient(row) for row in x])
+    assert_near(jax.vmap(gradient)(x), alone, 1e-5)
+    assert_near(jax.jit(lambda x: lax.map(gradient, x))(x), alone, 1e-5)
+    y, mean, _ = norm.batch_norm(x[0].astype(jnp.bfloat16), scale, bias)
+    assert (y.dtype, mean.dtype) == (jnp.bfloat16, jnp.float32)
+    assert_near(y.astype(jnp.float32), norm.batch_norm(x[0], scale, bias)[0], 2.0**-8)
+
+
+def test_batch_norm_takes_statistics_over_all_devices() -> None:
+    x, scale, bias, mask = normal(0, 8, 4, 4, 3), normal(1, 3), normal(2, 3), jnp.arange(8) < 7
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+
+    @jax.jit
+    def outputs(x: jax.Array, mask: jax.Array) -> tuple[jax.Array, ...]:
+        f = functools.partial(norm.norm_activate_pool, activation=nn.relu, pool=2)
+        return (*f(x, scale, bias, mask), jax.grad(lambda x: (f(x, scale, bias, mask)[0] ** 2).sum())(x))
+
+    for actual, expected in zip(
+        outputs(jax.device_put(x, split), jax.device_put(mask, split)), outputs(x, mask), strict=True
+    ):
+        assert_near(actual, expected, 1e-5)
+
+
+def test_nothing_is_transposed_between_layers() -> None:
+    """Two convolutions with batch norm compile to no copy of a map in another order of axes."""
+    x = normal(0, 16, 12, 12, 8)
+    kernels = [normal(i, 3, 3, 8, 8) for i in (1, 2)]
+
+    def loss(kernels: list[jax.Array], x: jax.Array) -> jax.Array:
+        for kernel in kernels:
+            x = norm.norm_activate_pool(ops.conv(x, kernel), jnp.ones(8), jnp.zeros(8), activation=nn.relu)[0]
+        return (x**2).mean()
+
+    text = jax.jit(jax.grad(loss)).lower(kernels, x).compile().as_text() or ""
+    turned = [line for line in text.splitlines() if re.search(r"f32\[16,12,12,8\]\S* (copy|transpose)\(", line)]
+    assert len(turned) <= 1, turned  # the images, once

@@ -13,13 +13,13 @@ from small_run import SMALL, lines
 from mnist_flax import rng
 from mnist_flax.analysis.evaluation import evaluate, make_predictor
 from mnist_flax.config import Config, Program, replace
-from mnist_flax.sections import DRIVERS
 from mnist_flax.data import batches
 from mnist_flax.data.load import load_splits
 from mnist_flax.data.splits import Examples
 from mnist_flax.drivers import Job, driver, jit_init_state, stack
 from mnist_flax.run import checkpoint
 from mnist_flax.run.log import RunLog
+from mnist_flax.sections import DRIVERS
 from mnist_flax.step import eval_variables
 from mnist_flax.train import fit
 

@@ -14,7 +14,6 @@ from small_run import SMALL, lines
 from mnist_flax import rng, sharding
 from mnist_flax.analysis.evaluation import make_predictor, predict_logits
 from mnist_flax.config import Config, replace
-from mnist_flax.sections import DRIVERS
 from mnist_flax.data.augment import AugmentConfig, augment
 from mnist_flax.data.splits import Examples
 from mnist_flax.drivers import Job, driver, jit_init_state, job_mesh, stack
@@ -22,6 +21,7 @@ from mnist_flax.errors import ConfigError
 from mnist_flax.models.layers import Dropout
 from mnist_flax.run import checkpoint
 from mnist_flax.run.progress import Progress
+from mnist_flax.sections import DRIVERS
 from mnist_flax.step import TrainState, eval_variables, forward, train_step
 from mnist_flax.train import fit, fit_population
 

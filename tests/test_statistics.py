@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import pytest
 import small_population
-from mnist_flax.data.splits import Examples
 from small_population import CONFIG
 
 from mnist_flax.analysis import comparison, statistics
@@ -17,6 +16,7 @@ from mnist_flax.analysis.evaluation import combine_members, evaluate, load_predi
 from mnist_flax.analysis.scores import evaluate_workdir
 from mnist_flax.data import batches
 from mnist_flax.data.load import load_splits
+from mnist_flax.data.splits import Examples
 from mnist_flax.errors import ConfigError, WorkdirError
 from mnist_flax.run import checkpoint
 from mnist_flax.step import eval_variables

@@ -42,10 +42,12 @@ images = np.zeros((2, 28, 28, 1), np.uint8)
 JAX, on CPU, CUDA and TPU, with this version of jax or a newer one (`--format=stablehlo`):
 
 ```python
+import pathlib
+
 import numpy as np
 from jax import export
 
-model = export.deserialize(bytearray(open("model.stablehlo", "rb").read()))
+model = export.deserialize(bytearray(pathlib.Path("model.stablehlo").read_bytes()))
 images = np.zeros((2, 28, 28, 1), np.uint8)
 probabilities = model.call(images)["probabilities"]
 ```
@@ -142,8 +144,7 @@ def _scores(result: Mapping[str, Any], facts: Mapping[str, Any], predictor: Pred
     if "ece" in facts:
         yield "expected calibration error on the test set", f"{facts['ece']:.2%}"
         yield "Brier score on the test set", f"{facts['brier']:.4f}"
-    fitted = "fitted on the rows held out" if predictor.temperature != 1 else "not fitted"
-    yield "temperature", f"{predictor.temperature:.3f} ({fitted})"
+    yield "temperature", f"{predictor.temperature:.3f}" + ", fitted on the rows held out" * (predictor.temperature != 1)
 
 
 def _robustness(robustness: Any) -> Rows:

@@ -13,14 +13,15 @@ import numpy as np
 from mnist_flax import metrics
 from mnist_flax.analysis.evaluation import Predictor, RunInfo, load_predictor, predict_logits
 from mnist_flax.analysis.run_data import load_data
-from mnist_flax.config import Config, DataConfig
-from mnist_flax.data.labels import class_names
+from mnist_flax.config import Config
 from mnist_flax.data.load import load_splits
+from mnist_flax.data.registry import DATASETS
 from mnist_flax.errors import DataError
 from mnist_flax.exporting import card, numpy_program, onnx, stablehlo
 from mnist_flax.exporting.graph import ExportError
 from mnist_flax.exporting.inference import graph_of, in_float32
 from mnist_flax.run import workdir as workdirs
+from mnist_flax.sections import DataConfig
 
 FOLDER = "export"
 STEM = "model"
@@ -136,7 +137,7 @@ def check_packages(format_name: str, chosen: Format) -> None:
 def metadata_of(info: RunInfo) -> Metadata:
     """Returns what a file says of itself, where its format has a place for it."""
     dataset = info.config.data.name
-    return {"dataset": dataset, "classes": json.dumps(class_names(dataset)), "steps": str(max(info.steps))}
+    return {"dataset": dataset, "classes": json.dumps(DATASETS[dataset].class_names), "steps": str(max(info.steps))}
 
 
 def images_to_compare(info: RunInfo, overrides: Mapping[str, Any]) -> tuple[np.ndarray, str]:

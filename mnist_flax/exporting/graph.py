@@ -152,14 +152,14 @@ def trace(logits: Callable[[Any, jax.Array], jax.Array], variables: Any) -> Grap
     Raises:
       ExportError: the function contains an operation that has no counterpart here.
     """
-    from mnist_flax.exporting import patterns, primitives
+    from mnist_flax.exporting import jaxpr, patterns
 
     images = jax.ShapeDtypeStruct((BATCH_SIZE, *IMAGE_SHAPE), jnp.uint8)
     closed = jax.make_jaxpr(logits)(variables, images)
     builder = Builder()
     leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(variables))
     names = [builder.constant(leaf, "/".join(str(_key(key)) for key in path)) for path, leaf in leaves]
-    (result,) = primitives.inline(builder, closed.jaxpr, closed.consts, [*names, INPUT], stack="")
+    (result,) = jaxpr.inline(builder, closed.jaxpr, closed.consts, [*names, INPUT], stack="")
     builder.layer = builder.function = ""
     (output,) = closed.out_avals
     probabilities = builder.add("softmax", (result,), output.shape, output.dtype)

@@ -11,7 +11,8 @@ from jax import Array
 
 from mnist_flax import rng
 from mnist_flax.ops.conv import conv_block
-from mnist_flax.ops.norm import activate_pool, norm_activate_pool, normalize
+from mnist_flax.ops.norm import norm_activate_pool, normalize
+from mnist_flax.ops.pool import activate_pool
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": nn.relu,
@@ -128,7 +129,14 @@ class BatchNorm(nn.Module):
             y = normalize(x, scale, bias, mean.value, var.value, eps=self.eps)
             return activate_pool(y, self.activation, self.pool, self.pooling)
         y, batch_mean, batch_var = norm_activate_pool(
-            x, scale, bias, mask, eps=self.eps, activation=self.activation, pool=self.pool, pooling=self.pooling
+            x,
+            scale,
+            bias,
+            mask,
+            eps=self.eps,
+            activation=self.activation,
+            pool=self.pool,
+            pooling=self.pooling,
         )
         mean.value = self.momentum * mean.value + (1 - self.momentum) * batch_mean
         var.value = self.momentum * var.value + (1 - self.momentum) * batch_var

@@ -113,23 +113,3 @@ def _conv(
         return default(x, kernel)
     y: jax.Array = lax.platform_dependent(x, kernel, cpu=cpu, default=default)
     return y
-
-
-def conv_general_dilated(
-    lhs: jax.Array,
-    rhs: jax.Array,
-    window_strides: Sequence[int],
-    padding: str | Sequence[Pair],
-    lhs_dilation: Any = None,
-    rhs_dilation: Any = None,
-    dimension_numbers: Any = None,
-    feature_group_count: int = 1,
-    batch_group_count: int = 1,
-    precision: Any = None,
-    preferred_element_type: Any = None,
-    *,
-    max_pool_size: int = 1,
-    inference: bool = False,
-) -> jax.Array:
-    """The name that models/cnn.py calls until it calls `conv_block`."""
-    return _conv(lhs, rhs, window_strides, padding, precision, inference, max_pool_size)

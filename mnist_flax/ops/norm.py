@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,6 @@ from jax import lax
 
 from mnist_flax.ops.pool import NON_DECREASING, Activation, activate_pool, avg_pool, max_pool, spread
 from mnist_flax.ops.window import batch_first, rows_first, split_windows
-
-__all__ = ["activate_pool", "batch_norm", "norm_activate_pool", "normalize"]
 
 Normalized = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -68,11 +66,14 @@ def norm_activate_pool(
 
     def cpu(x: jax.Array, *rest: jax.Array) -> Normalized:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        y, mean, var = _fused(static, rows_first(wide) if x.ndim == 4 else wide, *rest)
-        return (batch_first(y) if x.ndim == 4 else y).astype(x.dtype), mean, var
+        images = x.ndim == 4
+        y, mean, var = _fused(static, rows_first(wide) if images else wide, *rest)
+        return (batch_first(y) if images else y).astype(x.dtype), mean, var
 
     def default(x: jax.Array, *rest: jax.Array) -> Normalized:
-        y, mean, var = _plain(eps, x, *rest)
+        scale, bias, *weights = rest
+        _, mean, var = _statistics(x.astype(jnp.promote_types(x.dtype, jnp.float32)), *weights)
+        y = normalize(x, scale, bias, mean, var, eps=eps)
         return activate_pool(y, activation, static.pool, pooling), mean, var
 
     arguments = (x, scale, bias) if weights is None else (x, scale, bias, weights)
@@ -87,10 +88,9 @@ def normalize(
     x: jax.Array, scale: jax.Array, bias: jax.Array, mean: jax.Array, var: jax.Array, *, eps: float = 1e-5
 ) -> jax.Array:
     """Normalises each channel by a given mean and variance, `f32[B,...,C] -> f32[B,...,C]`, in the type of `x`."""
-    axes = tuple(range(x.ndim - 1))
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    mean, factor, bias = (jnp.expand_dims(v, axes) for v in (mean, lax.rsqrt(var + eps) * scale, bias))
-    return ((wide - mean) * factor + bias).astype(x.dtype)
+    factor = lax.rsqrt(var + eps) * scale
+    return ((wide - _per_channel(mean, x)) * _per_channel(factor, x) + _per_channel(bias, x)).astype(x.dtype)
 
 
 class _Static(NamedTuple):
@@ -101,26 +101,8 @@ class _Static(NamedTuple):
     pool: int
 
 
-def _statistics(x: jax.Array, weights: jax.Array | None, row: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Counts the values of a channel, and takes their mean and variance in one pass; `row` is the axis of the batch."""
-    axes = tuple(range(x.ndim - 1))
-    if weights is None:
-        weighted, count = x, jnp.float32(math.prod(x.shape[:-1]))
-    else:
-        weighted = x * jnp.expand_dims(weights, [axis for axis in range(x.ndim) if axis != row])
-        count = jnp.maximum(weights.sum() * (math.prod(x.shape[:-1]) // x.shape[row]), 1)
-    mean = weighted.sum(axes) / count
-    var = jnp.maximum((weighted * x).sum(axes) / count - jnp.square(mean), 0)
-    return count, mean, var
-
-
-def _plain(eps: float, x: jax.Array, scale: jax.Array, bias: jax.Array, weights: jax.Array | None = None) -> Normalized:
-    _, mean, var = _statistics(x.astype(jnp.promote_types(x.dtype, jnp.float32)), weights, 0)
-    return normalize(x, scale, bias, mean, var, eps=eps), mean, var
-
-
-# The CPU form, f32[H,W,B,C] or f32[B,C]. With n = (x - mean) * rstd, z = scale * n + bias, and g the gradient of the
-# loss by z, the gradient by x is scale * rstd * (g - mean(g) - n * mean(g * n)).
+# The CPU form, f32[H,W,B,C] or f32[B,C]. With n = (x - mean) * rstd, z = scale * n + bias, and g the gradient by z, the
+# gradient by x is scale * rstd * (g - mean(g) - n * mean(g * n)).
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -132,44 +114,63 @@ def _fused(
 
 def _fused_forward(
     static: _Static, x: jax.Array, scale: jax.Array, bias: jax.Array, weights: jax.Array | None = None
-) -> tuple[Normalized, tuple[jax.Array | None, ...]]:
+) -> tuple[Normalized, tuple[Any, ...]]:
     # The gradient compares x with the maxima. Were x computed anew, as XLA may choose, it could be rounded differently.
     x = lax.optimization_barrier(x)
-    count, mean, var = _statistics(x, weights, x.ndim - 2)
-    rstd = lax.rsqrt(var + static.eps)
+    count, mean, var = _statistics(x, weights, row=x.ndim - 2)
+    factor, sign = scale * lax.rsqrt(var + static.eps), _sign(scale)
     # Where the scale is negative, the maximum of z is where x has its minimum.
-    sign = _sign(scale)
-    maxima = (split_windows(x, static.pool) * sign).max((1, 3)) if static.pool > 1 else x * sign
-    y = (maxima - sign * mean) * (rstd * jnp.abs(scale)) + bias
-    y = static.activation(y) if static.activation else y
-    return (y, mean, var), (x, maxima, scale, bias, weights, count, mean, rstd)
-
-
-def _fused_backward(
-    static: _Static, saved: tuple[jax.Array, ...], cotangents: Normalized
-) -> tuple[jax.Array | None, ...]:
-    x, maxima, scale, bias, weights, count, mean, rstd = saved
-    g, dmean, dvar = cotangents
-    sign, axes = _sign(scale), tuple(range(x.ndim - 1))
-    normalized = (maxima - sign * mean) * rstd
-    if static.activation:
-        g = jax.vjp(static.activation, normalized * jnp.abs(scale) + bias)[1](g)[0]
-    dbias, dscale = g.sum(axes), (g * normalized).sum(axes) * sign
-    factor = scale * rstd
-    dx = g * factor
+    maxima = _per_channel(sign, x) * x
     if static.pool > 1:
-        windows = split_windows(x, static.pool) * sign
-        dx = spread(windows, maxima, dx, (1, 3))
+        maxima = split_windows(maxima, static.pool).max((1, 3))
+    y = (maxima - _per_channel(sign * mean, x)) * _per_channel(jnp.abs(factor), x) + _per_channel(bias, x)
+    y = static.activation(y) if static.activation else y
+    return (y, mean, var), (x, maxima, scale, bias, weights, count, mean, var)
+
+
+def _fused_backward(static: _Static, saved: tuple[Any, ...], cotangents: Normalized) -> tuple[jax.Array | None, ...]:
+    x, maxima, scale, bias, weights, count, mean, var = saved
+    g, dmean, dvar = cotangents
+    rstd, sign = lax.rsqrt(var + static.eps), _sign(scale)
+    normalized = (maxima - _per_channel(sign * mean, x)) * _per_channel(rstd, x)
+    if static.activation:
+        z = normalized * _per_channel(jnp.abs(scale), x) + _per_channel(bias, x)
+        g = jax.vjp(static.activation, z)[1](g)[0]
+    axes, factor = tuple(range(x.ndim - 1)), scale * rstd
+    dbias, dscale = g.sum(axes), (g * normalized).sum(axes) * sign
+    dx = g * _per_channel(factor, x)
+    if static.pool > 1:
+        dx = spread(split_windows(_per_channel(sign, x) * x, static.pool), maxima, dx, (1, 3))
         rows, size, columns = dx.shape[:3]
         dx = dx.reshape(rows * size, columns * size, *x.shape[2:])
         dx = jnp.pad(dx, [(0, whole - part) for whole, part in zip(x.shape, dx.shape, strict=True)])
-    constant, slope = (factor * dbias - dmean) / count, (factor * dscale * rstd - 2 * dvar) / count
-    correction = constant + slope * (x - mean)
-    dx -= correction if weights is None else correction * weights[:, None]
+    slope = (factor * dscale * rstd - 2 * dvar) / count
+    constant = (factor * dbias - dmean) / count - slope * mean
+    correction = _per_channel(constant, x) + _per_channel(slope, x) * x
+    dx -= correction if weights is None else correction * _per_row(weights, x, x.ndim - 2)
     return dx, dscale, dbias, None if weights is None else jnp.zeros_like(weights)
 
 
 _fused.defvjp(_fused_forward, _fused_backward)
+
+
+def _statistics(x: jax.Array, weights: jax.Array | None = None, row: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Counts the values of a channel, and takes their mean and variance in one pass; `row` is the axis of the batch."""
+    axes, size = tuple(range(x.ndim - 1)), math.prod(x.shape[:-1])
+    if weights is None:
+        weighted, count = x, jnp.float32(size)
+    else:
+        weighted, count = x * _per_row(weights, x, row), jnp.maximum(weights.sum() * (size // x.shape[row]), 1)
+    mean = weighted.sum(axes) / count
+    return count, mean, jnp.maximum((weighted * x).sum(axes) / count - jnp.square(mean), 0)
+
+
+def _per_channel(v: jax.Array, x: jax.Array) -> jax.Array:
+    return jnp.expand_dims(v, range(x.ndim - 1))
+
+
+def _per_row(v: jax.Array, x: jax.Array, row: int) -> jax.Array:
+    return jnp.expand_dims(v, [axis for axis in range(x.ndim) if axis != row])
 
 
 def _sign(scale: jax.Array) -> jax.Array:

@@ -24,7 +24,9 @@ def max_pool(x: jax.Array, size: int) -> jax.Array:
     Rows and columns that fill no window are cut. Entries that tie for the maximum share the gradient equally on CPU, as
     in `jnp.max`; on other platforms the first one gets all of it, as in `lax.reduce_window`.
     """
-    if size == 1 or 0 in (*x.shape, x.shape[1] // size, x.shape[2] // size):
+    if size == 1:
+        return x
+    if 0 in (*x.shape, x.shape[1] // size, x.shape[2] // size):
         return xla_max_pool(x, size)
     y: jax.Array = lax.platform_dependent(
         x,
@@ -40,7 +42,7 @@ def avg_pool(x: jax.Array, size: int) -> jax.Array:
 
 
 def activate_pool(x: jax.Array, activation: Activation | None, pool: int, pooling: str) -> jax.Array:
-    """Computes pool(activation(x)): f32[B,H,W,C] -> f32[B,H//pool,W//pool,C].
+    """Computes pool(activation(x)): f32[B,H,W,C] -> f32[B,H//pool,W//pool,C], or of any rank without pooling.
 
     The maximum commutes with a non-decreasing activation, which then touches a quarter of the values.
     """

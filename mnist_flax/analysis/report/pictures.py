@@ -115,10 +115,13 @@ def augmented(config: Config, splits: Splits) -> tuple[np.ndarray, np.ndarray]:
     rows = rows[np.argsort(splits.train.label[rows], kind="stable")]
     originals = splits.train.image[rows]
     repeated = np.repeat(originals, VARIANTS, axis=0)
-    key = rng.stream(rng.root_key(config.seed), "augment", 0)
+
+    def draw(images: jax.Array, seed: int) -> jax.Array:
+        return augment(config.augment, images, rng.stream(rng.root_key(seed), "augment", 0))
+
     # Unoptimised: compiling takes longer than computing, and this halves it.
-    draw = jax.jit(augment, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
-    variants = np.asarray(draw(config.augment, repeated, key)).reshape(len(rows), VARIANTS, *originals.shape[1:])
+    unoptimised = jax.jit(draw, compiler_options={"xla_backend_optimization_level": 0})
+    variants = np.asarray(unoptimised(repeated, config.seed)).reshape(len(rows), VARIANTS, *originals.shape[1:])
     return rows, np.concatenate([originals[:, None], variants], axis=1).reshape(-1, *originals.shape[1:])
 
 

@@ -1,0 +1,102 @@
+"""Walks a jaxpr: inlines what it calls, computes what depends on weights alone, and translates the rest."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core
+
+from mnist_flax.exporting.graph import BATCH_SIZE, Builder
+from mnist_flax.exporting.primitives import ELEMENTWISE, TRANSLATIONS, add, split, unsupported
+
+CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")  # parameters under which a primitive keeps the function that it calls
+
+# Of constants, too, these are translated and not computed: a broadcast to save memory, the others to keep the name.
+KEPT = ("broadcast_in_dim", "copy", "expand_dims", "reshape", "squeeze", "stop_gradient")
+
+
+def inline(builder: Builder, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[str], stack: str) -> list[str]:
+    """Adds the nodes of a jaxpr and of everything that it calls.
+
+    Args:
+      builder: receives them.
+      jaxpr: the program.
+      consts: the values of its constants.
+      inputs: names of its arguments.
+      stack: the name stack of the place where it is called.
+
+    Returns:
+      The names of its results.
+    """
+    names: dict[Any, str] = dict(zip(jaxpr.invars, inputs, strict=True))
+    names |= {var: builder.constant(jax.device_get(value)) for var, value in zip(jaxpr.constvars, consts, strict=True)}
+    function = builder.function
+
+    def read(atom: Any) -> str:
+        if isinstance(atom, core.Literal):
+            return builder.constant(np.asarray(atom.val, getattr(atom.aval, "dtype", None)))
+        return names[atom]
+
+    for eqn in jaxpr.eqns:
+        path = "/".join(filter(None, (stack, str(eqn.source_info.name_stack))))
+        builder.layer, builder.function = layer_of(path), function
+        if eqn.primitive.name == "platform_index":
+            names[eqn.outvars[0]] = ""  # the cond that takes it is resolved below
+            continue
+        arguments = tuple(read(atom) for atom in eqn.invars)
+        for var, name in zip(eqn.outvars, _results(builder, eqn, arguments, path), strict=True):
+            names[var] = name
+    builder.function = function
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def layer_of(stack: str) -> str:
+    """Returns the path of a linen module within its root, with the member of a committee in front."""
+    parts = [part for part in stack.split("/") if part and "." not in part]  # a dot: a method, not a module
+    member = [parts.pop(0)] if parts and parts[0].startswith("member_") else []
+    return "/".join(member + parts[1:])
+
+
+def _results(builder: Builder, eqn: Any, inputs: tuple[str, ...], stack: str) -> Sequence[str]:
+    """Translates one equation."""
+    name = eqn.primitive.name
+    if name == "optimization_barrier":
+        return inputs
+    if name == "cond":
+        branch, inputs = _branch(builder, eqn, inputs)
+        return inline(builder, branch.jaxpr, branch.consts, inputs, stack)
+    called = next((eqn.params[key] for key in CALLS if key in eqn.params), None)
+    if called is not None and name not in ("scan", "while"):
+        label = str(eqn.params.get("name", ""))
+        builder.function = label if label.isidentifier() and not label.startswith("_") else builder.function
+        return inline(builder, getattr(called, "jaxpr", called), getattr(called, "consts", ()), inputs, stack)
+    batched = any(size % BATCH_SIZE == 0 for var in eqn.outvars for size in var.aval.shape if size)
+    if all(name in builder.constants for name in inputs) and not batched and name not in KEPT:
+        return _compute(builder, eqn, inputs)
+    if name == "split":
+        return split(builder, eqn, inputs)
+    if name not in TRANSLATIONS and name not in ELEMENTWISE:
+        unsupported(builder, name)
+    if name in ELEMENTWISE:
+        attrs = {"axes": eqn.params["axes"]} if "axes" in eqn.params else {}
+        return [add(builder, ELEMENTWISE[name], eqn, inputs, **attrs)]
+    return [TRANSLATIONS[name](builder, eqn, inputs)]
+
+
+def _branch(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> tuple[Any, tuple[str, ...]]:
+    """Chooses a branch: the default one of `platform_dependent`, or the one that a constant names."""
+    branches, platforms = eqn.params["branches"], eqn.params.get("branches_platforms")
+    if platforms:
+        return branches[platforms.index(None) if None in platforms else 0], inputs[1:]
+    if inputs[0] not in builder.constants:
+        unsupported(builder, "cond")
+    return branches[min(int(builder.constants[inputs[0]]), len(branches) - 1)], inputs[1:]
+
+
+def _compute(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> list[str]:
+    """Computes what depends on constants alone."""
+    results = eqn.primitive.bind(*(jax.numpy.asarray(builder.constants[name]) for name in inputs), **eqn.params)
+    label = "/".join(filter(None, (builder.layer, builder.function, eqn.primitive.name)))
+    arrays = map(np.asarray, results if eqn.primitive.multiple_results else [results])
+    return [builder.constant(array, label if array.ndim else "") for array in arrays]
