@@ -274,7 +274,7 @@ def test_a_loss_that_is_not_finite_names_its_member(tmp_path: pathlib.Path) -> N
         (["--config=configs/tiny.py", "--seeds=2", "--folds=2"], 2, "give one of --seeds=M and --folds=K"),
         (["--config=configs/tiny.py", "--seeds=1"], 2, "--seeds=1"),
         (["--compare=runs/a"], 2, "--compare=runs/a: name two folders"),
-        (["--compare=runs/a,runs/b", "--seeds=3"], 2, "--seeds: has no meaning with --compare"),
+        (["--compare=runs/a,runs/b", "--seeds=3"], 2, "--seeds: cannot be combined with --compare"),
     ],
 )
 def test_the_command_line(arguments: list[str], status: int, message: str) -> None:

@@ -202,7 +202,7 @@ def shared_temperature(committee: Predictor, config: Config, splits: Splits) -> 
 def gather_out_of_fold(
     members: Sequence[tuple[Config, Variables]], splits: Splits
 ) -> tuple[Facts, dict[str, np.ndarray]]:
-    """Evaluates every row with the member that was not trained on it; returns the parts of what `gather` does."""
+    """Evaluates every row with the member that was not trained on it; returns its parts of what `gather` returns."""
     parts, scores = [], []
     for config, variables in members:
         _, rows = batches.rows_of(splits.train.label, config.data)

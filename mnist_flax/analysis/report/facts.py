@@ -54,6 +54,7 @@ def gather(
         "network": [layer._asdict() for layer in layers],
         "config": config.to_dict(),
         "config_changed": changed_fields(config),
+        "config_file": config_source(config, splits.name),
     }
 
 
@@ -85,7 +86,7 @@ def run_facts(
 
 
 def calibration(evaluation: Evaluation, label: np.ndarray) -> Facts:
-    """Computes the reliability diagram; with a temperature also as it was without it."""
+    """Computes the reliability diagram, and a second one without the temperature if there is one."""
     raw = evaluation.logits * evaluation.temperature
     return {
         "num_bins": NUM_BINS,

@@ -125,7 +125,7 @@ def _multiply_adds(call: _Call) -> int:
 def activations(program: Program, variables: Variables, images: np.ndarray) -> list[Activation]:
     """Computes what each layer with a kernel sees for some images, `u8[B,28,28,1]`, from the second on, and the logits.
 
-    What several layers see, such as the two branches of a residual block, is listed once.
+    An input that several layers share, as the two branches of a residual block do, is listed once.
     """
     names: list[str] = []
     channels: list[int] = []  # of the maps that the layer before made, 0 if it made none
