@@ -174,7 +174,7 @@ def stream(job: Job, states: TrainState) -> Advance:
     def advance(states: TrainState, num_steps: int) -> tuple[TrainState, dict[str, np.ndarray]]:
         step = int(jax.device_get(states.step)[0])
         if step not in streams:
-            streams[step] = batches.stream(job.examples, rows, root, step, program.batch_size, by_batch)
+            streams[step] = batches.stream_batches(job.examples, rows, root, step, program.batch_size, by_batch)
         feed, of_steps = streams.pop(step), []
         for _ in range(num_steps):
             states, metrics = compiled(states, next(feed), key)

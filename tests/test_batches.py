@@ -49,7 +49,7 @@ def test_take_fills_up_with_places_without_an_example(examples: Examples) -> Non
 def test_stream_yields_what_the_scan_takes(examples: Examples, start_step: int) -> None:
     rows = np.arange(3, 90, dtype=np.int32)  # 87 rows: 7 batches of 12 and one of 3
     placement = sharding.split(sharding.make_mesh(1))
-    stream = batches.stream(examples, jnp.asarray(rows), KEY, start_step, 12, placement)
+    stream = batches.stream_batches(examples, jnp.asarray(rows), KEY, start_step, 12, placement)
     on_device = jax.device_put(examples)
     for step, batch in zip(range(start_step, start_step + 10), stream, strict=False):
         order = batches.epoch_order(KEY, step // 8, jnp.asarray(rows), 12)

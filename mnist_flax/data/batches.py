@@ -132,7 +132,7 @@ def take(examples: Examples, rows: Array) -> Batch:
     return {"image": image, "label": jnp.where(rows < 0, NO_LABEL, label)}
 
 
-def stream(
+def stream_batches(
     examples: Examples, rows: Array, key: Array, start_step: int, batch_size: int, placement: NamedSharding
 ) -> Iterator[Batch]:
     """Yields the batches that `epoch_order` and `take` form, from `start_step` on and without end.
