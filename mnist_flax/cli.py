@@ -2,23 +2,23 @@
 
 import contextlib
 import gc
+import pathlib
 import re
 import runpy
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import app, flags
 from absl import logging as absl_logging
 
-from mnist_flax import preset
 from mnist_flax.checks import nearest
-from mnist_flax.config import Config
 from mnist_flax.errors import ConfigError, UserError
 from mnist_flax.run import console, signals
 
 FLAGS = flags.FLAGS
 
-VERBS = {
+_VERBS = {
     "main": "train a network, or continue a run",
     "evaluate": "evaluate a run on a whole split",
     "report": "write the report of a run",
@@ -31,19 +31,25 @@ VERBS = {
 }
 
 
+def verbs() -> dict[str, str]:
+    """Returns the verbs of this version, and what each does."""
+    folder = pathlib.Path(__file__).parent
+    return {verb: text for verb, text in _VERBS.items() if (folder / f"{verb}.py").exists()}
+
+
 def main() -> None:
     """Runs `mnist-flax VERB [flags]`, exactly as `python -m mnist_flax.VERB [flags]`."""
     verb = sys.argv[1] if len(sys.argv) > 1 else ""
-    if verb in VERBS:
+    if verb in verbs():
         del sys.argv[1]
         runpy.run_module(f"mnist_flax.{verb}", run_name="__main__", alter_sys=True)
     lines = ["usage: mnist-flax VERB [flags]; mnist-flax VERB --help lists the flags", ""]
-    lines += [f"  {name:<12}{text}" for name, text in VERBS.items()]
+    lines += [f"  {name:<12}{text}" for name, text in verbs().items()]
     if verb in ("--help", "-h", "help"):
         print("\n".join(lines))
         sys.exit(0)
     if verb:
-        lines = [f"error: {verb!r}: no such verb; {nearest(verb, VERBS)}"]
+        lines = [f"error: {verb!r}: no such verb; {nearest(verb, verbs())}"]
     print("\n".join(lines), file=sys.stderr)
     sys.exit(2)
 
@@ -64,15 +70,17 @@ def config_file() -> str:
     return str(FLAGS.config)
 
 
-def config() -> Config:
-    """Returns the config that the flags describe.
+def config() -> Any:
+    """Returns the `Config` that the flags describe.
 
     Raises:
       ConfigError: there is none, or one of its fields is wrong.
     """
     if FLAGS.config is None:
         raise ConfigError("--config is missing: name a preset or a file, such as --config=configs/default.py")
-    return preset.load(preset.find(FLAGS.config), FLAGS.override)
+    from mnist_flax import preset  # only now: --help and a wrong flag need not wait for JAX, which the models import
+
+    return preset.load_config(preset.find_preset(FLAGS.config), FLAGS.override)
 
 
 def define_output() -> None:
@@ -95,7 +103,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax and JAX log a lot; --verbosity=0 shows it
     try:
         try:
-            with signals.listening(lambda signum: signals.leave(128 + signum, "stopped\n")):
+            with signals.listening(lambda signum: signals.end_process(128 + signum, "stopped\n")):
                 app.run(main, flags_parser=_parse)
         except SystemExit:
             sys.stdout.flush()

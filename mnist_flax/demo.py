@@ -34,9 +34,8 @@ def main(argv: Sequence[str]) -> None:
     from mnist_flax.exporting.demo import write_demo  # only now: --help need not wait for JAX
 
     output = pathlib.Path(FLAGS.output) if FLAGS.output else None
-    print(
-        write_demo(pathlib.Path(FLAGS.workdir), FLAGS.checkpoint, output=output, overrides=run_data.given_overrides())
-    )
+    overrides = run_data.given_overrides()
+    print(write_demo(pathlib.Path(FLAGS.workdir), FLAGS.checkpoint, output=output, overrides=overrides))
 
 
 if __name__ == "__main__":

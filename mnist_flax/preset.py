@@ -21,18 +21,18 @@ from mnist_flax.config import Config, default_config_dict
 from mnist_flax.errors import ConfigError
 
 _PACKAGE = pathlib.Path(__file__).resolve().parent
-FOLDERS = (_PACKAGE.parent / "configs", _PACKAGE / "configs")  # of the presets: in a checkout, and in a wheel
+_IN_WHEEL = _PACKAGE / "configs"
+FOLDER = _IN_WHEEL if _IN_WHEEL.is_dir() else _PACKAGE.parent / "configs"  # of the presets
 
 
-def find(name: str) -> pathlib.Path:
+def find_preset(name: str) -> pathlib.Path:
     """Returns the file that `--config` names: a path, or the name of a preset of this project, such as `default`.
 
     Raises:
       ConfigError: there is no such file.
     """
     path = pathlib.Path(name)
-    known = {file.stem: file for folder in reversed(FOLDERS) for file in sorted(folder.glob("*.py"))}
-    known.pop("__init__", None)
+    known = {file.stem: file for file in sorted(FOLDER.glob("*.py"))}
     try:
         if path.is_file() or name not in known:
             path.read_bytes()
@@ -44,7 +44,7 @@ def find(name: str) -> pathlib.Path:
     return known[name]
 
 
-def load(path: pathlib.Path, overrides: Iterable[str] = ()) -> Config:
+def load_config(path: pathlib.Path, overrides: Iterable[str] = ()) -> Config:
     """Runs a preset and returns its Config.
 
     Args:
@@ -54,7 +54,7 @@ def load(path: pathlib.Path, overrides: Iterable[str] = ()) -> Config:
     Raises:
       ConfigError: the preset fails, or one of its fields or overrides is wrong.
     """
-    values = run(path)
+    values = execute(path)
     try:
         config = Config.from_dict(values)
     except ConfigError as error:
@@ -67,7 +67,7 @@ def load(path: pathlib.Path, overrides: Iterable[str] = ()) -> Config:
     return Config.from_dict(fields)
 
 
-def run(path: pathlib.Path) -> dict[str, Any]:
+def execute(path: pathlib.Path) -> dict[str, Any]:
     """Returns what the `get_config()` of a preset returns, as nested dicts.
 
     Raises:
@@ -166,7 +166,7 @@ def _convert(old: Any, text: str, path: str) -> Any:
         if isinstance(old, int | float):
             return type(old)(text)
         value = ast.literal_eval(text)
-        return value if isinstance(value, tuple | list) else (value,)
+        return tuple(value) if isinstance(value, tuple | list) else (value,)
     except (ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError) as error:
         kinds = {bool: "true or false", int: "an integer", float: "a number", tuple: "a tuple, such as (16,32)"}
         raise ConfigError(f"--{path}={text}: must be {kinds[type(old)]}") from error

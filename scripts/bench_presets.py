@@ -39,7 +39,7 @@ def bench(name: str, seeds: Sequence[int], target: float = 0.0) -> dict[str, Any
     for seed in seeds:
         with tempfile.TemporaryDirectory() as folder:
             fit(
-                replace(preset.load(preset.find(name), []), seed=seed, train__tensorboard=False, train__report=False),
+                replace(preset.load_config(preset.find_preset(name)), seed=seed, train__tensorboard=False, train__report=False),
                 pathlib.Path(folder, "run"),
             )
             summaries.append(json.loads(pathlib.Path(folder, "run", "summary.json").read_text()))

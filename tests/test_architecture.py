@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-# A module imports only from lower layers and from its own. A folder is one entry, unless some of its modules are listed.
+# A module imports only from lower layers and its own. A folder is one entry, unless some of its modules are listed.
 LAYERS = [
     ["errors"],
     ["checks", "rng", "metrics", "sharding", "ops", "run.console", "run.signals"],

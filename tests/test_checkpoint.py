@@ -19,24 +19,25 @@ from small_run import SMALL, run, steps
 
 from mnist_flax import rng
 from mnist_flax.config import Config, replace
+from mnist_flax.drivers import jit_init_state
 from mnist_flax.errors import WorkdirError
 from mnist_flax.run import checkpoint, storage
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.checkpoint import load_run
 from mnist_flax.run.store import Store, open_store
 from mnist_flax.run.weights import save_weights
-from mnist_flax.step import TrainState, eval_variables, jit_init_state
+from mnist_flax.step import TrainState, eval_variables
 
 FINGERPRINT = "f" * 64
 
 
 @pytest.fixture(scope="module")
 def state() -> TrainState:
-    return jit_init_state(SMALL, rng.root_key(0))
+    return jit_init_state(SMALL.program, rng.root_key(0))
 
 
 def at(state: TrainState, step: int) -> TrainState:
-    """A state that tells its step in all its leaves."""
+    """A state whose leaves all depend on its step."""
     moved = jax.tree.map(lambda leaf: leaf + np.asarray(step, leaf.dtype), state)
     return moved.replace(step=jax.numpy.int32(step))
 
@@ -115,7 +116,7 @@ def test_what_was_saved_comes_back_bit_for_bit(tmp_path: pathlib.Path, state: Tr
         ((1, 1), [0.5, None, None], [1, 3]),
     ],
 )
-def test_the_latest_and_the_best_are_kept(
+def test_latest_and_the_best_are_kept(
     tmp_path: pathlib.Path, state: TrainState, keep: tuple[int, int], accuracies: list[float | None], kept: list[int]
 ) -> None:
     config = replace(SMALL, checkpoint__keep_latest=keep[0], checkpoint__keep_best=keep[1])
@@ -204,7 +205,7 @@ def test_damage_after_damage_leaves_what_it_finds(workdir: pathlib.Path, state: 
     assert restored(workdir) == (6, [])
 
 
-def test_a_run_starts_anew_when_no_checkpoint_is_good(workdir: pathlib.Path) -> None:
+def test_run_starts_anew_when_no_checkpoint_is_good(workdir: pathlib.Path) -> None:
     for name in ("3", "6"):
         shutil.rmtree(workdir / workdirs.CHECKPOINTS / name / "state")
     step, skipped = restored(workdir)
@@ -213,7 +214,7 @@ def test_a_run_starts_anew_when_no_checkpoint_is_good(workdir: pathlib.Path) -> 
     assert sorted(path.name for path in (workdir / workdirs.DAMAGED).iterdir()) == ["3", "6"]
 
 
-def test_a_damaged_checkpoint_is_not_loaded_to_look_at(workdir: pathlib.Path) -> None:
+def test_damaged_checkpoint_is_not_loaded_to_look_at(workdir: pathlib.Path) -> None:
     zero(workdir / workdirs.CHECKPOINTS / "6" / "state" / "manifest.ocdbt")
     with pytest.raises(WorkdirError, match=r"checkpoint 6 is damaged \(.+\); the others are: 3"):
         load_run(workdir)
@@ -289,9 +290,7 @@ def test_another_version_is_refused_and_nothing_moved(
     rewrite(fields)
     with pytest.raises(WorkdirError, match=message):
         load_run(workdir)
-    with pytest.raises(
-        WorkdirError, match="config.+there" if "config" in fields and "schema" not in fields else message
-    ):
+    with pytest.raises(WorkdirError, match=message):
         restored(workdir)
     assert steps(workdir) == [3, 6]
 
@@ -371,7 +370,8 @@ def test_no_checkpoint_is_written_through_a_link(
 def test_checkpoint_deleted_while_it_is_read_is_not_damage(
     workdir: pathlib.Path, state: TrainState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, saved = storage.read_state, []
+    read = storage.restore_state
+    saved: list[pathlib.Path] = []
 
     def live_run(folder: pathlib.Path, target: Any) -> Any:
         if not saved:  # a run saves two more, and deletes the one that is being read
@@ -381,10 +381,11 @@ def test_checkpoint_deleted_while_it_is_read_is_not_damage(
                     save(store, state, step)
         return read(folder, target)
 
-    monkeypatch.setattr(storage, "read_state", live_run)
+    monkeypatch.setattr(storage, "restore_state", live_run)
     assert int(load_run(workdir).state.step) == 12
     saved.clear()
-    monkeypatch.setattr(storage, "read_state", lambda *a: (shutil.rmtree(workdir / workdirs.CHECKPOINTS / "9"), 1 / 0))
+    gone = workdir / workdirs.CHECKPOINTS / "9"
+    monkeypatch.setattr(storage, "restore_state", lambda *_: (shutil.rmtree(gone), 1 / 0))
     with pytest.raises(WorkdirError, match="has no checkpoint '9'; kept are the steps: 12"):
         load_run(workdir, "9")
 
@@ -399,15 +400,10 @@ def test_failed_read_leaves_the_log_level_of_absl(workdir: pathlib.Path) -> None
     assert logging.getLogger("absl").level == level != logging.CRITICAL
 
 
-def test_paths_of_a_run_are_forgotten() -> None:
-    config = replace(SMALL, data__data_dir="/outside", data__raw_dir="/outside", data__source="raw")
-    assert checkpoint.without_paths(config).data == replace(SMALL, data__on_missing="error").data
-
-
 # A full disk ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_file_that_cannot_grow_is_one_message_and_costs_only_that_checkpoint(
+def test_file_that_cannot_grow_is_one_message_and_costs_only_that_checkpoint(
     workdir: pathlib.Path, state: TrainState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = Store._write
@@ -446,7 +442,7 @@ def tiny_disk(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_keeps_the_last_good_checkpoint(tiny_disk: pathlib.Path, state: TrainState) -> None:
+def test_full_disk_keeps_the_last_good_checkpoint(tiny_disk: pathlib.Path, state: TrainState) -> None:
     with (
         pytest.raises(
             WorkdirError, match=r"checkpoint \d+ cannot be written \(.*\); .+ from the newest .*: \d+$"
@@ -462,7 +458,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tiny_disk: pathlib.Path, sta
     assert restored(tiny_disk) == (kept[-1], [])
 
 
-def test_a_failed_save_is_told_by_the_next_one(
+def test_failed_save_is_told_by_the_next_one(
     tmp_path: pathlib.Path, state: TrainState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any) -> None:
@@ -495,11 +491,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mnist_flax import rng
 from mnist_flax.run.store import open_store
 from mnist_flax.config import Config
-from mnist_flax.step import jit_init_state
+from mnist_flax.drivers import jit_init_state
 sys.path.insert(0, "tests")
 from test_checkpoint import record
 config = Config.from_json(sys.argv[2])
-state = jit_init_state(config, rng.root_key(0))
+state = jit_init_state(config.program, rng.root_key(0))
 mesh = NamedSharding(Mesh(jax.devices(), ("data",)), PartitionSpec())
 state = jax.device_put(state, mesh)
 assert len(state.step.sharding.device_set) == jax.device_count() == int(sys.argv[3])
@@ -550,7 +546,7 @@ def test_orbax_alone_reads_a_checkpoint(workdir: pathlib.Path, state: TrainState
         assert items["record"]["fingerprint"] == FINGERPRINT
 
 
-def test_the_weights_need_no_framework(tmp_path: pathlib.Path, state: TrainState) -> None:
+def test_weights_need_no_framework(tmp_path: pathlib.Path, state: TrainState) -> None:
     variables = eval_variables(state)
     save_weights(SMALL, tmp_path, variables)
     with safe_open(tmp_path / workdirs.WEIGHTS, framework="numpy") as file:

@@ -71,6 +71,11 @@ def test_no_module_imports_tensorflow_or_a_heavy_library() -> None:
 # Verbs ----------------------------------------------------------------------------------------------------------------
 
 
+def test_only_verbs_that_exist_are_offered() -> None:
+    modules = {path.stem for path in (ROOT / "mnist_flax").glob("*.py")}
+    assert {"main", "evaluate", "report", "predict", "population"} <= cli.verbs().keys() <= modules
+
+
 def test_verb_does_what_python_m_does(tmp_path: pathlib.Path) -> None:
     code = "import sys; from mnist_flax import cli; sys.argv[0] = 'mnist-flax'; cli.main()"
     command = [sys.executable, "-c", code, "main", "--config=tiny", "stray"]
@@ -125,14 +130,15 @@ def test_every_spelling_of_an_override_is_understood() -> None:
 def test_override_gets_the_type_of_its_field() -> None:
     overrides = ["train.epochs=3", "model.widths=(3, 4)", "model.dense=5", "train.report=false", "seed=7"]
     overrides += ["optimizer.learning_rate=1e-2", "data.raw_dir=/a=b", "model.paddings=('SAME',)"]
-    config = preset.load(preset.find("tiny"), overrides)
-    assert (config.train.epochs, config.model.widths, config.model.dense) == (3, (3, 4), (5,))
+    config = preset.load_config(preset.find_preset("tiny"), overrides)
+    model = config.to_dict()["model"]
+    assert (config.train.epochs, model["widths"], model["dense"]) == (3, (3, 4), (5,))
     assert (config.train.report, config.seed, config.optimizer.learning_rate) == (False, 7, 0.01)
-    assert (config.data.raw_dir, config.model.paddings) == ("/a=b", ("SAME",))
+    assert (config.data.raw_dir, model["paddings"]) == ("/a=b", ("SAME",))
 
 
 def test_override_may_choose_another_family() -> None:
-    config = preset.load(preset.find("tiny"), ["model.name=resnet", "model.dropout=0.5"])
+    config = preset.load_config(preset.find_preset("tiny"), ["model.name=resnet", "model.dropout=0.5"])
     assert config.to_dict()["model"] == default_config_dict("resnet").model.to_dict() | {"dropout": 0.5}
 
 
@@ -157,7 +163,7 @@ def test_override_may_choose_another_family() -> None:
 )
 def test_wrong_override_is_one_message(override: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        preset.load(preset.find("tiny"), [override])
+        preset.load_config(preset.find_preset("tiny"), [override])
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -189,7 +195,7 @@ def test_failing_preset_names_line_and_reason(statement: str, message: str, tmp_
     path = tmp_path / "own.py"
     path.write_text(f"{START}    {statement}\n    return config\n")
     with pytest.raises(ConfigError) as error:
-        preset.load(path)
+        preset.load_config(path)
     assert str(error.value).startswith(f"--config={path}: line 6: {statement}: {message}")
     assert "\n" not in str(error.value)
 
@@ -209,7 +215,7 @@ def test_wrong_value_in_a_preset_names_its_line(statement: str, message: str, tm
     path = tmp_path / "own.py"
     path.write_text(f"{START}    {statement}\n    return config\n")
     with pytest.raises(ConfigError) as error:
-        preset.load(path)
+        preset.load_config(path)
     assert str(error.value).startswith(message)
     assert str(error.value).endswith(f"({path}, line 6)")
 
@@ -230,7 +236,7 @@ def test_file_that_is_not_a_preset_is_one_message(text: str, message: str, tmp_p
     path = tmp_path / "bad.py"
     path.write_text(text)
     with pytest.raises(ConfigError) as error:
-        preset.load(path)
+        preset.load_config(path)
     assert str(error.value).startswith(f"--config={path}: ")
     assert message in str(error.value)
 
@@ -244,22 +250,20 @@ def test_preset_may_import_its_neighbour_and_define_dataclasses(tmp_path: pathli
         "@dataclasses.dataclass\nclass Own:\n    width: int = 1\n"
     )
     before = list(sys.path)
-    assert preset.load(path).train.epochs == 3
+    assert preset.load_config(path).train.epochs == 3
     assert sys.path == before
 
 
 def test_preset_is_found_by_name_or_path(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert preset.find("tiny") == ROOT / "configs" / "tiny.py"
+    assert preset.find_preset("tiny") == ROOT / "configs" / "tiny.py"
     (tmp_path / "tiny").write_text(START + "    return config\n")
-    assert preset.find("tiny") == pathlib.Path("tiny")
-    monkeypatch.setattr(preset, "FOLDERS", (tmp_path / "nowhere", ROOT / "configs"))  # as in a wheel
-    assert preset.find("default") == ROOT / "configs" / "default.py"
+    assert preset.find_preset("tiny") == pathlib.Path("tiny")
     with pytest.raises(ConfigError, match=r"--config=defautl: cannot be read \(No such file.+; did you mean 'default'"):
-        preset.find("defautl")
+        preset.find_preset("defautl")
     for name in (".", "zero\0byte", "nowhere.py", "long" * 100):
         with pytest.raises(ConfigError, match="cannot be read"):
-            preset.find(name)
+            preset.find_preset(name)
 
 
 # Streams --------------------------------------------------------------------------------------------------------------
@@ -318,3 +322,10 @@ def test_reader_that_leaves_ends_a_program_quietly(redirection: str, status: int
     command = ["bash", "-c", f'set -o pipefail; "$0" -c "$1" {redirection}', sys.executable, PRINTS]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout + done.stderr) == (status, said)
+
+
+def test_any_name_can_be_printed_in_any_locale() -> None:
+    code = "import os; from mnist_flax import cli; cli.run(lambda _: print('七', os.fsdecode(bytes([255]))))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\\u4e03 \\udcff\n", "")

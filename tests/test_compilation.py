@@ -36,7 +36,7 @@ def run(*, cwd: pathlib.Path | None = None, **environment: str) -> str:
     ).stdout
 
 
-def test_the_second_process_finds_the_programs_of_the_first(tmp_path: pathlib.Path) -> None:
+def test_second_process_finds_the_programs_of_the_first(tmp_path: pathlib.Path) -> None:
     first = run(XDG_CACHE_HOME=str(tmp_path))
     assert "cache_hits" not in first
     assert list((tmp_path / "mnist_flax" / "programs").iterdir())
@@ -55,7 +55,7 @@ def test_jax_own_variables_go_first(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["no folder", "torn entries"])
-def test_a_broken_cache_costs_no_run(damage: str, tmp_path: pathlib.Path) -> None:
+def test_broken_cache_costs_no_run(damage: str, tmp_path: pathlib.Path) -> None:
     if damage == "no folder":
         (tmp_path / "file").touch()
         output = run(XDG_CACHE_HOME=str(tmp_path / "file"))

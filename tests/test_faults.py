@@ -1,13 +1,16 @@
 """Whatever happens to a run, the same command continues it, or says in one message why it cannot."""
 
 import ast
+import fcntl
 import json
 import os
 import pathlib
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 from typing import Any
 
 import jax
@@ -190,6 +193,7 @@ def test_run_continues_without_a_console(tmp_path: pathlib.Path, cache: pathlib.
 def test_run_continues_when_its_terminal_is_closed(tmp_path: pathlib.Path, cache: pathlib.Path) -> None:
     config = config_file(replace(SMALL, train__epochs=40), tmp_path / "config.py")
     terminal, its_end = os.openpty()
+    fcntl.ioctl(its_end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # a bar needs columns
     command = [sys.executable, "-m", "mnist_flax.main", f"--config={config}", f"--workdir={tmp_path / 'run'}"]
     process = subprocess.Popen(command, env=environment(cache), stdin=its_end, stdout=its_end, stderr=its_end)
     os.close(its_end)

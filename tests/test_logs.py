@@ -20,7 +20,7 @@ NEW: dict[str, Any] = {"origin": {}}
 
 
 def open_log(folder: pathlib.Path, saved: dict[str, Any] = NEW, config: Any = SMALL) -> RunLog:
-    """A log whose learning rate tells the step."""
+    """A log whose learning rate depends on the step alone."""
     return RunLog(config, folder, saved, learning_rate=lambda step: np.float32(step) / 8)
 
 
@@ -42,7 +42,7 @@ def feed(log: RunLog, *cuts: int) -> None:
         log.steps(sums(log.step + 1, cut), seconds=0.25)
 
 
-def test_a_line_sums_up_its_window_and_stops_at_the_epochs_end(tmp_path: pathlib.Path) -> None:
+def test_line_sums_up_its_window_and_stops_at_the_epochs_end(tmp_path: pathlib.Path) -> None:
     feed(open_log(tmp_path), 1, 5, 14)
     found = lines(tmp_path)
     assert [line["step"] for line in found] == [3, 6, 7, 9, 12, 14]
@@ -56,16 +56,14 @@ def test_a_line_sums_up_its_window_and_stops_at_the_epochs_end(tmp_path: pathlib
 
 
 @pytest.mark.parametrize(("every", "steps"), [(0, [7, 14]), (1, list(range(1, 15))), (100, [7, 14])])
-def test_the_cadence_of_lines(tmp_path: pathlib.Path, every: int, steps: list[int]) -> None:
+def test_cadence_of_lines(tmp_path: pathlib.Path, every: int, steps: list[int]) -> None:
     feed(open_log(tmp_path, config=replace(SMALL, train__log_every_steps=every)), 14)
     assert [line["step"] for line in lines(tmp_path)] == steps
 
 
 @pytest.mark.parametrize("saved_at", range(14))
 @pytest.mark.parametrize("torn", [b"", b'{"step": 3, "ep', b"\0\0\0"])
-def test_a_log_from_a_snapshot_goes_on_as_if_nothing_had_been(
-    tmp_path: pathlib.Path, saved_at: int, torn: bytes
-) -> None:
+def test_log_from_a_snapshot_goes_on_as_if_nothing_had_been(tmp_path: pathlib.Path, saved_at: int, torn: bytes) -> None:
     quiet, folder = tmp_path / "quiet", tmp_path / "folder"
     quiet.mkdir()
     folder.mkdir()
@@ -84,7 +82,7 @@ def test_a_log_from_a_snapshot_goes_on_as_if_nothing_had_been(
     assert again.snapshot()["epoch_sums"] == expected
 
 
-def test_a_snapshot_does_not_change_any_more(tmp_path: pathlib.Path) -> None:
+def test_snapshot_does_not_change_any_more(tmp_path: pathlib.Path) -> None:
     log = open_log(tmp_path)
     feed(log, 4)
     saved = log.snapshot()
@@ -114,7 +112,7 @@ def test_tensorboard_can_be_left_out(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_step(tmp_path: pathlib.Path, value: float) -> None:
+def test_loss_that_is_not_finite_stops_the_run_and_names_its_step(tmp_path: pathlib.Path, value: float) -> None:
     log = open_log(tmp_path)
     feed(log, 3)
     bad = sums(4, 6)

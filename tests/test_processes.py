@@ -1,4 +1,4 @@
-"""Several processes: together they are one run, and when one dies they end, and go on later as if nothing had been."""
+"""Several processes are one run; when one dies all end, and the same commands continue as if nothing had happened."""
 
 import pathlib
 import shutil
@@ -33,7 +33,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def start_together(
     count: int, folder: pathlib.Path, cache: pathlib.Path, *flags: str, deaths: dict[int, int] | None = None
 ) -> list[subprocess.Popen[str]]:
-    """Starts the processes of a run in `folder`/run; `deaths` tells at which step which of them dies."""
+    """Starts the processes of a run in `folder`/run; `deaths` gives the step at which a process dies, by its index."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -94,7 +94,7 @@ def test_two_processes_are_one_run(pair: tuple[pathlib.Path, list[Ended]], alone
     assert steps(workdir) == steps(alone)
     assert summary(workdir)["test_examples"] == 360
     assert "test accuracy" in primary.stderr
-    assert "accuracy" not in other.stderr + other.stdout  # only the primary tells
+    assert "accuracy" not in other.stderr + other.stdout  # only the primary prints
 
 
 def test_four_processes_that_feed_their_rows_are_one_run(
@@ -106,7 +106,7 @@ def test_four_processes_that_feed_their_rows_are_one_run(
 
 
 @pytest.mark.parametrize("dead", [0, 1])
-def test_when_one_is_killed_the_others_end_and_the_restart_ends_bit_for_bit_like_a_quiet_run(
+def test_killed_process_ends_the_others_and_the_restart_equals_a_quiet_run(
     pair: tuple[pathlib.Path, list[Ended]], alone: pathlib.Path, tmp_path: pathlib.Path, cache: pathlib.Path, dead: int
 ) -> None:
     started = start_together(2, tmp_path, cache, deaths={dead: 9})
@@ -117,10 +117,10 @@ def test_when_one_is_killed_the_others_end_and_the_restart_ends_bit_for_bit_like
     assert ended[dead].returncode == -signal.SIGKILL
     survivor = ended[1 - dead]
     assert survivor.returncode not in (0, -signal.SIGKILL)
-    if dead:  # what is left of a run whose primary dies may be told by JAX itself, whose coordinator it was
+    if dead:  # when the primary dies, whose coordinator it was, JAX may report that itself
         assert survivor.returncode == 4
         assert "error: another of the 2 processes is gone or out of reach" in survivor.stderr
-        assert "the same commands go on from the newest checkpoint" in survivor.stderr
+        assert "the same commands continue from the newest checkpoint" in survivor.stderr
         assert "Traceback" not in survivor.stderr
     else:
         assert "another task died" in survivor.stderr or "another of the 2 processes is gone" in survivor.stderr
@@ -134,7 +134,7 @@ def test_when_one_is_killed_the_others_end_and_the_restart_ends_bit_for_bit_like
     assert outcome(tmp_path / "run") == outcome(pair[0])
 
 
-def test_a_signal_to_one_stops_all_at_the_same_step(tmp_path: pathlib.Path, cache: pathlib.Path) -> None:
+def test_signal_to_one_stops_all_at_the_same_step(tmp_path: pathlib.Path, cache: pathlib.Path) -> None:
     started = start_together(2, tmp_path, cache, "--config.train.epochs=100000")
     deadline = time.monotonic() + 120
     while not checkpoint.steps_in(tmp_path / "run" / "checkpoints"):
@@ -143,10 +143,10 @@ def test_a_signal_to_one_stops_all_at_the_same_step(tmp_path: pathlib.Path, cach
     started[1].send_signal(signal.SIGTERM)
     ended = end(started)
     assert [process.returncode for process in ended] == [143, 143], ended
-    told = [process.stderr.strip().splitlines()[-1] for process in ended]
-    assert told[0] == told[1]
-    step = int(told[0].split()[3])
-    assert told[0].startswith(f"stopped at step {step} of")
+    last_lines = [process.stderr.strip().splitlines()[-1] for process in ended]
+    assert last_lines[0] == last_lines[1]
+    step = int(last_lines[0].split()[3])
+    assert last_lines[0].startswith(f"stopped at step {step} of")
     assert steps(tmp_path / "run")[-1] == step
 
 
@@ -166,16 +166,29 @@ def test_a_signal_to_one_stops_all_at_the_same_step(tmp_path: pathlib.Path, cach
         (["--distributed"], "--distributed: found no cluster to join"),
     ],
 )
-def test_flags_that_do_not_fit_are_refused(tmp_path: pathlib.Path, flags: list[str], message: str) -> None:
+def test_contradicting_flags_are_one_message(tmp_path: pathlib.Path, flags: list[str], message: str) -> None:
     ended = run("-m", "mnist_flax.main", "--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}", *flags)
     assert ended.returncode == 2
     assert ended.stderr.startswith(f"error: {message}"), ended.stderr
     assert not (tmp_path / "run").exists()
 
 
-def test_a_process_that_finds_no_other_says_so() -> None:
+def test_primary_that_waits_for_others_ends_at_once_on_a_signal(tmp_path: pathlib.Path, cache: pathlib.Path) -> None:
+    process, other = start_together(2, tmp_path, cache, deaths={1: 0})
+    other.kill()
+    other.communicate()
+    assert process.stderr
+    while "waiting for 2 processes" not in (line := process.stderr.readline()):
+        assert line, "it ended before it waited"
+    time.sleep(1)  # until it is inside the library
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "stopped\n")
+
+
+def test_process_that_finds_no_other_is_one_message() -> None:
     code = (
-        "from mnist_flax import processes\n"
+        "from mnist_flax.run import processes\n"
         "from mnist_flax.errors import ConfigError\n"
         "processes.JOIN_SECONDS = 1\n"
         "try:\n    processes.join('127.0.0.1:1', 2, 1)\n"
@@ -185,7 +198,7 @@ def test_a_process_that_finds_no_other_says_so() -> None:
     assert ended.stdout.startswith("--coordinator=127.0.0.1:1: cannot be reached (Connection refused)"), ended.stderr
 
 
-def test_a_process_alone_agrees_with_itself() -> None:
+def test_single_process_agrees_with_itself() -> None:
     assert processes.is_primary()
     assert processes.agree(3, 0, 1) == (3, 0, 1)
     with pytest.raises(ConfigError, match="as it is"), processes.bound_together():

@@ -62,7 +62,7 @@ def test_other_threads_get_no_signals() -> None:
     assert signums == [None]
 
 
-def test_a_busy_process_says_at_once_that_it_will_stop() -> None:
+def test_busy_process_says_at_once_that_it_will_stop() -> None:
     process = start("-c", BUSY.format(rounds=3_000_000))
     assert process.stdout
     assert process.stdout.readline() == "ready\n"
@@ -73,7 +73,7 @@ def test_a_busy_process_says_at_once_that_it_will_stop() -> None:
 
 
 @pytest.mark.parametrize(("second", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_second_signal_leaves_at_once(second: int, status: int) -> None:
+def test_second_signal_leaves_at_once(second: int, status: int) -> None:
     process = start("-c", BUSY.format(rounds=2**31 - 1))
     assert process.stdout and process.stderr
     assert process.stdout.readline() == "ready\n"
@@ -87,7 +87,7 @@ def test_a_second_signal_leaves_at_once(second: int, status: int) -> None:
 
 def test_second_hang_up_is_not_a_second_request(monkeypatch: pytest.MonkeyPatch) -> None:
     left: list[int] = []
-    monkeypatch.setattr(signals, "leave", left.append)
+    monkeypatch.setattr(signals, "end_process", left.append)
     request = StopRequest()
     for signum in (signal.SIGHUP, signal.SIGHUP):  # a closed terminal and its shell each send one
         request.receive(signum)

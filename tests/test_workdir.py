@@ -29,13 +29,13 @@ def claimed_by_another(workdir: pathlib.Path) -> "subprocess.Popen[str]":
     return process
 
 
-def test_a_claim_makes_the_folder_and_removes_it_if_nothing_came_of_it(tmp_path: pathlib.Path) -> None:
+def test_claim_makes_the_folder_and_removes_it_if_nothing_came_of_it(tmp_path: pathlib.Path) -> None:
     with workdirs.claim(tmp_path / "a" / "b"):
         assert (tmp_path / "a" / "b").is_dir()
     assert not list(tmp_path.iterdir())
 
 
-def test_a_claim_keeps_what_was_there_and_what_was_written(tmp_path: pathlib.Path) -> None:
+def test_claim_keeps_what_was_there_and_what_was_written(tmp_path: pathlib.Path) -> None:
     with workdirs.claim(tmp_path):
         pass
     assert tmp_path.is_dir() and not list(tmp_path.iterdir())
@@ -46,7 +46,7 @@ def test_a_claim_keeps_what_was_there_and_what_was_written(tmp_path: pathlib.Pat
         pass
 
 
-def test_the_second_owner_is_told_who_the_first_is(tmp_path: pathlib.Path) -> None:
+def test_second_owner_is_told_who_the_first_is(tmp_path: pathlib.Path) -> None:
     with claimed_by_another(tmp_path) as process:
         with (
             pytest.raises(WorkdirError, match=rf"in use by process {process.pid} on .+ since 2\d\d\d-.+; wait for it"),
@@ -67,7 +67,7 @@ def test_one_process_cannot_claim_twice(tmp_path: pathlib.Path) -> None:
         pass
 
 
-def test_a_dead_owner_is_no_obstacle_even_if_its_number_is_used_again(tmp_path: pathlib.Path) -> None:
+def test_dead_owner_is_no_obstacle_even_if_its_number_is_used_again(tmp_path: pathlib.Path) -> None:
     with claimed_by_another(tmp_path) as process:
         process.send_signal(signal.SIGKILL)
         process.communicate()
@@ -92,7 +92,7 @@ def test_what_a_killed_claim_leaves_is_no_strange_folder(tmp_path: pathlib.Path)
         (lambda path: path.symlink_to("/proc/version"), "is a file; name a folder"),
     ],
 )
-def test_a_path_that_is_something_else_is_left_alone(tmp_path: pathlib.Path, make: object, message: str) -> None:
+def test_path_that_is_something_else_is_left_alone(tmp_path: pathlib.Path, make: object, message: str) -> None:
     path = tmp_path / "work"
     make(path)  # type: ignore[operator]
     before = sorted(path.iterdir()) if path.is_dir() else path.read_bytes()
@@ -104,20 +104,20 @@ def test_a_path_that_is_something_else_is_left_alone(tmp_path: pathlib.Path, mak
 @pytest.mark.parametrize(
     "path", ["/proc/no_folder_here", "/proc/version/below/a/file", "/tmp/" + "long" * 100, "zero\0byte"]
 )
-def test_a_path_that_cannot_be_written_is_one_message(path: str) -> None:
+def test_path_that_cannot_be_written_is_one_message(path: str) -> None:
     message = r"--workdir=.+: cannot be (written|read) \(.+\); name another folder"
     with pytest.raises(WorkdirError, match=message), workdirs.claim(pathlib.Path(path)):
         pass
 
 
-def test_a_failing_claim_removes_the_folders_that_it_made(tmp_path: pathlib.Path) -> None:
+def test_failing_claim_removes_the_folders_that_it_made(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "new" / ("long" * 100)
     with pytest.raises(WorkdirError), workdirs.claim(path):
         pass
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_is_replaced_whole_or_not_at_all(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
     workdirs.write_text(path, "old")
 
@@ -131,7 +131,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: pathlib.Path, monkeypa
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_a_full_disk_is_one_message() -> None:
+def test_full_disk_is_one_message() -> None:
     with pytest.raises(WorkdirError, match=r"/dev/full: cannot be written \(No space left on device\)"):
         workdirs.append_bytes(pathlib.Path("/dev/full"), b"line\n")
 
@@ -236,7 +236,12 @@ def test_output_goes_where_it_is_wanted(tmp_path: pathlib.Path) -> None:
 
 
 # Folders that are no run's: caches of data and programs, and what the user names for pictures.
-OTHER_WRITERS = {"run/workdir.py", "run/compilation.py", "predict.py"}
+OTHER_WRITERS = {
+    "run/workdir.py",
+    "run/compilation.py",
+    "predict.py",
+    "exporting/formats.py",
+}  # the last: a temporary one
 
 
 def test_only_one_module_writes_files() -> None:

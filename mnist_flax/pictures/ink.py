@@ -16,11 +16,13 @@ class Ink(NamedTuple):
       strength: `f32[H,W]`, from 0 (paper) to 1 (the pen's full colour).
       mask: `bool[H,W]`, where ink is.
       marks: `bool[H,W]`, where anything differs from the paper, however pale.
+      steps: `bool[H,W]`, where the brightness of the paper changes abruptly: edges of shadows and of sheets.
     """
 
     strength: np.ndarray
     mask: np.ndarray
     marks: np.ndarray
+    steps: np.ndarray
 
 
 def find_ink(grey: np.ndarray, sheet: np.ndarray | None = None) -> Ink | None:
@@ -36,7 +38,7 @@ def find_ink(grey: np.ndarray, sheet: np.ndarray | None = None) -> Ink | None:
     dark = sheet is not None or is_dark_on_light(values)
     values, noise = _denoised(255 - values if dark else values)
     window = _paper_window(values)
-    contrast = _contrast(values, window, dark)
+    paper, contrast = _contrast(values, window, dark)
     for _ in range(2):
         if sheet is not None:
             contrast *= sheet
@@ -50,21 +52,31 @@ def find_ink(grey: np.ndarray, sheet: np.ndarray | None = None) -> Ink | None:
         needed = max(5, round(4 * thick_pen(mask)))
         if needed > 0.7 * window:
             break
-        contrast = _contrast(values, needed, dark)
+        paper, contrast = _contrast(values, needed, dark)
     low = min(max(2.5 * noise, 0.1 * strong), 0.3 * strong)  # JPEG draws ripples around strokes
     strength = np.clip((contrast - low) / (0.95 * strong - low), 0, 1).astype(np.float32)
-    return Ink(strength, mask, marks)
+    return Ink(strength, mask, marks, _steps(paper))
 
 
-def _contrast(values: np.ndarray, window: int, dark: bool) -> np.ndarray:
-    """Returns how much each pixel is lighter than the paper, and under a shadow, how much it would be outside."""
+def _contrast(values: np.ndarray, window: int, dark: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the paper, and how much each pixel is lighter than the paper, and under a shadow, how much it would be outside."""
     paper = opened(values, window)
     contrast = values - paper
     contrast = np.maximum(contrast - np.median(contrast), 0)
     if dark:  # a shadow dims paper and ink by the same factor
         light = np.maximum(255 - paper, 1)
         contrast *= np.clip(np.percentile(light[::4, ::4], 90) / light, 1, 2.5)
-    return contrast
+    return paper, contrast
+
+
+def _steps(paper: np.ndarray) -> np.ndarray:
+    """Finds abrupt changes of brightness, `f32[H,W] -> bool[H,W]`."""
+    steps = np.zeros(paper.shape, bool)
+    for axis in (0, 1):
+        far = np.roll(paper, 4, axis) - np.roll(paper, -4, axis)
+        steps |= np.abs(far) > 20
+    steps[:4] = steps[-4:] = steps[:, :4] = steps[:, -4:] = False  # where it rolled over
+    return steps
 
 
 def is_dark_on_light(values: np.ndarray) -> bool:
@@ -98,18 +110,26 @@ def is_dark_on_light(values: np.ndarray) -> bool:
 
 def pen_width(mask: np.ndarray) -> float:
     """Returns the width of the strokes in pixels: on average, a stroke's pixels are a quarter of it from its edge."""
-    distance = ndimage.distance_transform_edt(mask)
-    return max(1.0, 4 * float(distance[mask].mean()) - 1) if mask.any() else 1.0
+    distance, factor = _depth(mask)
+    inked = distance > 0
+    return max(1.0, (4 * float(distance[inked].mean()) - 1) * factor) if inked.any() else 1.0
 
 
 def thick_pen(mask: np.ndarray) -> float:
     """Returns the width of the thicker strokes, in pixels, whatever thin lines there are."""
-    distance = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
-    ridge = mask & (distance >= ndimage.maximum_filter(distance, 3))
+    distance, factor = _depth(mask)
+    ridge = (distance > 0) & (distance >= ndimage.maximum_filter(distance, 3))
     if not ridge.any():
         return 1.0
     widths = np.sort(distance[ridge])  # weighted by the area of ink they stand for
-    return 2 * float(widths[np.searchsorted(np.cumsum(widths), 0.8 * widths.sum())])
+    return 2 * factor * float(widths[np.searchsorted(np.cumsum(widths), 0.8 * widths.sum())])
+
+
+def _depth(mask: np.ndarray) -> tuple[np.ndarray, float]:
+    """Returns how far ink is from its edge, `bool[H,W] -> f64[h,w]`, in pixels of which each stands for `factor`."""
+    factor = max(1, min(mask.shape) // 300)  # the distance transform is slow
+    small = np.pad(mask[::factor, ::factor], 1)
+    return ndimage.distance_transform_edt(small), factor
 
 
 def opened(values: np.ndarray, size: int) -> np.ndarray:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from mnist_flax import rng
-from mnist_flax.config import Config, differences, replace
+from mnist_flax.config import Config, differences
 from mnist_flax.errors import ConfigError, WorkdirError
 from mnist_flax.run import storage
 from mnist_flax.run import workdir as workdirs
@@ -144,7 +144,7 @@ def read_record(path: pathlib.Path) -> dict[str, Any]:
       WorkdirError: as `read_run`.
       Exception: of other types, if any file of the checkpoint is not what was saved.
     """
-    record: dict[str, Any] = storage.read_record(path)
+    record: dict[str, Any] = storage.restore_record(path)
     schema = record.get("schema") if isinstance(record, dict) else None
     if type(schema) is int and schema != SCHEMA:
         age = "a newer" if schema > SCHEMA else "an older"
@@ -222,7 +222,7 @@ def read_state(path: pathlib.Path, config: Config, record: Mapping[str, Any]) ->
             )
     # Read into host memory: the file then does not depend on the devices that it was saved from, or is read for.
     target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
-    state: TrainState = storage.read_state(path, target)
+    state: TrainState = storage.restore_state(path, target)
     if int(state.step) != record["step"]:
         raise _foreign(path, f"state.step = {int(state.step)}: must be {record['step']}")
     return jax.device_put(state)
@@ -250,12 +250,3 @@ def check_same_run(record: Mapping[str, Any], config: Config, fingerprint: str, 
             f" {config.num_steps} (config.train.epochs = {config.train.epochs}); raise config.train.epochs, or name"
             " another --workdir"
         )
-
-
-def without_paths(config: Config) -> Config:
-    """Returns the config of a run that may come from a stranger, without the places where its data are.
-
-    Whoever opens the run finds the data in their own places; nothing is read from or prepared in a folder that the
-    run's files name.
-    """
-    return replace(config, data__source="auto", data__data_dir="", data__raw_dir="", data__on_missing="error")

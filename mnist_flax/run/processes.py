@@ -152,4 +152,4 @@ def _end(error: BaseException) -> NoReturn:
     sys.stderr.flush()
     if is_primary():
         time.sleep(LEAVE_SECONDS)
-    signals.leave(status)
+    signals.end_process(status)

@@ -39,10 +39,10 @@ class StopRequest:
             self.signum = signum
             _print("\nstopping after this step; a second signal ends the program at once\n")
         elif signum != HANGUP:  # a closed terminal and its shell both send one
-            leave(128 + signum)
+            end_process(128 + signum)
 
 
-def leave(status: int, message: str = "") -> NoReturn:
+def end_process(status: int, message: str = "") -> NoReturn:
     """Ends the process now: no clean-up, no waiting for threads, libraries or other processes.
 
     The only call of `os._exit`. An exception would not do: a config file may catch it, a callback may lose it, a

@@ -42,7 +42,7 @@ def write(folder: pathlib.Path, state: Any, record: dict[str, Any]) -> None:
         checkpointer.save(folder, args=items)
 
 
-def read_record(folder: pathlib.Path) -> Any:
+def restore_record(folder: pathlib.Path) -> Any:
     """Reads the record of a checkpoint.
 
     Raises:
@@ -59,7 +59,7 @@ def read_record(folder: pathlib.Path) -> Any:
         return checkpointer.restore(folder, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
 
 
-def read_state(folder: pathlib.Path, target: Any) -> Any:
+def restore_state(folder: pathlib.Path, target: Any) -> Any:
     """Reads the arrays of a checkpoint into host memory; `target` has the same tree, shapes and types.
 
     Raises:
