@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from mnist_flax.data.framing import BOX_SIZE, CENTRE, IMAGE_SIZE, frame
+from mnist_flax.data.framing import BOX_SIZE, CENTRE, frame
+from mnist_flax.data.registry import IMAGE_SIZE
 from mnist_flax.pictures.blobs import Blob, find_blobs, in_lines, of_digit_size
 from mnist_flax.pictures.decode import PictureError, decode
 from mnist_flax.pictures.grids import without_grids
