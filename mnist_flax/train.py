@@ -93,13 +93,13 @@ def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, fol
         folder = workdir / workdirs.MEMBERS
         folders = [workdirs.inside(workdir, workdirs.MEMBERS, name) for name in configs]
         members = fit_all(dict(zip(folders, configs.values(), strict=True)), splits)
-        result = statistics.load(workdir) if all(member.is_finished for member in members) else None
+        result = statistics.load_population_result(workdir) if all(member.is_finished for member in members) else None
         if result and [member["name"] for member in result["members"]] == list(configs):
             logger.info("%s is finished; a larger --seeds, or more epochs, trains further", workdir)
             return result
         named = {member.workdir.name: (member.config, eval_variables(member.state)) for member in members}
-        result, arrays = statistics.gather(named, splits, folder)
-        statistics.save(result, arrays, workdir)
+        result, arrays = statistics.population_result(named, splits, folder)
+        statistics.save_population_result(result, arrays, workdir)
     return result
 
 

@@ -34,7 +34,8 @@ import numpy as np
 from absl import flags
 
 from mnist_flax import cli
-from mnist_flax.config import Config, differences, nearest, replace
+from mnist_flax.checks import nearest
+from mnist_flax.config import Config, differences, replace
 from mnist_flax.errors import ConfigError, UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -136,7 +137,7 @@ def _as_followed(config: Config, peer: Peer) -> Config:
     if not peer.any_network:
         return followed
     own = {field.name for field in dataclasses.fields(config.model)}
-    known = {name: value for name, value in NETWORK.items() if name in own}
+    known: dict[str, Any] = {name: value for name, value in NETWORK.items() if name in own}
     return dataclasses.replace(followed, model=dataclasses.replace(config.model, **known))
 
 

@@ -356,7 +356,8 @@ def test_batch_norm_vectors_loops_and_types() -> None:
     assert_near(jax.vmap(gradient)(x), alone, 1e-5)
     assert_near(jax.jit(lambda x: lax.map(gradient, x))(x), alone, 1e-5)
     y, mean, _ = norm.batch_norm(x[0].astype(jnp.bfloat16), scale, bias)
-    assert (y.dtype, mean.dtype) == (jnp.bfloat16, jnp.float32)
+    assert y.dtype == jnp.bfloat16
+    assert mean.dtype == jnp.float32
     assert_near(y.astype(jnp.float32), norm.batch_norm(x[0], scale, bias)[0], 2.0**-8)
 
 
