@@ -151,7 +151,7 @@ def images_to_compare(info: RunInfo, overrides: Mapping[str, Any]) -> tuple[np.n
         return digits.train.image[:NUM_IMAGES], source
 
 
-def check(
+def check_export(
     chosen: Format, contents: Mapping[str, bytes], predictor: Predictor, images: np.ndarray, format_name: str
 ) -> float:
     """Runs a file and compares it with the network, in batches of several sizes.
