@@ -22,7 +22,7 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "the folder of a run or a population")
     flags.DEFINE_string("checkpoint", "latest", "latest, best (on hold-out rows) or a step")
     flags.DEFINE_string("output", None, "the file to write; if not given, demo.html in --workdir")
-    run_data.define_flags()
+    run_data.define_data_flags()
 
 
 def main(argv: Sequence[str]) -> None:

@@ -24,9 +24,7 @@ def define_flags() -> None:
     cli.define_config()
     flags.DEFINE_string("workdir", None, "the population's folder; if not given, runs/<config>-seeds<M> or -folds<K>")
     flags.DEFINE_integer("seeds", None, "train M members: with the config's seed and those that follow", lower_bound=2)
-    flags.DEFINE_integer(
-        "folds", None, "split the training rows in K parts; each member holds out one", lower_bound=2
-    )
+    flags.DEFINE_integer("folds", None, "split the training rows in K parts; each member holds out one", lower_bound=2)
     flags.DEFINE_list("compare", None, "A,B: two folders of runs or populations; is B better than A?")
     flags.DEFINE_boolean("json", False, "print the result as JSON, as it is saved")
 
@@ -35,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
     """Trains or compares, as the flags say."""
     del argv
     if FLAGS.compare:
-        print(compare(FLAGS.compare))
+        print(comparison_text(FLAGS.compare))
         return
     if (FLAGS.seeds is None) == (FLAGS.folds is None):
         raise ConfigError("give one of --seeds=M and --folds=K, such as --seeds=10")
@@ -48,10 +46,10 @@ def main(argv: Sequence[str]) -> None:
 
     compilation.keep_programs()
     result = train.fit_population(config, pathlib.Path(workdir), seeds=FLAGS.seeds or 0, folds=FLAGS.folds or 0)
-    print(json.dumps(result, indent=1) if FLAGS.json else statistics.table(result))
+    print(json.dumps(result, indent=1) if FLAGS.json else statistics.population_table(result))
 
 
-def compare(folders: Sequence[str]) -> str:
+def comparison_text(folders: Sequence[str]) -> str:
     """Compares two results.
 
     Raises:
@@ -65,7 +63,7 @@ def compare(folders: Sequence[str]) -> str:
     from mnist_flax.analysis import comparison
 
     result = comparison.compare(*map(pathlib.Path, folders))
-    return json.dumps(result, indent=1) if FLAGS.json else comparison.table(result)
+    return json.dumps(result, indent=1) if FLAGS.json else comparison.comparison_table(result)
 
 
 if __name__ == "__main__":

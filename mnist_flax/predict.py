@@ -48,7 +48,8 @@ def main(argv: Sequence[str]) -> None:
     class_names = DATASETS[info.config.data.name].class_names
     width = max(4, *map(len, found))
     if not values.json:
-        print(f"{'file':<{width}}  {'digit':>{max(5, *map(len, class_names))}}  probability  top {reading.TOP}", flush=True)
+        column = max(5, *map(len, class_names))
+        print(f"{'file':<{width}}  {'digit':>{column}}  probability  top {reading.TOP}", flush=True)
     failed = 0
     answers = reading.classify_all(outcomes, functools.partial(predict_logits, predictor), _BATCH_SIZE)
     for number, (name, answer) in enumerate(answers, 1):
@@ -59,11 +60,8 @@ def main(argv: Sequence[str]) -> None:
             else:
                 print(f"{name}: {answer}", file=sys.stderr, flush=True)
             continue
-        as_json = values.json
-        print(
-            reading.as_json(name, answer, class_names) if as_json else reading.as_table(name, answer, width, class_names),
-            flush=True,
-        )
+        line = reading.as_json(name, answer, class_names)
+        print(line if values.json else reading.as_table(name, answer, width, class_names), flush=True)
         if values.save_preprocessed:
             images = [digit.image for digit in answer]
             files.save_images(images, pathlib.Path(values.save_preprocessed), number, name)

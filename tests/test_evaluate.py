@@ -158,7 +158,7 @@ def test_checkpoint_can_be_chosen(workdir: pathlib.Path) -> None:
 
 def test_result_is_saved(workdir: pathlib.Path) -> None:
     result = evaluate_workdir(workdir, split="holdout", overrides={})
-    scores_lib.save(result, workdir)
+    scores_lib.save_evaluation(result, workdir)
     assert json.loads((workdir / "evaluation-holdout-digits.json").read_text()) == result
     named = {"split": "test", "dataset": "emnist/letters"}
     assert scores_lib.result_file(named) == "evaluation-test-emnist-letters.json"

@@ -194,13 +194,13 @@ def test_page_is_made_from_metrics_json_alone(
     report: pathlib.Path, numbers: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pictures: dict[str, Any] = {}
-    render = page.render
+    render = page.render_page
 
     def listen(given: Any, given_pictures: Any) -> str:
         pictures.update(given_pictures)
         return render(given, given_pictures)
 
-    monkeypatch.setattr(page, "render", listen)
+    monkeypatch.setattr(page, "render_page", listen)
     path = report_workdir(report.parent)
     assert render(numbers, pictures) == path.read_text()
     assert {type(value) for name, value in pictures.items() if name != "title"} <= {dict, list, str}
@@ -247,7 +247,7 @@ def test_unfinished_run_can_be_reported(tmp_path: pathlib.Path, monkeypatch: pyt
     given: dict[str, Any] = {}
     monkeypatch.setattr(write, "write_report", lambda config, variables, **arguments: given.update(arguments))
     report_workdir(workdir, str(steps[0]))
-    assert facts.curves(given["records"]) == numbers["curves"]
+    assert facts.log_curves(given["records"]) == numbers["curves"]
 
 
 def test_report_of_training_evaluates_nothing_again(tmp_path: pathlib.Path) -> None:
@@ -338,7 +338,7 @@ def test_smoothing_by_hand() -> None:
 
 def test_curves_of_a_long_log_keep_its_end() -> None:
     records = [{"step": i, "split": "train", "loss": float(i), "accuracy": 0.5, "examples": 9} for i in range(1, 4001)]
-    curves = facts.curves(records)
+    curves = facts.log_curves(records)
     assert len(curves["train"]) == 1000 and curves["train"][-1]["step"] == 4000
     assert curves["smoothed_over"] == 401
 
@@ -387,7 +387,7 @@ def test_activations_equal_the_networks(fields: dict[str, Any]) -> None:
     state = jit_init_state(config.program, jax.random.key(0))
     variables = eval_variables(state)
     images = np.random.default_rng(0).integers(0, 256, (3, 28, 28, 1), dtype=np.uint8)
-    found = layers.activations(config.program, variables, images)
+    found = layers.layer_inputs(config.program, variables, images)
     np.testing.assert_allclose(found[-1].values, jit_forward(config.program, variables, images), rtol=1e-4, atol=1e-5)
     names = ["Conv_1", "Conv_2", "Dense_0"] * bool(model.widths) + ["Dense_1", "logits"]
     assert [stage.name for stage in found] == names

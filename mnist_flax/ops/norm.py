@@ -71,8 +71,10 @@ def norm_activate_pool(
         return (batch_first(y) if images else y).astype(x.dtype), mean, var
 
     def default(x: jax.Array, *rest: jax.Array) -> Normalized:
-        scale, bias, *weights = rest
-        _, mean, var = _statistics(x.astype(jnp.promote_types(x.dtype, jnp.float32)), *weights)
+        scale, bias = rest[:2]
+        _, mean, var = _statistics(
+            x.astype(jnp.promote_types(x.dtype, jnp.float32)), rest[2] if mask is not None else None
+        )
         y = normalize(x, scale, bias, mean, var, eps=eps)
         return activate_pool(y, activation, static.pool, pooling), mean, var
 

@@ -22,10 +22,12 @@ class Blob(NamedTuple):
 
     @property
     def width(self) -> int:
+        """Its number of columns."""
         return self.right - self.left
 
     @property
     def height(self) -> int:
+        """Its number of rows."""
         return self.bottom - self.top
 
 
@@ -126,7 +128,9 @@ def _is_blot(labels: np.ndarray, steps: np.ndarray, blob: Blob) -> bool:
     own = labels[window] == blob.labels[0]
     factor = max(1, min(own.shape) // 30)
     small = np.pad(own[::factor, ::factor], 1)
-    return bool(small.sum() < (2.8 if steps[window].any() else 1.3) * (2 * ndimage.distance_transform_edt(small).max()) ** 2)
+    return bool(
+        small.sum() < (2.8 if steps[window].any() else 1.3) * (2 * ndimage.distance_transform_edt(small).max()) ** 2
+    )
 
 
 def _join_broken(blobs: list[Blob], pen: float) -> list[Blob]:

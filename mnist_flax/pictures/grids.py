@@ -64,9 +64,7 @@ def without_grids(mask: np.ndarray, pen: float) -> tuple[np.ndarray, np.ndarray]
     return kept, ruled
 
 
-def _rulings(
-    piece: np.ndarray, place: tuple[slice, slice], shape: tuple[int, ...], pen: float
-) -> Iterator[Line]:
+def _rulings(piece: np.ndarray, place: tuple[slice, slice], shape: tuple[int, ...], pen: float) -> Iterator[Line]:
     """Yields the lines of a piece of ink that are rulings and no strokes."""
     found = {level: _lines(piece, level) for level in (True, False)}
     level, upright = (_alike(lines, 0.14 * min(piece.shape)) for lines in found.values())
@@ -140,7 +138,11 @@ def _lines(piece: np.ndarray, level: bool) -> list[Line]:
         found.append(Line(level, slope, first * factor, (last + 1) * factor - 1, best))
     # What spans less than the others is a stroke. Ink all over is no set of lines.
     found = [line for line in found if line.share >= 0.75 * found[0].share]
-    return found if sum(line.last - line.first + factor for line in found) < 0.5 * height * factor or len(found) == 1 else []
+    return (
+        found
+        if sum(line.last - line.first + factor for line in found) < 0.5 * height * factor or len(found) == 1
+        else []
+    )
 
 
 def _edges(piece: np.ndarray, slope: float, row: int) -> tuple[int, int]:

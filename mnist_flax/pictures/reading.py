@@ -11,7 +11,9 @@ from mnist_flax import metrics
 from mnist_flax.pictures.decode import PictureError
 from mnist_flax.pictures.segment import Digit
 
-CONFIDENT = 0.95  # below this probability a digit is a guess; scripts/bench_predict.py counts what that costs and catches
+CONFIDENT = (
+    0.95  # below this probability a digit is a guess; scripts/bench_predict.py counts what that costs and catches
+)
 TOP = 3
 
 _PATIENCE = 0.3  # seconds that a picture waits at most for others to fill the batch

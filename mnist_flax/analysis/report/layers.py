@@ -38,7 +38,7 @@ class Layer(NamedTuple):
     multiply_adds: int
 
 
-class Activation(NamedTuple):
+class LayerInput(NamedTuple):
     """What a layer sees, after the activation and pooling before it; or the logits.
 
     Attributes:
@@ -122,7 +122,7 @@ def _multiply_adds(call: _Call) -> int:
     return math.prod(sizes) * int(kernel.size)
 
 
-def activations(program: Program, variables: Variables, images: np.ndarray) -> list[Activation]:
+def layer_inputs(program: Program, variables: Variables, images: np.ndarray) -> list[LayerInput]:
     """Computes what each layer with a kernel sees for some images, `u8[B,28,28,1]`, from the second on, and the logits.
 
     An input that several layers share, as the two branches of a residual block do, is listed once.
@@ -150,7 +150,7 @@ def activations(program: Program, variables: Variables, images: np.ndarray) -> l
     unoptimised = jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
     values = [np.asarray(value, np.float32) for value in unoptimised(variables, images)]
     seen = [_unflatten(value, before) for value, before in zip(values, [*channels, 0], strict=True)]
-    return [Activation(name, value) for name, value in zip([*names, "logits"], seen, strict=True)][1:]
+    return [LayerInput(name, value) for name, value in zip([*names, "logits"], seen, strict=True)][1:]
 
 
 def _unflatten(values: np.ndarray, channels: int) -> np.ndarray:
