@@ -146,7 +146,7 @@ def hard_shadow(shape: tuple[int, ...], random: np.random.Generator) -> Array:
     return 1 - random.uniform(0.35, 0.7) / (1 + np.exp(np.clip(across / softness, -30, 30)))
 
 
-def photograph(images: Array, kind: str, random: np.random.Generator) -> bytes:
+def photograph(kind: str, images: Array, random: np.random.Generator) -> bytes:
     """Writes a line of digits and photographs it, `u8[N,28,28] -> the bytes of a JPEG`."""
     cover, _ = write_sheet(images, kind, random)
     light = random.uniform(0.75, 1.0)

@@ -302,7 +302,7 @@ def test_large_jpeg_is_reduced_when_decoded() -> None:
     assert picture.scale == pytest.approx(3600 / picture.grey.shape[1], rel=0.01)
 
 
-# What outside trials broke ---------------------------------------------------------------------------------------------
+# What outside trials broke ---------------------------------------------------------------------------
 
 
 def test_damaged_exif_data_are_ignored(wanted: Array) -> None:
