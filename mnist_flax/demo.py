@@ -22,7 +22,7 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "the folder of a run or a population")
     flags.DEFINE_string("checkpoint", "latest", "latest, best (on hold-out rows) or a step")
     flags.DEFINE_string("output", None, "the file to write; if not given, demo.html in --workdir")
-    run_data.define_flags()
+    run_data.define_data_flags()
 
 
 def main(argv: Sequence[str]) -> None:
@@ -34,9 +34,8 @@ def main(argv: Sequence[str]) -> None:
     from mnist_flax.exporting.demo import write_demo  # only now: --help need not wait for JAX
 
     output = pathlib.Path(FLAGS.output) if FLAGS.output else None
-    print(
-        write_demo(pathlib.Path(FLAGS.workdir), FLAGS.checkpoint, output=output, overrides=run_data.given_overrides())
-    )
+    overrides = run_data.given_overrides()
+    print(write_demo(pathlib.Path(FLAGS.workdir), FLAGS.checkpoint, output=output, overrides=overrides))
 
 
 if __name__ == "__main__":

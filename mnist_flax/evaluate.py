@@ -13,7 +13,7 @@ from absl import flags
 
 from mnist_flax import cli
 from mnist_flax.analysis import run_data
-from mnist_flax.analysis.scores import evaluate_workdir, save, table
+from mnist_flax.analysis.scores import evaluate_workdir, evaluation_table, save_evaluation
 from mnist_flax.errors import ConfigError
 from mnist_flax.run import workdir as workdirs
 
@@ -27,7 +27,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("split", "test", run_data.SPLITS, "train: the rows trained on; holdout: those held out; test")
     flags.DEFINE_boolean("json", False, "print the result as JSON, as it is saved")
     cli.define_output()
-    run_data.define_flags()
+    run_data.define_data_flags()
 
 
 def main(argv: Sequence[str]) -> None:
@@ -40,8 +40,8 @@ def main(argv: Sequence[str]) -> None:
     result = evaluate_workdir(
         workdir, checkpoint=FLAGS.checkpoint, split=FLAGS.split, overrides=run_data.given_overrides()
     )
-    print(json.dumps(result, indent=2) if FLAGS.json else table(result), flush=True)
-    save(result, workdirs.output_folder(workdir, FLAGS.output))
+    print(json.dumps(result, indent=2) if FLAGS.json else evaluation_table(result), flush=True)
+    save_evaluation(result, workdirs.output_folder(workdir, FLAGS.output))
 
 
 if __name__ == "__main__":

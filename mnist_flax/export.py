@@ -25,7 +25,7 @@ def define_flags() -> None:
     flags.DEFINE_string("format", None, "onnx, stablehlo, or npz (weights, and a program that needs NumPy alone)")
     flags.DEFINE_string("checkpoint", "latest", "latest, best (on hold-out rows) or a step")
     flags.DEFINE_string("output", None, "the folder to write to; if not given, export/ in --workdir")
-    run_data.define_flags()
+    run_data.define_data_flags()
 
 
 def main(argv: Sequence[str]) -> None:

@@ -4,8 +4,7 @@
     python -m mnist_flax.population --config=configs/one_conv_sgd.py --folds=5
     python -m mnist_flax.population --compare=runs/tiny-seeds10,runs/tiny-seeds20
 
-A member is a run with a folder of its own in members/. The same command again goes on where it was stopped; a larger
---seeds adds members.
+Each member is a run with its own folder in members/. Repeating the command resumes; a larger --seeds adds members.
 """
 
 import json
@@ -20,19 +19,21 @@ from mnist_flax.errors import ConfigError
 FLAGS = flags.FLAGS
 
 
+def define_flags() -> None:
+    """Defines the flags of this verb."""
+    cli.define_config()
+    flags.DEFINE_string("workdir", None, "the population's folder; if not given, runs/<config>-seeds<M> or -folds<K>")
+    flags.DEFINE_integer("seeds", None, "train M members: with the config's seed and those that follow", lower_bound=2)
+    flags.DEFINE_integer("folds", None, "split the training rows in K parts; each member holds out one", lower_bound=2)
+    flags.DEFINE_list("compare", None, "A,B: two folders of runs or populations; is B better than A?")
+    flags.DEFINE_boolean("json", False, "print the result as JSON, as it is saved")
+
+
 def main(argv: Sequence[str]) -> None:
-    """Does what the flags describe."""
+    """Trains or compares, as the flags say."""
     del argv
     if FLAGS.compare:
-        for name in ("config", "seeds", "folds", "workdir"):
-            if FLAGS[name].present:
-                raise ConfigError(f"--{name}: has no meaning with --compare; leave it out")
-        if len(FLAGS.compare) != 2:
-            raise ConfigError(f"--compare={','.join(FLAGS.compare)}: name two folders, such as --compare=runs/a,runs/b")
-        from mnist_flax.analysis import comparison as compare  # only now: --help and a wrong flag need not wait for JAX
-
-        comparison = compare.compare(*map(pathlib.Path, FLAGS.compare))
-        print(json.dumps(comparison, indent=1) if FLAGS.json else compare.table(comparison))
+        print(comparison_text(FLAGS.compare))
         return
     if (FLAGS.seeds is None) == (FLAGS.folds is None):
         raise ConfigError("give one of --seeds=M and --folds=K, such as --seeds=10")
@@ -45,22 +46,26 @@ def main(argv: Sequence[str]) -> None:
 
     compilation.keep_programs()
     result = train.fit_population(config, pathlib.Path(workdir), seeds=FLAGS.seeds or 0, folds=FLAGS.folds or 0)
-    print(json.dumps(result, indent=1) if FLAGS.json else statistics.table(result))
+    print(json.dumps(result, indent=1) if FLAGS.json else statistics.population_table(result))
+
+
+def comparison_text(folders: Sequence[str]) -> str:
+    """Compares two results.
+
+    Raises:
+      ConfigError: there are not two of them, or a flag of training is given.
+    """
+    for name in ("config", "seeds", "folds", "workdir"):
+        if FLAGS[name].present:
+            raise ConfigError(f"--{name}: cannot be combined with --compare; leave it out")
+    if len(folders) != 2:
+        raise ConfigError(f"--compare={','.join(folders)}: name two folders, such as --compare=runs/a,runs/b")
+    from mnist_flax.analysis import comparison
+
+    result = comparison.compare(*map(pathlib.Path, folders))
+    return json.dumps(result, indent=1) if FLAGS.json else comparison.comparison_table(result)
 
 
 if __name__ == "__main__":
-    cli.define_config()
-    flags.DEFINE_string(
-        "workdir",
-        None,
-        "the population's folder; if not given, runs/, the config's name, and -seeds<M> or -folds<K>",
-    )
-    flags.DEFINE_integer(
-        "seeds", None, "train this many members: with the config's seed, and those that follow it", lower_bound=2
-    )
-    flags.DEFINE_integer(
-        "folds", None, "divide the training rows into this many parts; each member holds out one", lower_bound=2
-    )
-    flags.DEFINE_list("compare", None, "two folders A,B of runs or populations: say whether B is better than A")
-    flags.DEFINE_boolean("json", False, "print the result as JSON, as it is saved")
+    define_flags()
     cli.run(main)

@@ -24,7 +24,7 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "the run's folder")
     flags.DEFINE_string("checkpoint", "latest", "latest, best (on hold-out rows) or a step")
     cli.define_output()
-    run_data.define_flags()
+    run_data.define_data_flags()
 
 
 def main(argv: Sequence[str]) -> None:

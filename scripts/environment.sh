@@ -20,24 +20,35 @@ else
 fi
 
 # One environment for each version of Python; made again when the interpreter, the pinned versions or the place change.
+# What training needs is in requirements.lock; what the tests need besides is in requirements-dev.lock.
+lock=${lock:-requirements.lock}
 venv=.venv/$("$base" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 python=$PWD/$venv/bin/python
-wanted="$("$base" -VV) $PWD $(cat requirements.lock pyproject.toml | cksum)"
+wanted() { echo "$("$base" -VV) $PWD $1 $(cat "$1" pyproject.toml | cksum)"; }
+has_uv() { command -v uv >/dev/null; }
+install() {
+  if has_uv; then
+    uv pip install --quiet --python "$python" "$@"
+  else
+    "$python" -m pip install --quiet --disable-pip-version-check "$@"
+  fi
+}
 mkdir -p .venv
 if command -v flock >/dev/null; then exec 9>.venv/lock && flock 9; fi # two scripts started at once take turns
-if [ "$(cat "$venv/complete" 2>/dev/null)" != "$wanted" ]; then
-  rm -rf "$venv"
-  if command -v uv >/dev/null; then
-    echo "making the environment $venv with uv ..." >&2
-    uv venv --quiet --python "$base" "$venv"
-    uv pip install --quiet --python "$python" --require-hashes -r requirements.lock
-    uv pip install --quiet --python "$python" --no-deps --no-build-isolation -e .
-  else
-    echo "making the environment $venv with pip (about a minute, once; with uv installed it takes seconds) ..." >&2
-    "$base" -m venv "$venv"
-    "$python" -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
-    "$python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+complete=$(cat "$venv/complete" 2>/dev/null || true)
+if [ "$complete" != "$(wanted "$lock")" ] && [ "$complete" != "$(wanted requirements-dev.lock)" ]; then
+  if [ "$complete" != "$(wanted requirements.lock)" ]; then
+    rm -rf "$venv"
+    if has_uv; then
+      echo "making the environment $venv with uv ..." >&2
+      uv venv --quiet --python "$base" "$venv"
+    else
+      echo "making the environment $venv with pip (about a minute, once; with uv installed, it takes seconds) ..." >&2
+      "$base" -m venv "$venv"
+    fi
   fi
-  echo "$wanted" >"$venv/complete"
+  install --require-hashes -r "$lock"
+  install --no-deps --no-build-isolation -e .
+  wanted "$lock" >"$venv/complete"
 fi
 exec 9>&-

@@ -19,7 +19,7 @@ KINDS = ("table", "shadow", "grid", "turned")
 
 
 def pen_stroke(image: Array, size: float, random: np.random.Generator) -> Array:
-    """Draws an image of the dataset with a sharp pen, slightly warped, `u8[28,28] -> f32[h,w]`, its longer side `size`."""
+    """Draws an image of the dataset with a sharp pen, `u8[28,28] -> f32[h,w]`, its longer side `size`."""
     rows, columns = np.flatnonzero(image.any(1)), np.flatnonzero(image.any(0))
     tight = np.pad(image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1], 4).astype(np.float32) / 255
     zoom = max(size / max(len(rows), len(columns)), 4.0)

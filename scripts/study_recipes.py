@@ -49,7 +49,6 @@ DEFAULTS: dict[str, Any] = {
     "train": 50_000,
     "holdout": 10_000,
     "bf16": False,
-    "data": "mnist",
 }
 
 

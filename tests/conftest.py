@@ -12,6 +12,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import numpy as np
 import pytest
+from idx_files import Published
 
 from mnist_flax.data.splits import Examples
 
@@ -43,6 +44,12 @@ def data_messages() -> Iterator[list[str]]:
     yield logged
     logger.setLevel(level)
     logger.removeHandler(listener)
+
+
+@pytest.fixture
+def small(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Published:
+    """A small dataset with the name mnist, whose official files are in a folder."""
+    return Published(tmp_path, monkeypatch)
 
 
 @pytest.fixture(scope="session")

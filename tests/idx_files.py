@@ -92,6 +92,9 @@ class Published:
     """A small dataset whose official files are in a folder, under an address where nothing listens."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, name: str = "mnist", seed: int = 0):
+        for variable in ("MNIST_FLAX_RAW_DIR", "TFDS_DATA_DIR", "http_proxy", "https_proxy", "all_proxy"):
+            monkeypatch.delenv(variable, raising=False)
+            monkeypatch.delenv(variable.upper(), raising=False)
         self.name, self.raw_dir, self.data_dir, self._patch = name, folder / "raw", folder / "tfds", monkeypatch
         self.own = self.data_dir / "mnist_flax"
         self.copy = self.own / name / DATASETS[name].tfds_version

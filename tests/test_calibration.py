@@ -14,7 +14,7 @@ from mnist_flax.analysis import calibration
 from mnist_flax.analysis.calibration import calibrate, calibration_scores, fit_temperature
 from mnist_flax.analysis.evaluation import evaluate, load_predictor, predict_logits
 from mnist_flax.analysis.run_data import load_data, select_examples
-from mnist_flax.analysis.scores import evaluate_workdir, table
+from mnist_flax.analysis.scores import evaluate_workdir, evaluation_table
 from mnist_flax.data.splits import Examples
 from mnist_flax.metrics import negative_log_likelihood
 
@@ -77,7 +77,7 @@ def test_temperature_is_stored_with_a_run_and_used_for_its_last_step(tmp_path: p
     assert load_predictor(workdir, str(first))[0].temperature == 1.0  # other weights
     result = evaluate_workdir(workdir, overrides={})
     assert result["temperature"] == 2.5
-    assert "without its temperature of 2.500" in table(result)
+    assert "without its temperature of 2.500" in evaluation_table(result)
     (workdir / "summary.json").unlink()
     assert result["uncalibrated"]["loss"] == pytest.approx(evaluate_workdir(workdir, overrides={})["loss"], rel=1e-5)
 

@@ -51,14 +51,14 @@ def test_verdict_follows_the_members_if_there_are_any() -> None:
     good, bad = [0] * 20, [1] * 10 + [0] * 10
     runs = comparison.compare_results(result_of(bad, (0.5,)), result_of(good, (1.0,)))
     assert (runs["verdict"], runs["t"]) == ("b", None)
-    assert "B is better than A" in comparison.table(runs)
+    assert "B is better than A" in comparison.comparison_table(runs)
     assert "50.000 points of accuracy, p = 0.002" in comparison.sentence(runs)
     assert comparison.compare_results(result_of(good, (1.0,)), result_of(bad, (0.5,)))["verdict"] == "a"
     # The members decide where there are some: here the committees differ, and the members do not.
     populations = comparison.compare_results(result_of(bad, (0.5, 0.9)), result_of(good, (0.9, 0.5)))
     assert populations["mcnemar"]["p"] < 0.05
     assert (populations["verdict"], populations["t"]["kind"]) == (None, "paired")
-    assert "No significant difference" in comparison.table(populations)
+    assert "No significant difference" in comparison.comparison_table(populations)
     welch = comparison.compare_results(
         result_of(bad, (0.5, 0.51, 0.52)), result_of(good, (0.9, 0.91), pairing=(7, 8), kind="seeds")
     )

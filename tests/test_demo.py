@@ -17,7 +17,9 @@ from mnist_flax.config import replace
 from mnist_flax.exporting.demo import write_demo
 from mnist_flax.train import fit
 
-CONFIG = replace(tiny_run.CONFIG, train__epochs=12, model__widths=(8, 12), checkpoint__every_epochs=6)
+MINUS = "\N{MINUS SIGN}"
+WIDTHS = (8, 12)
+CONFIG = replace(tiny_run.CONFIG, train__epochs=12, model__widths=WIDTHS, checkpoint__every_epochs=6)
 
 
 @pytest.fixture(scope="module")
@@ -112,10 +114,8 @@ def test_demo_explains_the_value_under_the_pointer(page: Any) -> None:
     assert page.inner_text("#inspector h3").startswith("Convolution 1: map 1, row ")
     assert page.locator("#inspector .tables table").count() == 3
     kernel = page.locator("#inspector .tables table").nth(1).locator("td").all_inner_texts()
-    weights = page.evaluate("Array.from(app.network().values.get('params/Conv_0/kernel').data)")[
-        :: CONFIG.model.widths[0]
-    ]
-    assert [float(text.replace("−", "-")) for text in kernel] == pytest.approx(weights, abs=0.0051)
+    weights = page.evaluate("Array.from(app.network().values.get('params/Conv_0/kernel').data)")[:: WIDTHS[0]]
+    assert [float(text.replace(MINUS, "-")) for text in kernel] == pytest.approx(weights, abs=0.0051)
     lines = page.locator("#inspector .arithmetic tr").all_inner_texts()
     assert lines[0].startswith("sum of 9 products")
     assert "bias" in lines[1]
@@ -179,9 +179,8 @@ def test_demo_verb_writes_where_it_is_told(workdir: pathlib.Path, tmp_path: path
 
 
 def test_demo_without_a_workdir_is_refused() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "mnist_flax.demo"], capture_output=True, text=True, timeout=60, check=False
-    )
+    command = [sys.executable, "-m", "mnist_flax.demo"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (
         2,
         "error: --workdir is missing: name the folder of a run, such as --workdir=runs/default\n",

@@ -52,9 +52,8 @@ def page() -> Iterator[Any]:
     """A blank page with the demo's functions that need no page."""
     with browser() as chromium:
         page = chromium.new_page()
-        page.add_script_tag(
-            content="\n".join((PAGE / f"{name}.js").read_text() for name in ("framing", "network", "inspect"))
-        )
+        for name in ("framing", "network", "inspect"):
+            page.add_script_tag(path=PAGE / f"{name}.js")
         yield page
 
 
@@ -121,8 +120,9 @@ def test_demo_layers_equal_jax(name: str, page: Any, images: np.ndarray) -> None
         found = page.evaluate(
             """(pixels) => {
               network.run(Uint8Array.from(pixels));
-              const layers = { logits: Array.from(network.values.get(network.outputs.logits).data) };
-              for (const { name, layer } of network.nodes) if (layer) layers[layer] = Array.from(network.values.get(name).data);
+              const values = (name) => Array.from(network.values.get(name).data);
+              const layers = { logits: values(network.outputs.logits) };
+              for (const { name, layer } of network.nodes) if (layer) layers[layer] = values(name);
               return layers;
             }""",
             image.ravel().tolist(),
@@ -150,7 +150,10 @@ def test_demo_operations_equal_their_definitions(page: Any) -> None:
     image = generator.integers(0, 256, (1, 28, 28, 1), dtype=np.uint8)
     load(page, graph)
     logits = page.evaluate(
-        "(pixels) => { network.run(Uint8Array.from(pixels)); return Array.from(network.values.get(network.outputs.logits).data) }",
+        """(pixels) => {
+          network.run(Uint8Array.from(pixels));
+          return Array.from(network.values.get(network.outputs.logits).data);
+        }""",
         image.ravel().tolist(),
     )
     np.testing.assert_allclose(logits, everything({"shift": shift}, jnp.asarray(image))[0], rtol=1e-5, atol=1e-5)
@@ -228,8 +231,7 @@ def test_demo_explanations_lead_to_the_values(name: str, page: Any, images: np.n
             let products = 0;
             for (let k = 0; k < w.channels; k++) products += w.weight ? contribution(w, k) : 0;
             const value = network.values.get(stage.node.name).data[indexOf(stage.node.shape, place)];
-            const start = network.values.get(stage.first.name).data[indexOf(stage.first.shape, place)];
-            return { title: stage.title, sum, lines, value, start, products, weighted: w.weight !== null, bias: stage.first.inputs.length > 2 };
+            return { title: stage.title, sum, lines, value, products, weighted: w.weight !== null };
           });
         }""",
         images[1].ravel().tolist(),

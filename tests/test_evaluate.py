@@ -1,4 +1,4 @@
-"""Evaluating a run: which rows, which checkpoint, which data; what is saved, and what is refused."""
+"""Evaluating a run: rows, checkpoints, data, what is saved and what is refused."""
 
 import json
 import pathlib
@@ -50,7 +50,7 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("examples", [1, 6, 7, 8, 23])
-def test_every_example_counts_once(examples: int) -> None:
+def test_evaluate_counts_every_example_once(examples: int) -> None:
     """Of a batch of 7: one, one less, all, one more, and three and a bit; against each example alone."""
     test = load_splits(tiny_run.CONFIG).test
     run = load_run(tiny_run.workdir())
@@ -95,7 +95,7 @@ def test_predictor_averages_probabilities_over_members_and_views(members: int, v
     assert predict_logits(predictor, images[:0]).shape == (0, 10)
 
 
-def test_nothing_and_labels_that_are_no_class_are_refused() -> None:
+def test_evaluate_refuses_no_examples_and_unknown_labels() -> None:
     test = load_splits(tiny_run.CONFIG).test
     predictor, _ = load_predictor(tiny_run.workdir())
     for label in (np.array([10], np.int32), np.array([-1], np.int32), np.array([], np.int32)):
@@ -103,7 +103,7 @@ def test_nothing_and_labels_that_are_no_class_are_refused() -> None:
             evaluate(predictor, Examples(test.image[: len(label)], label))
 
 
-def test_the_test_split_is_judged_as_at_the_end_of_training(workdir: pathlib.Path) -> None:
+def test_evaluate_workdir_equals_the_summary_of_training(workdir: pathlib.Path) -> None:
     summary = json.loads((workdir / "summary.json").read_text())
     result = evaluate_workdir(workdir, overrides={})
     assert (result["accuracy"], result["loss"]) == (summary["test_accuracy"], summary["test_loss"])
@@ -112,7 +112,7 @@ def test_the_test_split_is_judged_as_at_the_end_of_training(workdir: pathlib.Pat
     assert result["dataset_fingerprint"] == summary["dataset_fingerprint"]
 
 
-def test_the_numbers_are_those_of_scikit_learn(workdir: pathlib.Path) -> None:
+def test_scores_equal_scikit_learns(workdir: pathlib.Path) -> None:
     test = load_splits(tiny_run.CONFIG).test
     predictor, _ = load_predictor(workdir)
     predictions = predict_logits(predictor, test.image).argmax(axis=-1)
@@ -130,7 +130,7 @@ def test_the_numbers_are_those_of_scikit_learn(workdir: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize(("split", "part"), [("train", 0), ("holdout", 1)])
-def test_train_and_holdout_are_the_rows_of_the_run(workdir: pathlib.Path, split: str, part: int) -> None:
+def test_splits_are_the_rows_of_the_run(workdir: pathlib.Path, split: str, part: int) -> None:
     train = load_splits(tiny_run.CONFIG).train
     rows = batches.split_rows(train.label, 700, 100)[part]
     predictor, _ = load_predictor(workdir)
@@ -144,7 +144,7 @@ def test_train_and_holdout_are_the_rows_of_the_run(workdir: pathlib.Path, split:
         assert [r["accuracy"] for r in records if r["split"] == "holdout"][-1] == result["accuracy"]
 
 
-def test_a_checkpoint_can_be_chosen(workdir: pathlib.Path) -> None:
+def test_checkpoint_can_be_chosen(workdir: pathlib.Path) -> None:
     steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal())
     assert len(steps) >= 2
     first = evaluate_workdir(workdir, checkpoint=str(steps[0]), overrides={})
@@ -156,15 +156,15 @@ def test_a_checkpoint_can_be_chosen(workdir: pathlib.Path) -> None:
         evaluate_workdir(workdir, checkpoint="12345", overrides={})
 
 
-def test_the_result_is_saved(workdir: pathlib.Path) -> None:
+def test_result_is_saved(workdir: pathlib.Path) -> None:
     result = evaluate_workdir(workdir, split="holdout", overrides={})
-    scores_lib.save(result, workdir)
+    scores_lib.save_evaluation(result, workdir)
     assert json.loads((workdir / "evaluation-holdout-digits.json").read_text()) == result
     named = {"split": "test", "dataset": "emnist/letters"}
     assert scores_lib.result_file(named) == "evaluation-test-emnist-letters.json"
 
 
-def test_another_number_of_classes_is_refused(workdir: pathlib.Path) -> None:
+def test_dataset_with_other_classes_is_refused(workdir: pathlib.Path) -> None:
     with pytest.raises(ConfigError, match=r"'emnist/letters': has 37 classes.*trained on the 10 of digits.*fit: mnist"):
         evaluate_workdir(workdir, overrides={"data.name": "emnist/letters"})
     with pytest.raises(ConfigError, match=r"config.data.name = 'kmnits': did you mean 'kmnist'"):
@@ -172,36 +172,34 @@ def test_another_number_of_classes_is_refused(workdir: pathlib.Path) -> None:
     assert not list(workdir.glob("evaluation-*"))
 
 
-def test_only_the_place_and_name_of_the_data_can_be_overridden(workdir: pathlib.Path) -> None:
+def test_overrides_are_limited_to_the_data(workdir: pathlib.Path) -> None:
     with pytest.raises(ConfigError, match=r"config.data.holdout = 3: cannot be changed .*config.data.name"):
         evaluate_workdir(workdir, overrides={"data.holdout": 3})
 
 
-def test_another_dataset_has_no_holdout_rows_and_all_its_training_rows(
-    workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_dataset_has_all_rows_and_no_holdout(workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train, test = embedded_digits()
     asked: list[Config] = []
 
     def load(config: Config) -> Splits:
         asked.append(config)
-        return Splits(config.data.name, Examples(*train), Examples(*test), "other", "tfds")
+        return Splits(config.data.name, train, test, "other", "tfds")
 
     monkeypatch.setattr(run_data, "load_splits", load)
     result = evaluate_workdir(workdir, split="train", overrides={"data.name": "kmnist"})
-    assert result["examples"] == len(train[1]) and result["trained_on"] == "digits"
+    assert result["examples"] == len(train.label) and result["trained_on"] == "digits"
     assert [row["name"] for row in result["per_class"]][:3] == ["o", "ki", "su"]
     assert asked[0].data.on_missing == "error"  # never the digits in place of what was asked for
     with pytest.raises(ConfigError, match="--split=holdout: the run held out no rows of kmnist"):
         evaluate_workdir(workdir, split="holdout", overrides={"data.name": "kmnist"})
 
 
-def test_other_data_under_the_same_name_are_refused() -> None:
+def test_data_with_another_fingerprint_are_refused() -> None:
     with pytest.raises(DataError, match=r"digits: its fingerprint is .* but the run was trained on 0123"):
         load_data(tiny_run.CONFIG, "0123", {})
 
 
-def test_data_are_not_looked_for_where_the_run_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_are_not_searched_where_the_run_says(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Config] = []
     split = Examples(np.zeros((5, 28, 28, 1), np.uint8), np.zeros(5, np.int32))
 
@@ -226,18 +224,18 @@ def test_images_of_another_shape_are_refused(monkeypatch: pytest.MonkeyPatch) ->
         load_data(tiny_run.CONFIG, "0123", {"data.name": "mnist"})
 
 
-def test_a_folder_without_a_run_is_refused(tmp_path: pathlib.Path) -> None:
+def test_folder_without_a_run_is_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(WorkdirError, match=r"name a run's folder|name the folder of a run"):
         evaluate_workdir(tmp_path, overrides={})
 
 
-def test_the_command_prints_json_as_it_is_saved(workdir: pathlib.Path) -> None:
+def test_command_prints_json_as_it_is_saved(workdir: pathlib.Path) -> None:
     done = command(f"--workdir={workdir}", "--split=holdout", "--checkpoint=best", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == json.loads((workdir / "evaluation-holdout-digits.json").read_text())
 
 
-def test_the_command_prints_a_table(workdir: pathlib.Path) -> None:
+def test_command_prints_a_table(workdir: pathlib.Path) -> None:
     done = command(f"--workdir={workdir}", "--config.data.name=digits")
     assert done.returncode == 0, done.stderr
     result = json.loads((workdir / "evaluation-test-digits.json").read_text())
@@ -246,7 +244,7 @@ def test_the_command_prints_a_table(workdir: pathlib.Path) -> None:
     assert len(done.stdout.splitlines()) == 5 + 10  # one line is without the temperature
 
 
-def test_the_command_writes_to_output_only(workdir: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_command_writes_to_output_only(workdir: pathlib.Path, tmp_path: pathlib.Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
     done = command(f"--workdir={workdir}", f"--output={tmp_path / 'there'}")
     assert done.returncode == 0, done.stderr
@@ -254,7 +252,7 @@ def test_the_command_writes_to_output_only(workdir: pathlib.Path, tmp_path: path
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
 
 
-def test_the_command_prints_before_it_fails_to_write(workdir: pathlib.Path) -> None:
+def test_command_prints_before_it_fails_to_write(workdir: pathlib.Path) -> None:
     (workdir / "evaluation-test-digits.json").mkdir()  # in the way, as in a folder that cannot be written
     done = command(f"--workdir={workdir}")
     assert done.returncode == 2 and "of 360 right" in done.stdout
@@ -272,14 +270,14 @@ def test_the_command_prints_before_it_fails_to_write(workdir: pathlib.Path) -> N
         (["--workdir="], "--workdir is missing"),
     ],
 )
-def test_the_command_refuses_with_one_line(workdir: pathlib.Path, arguments: list[str], message: str) -> None:
+def test_command_refuses_with_one_line(workdir: pathlib.Path, arguments: list[str], message: str) -> None:
     done = command(f"--workdir={workdir}", *arguments)
     assert done.returncode == 2 and message in done.stderr
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
     assert not done.stdout
 
 
-def test_a_class_that_never_occurs_has_no_scores() -> None:
+def test_class_that_never_occurs_has_no_scores() -> None:
     logits = np.eye(10, dtype=np.float32)[[0, 1]]
     evaluation = Evaluation(loss=0.0, accuracy=1.0, examples=2, logits=logits)
     rows: list[dict[str, Any]] = scores(evaluation, np.array([0, 1], np.int32), "mnist")["per_class"]

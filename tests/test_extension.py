@@ -1,4 +1,4 @@
-"""One place for every change: what a user adds from outside the package, by one entry each, and then uses everywhere."""
+"""One place for every change: what is added from outside the package, by one entry each, serves everywhere."""
 
 import gzip
 import json

@@ -1,29 +1,16 @@
-"""Every source of a dataset, the order in which they are tried, own datasets, and what goes wrong."""
+"""Every source of a dataset, the order in which they are tried, and what goes wrong."""
 
-import contextlib
-import dataclasses
-import functools
 import hashlib
-import http.server
 import itertools
 import shutil
-import socket
-import threading
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from idx_files import (
-    FILE_NAMES,
     NAMES,
-    Arrays,
     Published,
-    check_arrays,
     closed_url,
-    idx,
-    random_arrays,
     real_folder,
     tree,
     write_files,
@@ -31,62 +18,11 @@ from idx_files import (
 
 from mnist_flax import config
 from mnist_flax.config import Config
-from mnist_flax.data import download, tfds_copy
+from mnist_flax.data import tfds_copy
 from mnist_flax.data.load import adapt_to_dataset, load_splits
-from mnist_flax.data.registry import DATASETS, DataFile, Dataset
-from mnist_flax.data.splits import Splits, fingerprint
+from mnist_flax.data.registry import DATASETS
+from mnist_flax.data.splits import Splits
 from mnist_flax.errors import DataError
-
-
-@pytest.fixture(autouse=True)
-def _no_folders_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MNIST_FLAX_RAW_DIR", raising=False)
-    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
-    for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(variable, raising=False)
-
-
-@pytest.fixture
-def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Published:
-    return Published(tmp_path, monkeypatch)
-
-
-@contextlib.contextmanager
-def served(folder: Path, handler: type[http.server.SimpleHTTPRequestHandler]) -> Iterator[str]:
-    """Serves a folder on this machine; gives its address."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=folder)) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}/"
-        finally:
-            server.shutdown()
-            thread.join()
-
-
-class Handler(http.server.SimpleHTTPRequestHandler):
-    """Serves files without logging."""
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
-class HalfHandler(Handler):
-    """Announces the whole file, sends half, hangs up."""
-
-    def copyfile(self, source: Any, outputfile: Any) -> None:
-        content = source.read()
-        outputfile.write(content[: len(content) // 2])
-
-
-class ScrambledHandler(Handler):
-    """Sends the right number of bytes, one of them wrong."""
-
-    def copyfile(self, source: Any, outputfile: Any) -> None:
-        content = bytearray(source.read())
-        content[-20] ^= 1
-        outputfile.write(content)
-
 
 # Sources --------------------------------------------------------------------------------------------------------------
 
@@ -116,12 +52,12 @@ def test_raw_dir_comes_from_the_environment(small: Published, monkeypatch: pytes
 
 def test_raw_dir_with_subfolders_serves_several_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw_dir = tmp_path / "all"
-    monkeypatch.setenv("MNIST_FLAX_RAW_DIR", str(raw_dir))
     for seed, (name, subfolder) in enumerate(
         (("mnist", "mnist"), ("fashion_mnist", "fashion_mnist"), ("emnist/letters", "emnist"))
     ):
         small = Published(tmp_path / subfolder, monkeypatch, name, seed=seed)
         shutil.copytree(small.raw_dir, raw_dir / subfolder)
+        monkeypatch.setenv("MNIST_FLAX_RAW_DIR", str(raw_dir))
         small.check(small.load(), "raw")
 
 
@@ -141,61 +77,6 @@ def test_raw_dir_of_another_dataset_is_named(
     assert "the size of mnist's train-images-idx3-ubyte.gz" in str(raised.value)
     assert "files of fashion_mnist can be in its subfolder 'fashion_mnist'" in str(raised.value)
     assert not fashion.data_dir.exists()
-
-
-@pytest.mark.parametrize("name", ["mnist", "emnist/letters"])
-def test_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data_messages: list[str], name: str) -> None:
-    small = Published(tmp_path, monkeypatch, name)
-    with served(small.raw_dir, Handler) as url:
-        small.at(url)
-        small.check(small.load(), "download")
-    assert any(f"downloading {url}" in message for message in data_messages)
-    shutil.rmtree(small.copy)
-    small.check(small.load(), "download")  # from the files that were kept, because nobody serves them any more
-
-
-def test_interrupted_download_counts_as_unreachable(small: Published) -> None:
-    with served(small.raw_dir, HalfHandler) as url:
-        small.at(url)
-        assert small.load().name == "digits"
-        with pytest.raises(DataError, match="cannot be downloaded"):
-            small.load(source="download")
-    assert not small.data_dir.exists()
-
-
-@pytest.mark.parametrize("source", ["auto", "download"])
-def test_wrong_download_is_an_error(small: Published, source: str) -> None:
-    with served(small.raw_dir, ScrambledHandler) as url:
-        small.at(url)
-        with pytest.raises(DataError, match=r"does not send the official file: .*SHA-256"):
-            small.load(source=source)
-    assert not small.data_dir.exists()
-
-
-def test_download_reads_no_more_than_it_should(small: Published) -> None:
-    path = small.raw_dir / "train-images-idx3-ubyte.gz"
-    with served(small.raw_dir, Handler) as url:
-        small.at(url)
-        path.write_bytes(path.read_bytes() + bytes(1 << 20))
-        with pytest.raises(DataError, match="sends more than"):
-            small.load(source="download")
-    assert not small.data_dir.exists()
-
-
-def test_missing_page_is_no_download(small: Published, tmp_path: Path) -> None:
-    with served(tmp_path, Handler) as url:
-        small.at(url)
-        with pytest.raises(DataError, match="404"):
-            small.load(source="download")
-
-
-def test_silent_host_is_given_up(small: Published, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert sum(download.TIMEOUTS) < 30
-    monkeypatch.setattr(download, "TIMEOUTS", (0.2, 0.2))
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        small.at(f"http://127.0.0.1:{silent.getsockname()[1]}/")
-        with pytest.raises(DataError, match=r"(?s)cannot be downloaded: .*timed out.*MNIST_FLAX_RAW_DIR"):
-            small.load(source="download")
 
 
 def test_unreachable_host_falls_back_to_digits_loudly(small: Published, data_messages: list[str]) -> None:
@@ -291,107 +172,6 @@ def test_official_files_with_wrong_content_leave_nothing(small: Published) -> No
     assert not small.data_dir.exists()
 
 
-# Own datasets ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def letters(monkeypatch: pytest.MonkeyPatch) -> Arrays:
-    """Registers a dataset of one's own, and returns what its files will contain."""
-    monkeypatch.setitem(DATASETS, "letters", Dataset(num_classes=26, num_train=70, num_test=50))
-    return random_arrays("letters")
-
-
-def load_letters(raw_dir: Path, **fields: Any) -> Splits:
-    fields = {f"data__{field}": value for field, value in fields.items()}
-    return load_splits(
-        config.replace(Config(), data__name="letters", data__raw_dir=str(raw_dir), train__batch_size=1, **fields)
-    )
-
-
-def test_own_dataset_is_one_entry(tmp_path: Path, letters: Arrays, data_messages: list[str]) -> None:
-    write_files(tmp_path / "letters", "letters", letters)
-    for raw_dir in (tmp_path, tmp_path / "letters"):
-        splits = load_letters(raw_dir, data_dir="/dev/null")
-        assert (splits.name, splits.source) == ("letters", "raw")
-        check_arrays(splits, letters)
-        assert splits.fingerprint == fingerprint(splits.train, splits.test)
-    assert not data_messages
-
-
-def test_own_dataset_may_have_other_file_names_and_checksums(
-    tmp_path: Path, letters: Arrays, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    contents = {f"part{i}.idx": idx(array) for i, array in enumerate(itertools.chain(*letters.values()))}
-    for name, content in contents.items():
-        (tmp_path / name).write_bytes(content)
-    files = tuple(DataFile(name, sha256=hashlib.sha256(content).hexdigest()) for name, content in contents.items())
-    monkeypatch.setitem(DATASETS, "letters", dataclasses.replace(DATASETS["letters"], files=files))
-    check_arrays(load_letters(tmp_path), letters)
-    (tmp_path / "part2.idx").write_bytes(idx(letters["test"][0] ^ 1))
-    with pytest.raises(DataError, match=r"part2\.idx: damaged, its SHA-256 is"):
-        load_letters(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"train": lambda images, labels: (images[:69], labels)}, r"idx3.*shape \(70, 28, 28\).* says 69 x 28 x 28"),
-        ({"train": lambda images, labels: (images[:, :20], labels)}, r"idx3.*says 70 x 20 x 28"),
-        ({"test": lambda images, labels: (images, labels[:9])}, r"t10k-labels.*shape \(50,\).*says 9"),
-        ({"test": lambda images, labels: (images, labels + 1)}, r"t10k-labels.*contains label 26, .* 26 classes"),
-        ({"test": lambda images, labels: (labels, images)}, r"t10k-images.*says 50;"),
-    ],
-)
-def test_own_dataset_that_differs_from_its_entry_is_an_error(
-    tmp_path: Path, letters: Arrays, change: dict[str, Any], message: str
-) -> None:
-    changed = {split: change[split](*pair) if split in change else pair for split, pair in letters.items()}
-    write_files(tmp_path, "letters", changed)
-    with pytest.raises(DataError, match=rf"does not hold letters: {tmp_path}/.*{message}") as raised:
-        load_letters(tmp_path)
-    assert "correct its entry in DATASETS" in str(raised.value)
-    assert "\n" not in str(raised.value)
-
-
-def test_own_dataset_with_a_missing_file_is_an_error(tmp_path: Path, letters: Arrays) -> None:
-    write_files(tmp_path / "letters", "letters", letters)
-    (tmp_path / "letters" / FILE_NAMES[3]).unlink()
-    with pytest.raises(DataError, match=f"does not hold letters: {tmp_path}/letters/{FILE_NAMES[3]}: no such file"):
-        load_letters(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("source", "message"), [("tfds", "TFDS does not have this dataset"), ("download", "only read from a folder")]
-)
-def test_own_dataset_has_no_other_source(tmp_path: Path, letters: Arrays, source: str, message: str) -> None:
-    write_files(tmp_path, "letters", letters)
-    with pytest.raises(DataError, match=rf"(?s){message}.*Put its files into a folder .*--config\.data\.raw_dir"):
-        load_letters(tmp_path, source=source)
-
-
-def test_own_dataset_with_a_fingerprint_is_checked(
-    tmp_path: Path, letters: Arrays, monkeypatch: pytest.MonkeyPatch, data_messages: list[str]
-) -> None:
-    write_files(tmp_path, "letters", letters)
-    entry, known = DATASETS["letters"], load_letters(tmp_path).fingerprint
-    monkeypatch.setitem(DATASETS, "letters", dataclasses.replace(entry, fingerprint=known))
-    load_letters(tmp_path)
-    monkeypatch.setitem(DATASETS, "letters", dataclasses.replace(entry, fingerprint="0" * 64))
-    with pytest.raises(DataError, match=f"{tmp_path}: its images and labels are not those of letters"):
-        load_letters(tmp_path)
-    assert not data_messages
-
-
-def test_own_dataset_with_the_files_of_another_is_announced(
-    tmp_path: Path, letters: Arrays, monkeypatch: pytest.MonkeyPatch, data_messages: list[str]
-) -> None:
-    write_files(tmp_path, "letters", letters)
-    known = dataclasses.replace(DATASETS["kmnist"], fingerprint=load_letters(tmp_path).fingerprint)
-    monkeypatch.setitem(DATASETS, "kmnist", known)
-    load_letters(tmp_path)
-    assert data_messages == [f"WARNING: the files of letters in {tmp_path} are those of kmnist"]
-
-
 # The config of the dataset that was loaded ----------------------------------------------------------------------------
 
 
@@ -448,7 +228,7 @@ COUNTS = {
 }
 
 
-@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("name", ["mnist", pytest.param("fashion_mnist", marks=pytest.mark.slow)])
 def test_real_files(tmp_path: Path, name: str) -> None:
     import gzip
 

@@ -20,7 +20,7 @@ def made_up(num_examples: int = 500, num_classes: int = 7) -> tuple[np.ndarray, 
     return logits, labels
 
 
-def test_the_confusion_matrix_is_scikit_learns() -> None:
+def test_confusion_matrix_equals_scikit_learns() -> None:
     logits, labels = made_up()
     predictions = logits.argmax(axis=-1)
     expected = sklearn_metrics.confusion_matrix(labels, predictions, labels=range(7))
@@ -28,7 +28,7 @@ def test_the_confusion_matrix_is_scikit_learns() -> None:
     assert not np.array_equal(expected, expected.T)
 
 
-def test_scores_of_each_class_are_scikit_learns() -> None:
+def test_per_class_equals_scikit_learns() -> None:
     logits, labels = made_up()
     predictions = logits.argmax(axis=-1)
     predictions[predictions == 6] = 0  # so the last class is neither a label nor a prediction
@@ -41,7 +41,7 @@ def test_scores_of_each_class_are_scikit_learns() -> None:
     assert np.isnan(scores.f1[6]) and not np.isnan(scores.f1[:6]).any()
 
 
-def test_loss_and_brier_are_scikit_learns() -> None:
+def test_loss_and_brier_equal_scikit_learns() -> None:
     logits, labels = made_up()
     probs = np.exp(metrics.log_probabilities(logits))
     np.testing.assert_allclose(probs.sum(axis=-1), 1.0, rtol=1e-12)
@@ -51,7 +51,7 @@ def test_loss_and_brier_are_scikit_learns() -> None:
     assert metrics.brier_score(probs, labels) == pytest.approx(sum(of_classes), rel=1e-12)
 
 
-def test_the_loss_on_the_host_is_that_on_the_device() -> None:
+def test_negative_log_likelihood_equals_the_device_loss() -> None:
     logits, labels = made_up()
     ours, theirs = (
         metrics.negative_log_likelihood(logits, labels),
@@ -65,7 +65,7 @@ def test_brier_by_hand() -> None:
     assert metrics.brier_score(probs, np.array([0, 0, 0])) == pytest.approx((0 + 2 + (0.16 + 0.16)) / 3)
 
 
-def test_huge_logits_do_not_overflow() -> None:
+def test_log_probabilities_do_not_overflow() -> None:
     log_probs = metrics.log_probabilities(np.array([[1e4, 0.0, -1e4]], np.float32))
     np.testing.assert_allclose(log_probs, [[0.0, -1e4, -2e4]])
 
@@ -85,32 +85,32 @@ def test_calibration_by_hand() -> None:
     assert metrics.expected_calibration_error(bins) == pytest.approx((2 * 0.15 + 2 * 0.05) / 4)
 
 
-def test_a_bin_holds_its_upper_edge() -> None:
+def test_reliability_bin_includes_its_upper_edge() -> None:
     bins = metrics.reliability(*two_classes([0.75, 0.7500001, 1.0], [True] * 3), num_bins=4)
     assert bins.examples.tolist() == [0, 0, 1, 2]
 
 
 @pytest.mark.parametrize(("confidence", "expected"), [(1.0, 0.0), (0.75, 0.25)])
-def test_the_calibration_error_of_a_network_that_is_always_right(confidence: float, expected: float) -> None:
+def test_calibration_error_of_a_perfect_network(confidence: float, expected: float) -> None:
     bins = metrics.reliability(*two_classes([confidence] * 8, [True] * 8))
     assert metrics.expected_calibration_error(bins) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("successes", "trials"), [(8, 10), (0, 10), (10, 10), (9952, 10_000), (1, 1), (1, 3)])
 @pytest.mark.parametrize("level", [0.95, 0.8])
-def test_the_interval_of_a_proportion_is_scipys(successes: int, trials: int, level: float) -> None:
+def test_wilson_interval_equals_scipys(successes: int, trials: int, level: float) -> None:
     expected = binomtest(successes, trials).proportion_ci(level, method="wilson")
     np.testing.assert_allclose(metrics.wilson_interval(successes, trials, level), expected, rtol=1e-9, atol=1e-15)
 
 
-def test_the_interval_of_a_proportion_by_hand() -> None:
+def test_wilson_interval_by_hand() -> None:
     # 8 of 10 with z = 1.96: (0.8 + 0.19208 -+ 1.96 sqrt(0.016 + 0.009604)) / 1.38416
     np.testing.assert_allclose(metrics.wilson_interval(8, 10), [0.4902, 0.9433], atol=1e-4)
     np.testing.assert_array_equal(metrics.wilson_interval(0, 0), [0.0, 1.0])
     assert metrics.wilson_interval(np.array([1, 2]), np.array([3, 3])).shape == (2, 2)
 
 
-def test_the_interval_of_f1_covers_the_truth_as_often_as_it_says() -> None:
+def test_f1_interval_has_the_stated_coverage() -> None:
     # Shares of all examples: true positives, false positives, false negatives, the rest.
     shares = np.array([0.08, 0.01, 0.02, 0.89])
     truth = 2 * shares[0] / (2 * shares[0] + shares[1] + shares[2])
@@ -122,7 +122,7 @@ def test_the_interval_of_f1_covers_the_truth_as_often_as_it_says() -> None:
     assert np.all((low < f1) & (f1 < high))
 
 
-def test_the_intervals_of_a_class_without_mistakes_end_at_one() -> None:
+def test_intervals_without_mistakes_end_at_one() -> None:
     scores = metrics.per_class(np.diag([5, 7]))
     assert scores.f1.tolist() == [1.0, 1.0]
     for intervals in scores[3:]:

@@ -300,3 +300,66 @@ def test_large_jpeg_is_reduced_when_decoded() -> None:
     picture = decode(encode(np.full((2400, 3600), 200, np.uint8), "JPEG"))
     assert max(picture.grey.shape) <= 1000
     assert picture.scale == pytest.approx(3600 / picture.grey.shape[1], rel=0.01)
+
+
+# What outside trials broke ---------------------------------------------------------------------------------------------
+
+
+def test_damaged_exif_data_are_ignored(wanted: Array) -> None:
+    content = encode(draw("L"), "JPEG", quality=95, exif=b"Exif\0\0" + b"\x37\x11junk" * 9)
+    assert difference(only(content).image, wanted) < 3
+
+
+def test_dithered_photograph_is_read(wanted: Array) -> None:
+    grey = 70 + draw("L", 200, 20) * 0.6
+    image = Image.fromarray(grey.astype(np.uint8)).convert("1")
+    assert difference(only(encode(image)).image, wanted) < 25
+
+
+@pytest.mark.parametrize("width", [3, 8])
+def test_dark_grid_is_no_digit(width: int) -> None:
+    """Lines as dark as the pen, and nearly as thick; one of them crosses the digit."""
+    grey = draw("L", 200, 20).copy()
+    for place in range(30, 400, 110):
+        grey[place : place + width] = 0
+        grey[:, place : place + width] = 0
+    assert len(read_digits(encode(grey))) == 1
+
+
+def test_sheet_on_a_table_is_found_and_levelled(wanted: Array) -> None:
+    sheet = Image.fromarray(draw("L", 200, 20)).rotate(-20, Image.Resampling.BICUBIC, expand=True, fillcolor=60)
+    photo = Image.new("L", (700, 650), 60)
+    photo.paste(sheet, (80, 60))
+    assert difference(only(encode(photo)).image, wanted) < 14
+
+
+def test_hard_shadow_is_no_ink(wanted: Array) -> None:
+    grey = draw("L", 200, 20).astype(float)
+    y, x = np.mgrid[0:400, 0:400]
+    photo = (20 + 0.85 * grey) * np.where(x + 0.4 * y > 300, 0.5, 1.0)
+    assert difference(only(encode(photo.astype(np.uint8))).image, wanted) < 12
+
+
+def test_page_of_thousands_of_marks_is_read() -> None:
+    page = np.full((1000, 1000), 255, np.uint8)
+    for row in range(4, 990, 14):
+        for column in range(4, 990, 14):
+            page[row : row + 9, column : column + 2] = 0
+    assert len(read_digits(encode(page))) == 71 * 71
+
+
+@pytest.mark.slow
+def test_mutated_pictures_are_read_or_refused() -> None:
+    random = np.random.default_rng(0)
+    whole = [encode(draw(name), kind) for name in STROKES for kind in decode_lib.FORMATS]
+    for _ in range(400):
+        content = bytearray(whole[random.integers(len(whole))])
+        for place in random.integers(0, len(content), random.integers(1, 12)):
+            content[place] = random.integers(256)
+        if random.random() < 0.3:
+            del content[random.integers(1, len(content)) :]
+        try:
+            digits = read_digits(bytes(content))
+        except PictureError:
+            continue
+        assert all(digit.image.shape == (28, 28) and digit.image.dtype == np.uint8 for digit in digits)

@@ -166,7 +166,7 @@ def test_a_stopped_population_goes_on_as_if_nothing_had_happened(
     assert trained == [(["seed-4"], 0, saved), (["seed-3", "seed-4", "seed-5"], saved, CONFIG.num_steps)]
     for name in ("seed-3", "seed-4", "seed-5"):
         assert_same_run(tmp_path / "members" / name, seeds / "members" / name)
-    undisturbed = results.load(seeds)
+    undisturbed = results.load_population_result(seeds)
     assert undisturbed
     for field in ("members", "committee", "agreement", "mean", "sd", "interval", "curves"):
         assert result[field] == undisturbed[field], field
@@ -179,7 +179,7 @@ def test_a_finished_population_says_so_and_a_larger_one_adds_to_it(
     with caplog.at_level(logging.INFO, "mnist_flax"), monkeypatch.context() as patch:
         patch.setattr(train, "train_group", None)
         patch.setattr(train, "finish", None)
-        assert fit_population(CONFIG, workdir, seeds=3) == results.load(seeds)
+        assert fit_population(CONFIG, workdir, seeds=3) == results.load_population_result(seeds)
     assert "is finished" in caplog.text
     summary = (workdir / "members" / "seed-4" / "summary.json").read_bytes()
     result = fit_population(CONFIG, workdir, seeds=4)
@@ -274,7 +274,7 @@ def test_a_loss_that_is_not_finite_names_its_member(tmp_path: pathlib.Path) -> N
         (["--config=configs/tiny.py", "--seeds=2", "--folds=2"], 2, "give one of --seeds=M and --folds=K"),
         (["--config=configs/tiny.py", "--seeds=1"], 2, "--seeds=1"),
         (["--compare=runs/a"], 2, "--compare=runs/a: name two folders"),
-        (["--compare=runs/a,runs/b", "--seeds=3"], 2, "--seeds: has no meaning with --compare"),
+        (["--compare=runs/a,runs/b", "--seeds=3"], 2, "--seeds: cannot be combined with --compare"),
     ],
 )
 def test_the_command_line(arguments: list[str], status: int, message: str) -> None:

@@ -42,7 +42,7 @@ PIECES = {
 
 
 class Page(html.parser.HTMLParser):
-    """What a page is made of; an element that is closed wrongly is an error."""
+    """The elements of a page; one that is closed wrongly is an error."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -138,11 +138,11 @@ def gallery_items(numbers: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield from gallery if isinstance(gallery, list) else ()
 
 
-def test_every_piece_is_there(report: pathlib.Path) -> None:
+def test_report_has_every_piece(report: pathlib.Path) -> None:
     assert {path.name for path in report.iterdir()} == PIECES
 
 
-def test_the_page_needs_no_other_file(report: pathlib.Path) -> None:
+def test_page_needs_no_other_file(report: pathlib.Path) -> None:
     text = (report / "index.html").read_text()
     parsed = Page(text)
     assert "http:" not in text and "https:" not in text and "//" not in re.sub(r"base64,[^\"]*", "", text)
@@ -156,7 +156,7 @@ def test_the_page_needs_no_other_file(report: pathlib.Path) -> None:
     assert "@import" not in text
 
 
-def test_the_page_can_be_read_by_everyone(report: pathlib.Path) -> None:
+def test_page_is_accessible(report: pathlib.Path) -> None:
     text = (report / "index.html").read_text()
     parsed = Page(text)
     assert text.startswith("<!DOCTYPE html>")
@@ -170,14 +170,14 @@ def test_the_page_can_be_read_by_everyone(report: pathlib.Path) -> None:
     assert all(int(after[1]) - int(before[1]) <= 1 for before, after in itertools.pairwise(headings))
 
 
-def test_every_section_is_there_and_is_linked(report: pathlib.Path) -> None:
+def test_page_links_every_section(report: pathlib.Path) -> None:
     parsed = Page((report / "index.html").read_text())
     sections = [attrs["id"] for tag, attrs in parsed.tags if tag == "section"]
     assert set(sections) == {"summary", *page.SECTIONS} - {"doubtful", "trained-on"}  # not MNIST, not augmented
     assert [href[1:] for href in parsed.values("href")] == sections[1:]
 
 
-def test_the_page_shows_what_metrics_json_holds(report: pathlib.Path, numbers: dict[str, Any]) -> None:
+def test_page_shows_the_contents_of_metrics_json(report: pathlib.Path, numbers: dict[str, Any]) -> None:
     text = "".join(Page((report / "index.html").read_text()).text)
     test = numbers["test"]
     assert page.percent(test["accuracy"]) in text
@@ -190,23 +190,23 @@ def test_the_page_shows_what_metrics_json_holds(report: pathlib.Path, numbers: d
     assert all(f"{100 * row['f1']:.2f}" in text for row in test["per_class"])
 
 
-def test_the_page_is_made_of_metrics_json_alone(
+def test_page_is_made_from_metrics_json_alone(
     report: pathlib.Path, numbers: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pictures: dict[str, Any] = {}
-    render = page.render
+    render = page.render_page
 
     def listen(given: Any, given_pictures: Any) -> str:
         pictures.update(given_pictures)
         return render(given, given_pictures)
 
-    monkeypatch.setattr(page, "render", listen)
+    monkeypatch.setattr(page, "render_page", listen)
     path = report_workdir(report.parent)
     assert render(numbers, pictures) == path.read_text()
     assert {type(value) for name, value in pictures.items() if name != "title"} <= {dict, list, str}
 
 
-def test_the_numbers_are_those_of_the_run(report: pathlib.Path, numbers: dict[str, Any]) -> None:
+def test_numbers_are_those_of_the_run(report: pathlib.Path, numbers: dict[str, Any]) -> None:
     summary = json.loads((report.parent / "summary.json").read_text())
     assert numbers["test"]["accuracy"] == summary["test_accuracy"]
     assert numbers["test"]["loss"] == summary["test_loss"]
@@ -223,7 +223,7 @@ def test_the_numbers_are_those_of_the_run(report: pathlib.Path, numbers: dict[st
     assert len(curves["holdout"]) == 3 and len(curves["test"]) == 1
 
 
-def test_the_config_file_makes_the_run_again(report: pathlib.Path, numbers: dict[str, Any]) -> None:
+def test_config_file_repeats_the_run(report: pathlib.Path, numbers: dict[str, Any]) -> None:
     names: dict[str, Any] = {}
     exec((report / "config.py").read_text(), names)
     again = Config.from_dict(names["get_config"]().to_dict())
@@ -232,7 +232,7 @@ def test_the_config_file_makes_the_run_again(report: pathlib.Path, numbers: dict
     assert "run/report/config.py" in numbers["command"] and "--workdir=run-again" in numbers["command"]
 
 
-def test_a_run_that_is_not_finished_can_be_reported(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unfinished_run_can_be_reported(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     workdir = shutil.copytree(tiny_run.workdir(), tmp_path / "run")
     (workdir / "summary.json").unlink()
     steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal())
@@ -247,21 +247,21 @@ def test_a_run_that_is_not_finished_can_be_reported(tmp_path: pathlib.Path, monk
     given: dict[str, Any] = {}
     monkeypatch.setattr(write, "write_report", lambda config, variables, **arguments: given.update(arguments))
     report_workdir(workdir, str(steps[0]))
-    assert facts.curves(given["records"]) == numbers["curves"]
+    assert facts.log_curves(given["records"]) == numbers["curves"]
 
 
-def test_training_hands_over_its_own_evaluation(tmp_path: pathlib.Path) -> None:
+def test_report_of_training_evaluates_nothing_again(tmp_path: pathlib.Path) -> None:
     numbers, text = made_up(tmp_path / "run", "digits", examples=100)
     assert numbers["test"]["evaluated_by"] == "training" and 'class="notice"' in text
     assert "evaluated the test set" not in text
     assert "not MNIST" in text  # stamped on whatever is made of the embedded digits
 
 
-def test_the_embedded_digits_are_stamped(report: pathlib.Path) -> None:
+def test_embedded_digits_are_stamped(report: pathlib.Path) -> None:
     assert "scikit-learn, not MNIST" in (report / "index.html").read_text()
 
 
-def test_doubtful_labels_are_marked_on_mnist_and_only_there(tmp_path: pathlib.Path) -> None:
+def test_doubtful_labels_are_marked_on_mnist_only(tmp_path: pathlib.Path) -> None:
     numbers, text = made_up(tmp_path / "mnist", "mnist")
     assert [item["row"] for item in numbers["galleries"]["doubtful"]] == list(DATASETS["mnist"].doubtful_test_rows)
     for item in gallery_items(numbers):
@@ -274,7 +274,7 @@ def test_doubtful_labels_are_marked_on_mnist_and_only_there(tmp_path: pathlib.Pa
     assert "Ankle boot" in text
 
 
-def test_many_classes_still_make_a_page(tmp_path: pathlib.Path) -> None:
+def test_page_fits_many_classes(tmp_path: pathlib.Path) -> None:
     numbers, text = made_up(tmp_path / "run", "emnist/byclass")
     parsed = Page(text)
     assert numbers["class_names"][10] == "A" and len(numbers["test"]["per_class"]) == 62
@@ -290,14 +290,14 @@ def test_many_classes_still_make_a_page(tmp_path: pathlib.Path) -> None:
     ],
     ids=["perceptron", "batch norm"],
 )
-def test_other_networks_and_a_run_without_a_log(tmp_path: pathlib.Path, fields: dict[str, Any]) -> None:
+def test_report_of_other_networks_without_a_log(tmp_path: pathlib.Path, fields: dict[str, Any]) -> None:
     numbers, text = made_up(tmp_path / "run", "mnist", **fields)
     Page(text)
     assert 'id="curves"' not in text and not (tmp_path / "run" / "report" / "loss.svg").exists()
     assert numbers["activations"]["stages"][-1]["name"] == "logits"
 
 
-def test_a_network_without_mistakes() -> None:
+def test_report_without_mistakes() -> None:
     label = np.arange(40, dtype=np.int32) % 10
     probs = np.full((40, 10), 0.001)
     probs[np.arange(40), label] = 0.991
@@ -308,7 +308,7 @@ def test_a_network_without_mistakes() -> None:
     assert text.count(">4</text>") >= 10
 
 
-def test_the_galleries_are_in_order_and_the_pairs_are_counted() -> None:
+def test_galleries_are_sorted_and_pairs_counted() -> None:
     # Rows 0 to 4: right and sure, right but barely, wrong and sure, wrong but barely, wrong in another way.
     label = np.array([0, 0, 0, 0, 1])
     probs = np.array([[0.9, 0.1, 0.0], [0.4, 0.3, 0.3], [0.05, 0.95, 0.0], [0.4, 0.6, 0.0], [0.2, 0.1, 0.7]])
@@ -325,7 +325,7 @@ def test_the_galleries_are_in_order_and_the_pairs_are_counted() -> None:
 
 
 @pytest.mark.parametrize(("step", "finished"), [(3, False), (6, True)])
-def test_an_earlier_checkpoint_of_a_finished_run_is_no_finished_run(step: int, finished: bool) -> None:
+def test_earlier_checkpoint_does_not_count_as_finished(step: int, finished: bool) -> None:
     summary = {"steps": 6, "device": "a", "versions": {"python": "3"}, "git_commit": ""}
     run = facts.run_facts(Config(), [], [], step, summary)
     assert run["finished"] is finished and run["versions_of"] == "training"
@@ -336,14 +336,14 @@ def test_smoothing_by_hand() -> None:
     assert facts.smoothed([1.0, 2.0], 0) == [1.0, 2.0]
 
 
-def test_a_long_log_is_thinned_out_but_keeps_its_end() -> None:
+def test_curves_of_a_long_log_keep_its_end() -> None:
     records = [{"step": i, "split": "train", "loss": float(i), "accuracy": 0.5, "examples": 9} for i in range(1, 4001)]
-    curves = facts.curves(records)
+    curves = facts.log_curves(records)
     assert len(curves["train"]) == 1000 and curves["train"][-1]["step"] == 4000
     assert curves["smoothed_over"] == 401
 
 
-def test_plots_take_all_their_colors_from_the_page(report: pathlib.Path) -> None:
+def test_plots_take_their_colors_from_the_page(report: pathlib.Path) -> None:
     text = (report / "index.html").read_text()
     svgs = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
     assert len(svgs) == 6
@@ -355,7 +355,7 @@ def test_plots_take_all_their_colors_from_the_page(report: pathlib.Path) -> None
     assert "prefers-color-scheme: dark" in text
 
 
-def test_drawing_leaves_matplotlib_as_it_was() -> None:
+def test_plots_leave_matplotlib_unchanged() -> None:
     import matplotlib
 
     before = matplotlib.rcParams.copy()  # looking at single ones would choose a backend
@@ -365,7 +365,7 @@ def test_drawing_leaves_matplotlib_as_it_was() -> None:
     assert "matplotlib.pyplot" not in sys.modules
 
 
-def test_the_plots_beside_the_page_are_files_for_any_program(report: pathlib.Path) -> None:
+def test_plots_beside_the_page_are_valid_files(report: pathlib.Path) -> None:
     import xml.etree.ElementTree as ElementTree
 
     for path in report.glob("*.svg"):
@@ -381,21 +381,22 @@ def test_the_plots_beside_the_page_are_files_for_any_program(report: pathlib.Pat
     [{}, {"model__widths": (), "model__pools": (1,)}, {"model__batch_norm": True, "model__pooling": "avg"}],
     ids=["default", "perceptron", "batch norm"],
 )
-def test_activations_are_those_of_the_network(fields: dict[str, Any]) -> None:
+def test_activations_equal_the_networks(fields: dict[str, Any]) -> None:
     config = replace(Config(), **{"model__widths": (4, 5, 6), "model__dense": (7,), **fields})
+    model: Any = config.model
     state = jit_init_state(config.program, jax.random.key(0))
     variables = eval_variables(state)
     images = np.random.default_rng(0).integers(0, 256, (3, 28, 28, 1), dtype=np.uint8)
-    found = layers.activations(config.program, variables, images)
+    found = layers.layer_inputs(config.program, variables, images)
     np.testing.assert_allclose(found[-1].values, jit_forward(config.program, variables, images), rtol=1e-4, atol=1e-5)
-    names = ["Conv_1", "Conv_2", "Dense_0"] * bool(config.model.widths) + ["Dense_1", "logits"]
+    names = ["Conv_1", "Conv_2", "Dense_0"] * bool(model.widths) + ["Dense_1", "logits"]
     assert [stage.name for stage in found] == names
-    if config.model.widths:
-        side = 13 if config.model.batch_norm else 12  # without batch norm two rows and columns are cropped
+    if model.widths:
+        side = 13 if model.batch_norm else 12  # without batch norm two rows and columns are cropped
         assert [stage.values.shape for stage in found[:3]] == [(3, side, side, 4), (3, 5, 5, 5), (3, 3, 3, 6)]
     assert all(stage.values.min() >= 0 for stage in found[:-1])  # after the ReLU
     # The last stage before the logits is what the last layer turns into them.
-    last = variables["params"][f"Dense_{len(config.model.dense)}"]
+    last = variables["params"][f"Dense_{len(model.dense)}"]
     np.testing.assert_allclose(
         found[-2].values @ np.asarray(last["kernel"]) + np.asarray(last["bias"]), found[-1].values, rtol=1e-4, atol=1e-5
     )
@@ -479,7 +480,7 @@ def test_training_images_are_shown_with_their_augmentation(tmp_path: pathlib.Pat
     assert not np.array_equal(first, drawn[:28, 30:58])
 
 
-def test_both_calibrations_are_shown(tmp_path: pathlib.Path) -> None:
+def test_calibration_is_shown_with_and_without_temperature(tmp_path: pathlib.Path) -> None:
     numbers, text = made_up(tmp_path / "run", "kmnist", examples=2000, temperature=1.8)
     assert numbers["test"]["temperature"] == 1.8
     assert numbers["test"]["uncalibrated"]["loss"] != numbers["test"]["loss"]
@@ -498,7 +499,7 @@ def test_layers_by_hand() -> None:
     assert rows["Dense_1"].multiply_adds == 640 and rows["Dense_1"].parameters == 650
 
 
-def test_first_filters_are_pictures_of_weights() -> None:
+def test_first_filters_are_the_weights() -> None:
     config = replace(Config(), model__widths=(), model__pools=(1,), model__dense=(5,))
     variables = eval_variables(jit_init_state(config.program, jax.random.key(0)))
     filters = layers.first_filters(config.program, variables)
@@ -511,14 +512,14 @@ def test_first_filters_are_pictures_of_weights() -> None:
     np.testing.assert_array_equal(filters[1], variables["params"]["Conv_0"]["kernel"][:, :, 0, 1])
 
 
-def test_pixels_by_hand() -> None:
+def test_pictures_by_hand() -> None:
     painted = pictures.colors(np.array([1.0, -2.0, 0.0]), 2.0)
     assert painted.tolist() == [[*pictures.POSITIVE, 128], [*pictures.NEGATIVE, 255], [*pictures.POSITIVE, 0]]
     tiles = pictures.sheet(np.arange(1, 4)[:, None, None] * np.ones((1, 2, 2), int), 2)
     assert tiles.tolist() == [[1, 1, 0, 2, 2], [1, 1, 0, 2, 2], [0] * 5, [3, 3, 0, 0, 0], [3, 3, 0, 0, 0]]
 
 
-def test_a_path_is_shown_without_where_this_machine_has_it(
+def test_path_is_shown_without_its_place_on_this_machine(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -526,7 +527,7 @@ def test_a_path_is_shown_without_where_this_machine_has_it(
     assert shown(pathlib.Path("/somewhere/else/runs/default")) == "default"
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path: pathlib.Path) -> None:
+def test_folder_that_cannot_be_written_is_named(tmp_path: pathlib.Path) -> None:
     workdir = shutil.copytree(tiny_run.workdir(), tmp_path / "run")
     shutil.rmtree(workdir / "report", ignore_errors=True)
     (workdir / "report").write_text("a file where the folder should be")
@@ -534,7 +535,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: pathlib.Path) -> Non
         report_workdir(workdir)
 
 
-def test_the_command(tmp_path: pathlib.Path) -> None:
+def test_command_reports_into_the_run_or_the_output(tmp_path: pathlib.Path) -> None:
     workdir = shutil.copytree(tiny_run.workdir(), tmp_path / "run")
 
     def command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -544,6 +545,11 @@ def test_the_command(tmp_path: pathlib.Path) -> None:
     done = command(f"--workdir={workdir}", "--checkpoint=best")
     assert done.returncode == 0, done.stderr
     assert pathlib.Path(done.stdout.strip()) == workdir / "report" / "index.html"
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    done = command(f"--workdir={workdir}", f"--output={tmp_path / 'there'}")
+    assert pathlib.Path(done.stdout.strip()) == tmp_path / "there" / "index.html"
+    assert {path.name for path in (tmp_path / "there").iterdir()} == PIECES
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
     for arguments, message in (
         (["--workdir=nowhere"], "--workdir=nowhere"),
         ([f"--workdir={workdir}", "--checkpoint=7"], "has no checkpoint '7'"),
@@ -552,7 +558,7 @@ def test_the_command(tmp_path: pathlib.Path) -> None:
         assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def test_the_report_is_of_the_whole_test_set(numbers: dict[str, Any]) -> None:
+def test_report_covers_the_whole_test_set(numbers: dict[str, Any]) -> None:
     test = load_splits(tiny_run.CONFIG).test
     predictor, _ = load_predictor(tiny_run.workdir())
     evaluation = evaluate(predictor, test)

@@ -33,7 +33,7 @@ def folds() -> pathlib.Path:
 
 
 def test_result_holds_what_it_promises(seeds: pathlib.Path) -> None:
-    result = statistics.load(seeds)
+    result = statistics.load_population_result(seeds)
     assert result
     with np.load(seeds / "population.npz") as file:
         probs, label = file["test_probs"], file["test_label"]
@@ -62,13 +62,13 @@ def test_result_holds_what_it_promises(seeds: pathlib.Path) -> None:
     assert all(point["loss"]["min"] < point["loss"]["mean"] < point["loss"]["max"] for point in holdout)
     for name in ("curves_loss.svg", "curves_accuracy.svg"):
         assert (seeds / name).read_text().count("<svg") == 1
-    table = statistics.table(result)
+    table = statistics.population_table(result)
     assert f"{result['committee']['accuracy']:.2%}" in table
     assert table.count("seed-") == 3
 
 
 def test_out_of_fold_evaluates_every_row_with_the_member_not_trained_on_it(folds: pathlib.Path) -> None:
-    result = statistics.load(folds)
+    result = statistics.load_population_result(folds)
     assert result
     out_of_fold = result["out_of_fold"]
     with np.load(folds / "population.npz") as file:
@@ -99,17 +99,17 @@ def test_out_of_fold_evaluates_every_row_with_the_member_not_trained_on_it(folds
         (place,) = np.flatnonzero(rows == example["row"])
         assert (example["label"], example["fold"]) == (label[place], fold[place])
         assert example["prediction"] == probs[place].argmax()
-    assert "out of fold" in statistics.table(result)
+    assert "out of fold" in statistics.population_table(result)
 
 
 def test_spread() -> None:
     from scipy import stats
 
-    mean, sd, interval = statistics.spread([1.0, 2.0, 3.0])
+    mean, sd, interval = statistics.spread_of([1.0, 2.0, 3.0])
     assert (mean, sd) == (2, 1)
     assert interval == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5))  # t(0.975, 2) from a table
     values = [0.991, 0.9924, 0.9907, 0.9931]
-    assert statistics.spread(values).interval == pytest.approx(
+    assert statistics.spread_of(values).interval == pytest.approx(
         stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
     )
 
@@ -155,7 +155,7 @@ def test_curves_hold_the_points_that_all_members_have() -> None:
         return {"split": split, "step": step, "epoch": step / 10, "loss": loss, "accuracy": 0.5}
 
     logs = [[line("train", 10, 1.0), line("test", 10, 4.0)], [line("train", 5, 9.0), line("train", 10, 3.0)]]
-    curves = statistics.curves(logs)
+    curves = statistics.member_curves(logs)
     assert (curves["holdout"], curves["test"]) == ([], [])
     (point,) = curves["train"]
     assert (point["step"], point["epoch"]) == (10, 1)
@@ -163,7 +163,7 @@ def test_curves_hold_the_points_that_all_members_have() -> None:
 
 
 def test_population_is_evaluated_as_one_network(seeds: pathlib.Path) -> None:
-    saved = statistics.load(seeds)
+    saved = statistics.load_population_result(seeds)
     assert saved
     predictor, info = load_predictor(seeds)
     assert (len(predictor.members), info.kind, predictor.temperature) == (3, "seeds", saved["temperature"])
@@ -177,7 +177,7 @@ def test_population_is_evaluated_as_one_network(seeds: pathlib.Path) -> None:
 
 
 def test_folds_are_evaluated_on_the_test_set_only(folds: pathlib.Path) -> None:
-    saved = statistics.load(folds)
+    saved = statistics.load_population_result(folds)
     assert saved
     assert evaluate_workdir(folds, overrides={})["loss"] == saved["committee"]["loss"]
     for split in ("train", "holdout"):
@@ -188,7 +188,7 @@ def test_folds_are_evaluated_on_the_test_set_only(folds: pathlib.Path) -> None:
 @pytest.mark.parametrize("name", ["../seed-3", "..", "", 3, None])
 def test_member_name_that_leads_elsewhere_is_refused(seeds: pathlib.Path, tmp_path: pathlib.Path, name: Any) -> None:
     (tmp_path / "members").mkdir()
-    saved = statistics.load(seeds)
+    saved = statistics.load_population_result(seeds)
     assert saved
     saved["members"][1]["name"] = name
     (tmp_path / "population.json").write_text(json.dumps(saved))
@@ -210,7 +210,7 @@ def test_load_result_reads_runs_and_populations_alike(seeds: pathlib.Path, folds
     compared = comparison.compare(seeds / "members" / "seed-4", seeds)
     assert compared["examples"] == 360
     assert json.loads(json.dumps(compared)) == compared
-    result = statistics.load(folds)
+    result = statistics.load_population_result(folds)
     assert result
     of_folds = comparison.load_result(folds)
     assert of_folds.accuracies == tuple(fold["accuracy"] for fold in result["out_of_fold"]["folds"])

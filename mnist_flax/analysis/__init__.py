@@ -1,1 +1,1 @@
-"""What a trained network is worth: evaluation, reports, statistics."""
+"""What trained networks can do: predictions, scores, calibration, reports, populations and comparisons."""

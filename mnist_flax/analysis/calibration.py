@@ -25,10 +25,9 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     Returns:
       The temperature; 1 if there are no examples, or no mistakes among them: the minimum would then be at 0.
     """
-    from scipy.optimize import minimize_scalar
-
     if np.all(logits.argmax(axis=-1) == labels):
         return 1.0
+    from scipy.optimize import minimize_scalar
 
     def loss(log_temperature: float) -> float:
         return float(np.mean(metrics.negative_log_likelihood(logits / np.exp(log_temperature), labels)))

@@ -9,11 +9,10 @@ import numpy as np
 from mnist_flax.analysis import statistics
 from mnist_flax.analysis.evaluation import POPULATION, evaluate, load_predictor
 from mnist_flax.analysis.run_data import load_data
+from mnist_flax.analysis.statistics import Facts
 from mnist_flax.errors import WorkdirError
 
 SIGNIFICANCE = 0.05  # a difference is significant if chance alone produces one as large less often than this
-
-Facts = dict[str, Any]  # ready for JSON
 
 
 class Result(NamedTuple):
@@ -46,7 +45,7 @@ def load_result(workdir: pathlib.Path) -> Result:
     Raises:
       UserError: the folder holds neither, or the data cannot be had.
     """
-    saved = statistics.load(workdir)
+    saved = statistics.load_population_result(workdir)
     if saved is None:
         return _result_of_run(workdir)
     try:
@@ -215,7 +214,7 @@ def t_test(a: Sequence[float], b: Sequence[float], *, paired: bool) -> Facts:
     }
 
 
-def table(comparison: Mapping[str, Any]) -> str:
+def comparison_table(comparison: Mapping[str, Any]) -> str:
     """Returns a comparison as text to read, ending with the verdict."""
     a, b, examples, members = (comparison[name] for name in ("a", "b", "mcnemar", "t"))
     lines = [f"{comparison['dataset']}, {comparison['examples']} examples"]

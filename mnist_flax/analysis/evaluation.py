@@ -22,7 +22,7 @@ from mnist_flax.step import Variables, eval_variables
 
 POPULATION = "population.json"
 KINDS = ("seeds", "folds")  # of populations
-VIEWS = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))  # by how many pixels each view is shifted down and right
+VIEW_SHIFTS = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))  # by how many pixels each view is shifted down and right
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,7 +63,7 @@ def member_logits(predictor: Predictor, images: np.ndarray) -> np.ndarray:
     mesh = sharding.make_mesh(min(predictor.num_devices, jax.device_count()))
     members = sharding.place(predictor.members, sharding.replicated(mesh))
     placed = dataclasses.replace(predictor, members=members)
-    views = [_run(placed, mesh, _shifted(images, *shift)) for shift in VIEWS[: predictor.views]]
+    views = [_run(placed, mesh, _shifted(images, *shift)) for shift in VIEW_SHIFTS[: predictor.views]]
     return views[0] if len(views) == 1 else metrics.log_mean_probabilities(np.stack(views)).astype(np.float32)
 
 

@@ -17,7 +17,7 @@ SPLITS = ("train", "holdout", "test")
 OVERRIDES = ("data.name", "data.source", "data.data_dir", "data.raw_dir")  # the fields that need not be the run's own
 
 
-def define_flags() -> None:
+def define_data_flags() -> None:
     """Defines a flag for each of `OVERRIDES`, spelled as for training."""
     for field in OVERRIDES:
         flags.DEFINE_string(f"config.{field}", None, f"the {field.partition('.')[2]} of the data to evaluate on")

@@ -73,7 +73,7 @@ def evaluate_workdir(
       overrides: fields of the config, some of `run_data.OVERRIDES`.
 
     Returns:
-      What `save` writes.
+      What `save_evaluation` writes.
 
     Raises:
       UserError: the run, the checkpoint or the data cannot be had, or do not fit each other.
@@ -103,7 +103,7 @@ def result_file(result: Mapping[str, Any]) -> str:
     return f"evaluation-{result['split']}-{result['dataset'].replace('/', '-')}.json"
 
 
-def save(result: Mapping[str, Any], folder: pathlib.Path) -> None:
+def save_evaluation(result: Mapping[str, Any], folder: pathlib.Path) -> None:
     """Writes a result of `evaluate_workdir` into a folder.
 
     Raises:
@@ -112,7 +112,7 @@ def save(result: Mapping[str, Any], folder: pathlib.Path) -> None:
     workdirs.write_text(folder / result_file(result), json.dumps(result, indent=2) + "\n", remedy=workdirs.NAME_OUTPUT)
 
 
-def table(result: Mapping[str, Any]) -> str:
+def evaluation_table(result: Mapping[str, Any]) -> str:
     """Returns a result of `evaluate_workdir` as text to read."""
     low, high = result["accuracy_interval"]
     who = f", a committee of {result['members']}" if result["members"] > 1 else ""

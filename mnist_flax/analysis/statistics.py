@@ -48,7 +48,7 @@ class Spread(NamedTuple):
     interval: tuple[float, float]
 
 
-def spread(values: Sequence[float]) -> Spread:
+def spread_of(values: Sequence[float]) -> Spread:
     """Computes the mean, the standard deviation and the interval of at least two numbers."""
     from scipy.stats import t
 
@@ -59,7 +59,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 def spreads(rows: Sequence[Mapping[str, float]]) -> Facts:
     """Computes `mean`, `sd` and `interval` of accuracy and loss over the members."""
-    by_name = {name: spread([row[name] for row in rows]) for name in ("accuracy", "loss")}
+    by_name = {name: spread_of([row[name] for row in rows]) for name in ("accuracy", "loss")}
     return {
         "mean": {name: of_name.mean for name, of_name in by_name.items()},
         "sd": {name: of_name.sd for name, of_name in by_name.items()},
@@ -121,7 +121,7 @@ def doubtful_labels(logits: np.ndarray, labels: np.ndarray, rows: np.ndarray, fo
     ]
 
 
-def curves(logs: Sequence[Records]) -> Facts:
+def member_curves(logs: Sequence[Records]) -> Facts:
     """Computes the members' mean, sd, minimum and maximum of loss and accuracy over the epochs.
 
     Points that some members lack (a resumed run may have logged at other steps) are left out.
@@ -142,7 +142,7 @@ def curves(logs: Sequence[Records]) -> Facts:
     return bands_of
 
 
-def gather(
+def population_result(
     members: Mapping[str, tuple[Config, Variables]], splits: Splits, folder: pathlib.Path
 ) -> tuple[Facts, dict[str, np.ndarray]]:
     """Evaluates trained members on the test set, alone and as a committee, and folds on the rows they held out.
@@ -186,9 +186,9 @@ def gather(
     }
     arrays = {"test_probs": np.exp(metrics.log_probabilities(logits)).astype(np.float32), "test_label": label}
     if is_folds:
-        result["out_of_fold"], more = gather_out_of_fold(list(members.values()), splits)
+        result["out_of_fold"], more = out_of_fold_result(list(members.values()), splits)
         arrays |= more
-    result["curves"] = curves([read_log(folder / name) for name in members])
+    result["curves"] = member_curves([read_log(folder / name) for name in members])
     result["train_seconds"] = sum(float(summary["train_seconds"]) for summary in summaries)
     return result | provenance(), arrays
 
@@ -199,10 +199,10 @@ def shared_temperature(committee: Predictor, config: Config, splits: Splits) -> 
     return calibration.calibrate(committee, Examples(splits.train.image[rows], splits.train.label[rows])).temperature
 
 
-def gather_out_of_fold(
+def out_of_fold_result(
     members: Sequence[tuple[Config, Variables]], splits: Splits
 ) -> tuple[Facts, dict[str, np.ndarray]]:
-    """Evaluates every row with the member that was not trained on it; returns the parts of what `gather` does."""
+    """Evaluates every row with the member that was not trained on it; returns the facts and arrays of that."""
     parts, scores = [], []
     for config, variables in members:
         _, rows = batches.rows_of(splits.train.label, config.data)
@@ -228,7 +228,7 @@ def read_log(folder: pathlib.Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / workdirs.METRICS).read_text(encoding="utf-8").splitlines()]
 
 
-def save(result: Facts, arrays: Mapping[str, np.ndarray], workdir: pathlib.Path) -> None:
+def save_population_result(result: Facts, arrays: Mapping[str, np.ndarray], workdir: pathlib.Path) -> None:
     """Writes the arrays, the curves and finally the result into the population's folder.
 
     Raises:
@@ -242,13 +242,13 @@ def save(result: Facts, arrays: Mapping[str, np.ndarray], workdir: pathlib.Path)
     workdirs.write_text(workdir / POPULATION, json.dumps(result, indent=1, allow_nan=False) + "\n")
 
 
-def load(workdir: pathlib.Path) -> Facts | None:
+def load_population_result(workdir: pathlib.Path) -> Facts | None:
     """Returns the contents of `population.json`, or None if it is missing or damaged."""
     result = workdirs.read_json(workdir / POPULATION)
     return result if isinstance(result, dict) and "members" in result else None
 
 
-def table(result: Mapping[str, Any]) -> str:
+def population_table(result: Mapping[str, Any]) -> str:
     """Returns a result as text to read."""
     members, count = result["members"], len(result["members"])
     lines = [f"{'member':<12}{'seed':>6}  {'test accuracy':>13}  {'loss':>8}"]

@@ -42,10 +42,12 @@ images = np.zeros((2, 28, 28, 1), np.uint8)
 JAX, on CPU, CUDA and TPU, with this version of jax or a newer one (`--format=stablehlo`):
 
 ```python
+import pathlib
+
 import numpy as np
 from jax import export
 
-model = export.deserialize(bytearray(open("model.stablehlo", "rb").read()))
+model = export.deserialize(bytearray(pathlib.Path("model.stablehlo").read_bytes()))
 images = np.zeros((2, 28, 28, 1), np.uint8)
 probabilities = model.call(images)["probabilities"]
 ```

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mnist_flax.analysis.evaluation import VIEWS, Predictor
+from mnist_flax.analysis.evaluation import VIEW_SHIFTS, Predictor
 from mnist_flax.exporting.graph import Graph, trace
 from mnist_flax.step import Variables, forward
 
@@ -27,7 +27,7 @@ def logits_of(predictor: Predictor, members: Sequence[Variables], images: Array)
       members: the weights of each network.
       images: of any number, which may be symbolic.
     """
-    views = _shifted(images, VIEWS[: predictor.views])
+    views = _shifted(images, VIEW_SHIFTS[: predictor.views])
     outputs = []
     for i, variables in enumerate(members):
         with jax.named_scope(f"member_{i}") if len(members) > 1 else contextlib.nullcontext():

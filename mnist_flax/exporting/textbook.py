@@ -25,9 +25,8 @@ def textbook_order(graph: Graph) -> Graph:
 
 def _commutes(graph: Graph, node: Node) -> bool:
     if node.op == "add":
-        return any(
-            name in graph.constants and graph.constants[name].size in (1, node.shape[-1]) for name in node.inputs
-        )
+        constants = [graph.constants[name] for name in node.inputs if name in graph.constants]
+        return any(constant.size in (1, node.shape[-1]) for constant in constants)
     return node.op in ("relu", "tanh", "logistic")
 
 

@@ -22,15 +22,17 @@ class Blob(NamedTuple):
 
     @property
     def width(self) -> int:
+        """Its number of columns."""
         return self.right - self.left
 
     @property
     def height(self) -> int:
+        """Its number of rows."""
         return self.bottom - self.top
 
 
-def find_blobs(mask: np.ndarray, pen: float) -> tuple[np.ndarray, list[Blob]]:
-    """Finds the digits in a mask of ink, in no order.
+def find_blobs(mask: np.ndarray, steps: np.ndarray, pen: float) -> tuple[np.ndarray, list[Blob]]:
+    """Finds the digits in a mask of ink, in no order; `steps` is where shadows end.
 
     Returns:
       The number of each pixel's piece, `i32[H,W]`, 0 where there is no ink; and the digits.
@@ -39,7 +41,7 @@ def find_blobs(mask: np.ndarray, pen: float) -> tuple[np.ndarray, list[Blob]]:
       PictureError: there are too many pieces.
     """
     labels, blobs = _pieces(mask, pen)
-    blobs = _without_specks(blobs, labels, pen)
+    blobs = _without_specks(blobs, labels, steps, pen)
     if len(blobs) > MOST:
         raise PictureError(f"holds more than {MOST:,} separate marks, which is no handwriting; crop it")
     count = int(labels.max())
@@ -83,7 +85,7 @@ def of_digit_size(line: list[Blob]) -> list[Blob]:
 def _pieces(mask: np.ndarray, pen: float) -> tuple[np.ndarray, list[Blob]]:
     """Numbers connected ink, small gaps closed."""
     reach = max(0, round(pen / 4))
-    near = ndimage.distance_transform_edt(~mask) <= reach if reach else mask
+    near = ndimage.maximum_filter(mask.view(np.uint8), 2 * reach + 1) > 0 if reach else mask
     labels, _ = ndimage.label(near, structure=np.ones((3, 3)))
     labels[~mask] = 0
     places = ndimage.find_objects(labels)
@@ -94,14 +96,11 @@ def _pieces(mask: np.ndarray, pen: float) -> tuple[np.ndarray, list[Blob]]:
     ]
 
 
-def _without_specks(blobs: list[Blob], labels: np.ndarray, pen: float) -> list[Blob]:
+def _without_specks(blobs: list[Blob], labels: np.ndarray, steps: np.ndarray, pen: float) -> list[Blob]:
     """Leaves out dots, and what is left of rulings."""
     if not blobs:
         return []
     areas = np.bincount(labels.ravel())
-    thickness = 2 * np.append(
-        0, ndimage.maximum(ndimage.distance_transform_edt(labels > 0), labels, range(1, len(areas)))
-    )
     tallest = max(blob.height for blob in blobs)
     largest = max(areas[1:])
     height, width = labels.shape
@@ -113,13 +112,25 @@ def _without_specks(blobs: list[Blob], labels: np.ndarray, pen: float) -> list[B
         return bool(
             area < 0.03 * largest
             or side < max(0.15 * tallest, 1.2 * pen)
-            or area < 2.5 * thickness[blob.labels[0]] ** 2  # a blot, or the corner of a shadow
             or (side > 3 * pen and area < 0.4 * pen * side)  # a line much thinner than the pen
             or (at_edge and blob.width > 3 * blob.height)
+            or blob.width > 6 * blob.height  # a dash, or a piece of a ruling
+            or _is_blot(labels, steps, blob)
         )
 
     # If it is all specks, the largest may be the digit.
     return [blob for blob in blobs if not is_speck(blob)] or [max(blobs, key=lambda blob: areas[blob.labels[0]])]
+
+
+def _is_blot(labels: np.ndarray, steps: np.ndarray, blob: Blob) -> bool:
+    """Tells whether a piece is no stroke but as thick as it is long, such as a dot or the corner of a shadow."""
+    window = np.s_[blob.top : blob.bottom, blob.left : blob.right]
+    own = labels[window] == blob.labels[0]
+    factor = max(1, min(own.shape) // 30)
+    small = np.pad(own[::factor, ::factor], 1)
+    return bool(
+        small.sum() < (2.8 if steps[window].any() else 1.3) * (2 * ndimage.distance_transform_edt(small).max()) ** 2
+    )
 
 
 def _join_broken(blobs: list[Blob], pen: float) -> list[Blob]:

@@ -16,11 +16,13 @@ class Ink(NamedTuple):
       strength: `f32[H,W]`, from 0 (paper) to 1 (the pen's full colour).
       mask: `bool[H,W]`, where ink is.
       marks: `bool[H,W]`, where anything differs from the paper, however pale.
+      steps: `bool[H,W]`, where the brightness of the paper changes abruptly: edges of shadows and of sheets.
     """
 
     strength: np.ndarray
     mask: np.ndarray
     marks: np.ndarray
+    steps: np.ndarray
 
 
 def find_ink(grey: np.ndarray, sheet: np.ndarray | None = None) -> Ink | None:
@@ -36,7 +38,7 @@ def find_ink(grey: np.ndarray, sheet: np.ndarray | None = None) -> Ink | None:
     dark = sheet is not None or is_dark_on_light(values)
     values, noise = _denoised(255 - values if dark else values)
     window = _paper_window(values)
-    contrast = _contrast(values, window, dark)
+    paper, contrast = _contrast(values, window, dark)
     for _ in range(2):
         if sheet is not None:
             contrast *= sheet
@@ -50,27 +52,37 @@ def find_ink(grey: np.ndarray, sheet: np.ndarray | None = None) -> Ink | None:
         needed = max(5, round(4 * thick_pen(mask)))
         if needed > 0.7 * window:
             break
-        contrast = _contrast(values, needed, dark)
+        paper, contrast = _contrast(values, needed, dark)
     low = min(max(2.5 * noise, 0.1 * strong), 0.3 * strong)  # JPEG draws ripples around strokes
     strength = np.clip((contrast - low) / (0.95 * strong - low), 0, 1).astype(np.float32)
-    return Ink(strength, mask, marks)
+    return Ink(strength, mask, marks, _steps(paper))
 
 
-def _contrast(values: np.ndarray, window: int, dark: bool) -> np.ndarray:
-    """Returns how much each pixel is lighter than the paper, and under a shadow, how much it would be outside."""
+def _contrast(values: np.ndarray, window: int, dark: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the paper, and how much lighter each pixel is, or would be outside the shadow that it is in."""
     paper = opened(values, window)
     contrast = values - paper
     contrast = np.maximum(contrast - np.median(contrast), 0)
     if dark:  # a shadow dims paper and ink by the same factor
         light = np.maximum(255 - paper, 1)
         contrast *= np.clip(np.percentile(light[::4, ::4], 90) / light, 1, 2.5)
-    return contrast
+    return paper, contrast
+
+
+def _steps(paper: np.ndarray) -> np.ndarray:
+    """Finds abrupt changes of brightness, `f32[H,W] -> bool[H,W]`."""
+    steps = np.zeros(paper.shape, bool)
+    for axis in (0, 1):
+        far = np.roll(paper, 4, axis) - np.roll(paper, -4, axis)
+        steps |= np.abs(far) > 20
+    steps[:4] = steps[-4:] = steps[:, :4] = steps[:, -4:] = False  # where it rolled over
+    return steps
 
 
 def is_dark_on_light(values: np.ndarray) -> bool:
     """Returns the polarity of a grey picture, `f32[H,W]`, by five votes.
 
-    Is the border lighter than Otsu's threshold? Once uneven light is taken out: is the border lighter than the mean, and
+    Is the border lighter than Otsu's threshold? Without uneven light: is the border lighter than the mean, and
     do the few pixels that differ most differ towards dark? Do thin dark things stand out more than thin light things,
     in all, and at their strongest? Each fails on some pictures: the first under a shadow, the next two on a digit
     without a margin, the last two on thick strokes.
@@ -98,18 +110,29 @@ def is_dark_on_light(values: np.ndarray) -> bool:
 
 def pen_width(mask: np.ndarray) -> float:
     """Returns the width of the strokes in pixels: on average, a stroke's pixels are a quarter of it from its edge."""
-    distance = ndimage.distance_transform_edt(mask)
-    return max(1.0, 4 * float(distance[mask].mean()) - 1) if mask.any() else 1.0
+    distance, factor = _depth(mask)
+    inked = distance > 0
+    return max(1.0, (4 * float(distance[inked].mean()) - 1) * factor) if inked.any() else 1.0
 
 
 def thick_pen(mask: np.ndarray) -> float:
     """Returns the width of the thicker strokes, in pixels, whatever thin lines there are."""
-    distance = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
-    ridge = mask & (distance >= ndimage.maximum_filter(distance, 3))
+    distance, factor = _depth(mask)
+    ridge = (distance > 0) & (distance >= ndimage.maximum_filter(distance, 3))
     if not ridge.any():
         return 1.0
-    widths = np.sort(distance[ridge])  # weighted by the area of ink they stand for
-    return 2 * float(widths[np.searchsorted(np.cumsum(widths), 0.8 * widths.sum())])
+    widths = np.sort(distance[ridge])
+    weights = np.cumsum(widths**2)  # thin lines can be many times as long as the strokes
+    return 2 * factor * float(widths[np.searchsorted(weights, 0.8 * weights[-1])])
+
+
+def _depth(mask: np.ndarray) -> tuple[np.ndarray, float]:
+    """Returns how far ink is from its edge, `bool[H,W] -> f64[h,w]`, in pixels of which each stands for `factor`."""
+    factor = max(1, min(mask.shape) // 300)  # the distance transform is slow
+    distance = ndimage.distance_transform_edt(np.pad(mask[::factor, ::factor], 1))
+    if factor > 1 and distance.max() < 3:  # too coarse for this pen
+        return ndimage.distance_transform_edt(np.pad(mask, 1)), 1
+    return distance, factor
 
 
 def opened(values: np.ndarray, size: int) -> np.ndarray:
@@ -128,17 +151,23 @@ def shrunk(values: np.ndarray, side: int) -> np.ndarray:
 
 def _denoised(values: np.ndarray) -> tuple[np.ndarray, float]:
     """Smooths a noisy image, and a dithered one until it is grey; returns it with the noise that is left."""
+    if min(values.shape) <= 60:
+        return values, _noise(values)
+    if _is_dithered(values):
+        smooth = ndimage.gaussian_filter(values, 2.5)
+        return smooth, max(2.0, _noise(smooth))
     noise = _noise(values)
-    if noise <= 1 or min(values.shape) <= 60:
+    if noise <= 1:
         return values, noise
-    sigma = 1.0
-    smooth = ndimage.gaussian_filter(values, sigma)
-    # Sensor noise falls to 0.3 of itself. A dither pattern is no noise: what is left has to be measured.
-    left = 0.3 * noise
-    while noise > 60 and (left := _noise(smooth)) > 6 and sigma < min(values.shape) / 60:
-        sigma *= 1.5
-        smooth = ndimage.gaussian_filter(values, sigma)
-    return smooth, left
+    return ndimage.gaussian_filter(values, 1.0), 0.3 * noise
+
+
+def _is_dithered(values: np.ndarray) -> bool:
+    """Tells whether an image is made of dots: many pixels differ much from both neighbours in their row and column."""
+    middle = values[1:-1, 1:-1]
+    around = np.stack([values[:-2, 1:-1], values[2:, 1:-1], values[1:-1, :-2], values[1:-1, 2:]])
+    alone = (middle > around.max(axis=0) + 100) | (middle < around.min(axis=0) - 100)
+    return float(alone.mean()) > 0.02
 
 
 def _noise(values: np.ndarray) -> float:
@@ -148,7 +177,7 @@ def _noise(values: np.ndarray) -> float:
 
 
 def _paper_window(values: np.ndarray) -> int:
-    """Returns how wide a window must be to hold paper everywhere: several times the pen, for light ink on dark paper."""
+    """Returns how wide a window must be to hold paper everywhere: several times the pen, which is light on dark."""
     from skimage.filters import threshold_otsu
 
     small = shrunk(values, 200)

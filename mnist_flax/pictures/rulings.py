@@ -1,184 +1,88 @@
-"""Printed lines, grids and boxes: find them in the ink, however dark and thick, and erase them around the digits.
-
-A ruling is straight and spans what it belongs to: a line of a grid spans the grid, the side of a box spans the box, and
-a line of ruled paper spans the picture. So each connected piece of ink is looked at on its own.
-"""
-
-from collections.abc import Iterator
-from typing import NamedTuple
+"""Ruled and squared paper: printed lines that run from edge to edge, thinner than the pen and often paler."""
 
 import numpy as np
 from scipy import ndimage
 
-_SMALLEST = 60  # pixels: the shorter side of a picture in which lines can be told from strokes
-_SIDE = 400  # pixels: lines are searched for in a reduced image, at most this large
-_SPAN = 0.62  # share of its piece's width or height that a ruling covers
-_TURNS = np.tan(np.deg2rad(np.arange(-8, 8.01, 0.5)))
+from mnist_flax.pictures.ink import pen_width
 
 
-class Line(NamedTuple):
-    """A ruling in a mask: y = middle + slope * (x - width / 2), or the same with x and y exchanged.
+def without_rulings(mask: np.ndarray, marks: np.ndarray) -> np.ndarray:
+    """Takes printed lines and squares out of the ink, and leaves whole the strokes that cross them.
 
-    Attributes:
-      level: whether it is nearly horizontal.
-      slope: of x, or of y for one that is nearly upright.
-      first, last: where it begins and ends across, in pixels from the line through the middle of the mask.
-      share: of its length that is inked.
-    """
-
-    level: bool
-    slope: float
-    first: float
-    last: float
-    share: float
-
-
-def without_rulings(mask: np.ndarray, marks: np.ndarray, pen: float) -> tuple[np.ndarray, np.ndarray]:
-    """Erases printed lines, and leaves whole the strokes that cross them.
+    A ruling is straight, nearly level or upright, runs from edge to edge, and is thinner than the pen.
 
     Args:
       mask: `bool[H,W]`, where ink is.
       marks: `bool[H,W]`, where anything is, however pale.
-      pen: the width of the strokes in pixels.
 
     Returns:
-      The ink without rulings, and where rulings were, `bool[H,W]` each.
+      `bool[H,W]`, the ink without rulings.
     """
-    kept, ruled = mask, np.zeros_like(mask)
-    if min(mask.shape) < _SMALLEST:
-        return kept, ruled
-    labels, _ = ndimage.label(marks | mask, np.ones((3, 3)))
-    for number, place in enumerate(ndimage.find_objects(labels), 1):
-        sides = [part.stop - part.start for part in place]
-        if max(sides) < max(30, 6 * pen, 0.12 * max(mask.shape)):
+    specks, _ = ndimage.label(marks, np.ones((3, 3)))
+    marks = marks & (np.bincount(specks.ravel()) > 16)[specks]
+    kept = mask
+    thinnest = np.inf
+    eighths = [np.arange(side) * 8 // side for side in mask.shape]
+    for across, level in _straight_lines(marks):
+        inside = np.abs(across) < 12
+        counts = np.bincount(np.round(across[inside & marks]).astype(int) + 12, minlength=25)
+        share = counts / np.maximum(1, np.bincount(np.round(across[inside]).astype(int) + 12, minlength=25))
+        wide = np.flatnonzero(share > 0.5)
+        if not len(wide):
             continue
-        piece = labels[place] == number
-        lines = list(_rulings(piece, place, mask.shape, pen))
-        if not lines:
-            continue
-        if kept is mask:
-            kept = mask.copy()
-        for line in lines:
-            _erase(kept[place], ruled[place], piece, line)
-    if kept is not mask:
-        kept = ndimage.binary_opening(kept, np.ones((2, 2)))  # crumbs of the lines' edges
-    return kept, ruled
+        thickness = wide[-1] - wide[0] + 1
+        band = (across >= wide[0] - 12.5) & (across < wide[-1] - 11.5)
+        part = np.broadcast_to(eighths[1] if level else eighths[0][:, None], mask.shape)
+        share = np.bincount(part[band & marks], minlength=8) / np.maximum(1, np.bincount(part[band], minlength=8))
+        if share.min(where=np.bincount(part[band], minlength=8) > 8, initial=1.0) < 0.3:
+            continue  # not from edge to edge
+        thinnest = min(thinnest, thickness)
+        band = (across >= wide[0] - 13) & (across <= wide[-1] - 11)
+        erased = kept & ~band
+        # A stroke that goes on at both sides of the band crosses it.
+        length = int(thickness) + 5
+        bridge = ndimage.binary_closing(np.pad(erased, length), np.ones((length, 3) if level else (3, length)))
+        kept = erased | (kept & band & bridge[length:-length, length:-length])
+    if kept is mask:
+        return mask
+    kept = ndimage.binary_opening(kept, np.ones((2, 2)))  # crumbs of the lines' edges
+    # The bar of a 7 that fills its picture, or a lone 1, is no ruling: it is as thick as the rest, or all there is.
+    return kept if kept.any() and thinnest < 0.8 * pen_width(kept) else mask
 
 
-def _rulings(piece: np.ndarray, place: tuple[slice, slice], shape: tuple[int, ...], pen: float) -> Iterator[Line]:
-    """Yields the lines of a piece of ink that are rulings and no strokes."""
-    level, upright = (_alike(_lines(piece, level), 0.14 * min(piece.shape)) for level in (True, False))
-    count = len(level) + len(upright)
-    at_border = any(part.start == 0 or part.stop == side for part, side in zip(place, shape, strict=True))
-    # Two lines each way make a box or a grid, three at the border a part of one. No digit has them, thin as they are.
-    if min(len(level), len(upright)) >= (1 if at_border and count >= 3 else 2):
-        yield from level + upright
-        return
-    for is_level, axis in ((True, 1), (False, 0)):
-        part, side = place[axis], shape[axis]
-        margin = 0.03 * side
-        ends = (part.start <= margin) + (part.stop >= side - margin)
-        spans = ends == 2 or (ends == 1 and part.stop - part.start > 0.55 * side)
-        for line in _lines(piece, is_level):
-            thickness = line.last - line.first + 1
-            alone = piece.shape[1 - axis] < 1.5 * thickness + 4 + abs(line.slope) * piece.shape[axis]
-            if (spans and (thickness < 0.75 * pen or alone or (count >= 2 and line in level + upright))) or (
-                is_level and alone and piece.shape[axis] > 8 * thickness
-            ):
-                yield line
+def _straight_lines(marks: np.ndarray) -> list[tuple[np.ndarray, bool]]:
+    """Finds lines from edge to edge: every pixel's signed distance from the line, `f32[H,W]`; whether it is level."""
+    from skimage.transform import hough_line, hough_line_peaks
+
+    height, width = marks.shape
+    if min(height, width) < 80:  # too small to tell a line from a stroke
+        return []
+    half = marks[: height // 2 * 2, : width // 2 * 2].reshape(height // 2, 2, width // 2, 2).any((1, 3))
+    half = ndimage.binary_dilation(half)
+    turns = np.deg2rad(np.arange(-10, 10.01, 0.25))
+    lines = []
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+    for upright in (0.0, np.pi / 2):
+        votes, angles, distances = hough_line(half, upright + turns)
+        reach = _chord(angles[None, :], distances[:, None], half.shape)
+        share = np.where(reach > 0.5 * half.shape[1 if upright else 0], votes / np.maximum(reach, 1), 0)
+        share = ndimage.gaussian_filter(np.minimum(share, 1.0), (1, 2))  # its peak is then in the middle of a plateau
+        apart = max(3, min(half.shape) // 40)
+        for _, angle, distance in zip(
+            *hough_line_peaks(share, angles, distances, min_distance=apart, min_angle=len(turns), threshold=0.6),
+            strict=True,
+        ):
+            lines.append((x * np.cos(angle) + y * np.sin(angle) - 2 * distance - 0.3, bool(upright)))
+    return lines
 
 
-def _alike(lines: list[Line], thickest: float) -> list[Line]:
-    """Leaves out what is thick or turned otherwise than the other lines: strokes."""
-    lines = [line for line in lines if line.last - line.first < thickest]
-    if len(lines) < 3:
-        return lines
-    thickness = float(np.median([line.last - line.first for line in lines]))
-    slope = float(np.median([line.slope for line in lines]))
-    return [line for line in lines if line.last - line.first <= 1.7 * thickness + 2 and abs(line.slope - slope) < 0.08]
-
-
-def _lines(piece: np.ndarray, level: bool) -> list[Line]:
-    """Finds the nearly level, or nearly upright, straight lines that span a piece of ink."""
-    factor = max(1, -(-max(piece.shape) // _SIDE))
-    reduced = _reduced(piece if level else piece.T, factor)
-    height, width = reduced.shape
-    y, x = np.nonzero(ndimage.binary_dilation(reduced, np.ones((3, 1))))
-    x = x - width / 2
-    pad = int(width * _TURNS[-1]) + 2
-    rows = np.stack([
-        np.bincount(np.round(y - slope * x).astype(int) + pad, minlength=height + 2 * pad) for slope in _TURNS
-    ])  # fmt: skip
-    share, offsets = rows / width, np.arange(rows.shape[1])[None, :] - pad
-    found: list[Line] = []
-    while len(found) < 200:
-        turn, row = np.unravel_index(np.argmax(share), share.shape)
-        best = float(share[turn, row])
-        if best < _SPAN:
-            break
-        slope = float(_TURNS[turn])
-        first, last = _edges(reduced, slope, int(row) - pad)
-        # Two rulings do not cross within their piece.
-        reach = np.abs(_TURNS - slope)[:, None] * width / 2 + max(2, last - first + 2)
-        share[np.abs(offsets - (first + last) / 2) <= reach] = 0
-        found.append(Line(level, slope, first * factor, (last + 1) * factor - 1, best))
-    # What spans less than the others is a stroke. Ink all over is no set of lines.
-    found = [line for line in found if line.share >= 0.75 * found[0].share]
-    return (
-        found
-        if sum(line.last - line.first + factor for line in found) < 0.5 * height * factor or len(found) == 1
-        else []
-    )
-
-
-def _edges(piece: np.ndarray, slope: float, row: int) -> tuple[int, int]:
-    """Returns the first and last row of a line's ink, as the median over its columns, where the line is at `row`."""
-    height, width = piece.shape
-    reach = max(4, height // 8)
-    columns = np.arange(width)
-    middle = np.round(row + slope * (columns - width / 2)).astype(int)
-    rows = middle + np.arange(-reach, reach + 1)[:, None]
-    strip = piece[np.clip(rows, 0, height - 1), columns] & (rows >= 0) & (rows < height)
-    near = strip[reach - 1 : reach + 2]
-    inked = near.any(axis=0)
-    if not inked.any():
-        return row, row
-    strip = strip[:, inked].copy()
-    strip[reach] = True  # the dilation may have put the line a row beside its ink
-    above = np.argmin(strip[reach::-1], axis=0)
-    below = np.argmin(strip[reach:], axis=0)
-    above, below = np.where(above == 0, reach, above) - 1, np.where(below == 0, reach, below) - 1
-    return row - int(np.median(above)), row + int(np.median(below))
-
-
-def _reduced(piece: np.ndarray, factor: int) -> np.ndarray:
-    """Reduces a mask by a whole factor; what is set anywhere in a square stays set."""
-    if factor == 1:
-        return piece
-    padded = np.pad(piece, [(0, -side % factor) for side in piece.shape])
-    return padded.reshape(padded.shape[0] // factor, factor, padded.shape[1] // factor, factor).any((1, 3))
-
-
-def _erase(kept: np.ndarray, ruled: np.ndarray, piece: np.ndarray, line: Line) -> None:
-    """Erases a line from `kept` where no stroke crosses it, and notes it in `ruled`; both are changed in place."""
-    if not line.level:
-        kept, ruled, piece = kept.T, ruled.T, piece.T
-    height, width = piece.shape
-    thickness = int(line.last - line.first) + 2
-    margin = 2 + thickness // 4
-    columns = np.arange(width)
-    top = np.round(line.first + line.slope * (columns - width / 2)).astype(int) - 1
-    rows = top + np.arange(-margin, thickness + margin + 1)[:, None]
-    inside = (rows >= 0) & (rows < height)
-    rows = np.clip(rows, 0, height - 1)
-    strip = kept[rows, columns] & inside
-    # A stroke that goes on at both sides of the line crosses it, also when it slants.
-    reach = thickness + 1
-    above = ndimage.maximum_filter1d(strip[: margin - 1].all(axis=0), reach)
-    below = ndimage.maximum_filter1d(strip[-margin + 1 :].all(axis=0), reach)
-    crossing = above & below
-    band = inside[margin : -margin or None] & ~crossing
-    band_rows = rows[margin : -margin or None]
-    places = band_rows[band], np.broadcast_to(columns, band.shape)[band]
-    kept[places] = False
-    ruled[places] = True
+def _chord(angle: np.ndarray, distance: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns how much of the line x cos(angle) + y sin(angle) = distance lies in an image of this shape, in pixels."""
+    cos, sin = np.cos(angle), np.sin(angle)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        # The line is (distance cos - t sin, distance sin + t cos).
+        xs = np.sort(np.stack([(distance * cos - edge) / sin for edge in (0, shape[1])]), axis=0)
+        ys = np.sort(np.stack([(edge - distance * sin) / cos for edge in (0, shape[0])]), axis=0)
+    low = np.fmax(np.where(np.abs(sin) > 1e-9, xs[0], -np.inf), np.where(np.abs(cos) > 1e-9, ys[0], -np.inf))
+    high = np.fmin(np.where(np.abs(sin) > 1e-9, xs[1], np.inf), np.where(np.abs(cos) > 1e-9, ys[1], np.inf))
+    return np.maximum(0, high - low)

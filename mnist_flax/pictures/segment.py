@@ -16,6 +16,7 @@ from mnist_flax.data.framing import BOX_SIZE, CENTRE, frame
 from mnist_flax.data.registry import IMAGE_SIZE
 from mnist_flax.pictures.blobs import Blob, find_blobs, in_lines, of_digit_size
 from mnist_flax.pictures.decode import PictureError, decode
+from mnist_flax.pictures.grids import without_grids
 from mnist_flax.pictures.ink import Ink, find_ink, is_dark_on_light, pen_width, thick_pen
 from mnist_flax.pictures.rulings import without_rulings
 from mnist_flax.pictures.sheet import find_sheet
@@ -96,7 +97,7 @@ def _levelled(ink: Ink, turn: float) -> Ink:
         image = Image.fromarray(values.astype(np.float32))
         return np.asarray(image.rotate(turn, Image.Resampling.BILINEAR, expand=True))
 
-    return Ink(rotated(ink.strength), rotated(ink.mask) > 0.5, rotated(ink.marks) > 0.5)
+    return Ink(rotated(ink.strength), *(rotated(part) > 0.5 for part in (ink.mask, ink.marks, ink.steps)))
 
 
 def _turned_back(
@@ -116,14 +117,23 @@ def _turned_back(
 
 def _segment(ink: Ink) -> tuple[list[Digit], float]:
     """Finds the digits in level ink, in reading order, and the slope of their lines in degrees, clockwise."""
-    mask, ruled = without_rulings(ink.mask, ink.marks, thick_pen(ink.mask))
+    mask = without_rulings(ink.mask, ink.marks)
+    mask, ruled = without_grids(mask, thick_pen(mask))
     if not mask.any():
         return [], 0.0
     pen = pen_width(mask)
-    labels, blobs = find_blobs(mask, pen)
+    labels, blobs = find_blobs(mask, ink.steps, pen)
     lines = [of_digit_size(line) for line in in_lines(blobs)]
     found = [blob for line in lines for blob in line]
-    return [_draw(ink.strength, labels, blob, pen) for blob in found], _slope(lines)
+    digits = [_draw(ink.strength, labels, blob, pen) for blob in found]
+    return [digit._replace(suspect=_touches(ruled, digit.box)) for digit in digits], _slope(lines)
+
+
+def _touches(ruled: np.ndarray, box: tuple[int, int, int, int]) -> bool:
+    """Tells whether lines were erased where a digit is, or what may be the rest of a line."""
+    left, top, right, bottom = box
+    part = ruled[max(0, top - 2) : bottom + 2, max(0, left - 2) : right + 2]
+    return bool(part.mean() > 0.04)
 
 
 def _slope(lines: list[list[Blob]]) -> float:

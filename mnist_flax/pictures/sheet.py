@@ -51,11 +51,11 @@ def _rectangle(region: np.ndarray, shape: tuple[int, ...]) -> Sheet | None:
     best: tuple[float, float, tuple[float, ...]] | None = None
     for turn in np.arange(-45, 45, 1.0):
         along, across = _turned(x, y, turn)
-        low, high = along.min(), along.max()
-        left, right = across.min(), across.max()
+        low, high = float(along.min()), float(along.max())
+        left, right = float(across.min()), float(across.max())
         area = (high - low) * (right - left)
         if best is None or area < best[0]:
-            best = area, turn, (low, high, left, right)
+            best = area, float(turn), (low, high, left, right)
     assert best is not None
     _, turn, (low, high, left, right) = best
     height, width = region.shape

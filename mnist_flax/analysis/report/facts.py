@@ -25,7 +25,7 @@ CURVE_POINTS = 1000  # a longer log is thinned out to this many
 Facts = dict[str, Any]  # ready for JSON
 
 
-def gather(
+def report_facts(
     config: Config,
     *,
     layers: Sequence[Layer],
@@ -50,10 +50,11 @@ def gather(
         "confusion": confusion.tolist(),
         "confused_pairs": confused_pairs(confusion, label, probs),
         "galleries": galleries(probs, label, splits.name),
-        "curves": curves(records),
+        "curves": log_curves(records),
         "network": [layer._asdict() for layer in layers],
         "config": config.to_dict(),
         "config_changed": changed_fields(config),
+        "config_file": config_source(config, splits.name),
     }
 
 
@@ -85,7 +86,7 @@ def run_facts(
 
 
 def calibration(evaluation: Evaluation, label: np.ndarray) -> Facts:
-    """Computes the reliability diagram; with a temperature also as it was without it."""
+    """Computes the reliability diagram, and a second one without the temperature if there is one."""
     raw = evaluation.logits * evaluation.temperature
     return {
         "num_bins": NUM_BINS,
@@ -153,7 +154,7 @@ def galleries(probs: np.ndarray, label: np.ndarray, dataset: str) -> Facts:
     }
 
 
-def curves(records: Sequence[Mapping[str, Any]]) -> Facts:
+def log_curves(records: Sequence[Mapping[str, Any]]) -> Facts:
     """Groups the log by split and adds smoothed values for `train`."""
     by_split: Facts = {
         split: [dict(record) for record in records if record["split"] == split]

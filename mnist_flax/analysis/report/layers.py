@@ -38,7 +38,7 @@ class Layer(NamedTuple):
     multiply_adds: int
 
 
-class Activation(NamedTuple):
+class LayerInput(NamedTuple):
     """What a layer sees, after the activation and pooling before it; or the logits.
 
     Attributes:
@@ -122,10 +122,10 @@ def _multiply_adds(call: _Call) -> int:
     return math.prod(sizes) * int(kernel.size)
 
 
-def activations(program: Program, variables: Variables, images: np.ndarray) -> list[Activation]:
+def layer_inputs(program: Program, variables: Variables, images: np.ndarray) -> list[LayerInput]:
     """Computes what each layer with a kernel sees for some images, `u8[B,28,28,1]`, from the second on, and the logits.
 
-    What several layers see, such as the two branches of a residual block, is listed once.
+    An input that several layers share, as the two branches of a residual block do, is listed once.
     """
     names: list[str] = []
     channels: list[int] = []  # of the maps that the layer before made, 0 if it made none
@@ -150,7 +150,7 @@ def activations(program: Program, variables: Variables, images: np.ndarray) -> l
     unoptimised = jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
     values = [np.asarray(value, np.float32) for value in unoptimised(variables, images)]
     seen = [_unflatten(value, before) for value, before in zip(values, [*channels, 0], strict=True)]
-    return [Activation(name, value) for name, value in zip([*names, "logits"], seen, strict=True)][1:]
+    return [LayerInput(name, value) for name, value in zip([*names, "logits"], seen, strict=True)][1:]
 
 
 def _unflatten(values: np.ndarray, channels: int) -> np.ndarray:

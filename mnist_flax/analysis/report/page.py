@@ -24,7 +24,7 @@ SECTIONS = {
 }
 
 
-def render(facts: Mapping[str, Any], pictures: Mapping[str, Any]) -> str:
+def render_page(facts: Mapping[str, Any], pictures: Mapping[str, Any]) -> str:
     """Returns the page.
 
     Args:
@@ -38,7 +38,7 @@ def render(facts: Mapping[str, Any], pictures: Mapping[str, Any]) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {
-        "percent": percent, "score": score, "thousands": thousands, "shape": shape, "duration": duration,
+        "percent": percent, "score": calibration_value, "thousands": thousands, "shape": shape, "duration": duration,
     }  # fmt: skip
     missing = {
         "curves": "loss" not in pictures["plots"],
@@ -56,7 +56,7 @@ def percent(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{100 * value:.{digits}f}\N{NO-BREAK SPACE}%"
 
 
-def score(value: float, field: str) -> str:
+def calibration_value(value: float, field: str) -> str:
     """Returns a measure of calibration: the ECE in percent, the others with four digits."""
     return percent(value) if field == "ece" else f"{value:.4f}"
 

@@ -22,7 +22,7 @@ NEGATIVE = (0, 114, 178)
 
 CHANNELS = 32  # of a layer that are shown
 STAGES = 12  # layers whose input is shown
-EXAMPLES = 4  # digits for which it is shown
+NUM_EXAMPLES = 4  # digits for which it is shown
 TRAINING_IMAGES, VARIANTS = 10, 7  # shown with augmentation, and how often each
 ON_PAGE = ("filters", "augmented")  # sheets that the page shows
 
@@ -67,7 +67,7 @@ def colors(values: np.ndarray, limit: float) -> np.ndarray:
     return np.concatenate([painted, alpha], axis=-1).astype(np.uint8)
 
 
-def rows_of(facts: Mapping[str, Any]) -> list[int]:
+def shown_rows(facts: Mapping[str, Any]) -> list[int]:
     """Returns the test rows whose image is on the page."""
     galleries = [gallery for gallery in facts["galleries"].values() if isinstance(gallery, list)]
     rows = {example["row"] for gallery in galleries for example in gallery}
@@ -76,7 +76,7 @@ def rows_of(facts: Mapping[str, Any]) -> list[int]:
 
 def thumbnails(facts: Mapping[str, Any], images: np.ndarray) -> dict[int, str]:
     """Returns the images that are on the page, by test row."""
-    return {row: data_uri(png(images[row, :, :, 0])) for row in rows_of(facts)}
+    return {row: data_uri(png(images[row, :, :, 0])) for row in shown_rows(facts)}
 
 
 def sheets(
@@ -125,7 +125,9 @@ def augmented(config: Config, splits: Splits) -> tuple[np.ndarray, np.ndarray]:
     return rows, np.concatenate([originals[:, None], variants], axis=1).reshape(-1, *originals.shape[1:])
 
 
-def activations(program: Program, variables: Variables, facts: dict[str, Any], images: np.ndarray) -> list[list[str]]:
+def draw_layer_inputs(
+    program: Program, variables: Variables, facts: dict[str, Any], images: np.ndarray
+) -> list[list[str]]:
     """Draws what each layer sees of a few digits: some that are right, and the worst mistake.
 
     Args:
@@ -139,9 +141,9 @@ def activations(program: Program, variables: Variables, facts: dict[str, Any], i
     """
     mistakes = facts["galleries"]["mistakes"][:1]
     correct = facts["galleries"]["correct"]
-    wanted = min(EXAMPLES - len(mistakes), len(correct))  # spread over the classes, by which the gallery is sorted
+    wanted = min(NUM_EXAMPLES - len(mistakes), len(correct))  # spread over the classes, by which the gallery is sorted
     examples = [correct[i] for i in np.linspace(0, len(correct) - 1, wanted).astype(int)] + mistakes
-    found = layers.activations(program, variables, images[[example["row"] for example in examples]])
+    found = layers.layer_inputs(program, variables, images[[example["row"] for example in examples]])
     found = [found[i] for i in np.unique(np.linspace(0, len(found) - 1, STAGES).astype(int))]
     facts["activations"] = {"examples": examples, "stages": []}
     drawn = []

@@ -86,7 +86,7 @@ def as_file(svg: str) -> bytes:
     return svg.replace(start, f'<rect width="100%" height="100%" fill="#ffffff"/>{start}', 1).encode()
 
 
-def inline(svg: str, name: str, title: str) -> str:
+def inline_svg(svg: str, name: str, title: str) -> str:
     """Returns a plot as an element of the page.
 
     It uses the page's colours, its ids are unique, and a screen reader reads its title.
@@ -112,12 +112,11 @@ def inline(svg: str, name: str, title: str) -> str:
 
 def draw_all(facts: Mapping[str, Any]) -> dict[str, str]:
     """Draws the plots of a report, by name; the curves only if there is a log."""
-    calibration = facts["calibration"]
     return {
         **(learning_curves(facts["curves"]) if facts["curves"]["train"] else {}),
         **confusion(facts["confusion"], facts["class_names"]),
         "classes": classes(facts["test"]["per_class"]),
-        "reliability": reliability(calibration["bins"], calibration["uncalibrated_bins"], calibration["num_bins"]),
+        "reliability": reliability_diagram(facts["calibration"]),
     }
 
 
@@ -273,8 +272,9 @@ def classes(rows: Sequence[Mapping[str, Any]]) -> str:
         return to_svg(figure)
 
 
-def reliability(bins: Sequence[Mapping[str, Any]], uncalibrated: Sequence[Mapping[str, Any]], num_bins: int) -> str:
+def reliability_diagram(calibration: Mapping[str, Any]) -> str:
     """Draws accuracy over confidence, with the temperature and without it, and the number of examples below."""
+    bins, uncalibrated, num_bins = (calibration[name] for name in ("bins", "uncalibrated_bins", "num_bins"))
     with new_figure(4.8) as figure:
         top, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         top.plot([0, 1], [0, 1], color=MUTED, linestyle="--", linewidth=1.2, label="perfectly calibrated")

@@ -14,7 +14,7 @@ from mnist_flax.data.splits import Splits
 from mnist_flax.errors import WorkdirError
 from mnist_flax.run import workdir as workdirs
 
-FOLDER = "report"
+REPORT_FOLDER = "report"
 
 
 def write_report(
@@ -50,13 +50,12 @@ def write_report(
     Raises:
       WorkdirError: the folder cannot be written.
     """
-    place = shown(folder) if folder else f"{shown(workdir)}/{FOLDER}"
+    place = shown(folder) if folder else f"{shown(workdir)}/{REPORT_FOLDER}"
     remedy = workdirs.RESUMES if evaluated_by == "training" else workdirs.NAME_OUTPUT
-    folder = folder or workdirs.subfolder(workdir, FOLDER, remedy=remedy)
-    variables = predictor.members[0]
-    facts = facts_lib.gather(
+    folder = folder or workdirs.subfolder(workdir, REPORT_FOLDER, remedy=remedy)
+    facts = facts_lib.report_facts(
         config,
-        layers=layers.layers(predictor.program, variables),
+        layers=layers.layers(predictor.program, predictor.members[0]),
         records=records,
         splits=splits,
         evaluation=evaluation,
@@ -65,30 +64,35 @@ def write_report(
         evaluated_by=evaluated_by,
     )
     facts["command"] = f"python -m mnist_flax.main --config={place}/config.py --workdir={shown(workdir)}-again"
-    facts["config_file"] = facts_lib.config_source(config, splits.name)
-    images = splits.test.image
-    activations = pictures.activations(predictor.program, variables, facts, images)
-    files = pictures.sheets(config, predictor.program, variables, facts, splits)
+    for name, content in _pieces(config, predictor, facts, splits, title=shown(workdir)).items():
+        workdirs.write_bytes(folder / name, content, remedy=remedy)
+    return folder / "index.html"
+
+
+def _pieces(
+    config: Config, predictor: Predictor, facts: dict[str, Any], splits: Splits, *, title: str
+) -> dict[str, bytes]:
+    """Returns the files of a report by name; `facts` gets what the pictures show."""
+    program, variables, images = predictor.program, predictor.members[0], splits.test.image
+    activations = pictures.draw_layer_inputs(program, variables, facts, images)
+    files = pictures.sheets(config, program, variables, facts, splits)
     svgs = plots.draw_all(facts)
     text = json.dumps(facts, indent=1, allow_nan=False) + "\n"
     shown_pictures = {
-        "plots": {name: plots.inline(svg, name, plots.TITLES[name]) for name, svg in svgs.items()},
+        "plots": {name: plots.inline_svg(svg, name, plots.TITLES[name]) for name, svg in svgs.items()},
         "thumbnails": pictures.thumbnails(facts, images),
         "sheets": {name: pictures.data_uri(png) for name, png in files.items() if name in pictures.ON_PAGE},
         "activation_pictures": activations,
-        "title": shown(workdir),
+        "title": title,
     }
-    html = page.render(json.loads(text), shown_pictures)  # from the text, so that metrics.json lacks no number
-    pieces = {
+    html = page.render_page(json.loads(text), shown_pictures)  # from the text, so that metrics.json lacks no number
+    return {
         **{f"{name}.svg": plots.as_file(svg) for name, svg in svgs.items()},
         **{f"{name}.png": png for name, png in files.items()},
         "config.py": facts["config_file"].encode(),
         "metrics.json": text.encode(),
         "index.html": html.encode(),
     }
-    for name, content in pieces.items():
-        workdirs.write_bytes(folder / name, content, remedy=remedy)
-    return folder / "index.html"
 
 
 def report_workdir(

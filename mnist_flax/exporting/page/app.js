@@ -64,7 +64,7 @@ class App {
     this.showComparison(blank ? null : other);
     this.maps.forEach((maps, i) => {
       maps.stage = this.network().stages[i];
-      maps.paint(this.network().values.get(maps.stage.node.name).data, this.theme);
+      if (maps.isVisible) this.paint(maps);
     });
     this.explain();
     document.documentElement.dataset.ready = "true";
@@ -83,6 +83,10 @@ class App {
       $("#live").textContent = probabilities ? `${sure ? "" : "A guess: "}${name}, ${percentage(probabilities[best])}` : "The pad is empty.";
     }
     if (this.example >= 0) $("#caption").textContent = this.captionOf(this.data.examples[this.example], best);
+  }
+
+  paint(maps) {
+    maps.paint(this.network().values.get(maps.stage.node.name).data, this.theme);
   }
 
   // Checkpoints ----------------------------------------------------------------------------------------------------------
@@ -153,6 +157,14 @@ class App {
   // Maps -----------------------------------------------------------------------------------------------------------------
 
   buildStages() {
+    // Maps outside the window are painted when they come into it.
+    const observer = new IntersectionObserver((entries) => {
+      for (const { target, isIntersecting } of entries) {
+        const maps = this.maps.find((maps) => maps.figure === target);
+        maps.isVisible = isIntersecting;
+        if (isIntersecting) this.paint(maps);
+      }
+    }, { rootMargin: "300px" });
     this.maps = this.network().stages.map((stage) => {
       const maps = new Maps(stage, mapSize(stage.node.shape));
       const { height, width, channels } = maps;
@@ -163,6 +175,7 @@ class App {
       if (stage.title === "Logits" && channels <= maps.columns) figure.lastChild.append(this.classLabels());
       $("#stages").append(figure);
       maps.figure = figure;
+      observer.observe(figure);
       this.listenTo(maps);
       return maps;
     });

@@ -23,7 +23,6 @@ class Pad {
   start(event) {
     if (this.pointer !== null || event.button !== 0) return;
     event.preventDefault();
-    this.canvas.focus({ preventScroll: true });
     this.pointer = event.pointerId;
     this.canvas.setPointerCapture(event.pointerId);
     this.backdrop = null;

@@ -165,11 +165,16 @@ function windowTable(caption, window, cell, theme) {
     const row = table.insertRow();
     for (const value of values.slice(i * window.columns, (i + 1) * window.columns)) {
       const data = row.insertCell();
-      data.textContent = Number.isFinite(value) ? value.toFixed(2).replace("-", "−") : "";
+      data.textContent = Number.isFinite(value) ? shortNumber(value) : "";
       Object.assign(data.style, cssColor(theme, value, most));
     }
   }
   return table;
+}
+
+// Two decimals without the leading 0, so that numbers fit into small cells.
+function shortNumber(value) {
+  return value.toFixed(2).replace("-", "−").replace(/^(−?)0\./, "$1.");
 }
 
 // The same for windows that are too large for numbers.

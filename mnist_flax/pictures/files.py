@@ -1,0 +1,96 @@
+"""Files of pictures: which ones a name stands for, their bytes, and where the framed digits are saved."""
+
+import glob
+import os
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from mnist_flax.errors import ConfigError
+from mnist_flax.pictures.decode import FOREIGN_SUFFIXES, SUFFIXES, PictureError
+
+STDIN = "-"
+MOST_BYTES = 256 * 2**20
+
+_LONGEST_STEM = 100  # bytes of a picture's name that are kept when its digits are saved
+
+
+def find_files(names: Sequence[str]) -> Iterator[str]:
+    """Yields the file for each name, and those that folders and patterns stand for, sorted.
+
+    A name that stands for no file is yielded as it is; opening it reports what is wrong.
+    """
+    for name in names:
+        if name == STDIN:
+            yield name
+        elif os.path.isdir(name):
+            yield from _in_folder(pathlib.Path(name)) or [name]
+        elif glob.has_magic(name) and not os.path.exists(name):
+            for match in sorted(glob.glob(name, recursive=True)) or [name]:
+                yield from _in_folder(pathlib.Path(match)) if os.path.isdir(match) else [match]
+        else:
+            yield name
+
+
+def _in_folder(folder: pathlib.Path) -> list[str]:
+    """Returns the pictures in a folder and below, by name, without hidden files.
+
+    Pictures of formats that cannot be read are included: skipping them silently would look like success.
+    """
+    return sorted(
+        str(path)
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES + FOREIGN_SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
+    )
+
+
+def read_file(name: str) -> bytes:
+    """Returns the bytes of a file, or of standard input.
+
+    Raises:
+      PictureError: it cannot be read, or has more than `MOST_BYTES`.
+    """
+    if name == STDIN:
+        return _bounded(sys.stdin.buffer)
+    if os.path.isdir(name):
+        raise PictureError("is a folder without pictures")
+    try:
+        with open(name, "rb") as file:
+            return _bounded(file)
+    except FileNotFoundError as error:
+        pattern = glob.has_magic(name)
+        raise PictureError("matches no file" if pattern else "does not exist; check the name") from error
+    except (OSError, ValueError) as error:
+        raise PictureError(f"cannot be read ({getattr(error, 'strerror', None) or error})") from error
+
+
+def _bounded(file: BinaryIO) -> bytes:
+    """Reads a file that may be endless, such as /dev/zero."""
+    content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise PictureError(f"has more than {MOST_BYTES // 2**20} MiB; make it smaller")
+    return content
+
+
+def save_images(images: Sequence[np.ndarray], folder: pathlib.Path, number: int, name: str) -> None:
+    """Writes framed digits as `<number>-<file's name>-<place>.png`, counted from 1; a long name is shortened.
+
+    Raises:
+      ConfigError: the folder cannot be written.
+    """
+    stem = os.fsencode("stdin" if name == STDIN else pathlib.Path(name).stem)
+    short = stem if len(stem) <= _LONGEST_STEM else stem[:_LONGEST_STEM].decode(errors="ignore").encode()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for place, image in enumerate(images, 1):
+            with open(folder / f"{number:04d}-{os.fsdecode(short)}-{place}.png", "wb") as file:
+                Image.fromarray(image).save(file, "PNG")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"--save_preprocessed={folder}: cannot be written ({reason}); name another folder") from error

@@ -1,0 +1,198 @@
+"""Forms and grids: printed lines as dark and as thick as the pen, and the digits that touch them.
+
+A ruling is straight and spans what it belongs to: a line of a grid spans the grid, the side of a box spans the box, and
+a line of ruled paper spans the picture. So each connected piece of ink is looked at on its own.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from scipy import ndimage
+
+_SMALLEST = 60  # pixels: the shorter side of a picture in which lines can be told from strokes
+_SIDE = 400  # pixels: lines are searched for in a reduced image, at most this large
+_SPAN = 0.62  # share of its piece's width or height that a ruling covers
+_TURNS = np.tan(np.deg2rad(np.arange(-8, 8.01, 0.5)))
+
+
+class Line(NamedTuple):
+    """A ruling in a mask: y = middle + slope * (x - width / 2), or the same with x and y exchanged.
+
+    Attributes:
+      level: whether it is nearly horizontal.
+      slope: of x, or of y for one that is nearly upright.
+      first, last: where it begins and ends across, in pixels from the line through the middle of the mask.
+      share: of its length that is inked.
+    """
+
+    level: bool
+    slope: float
+    first: float
+    last: float
+    share: float
+
+
+def without_grids(mask: np.ndarray, pen: float) -> tuple[np.ndarray, np.ndarray]:
+    """Erases printed lines, and leaves whole the strokes that cross them.
+
+    Args:
+      mask: `bool[H,W]`, where ink is.
+      pen: the width of the strokes in pixels.
+
+    Returns:
+      The ink without rulings, and where rulings were, `bool[H,W]` each.
+    """
+    kept, ruled = mask, np.zeros_like(mask)
+    if min(mask.shape) < _SMALLEST:
+        return kept, ruled
+    labels, _ = ndimage.label(mask, np.ones((3, 3)))
+    for number, place in enumerate(ndimage.find_objects(labels), 1):
+        sides = [part.stop - part.start for part in place]
+        if max(sides) < max(30, 6 * pen, 0.12 * max(mask.shape)):
+            continue
+        piece = labels[place] == number
+        lines = list(_rulings(piece, place, mask.shape, pen))
+        if not lines:
+            continue
+        if kept is mask:
+            kept = mask.copy()
+        for line in lines:
+            _erase(kept[place], ruled[place], piece, line)
+    if kept is not mask:
+        kept = ndimage.binary_opening(kept, np.ones((2, 2)))  # crumbs of the lines' edges
+    return kept, ruled
+
+
+def _rulings(piece: np.ndarray, place: tuple[slice, slice], shape: tuple[int, ...], pen: float) -> Iterator[Line]:
+    """Yields the lines of a piece of ink that are rulings and no strokes."""
+    found = {level: _lines(piece, level) for level in (True, False)}
+    level, upright = (_alike(lines, 0.14 * min(piece.shape)) for lines in found.values())
+    # Two lines each way make a box or a grid, three at the border a part of one. No digit has them, thin as they are.
+    if min(len(level), len(upright)) >= 2 or _is_open_box(level, upright, piece.shape, place, shape):
+        yield from level + upright
+        return
+    for lines, axis in ((found[True], 1), (found[False], 0)):
+        part, side = place[axis], shape[axis]
+        length = part.stop - part.start
+        ends = (part.start <= 0.03 * side) + (part.stop >= 0.97 * side)
+        for line in lines:
+            thickness = line.last - line.first + 1
+            alone = piece.shape[1 - axis] < 1.5 * thickness + 4 + abs(line.slope) * length
+            crossed = line in level + upright and len(level) + len(upright) >= 2
+            if (
+                (ends == 2 and (alone or crossed))
+                or (thickness < 0.75 * pen and (ends == 2 or (ends == 1 and length > 0.55 * side)))
+                or (line.level and alone and length > 8 * thickness)  # a lone bar is no digit
+            ):
+                yield line
+
+
+def _is_open_box(
+    level: list[Line], upright: list[Line], size: tuple[int, ...], place: tuple[slice, slice], shape: tuple[int, ...]
+) -> bool:
+    """Tells whether three lines are a box, or a row of boxes, that the picture's border cuts."""
+    if min(len(level), len(upright)) != 1 or len(level) + len(upright) < 3:
+        return False
+    (side,), axis = (level, 0) if len(level) == 1 else (upright, 1)
+    middle = (side.first + side.last) / 2
+    at_start, at_end = place[axis].start == 0, place[axis].stop == shape[axis]
+    opposite = (at_end and middle < 0.15 * size[axis]) or (at_start and middle > 0.85 * size[axis])
+    slopes = [line.slope for line in level] + [-line.slope for line in upright]
+    return opposite and min(line.share for line in level + upright) > 0.9 and float(np.ptp(slopes)) < 0.12
+
+
+def _alike(lines: list[Line], thickest: float) -> list[Line]:
+    """Leaves out what is thick or turned otherwise than the other lines: strokes."""
+    lines = [line for line in lines if line.last - line.first < thickest]
+    if len(lines) < 3:
+        return lines
+    thickness = float(np.median([line.last - line.first for line in lines]))
+    slope = float(np.median([line.slope for line in lines]))
+    return [line for line in lines if line.last - line.first <= 1.7 * thickness + 2 and abs(line.slope - slope) < 0.08]
+
+
+def _lines(piece: np.ndarray, level: bool) -> list[Line]:
+    """Finds the nearly level, or nearly upright, straight lines that span a piece."""
+    factor = max(1, -(-max(piece.shape) // _SIDE))
+    reduced = _reduced(piece if level else piece.T, factor)
+    height, width = reduced.shape
+    y, x = np.nonzero(ndimage.binary_dilation(reduced, np.ones((3, 1))))
+    x = x - width / 2
+    pad = int(width * _TURNS[-1]) + 2
+    rows = np.stack([
+        np.bincount(np.round(y - slope * x).astype(int) + pad, minlength=height + 2 * pad) for slope in _TURNS
+    ])  # fmt: skip
+    share, offsets = rows / width, np.arange(rows.shape[1])[None, :] - pad
+    found: list[Line] = []
+    while len(found) < 200:
+        turn, row = np.unravel_index(np.argmax(share), share.shape)
+        best = float(share[turn, row])
+        if best < _SPAN:
+            break
+        slope = float(_TURNS[turn])
+        first, last = _edges(reduced, slope, int(row) - pad)
+        # Two rulings do not cross within their piece.
+        reach = np.abs(_TURNS - slope)[:, None] * width / 2 + max(2, last - first + 2)
+        share[np.abs(offsets - (first + last) / 2) <= reach] = 0
+        found.append(Line(level, slope, first * factor, (last + 1) * factor - 1, best))
+    # What spans less than the others is a stroke. Ink all over is no set of lines.
+    found = [line for line in found if line.share >= 0.75 * found[0].share]
+    return (
+        found
+        if sum(line.last - line.first + factor for line in found) < 0.5 * height * factor or len(found) == 1
+        else []
+    )
+
+
+def _edges(piece: np.ndarray, slope: float, row: int) -> tuple[int, int]:
+    """Returns the first and last row of a line's ink, as the median over its columns, where the line is at `row`."""
+    height, width = piece.shape
+    reach = max(4, height // 8)
+    columns = np.arange(width)
+    middle = np.round(row + slope * (columns - width / 2)).astype(int)
+    rows = middle + np.arange(-reach, reach + 1)[:, None]
+    strip = piece[np.clip(rows, 0, height - 1), columns] & (rows >= 0) & (rows < height)
+    near = strip[reach - 1 : reach + 2]
+    inked = near.any(axis=0)
+    if not inked.any():
+        return row, row
+    strip = strip[:, inked].copy()
+    strip[reach] = True  # the dilation may have put the line a row beside its ink
+    above = np.argmin(strip[reach::-1], axis=0)
+    below = np.argmin(strip[reach:], axis=0)
+    above, below = np.where(above == 0, reach, above) - 1, np.where(below == 0, reach, below) - 1
+    return row - int(np.median(above)), row + int(np.median(below))
+
+
+def _reduced(piece: np.ndarray, factor: int) -> np.ndarray:
+    """Reduces a mask by a whole factor; what is set anywhere in a square stays set."""
+    if factor == 1:
+        return piece
+    padded = np.pad(piece, [(0, -side % factor) for side in piece.shape])
+    return padded.reshape(padded.shape[0] // factor, factor, padded.shape[1] // factor, factor).any((1, 3))
+
+
+def _erase(kept: np.ndarray, ruled: np.ndarray, piece: np.ndarray, line: Line) -> None:
+    """Erases a line from `kept` where no stroke crosses it, and notes it in `ruled`; both are changed in place."""
+    if not line.level:
+        kept, ruled, piece = kept.T, ruled.T, piece.T
+    height, width = piece.shape
+    thickness = int(line.last - line.first) + 2
+    margin = 2 + thickness // 4
+    columns = np.arange(width)
+    top = np.round(line.first + line.slope * (columns - width / 2)).astype(int) - 1
+    rows = top + np.arange(-margin, thickness + margin + 1)[:, None]
+    inside = (rows >= 0) & (rows < height)
+    rows = np.clip(rows, 0, height - 1)
+    strip = kept[rows, columns] & inside
+    # A stroke that goes on at both sides of the line crosses it, also when it slants.
+    reach = thickness + 1
+    above = ndimage.maximum_filter1d(strip[: margin - 1].all(axis=0), reach)
+    below = ndimage.maximum_filter1d(strip[-margin + 1 :].all(axis=0), reach)
+    crossing = above & below
+    band = inside[margin : -margin or None] & ~crossing
+    band_rows = rows[margin : -margin or None]
+    places = band_rows[band], np.broadcast_to(columns, band.shape)[band]
+    kept[places] = False
+    ruled[places] = True

@@ -1,0 +1,116 @@
+"""Many pictures at once: decoding and segmentation in a pool of processes, results in order."""
+
+import collections
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+from mnist_flax.pictures.decode import PictureError
+from mnist_flax.pictures.files import STDIN, read_file
+from mnist_flax.pictures.segment import Digit, read_digits
+
+Outcome = list[Digit] | PictureError
+
+_FEW = 8  # pictures: for fewer, starting processes takes longer than reading them
+_AHEAD = 8  # pictures per process that are read ahead of the caller, which bounds the memory
+
+
+def read_all(names: Sequence[str], num_workers: int = 0) -> Iterator[tuple[str, Outcome]]:
+    """Reads the digits of many pictures; yields each name, in order, with its digits or what is wrong with it.
+
+    Reading begins at once, not with the first result.
+
+    Args:
+      names: of files; `files.STDIN` is standard input.
+      num_workers: processes; 0 means one a CPU, or none for a few pictures.
+    """
+    if not num_workers and len(names) < _FEW:
+        return ((name, read_one(name)) for name in names)
+    return iter(_Reader(names, num_workers or _num_cpus()))
+
+
+def read_one(name: str) -> Outcome:
+    """Reads the digits of one picture; whatever is wrong with it is returned."""
+    try:
+        return read_digits(read_file(name))
+    except PictureError as error:
+        return error
+    except MemoryError:
+        return PictureError("needs more memory than there is; make it smaller")
+    except Exception as error:  # no picture may stop the others
+        return PictureError(f"made this program fail ({type(error).__name__}: {error}); please report it")
+
+
+def _num_cpus() -> int:
+    """Returns how many CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class _Reader:
+    """A pool of processes, and the pictures that they are at."""
+
+    def __init__(self, names: Sequence[str], num_workers: int) -> None:
+        self._num_workers = num_workers
+        self._names = iter(names)
+        self._pool = _start(num_workers)
+        self._pending: collections.deque[tuple[str, Future[Outcome]]] = collections.deque()
+        self._submit(itertools.islice(self._names, _AHEAD * num_workers))
+
+    def __iter__(self) -> Iterator[tuple[str, Outcome]]:
+        try:
+            while self._pending:
+                name, future = self._pending.popleft()
+                try:
+                    outcome = read_one(name) if name == STDIN else future.result()
+                except BrokenProcessPool:
+                    outcome = self._after_a_crash(name)
+                yield name, outcome
+                self._submit(itertools.islice(self._names, 1))
+        finally:
+            self._pool.shutdown(cancel_futures=True)
+
+    def _submit(self, names: Iterator[str]) -> None:
+        for name in names:
+            try:
+                future = Future[Outcome]() if name == STDIN else self._pool.submit(read_one, name)
+            except BrokenProcessPool as error:
+                future = Future()
+                future.set_exception(error)
+            self._pending.append((name, future))
+
+    def _after_a_crash(self, name: str) -> Outcome:
+        """Reads a picture alone, because it may be the one that killed a process, and starts a new pool."""
+        self._pool.shutdown(cancel_futures=True)
+        with _start(1) as alone:
+            try:
+                outcome = alone.submit(read_one, name).result()
+            except BrokenProcessPool:
+                outcome = PictureError("kills the process that reads it; it may need more memory than there is")
+        self._pool = _start(self._num_workers)
+        names = [name for name, _ in self._pending]
+        self._pending.clear()
+        self._submit(iter(names))
+        return outcome
+
+
+def _start(num_workers: int) -> ProcessPoolExecutor:
+    # Not forked: this process may have threads.
+    return ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), initializer=_initialize)
+
+
+def _initialize() -> None:
+    """Prepares a process of the pool: Ctrl-C is for its parent, and without that it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,125 @@
+"""What the network says about the digits of pictures: in batches across pictures, as JSON, or as a table."""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mnist_flax import metrics
+from mnist_flax.pictures.decode import PictureError
+from mnist_flax.pictures.segment import Digit
+
+CONFIDENT = (
+    0.95  # below this probability a digit is a guess; scripts/bench_predict.py counts what that costs and catches
+)
+TOP = 3
+
+_PATIENCE = 0.3  # seconds that a picture waits at most for others to fill the batch
+
+
+class Reading(NamedTuple):
+    """What the network says about one digit of a picture.
+
+    Attributes:
+      digit: the most probable class.
+      probability: of that class.
+      top: the three most probable classes with their probabilities, best first.
+      box: left, top, right, bottom in pixels of the picture; the right and bottom edges are exclusive.
+      doubtful: whether it is a guess, or may be no digit at all.
+      image: `u8[28,28]`, what the network saw.
+    """
+
+    digit: int
+    probability: float
+    top: list[tuple[int, float]]
+    box: tuple[int, int, int, int]
+    doubtful: bool
+    image: np.ndarray
+
+
+Logits = Callable[[np.ndarray], np.ndarray]
+
+
+def doubts(probs: np.ndarray) -> np.ndarray:
+    """Returns which answers are guesses, `f64[N,C] -> bool[N]`: the one place to put a better measure of doubt."""
+    return np.asarray(probs.max(axis=-1) < CONFIDENT)
+
+
+def classify(digits: Sequence[Digit], predict_logits: Logits) -> list[Reading]:
+    """Classifies digits.
+
+    Args:
+      digits: of one picture or of several.
+      predict_logits: `u8[N,28,28,1] -> f32[N,C]`.
+    """
+    if not digits:
+        return []
+    probs = np.exp(metrics.log_probabilities(predict_logits(np.stack([digit.image for digit in digits])[..., None])))
+    readings = []
+    for digit, row, doubtful in zip(digits, probs, doubts(probs), strict=True):
+        top = [(int(label), float(row[label])) for label in np.argsort(-row, kind="stable")[:TOP]]
+        readings.append(Reading(*top[0], top, digit.box, bool(doubtful or digit.suspect), digit.image))
+    return readings
+
+
+def classify_all(
+    pictures: Iterable[tuple[str, list[Digit] | PictureError]], predict_logits: Logits, batch_size: int
+) -> Iterator[tuple[str, list[Reading] | PictureError]]:
+    """Classifies the digits of many pictures, in batches across pictures; yields the pictures in order."""
+    waiting: list[tuple[str, list[Digit] | PictureError]] = []
+    started = time.monotonic()
+
+    def flush() -> Iterator[tuple[str, list[Reading] | PictureError]]:
+        found = [digit for _, digits in waiting if isinstance(digits, list) for digit in digits]
+        readings = iter(classify(found, predict_logits))
+        for name, digits in waiting:
+            yield name, [next(readings) for _ in digits] if isinstance(digits, list) else digits
+        waiting.clear()
+
+    for name, digits in pictures:
+        waiting.append((name, digits))
+        count = sum(len(digits) for _, digits in waiting if isinstance(digits, list))
+        if count >= batch_size or time.monotonic() - started > _PATIENCE:
+            yield from flush()
+            started = time.monotonic()
+    yield from flush()
+
+
+def is_doubtful(readings: Sequence[Reading]) -> bool:
+    """Tells whether a picture holds no digit with any confidence."""
+    return all(reading.doubtful for reading in readings)
+
+
+def as_json(name: str, readings: Sequence[Reading], class_names: Sequence[str]) -> str:
+    """Returns one line of JSON for a picture; classes that are no digits bring their `label`, such as a letter."""
+    digits: list[dict[str, Any]] = []
+    for reading in readings:
+        named = class_names[reading.digit] != str(reading.digit)
+        digits.append(
+            {
+                "digit": reading.digit,
+                **({"label": class_names[reading.digit]} if named else {}),
+                "probability": round(reading.probability, 6),
+                "top": [[label, round(probability, 6)] for label, probability in reading.top],
+                "box": list(reading.box),
+                "doubtful": reading.doubtful,
+            }
+        )
+    return json.dumps({"file": name, "digits": digits, "doubtful": is_doubtful(readings)})
+
+
+def as_table(name: str, readings: Sequence[Reading], width: int, class_names: Sequence[str]) -> str:
+    """Returns the lines of the table for a picture, its name in a column of `width` characters."""
+    lines = []
+    column = max(5, *map(len, class_names))
+    for reading in readings:
+        top = "  ".join(f"{class_names[label]} {probability:6.1%}" for label, probability in reading.top)
+        mark = "?" if reading.doubtful else " "
+        label = class_names[reading.digit]
+        lines.append(f"{name:<{width}}  {label:>{column}}{mark} {reading.probability:11.1%}  {top}")
+        name = ""
+    if is_doubtful(readings):
+        lines[-1] += "  doubtful: perhaps no digit"
+    return "\n".join(lines)

@@ -1,0 +1,110 @@
+"""The documents: every snippet runs, every command exists with its flags, and every link leads somewhere."""
+
+import functools
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+IDS = [str(page.relative_to(ROOT)) for page in PAGES]
+BLOCK = r"```{}\n(.*?)```"
+
+
+def blocks(page: pathlib.Path, language: str) -> list[str]:
+    """The code blocks of a language in a page."""
+    return re.findall(BLOCK.format(language), page.read_text(), re.DOTALL)
+
+
+def commands(page: pathlib.Path) -> list[list[str]]:
+    """The commands of this project in a page's shell blocks, as words, without comments and redirections."""
+    found = []
+    for block in blocks(page, "sh"):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):  # such as XLA_FLAGS=...
+                words.pop(0)
+            if words[:2] == ["python", "-m"] and words[2].startswith("mnist_flax."):
+                found.append([words[2].removeprefix("mnist_flax."), *words[3:]])
+            elif words[:1] == ["mnist-flax"] or re.match(r"python scripts/", " ".join(words)):
+                found.append(words[1:])
+            elif words[:1] == ["scripts/train"]:
+                found.append(["main", *words[1:]])
+    return found
+
+
+@functools.cache
+def help_of(program: str) -> str:
+    """What a verb or a script says about its flags."""
+    script = [str(ROOT / program)] if program.startswith("scripts/") else ["-m", f"mnist_flax.{program}"]
+    command = [sys.executable, *script, "--helpfull"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
+    return done.stdout + done.stderr
+
+
+VERB_COMMANDS = sorted({(command[0], *command[1:]) for page in PAGES for command in map(tuple, commands(page))})
+
+
+@pytest.mark.parametrize("command", VERB_COMMANDS, ids=" ".join)
+def test_command_of_a_document_exists_with_its_flags(command: tuple[str, ...]) -> None:
+    program, flags = command[0], [word for word in command[1:] if word.startswith("--")]
+    text = help_of(program)
+    for flag in flags:
+        name = re.split(r"[=.]", flag.removeprefix("--"))[0]
+        assert f"--{name}" in text or f"--[no]{name}" in text, f"{program} has no --{name}"
+    for preset in re.findall(r"--config=(configs/\w+\.py)", " ".join(command)):
+        assert (ROOT / preset).is_file()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_python_of_a_document_runs(page: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    for i, block in enumerate(blocks(page, "python")):
+        if "workdir" in block or "runs/" in block:
+            continue  # needs a trained run: tests/test_export.py and others execute these
+        first = re.match(r"# (\w+\.py)\n", block)
+        name = first[1] if first else f"snippet_{i}.py"
+        (tmp_path / name).write_text(block.replace("cli.main()", "pass"))
+    for path in sorted(tmp_path.glob("*.py")):
+        # Presets name what a snippet before them adds.
+        load = f"import my_net; exec(open({str(path)!r}).read())" if path.stem == "my_preset" else ""
+        command = [sys.executable, *(["-c", load + "\nget_config()"] if load else [str(path)])]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250)
+        assert done.returncode == 0, f"{path.name}: {done.stderr}"
+
+
+def test_network_of_the_readme_trains(tmp_path: pathlib.Path) -> None:
+    for block in blocks(ROOT / "README.md", "python"):
+        if first := re.match(r"# (\w+\.py)\n", block):
+            (tmp_path / first[1]).write_text(block)
+    command = [sys.executable, "my_net.py", "main", "--config=my_preset.py"]
+    shrunk = ["--config.data.name=digits", "--config.train.epochs=1", "--config.train.report=false"]
+    done = subprocess.run([*command, *shrunk], cwd=tmp_path, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "my_preset" / "summary.json").is_file()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_links_of_a_document_lead_somewhere(page: pathlib.Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_files_that_a_document_names_exist(page: pathlib.Path) -> None:
+    for name in re.findall(r"`((?:tests|scripts|configs|docs|mnist_flax)/[\w./]+)`", page.read_text()):
+        assert (ROOT / name).exists(), name
+    assert "@@" not in page.read_text(), "a figure is missing"
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().split()) < 1_000
+
+
+def test_readme_and_contributing_say_how_the_tests_run() -> None:
+    for page in ("README.md", "CONTRIBUTING.md"):
+        assert "scripts/test" in (ROOT / page).read_text()
