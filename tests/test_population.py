@@ -47,6 +47,7 @@ CONFIG = replace(
     train__log_every_steps=3,
     train__tensorboard=False,
     train__report=False,
+    train__demo=False,
 )
 
 

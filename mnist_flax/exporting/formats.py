@@ -118,7 +118,7 @@ def export_workdir(
     predictor, info = load_predictor(workdir, checkpoint)
     images, source = images_to_compare(info, overrides)
     contents = chosen.write(predictor, metadata_of(info))
-    difference = check(chosen, contents, predictor, images, format_name)
+    difference = check_export(chosen, contents, predictor, images, format_name)
     folder = folder or workdirs.subfolder(workdir, FOLDER)
     paths = tuple(folder / f"{STEM}{suffix}" for suffix in contents)
     for path, content in zip(paths, contents.values(), strict=True):
