@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import pathlib
 import re
 import runpy
 import sys
@@ -17,7 +18,7 @@ from mnist_flax.run import console, signals
 
 FLAGS = flags.FLAGS
 
-VERBS = {
+_VERBS = {
     "main": "train a network, or continue a run",
     "evaluate": "evaluate a run on a whole split",
     "report": "write the report of a run",
@@ -30,19 +31,25 @@ VERBS = {
 }
 
 
+def verbs() -> dict[str, str]:
+    """Returns the verbs of this version, and what each does."""
+    folder = pathlib.Path(__file__).parent
+    return {verb: text for verb, text in _VERBS.items() if (folder / f"{verb}.py").exists()}
+
+
 def main() -> None:
     """Runs `mnist-flax VERB [flags]`, exactly as `python -m mnist_flax.VERB [flags]`."""
     verb = sys.argv[1] if len(sys.argv) > 1 else ""
-    if verb in VERBS:
+    if verb in verbs():
         del sys.argv[1]
         runpy.run_module(f"mnist_flax.{verb}", run_name="__main__", alter_sys=True)
     lines = ["usage: mnist-flax VERB [flags]; mnist-flax VERB --help lists the flags", ""]
-    lines += [f"  {name:<12}{text}" for name, text in VERBS.items()]
+    lines += [f"  {name:<12}{text}" for name, text in verbs().items()]
     if verb in ("--help", "-h", "help"):
         print("\n".join(lines))
         sys.exit(0)
     if verb:
-        lines = [f"error: {verb!r}: no such verb; {nearest(verb, VERBS)}"]
+        lines = [f"error: {verb!r}: no such verb; {nearest(verb, verbs())}"]
     print("\n".join(lines), file=sys.stderr)
     sys.exit(2)
 

@@ -21,7 +21,8 @@ from mnist_flax.config import Config, default_config_dict
 from mnist_flax.errors import ConfigError
 
 _PACKAGE = pathlib.Path(__file__).resolve().parent
-FOLDERS = (_PACKAGE.parent / "configs", _PACKAGE / "configs")  # of the presets: in a checkout, and in a wheel
+_IN_WHEEL = _PACKAGE / "configs"
+FOLDER = _IN_WHEEL if _IN_WHEEL.is_dir() else _PACKAGE.parent / "configs"  # of the presets
 
 
 def find_preset(name: str) -> pathlib.Path:
@@ -31,8 +32,7 @@ def find_preset(name: str) -> pathlib.Path:
       ConfigError: there is no such file.
     """
     path = pathlib.Path(name)
-    known = {file.stem: file for folder in reversed(FOLDERS) for file in sorted(folder.glob("*.py"))}
-    known.pop("__init__", None)
+    known = {file.stem: file for file in sorted(FOLDER.glob("*.py"))}
     try:
         if path.is_file() or name not in known:
             path.read_bytes()

@@ -20,6 +20,7 @@ from mnist_flax.data.load import adapt_to_dataset, load_splits
 from mnist_flax.data.splits import Examples, Splits
 from mnist_flax.errors import NonFiniteLossError, WorkdirError
 from mnist_flax.members import Member, announce, evaluate_holdout, finish, open_member
+from mnist_flax.memory import check_memory
 from mnist_flax.run import processes
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.log import check_finite
@@ -58,7 +59,8 @@ def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = No
             f"--workdir={workdir}: holds a population; name another folder, or continue it with"
             " python -m mnist_flax.population"
         )
-    drivers.job_mesh(config.program, 1, config.train.num_devices)  # before anything is read or written
+    check_memory(config)  # before anything is read or written
+    drivers.job_mesh(config.program, 1, config.train.num_devices)
     splits = load_splits(config)
     (member,) = fit_all({workdir: adapt_to_dataset(config, splits)}, splits, fork=fork)
     return member.state
@@ -82,6 +84,7 @@ def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, fol
     workdirs.check(workdir)
     if (workdir / workdirs.CHECKPOINTS).exists():
         raise WorkdirError(f"--workdir={workdir}: holds a run, not a population; name another folder")
+    check_memory(config)
     splits = load_splits(config)
     configs = member_configs(adapt_to_dataset(config, splits), seeds=seeds, folds=folds)
     if folds and config.data.holdout:

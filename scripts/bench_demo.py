@@ -116,7 +116,7 @@ def speeds(chromium: Any, address: str, pages: int, updates: int) -> dict[str, A
                  .observe(document, { attributes: true, attributeFilter: ["data-ready"], subtree: true })"""
         )
         page.goto(address)
-        page.wait_for_function("window.answered")
+        page.wait_for_selector("[data-ready]")
         first.append(page.evaluate("window.answered"))
         context.close()
     page = chromium.new_page()

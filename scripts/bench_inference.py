@@ -7,6 +7,7 @@ with its scores; `one_image` is one image's logits; `picture` is `predict.read_p
 digit. Weights are the first ones and pixels random: no speed here depends on them. One JSON line holds the results.
 """
 
+import dataclasses
 import datetime
 import io
 import json
@@ -19,7 +20,7 @@ from typing import Any
 from absl import flags
 
 from mnist_flax import cli
-from mnist_flax.config import Config, replace
+from mnist_flax.config import Config
 from mnist_flax.data.registry import DATASETS, IMAGE_SIZE
 
 
@@ -54,27 +55,29 @@ def bench(config: Config, *, batch_sizes: Sequence[int], repeats: int, latencies
     from PIL import Image
 
     from mnist_flax import rng
-    from mnist_flax.analysis.evaluation import evaluate, predict_logits
+    from mnist_flax.analysis.evaluation import evaluate, make_predictor, predict_logits
     from mnist_flax.data.splits import Examples
+    from mnist_flax.drivers import jit_init_state
     from mnist_flax.predict import read_picture
-    from mnist_flax.step import eval_variables, jit_init_state
+    from mnist_flax.step import eval_variables
 
     generator = np.random.default_rng(0)
     count = DATASETS[config.data.name].num_test
     images = generator.integers(0, 256, (count, IMAGE_SIZE, IMAGE_SIZE, 1), dtype=np.uint8)
     examples = Examples(images, generator.integers(0, config.num_classes, count).astype(np.int32))
-    variables = eval_variables(jit_init_state(config, rng.root_key(config.seed)))
+    variables = eval_variables(jit_init_state(config.program, rng.root_key(config.seed)))
+    predictor = make_predictor(config, variables)
     page = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.uint8)
     page[5:23, 12:16] = 255
     picture = io.BytesIO()
     Image.fromarray(page).save(picture, "PNG")
 
     def logits(batch_size: int, number: int) -> Callable[[], Any]:
-        chosen = replace(config, train__eval_batch_size=batch_size)
-        return lambda: predict_logits(chosen, variables, images[:number])
+        chosen = dataclasses.replace(predictor, batch_size=batch_size)
+        return lambda: predict_logits(chosen, images[:number])
 
     print("evaluating ...", file=sys.stderr)
-    evaluating = seconds_of(lambda: evaluate(config, variables, examples), repeats)
+    evaluating = seconds_of(lambda: evaluate(predictor, examples), repeats)
     print("single images ...", file=sys.stderr)
     one_image = seconds_of(logits(1, 1), latencies)
     reading = seconds_of(lambda: read_picture(config, variables, picture.getvalue()), latencies)

@@ -3,9 +3,11 @@
     python scripts/bench_peers.py --config=configs/three_conv_adam.py --repeats=5       # one epoch, warmed up
     python scripts/bench_peers.py --config=configs/default.py --repeats=3 --whole       # the whole process
 
-All train the same network with the same optimiser, schedule, batches and precision (f32) on the same rows, each by its
-own program in scripts/peers/, in an environment that this script makes under .venv/peers/. They take turns, so that
-what else the machine does meets all alike; a ratio is ours divided by the peer's, within one turn.
+All train the network of the config, a `cnn` or a `resnet` with ReLU and max-pooling, with the same optimiser, schedule,
+batches and precision (f32) on the same rows, each by its own program in scripts/peers/, in an environment that this
+script makes under .venv/peers/. Flax knows only the network of `three_conv_adam`; only PyTorch rotates, scales and
+shears. They take turns, so that load on the machine affects all alike; a ratio is ours divided by the peer's, within
+one turn.
 
 One epoch: all programs are started and train an untimed epoch; then one works while the others wait. The whole process:
 from its start until the test set is judged and it has ended, after an untimed run of ours and an epoch of the others;
@@ -13,6 +15,7 @@ ours is `python -m mnist_flax.main`, which also saves checkpoints, TensorBoard e
 """
 
 import contextlib
+import dataclasses
 import datetime
 import json
 import os
@@ -40,11 +43,21 @@ OURS = "ours"
 
 
 class Peer(NamedTuple):
-    """A program in scripts/peers/, one of its variants, and what it needs."""
+    """A program in scripts/peers/, one of its variants, and what it needs.
+
+    Attributes:
+      module: in scripts/peers/.
+      variant: what the program is given.
+      packages: of its environment.
+      any_network: it follows `config.model`; otherwise it knows the classic network only.
+      distorts: it rotates, scales and shears.
+    """
 
     module: str
     variant: str = ""
     packages: tuple[str, ...] = ()
+    any_network: bool = True
+    distorts: bool = False
 
 
 # For the peers: without it glibc gives the memory of each large array back and faults it in again, which on a virtual
@@ -53,14 +66,30 @@ TUNED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_
 
 PYTORCH = ("torch==2.13.0", "numpy")
 PEERS = {
-    "pytorch_eager": Peer("pytorch", "eager", PYTORCH),
-    "pytorch_channels_last": Peer("pytorch", "channels_last", PYTORCH),
-    "pytorch_compiled": Peer("pytorch", "compiled", PYTORCH),
+    "pytorch_eager": Peer("pytorch", "eager", PYTORCH, distorts=True),
+    "pytorch_channels_last": Peer("pytorch", "channels_last", PYTORCH, distorts=True),
+    "pytorch_compiled": Peer("pytorch", "compiled", PYTORCH, distorts=True),
     "keras": Peer("keras", packages=("tensorflow==2.21.0", "keras==3.15.0")),
-    "flax": Peer("flax", packages=tuple(f"{name}=={version(name)}" for name in ("jax", "jaxlib", "flax", "optax"))),
+    "flax": Peer(
+        "flax",
+        packages=tuple(f"{name}=={version(name)}" for name in ("jax", "jaxlib", "flax", "optax")),
+        any_network=False,
+    ),
 }
 
-# What of a config the peers follow, and the values they know, where they do not know all. The rest must be as default.
+# Of a network the peers know one value of each of these, and follow the rest.
+NETWORK = {
+    "activation": "relu",
+    "pooling": "max",
+    "stem": "learned",
+    "dtype": "float32",
+    "matmul_precision": "default",
+    "pixel_mean": 0.0,
+    "pixel_std": 1.0,
+}
+DISTORTIONS = ("augment.rotate", "augment.scale", "augment.shear")
+
+# What else of a config the peers follow, with the values they know if not all. Any other field must have its default.
 FOLLOWED: dict[str, tuple[str, ...]] = {
     "data.name": (),
     "data.num_train": (),
@@ -79,25 +108,36 @@ FOLLOWED: dict[str, tuple[str, ...]] = {
 }
 
 
-def check(config: Config) -> None:
-    """Stops when the peers cannot follow a config.
+def check(config: Config, names: Sequence[str] = tuple(PEERS)) -> None:
+    """Raises if one of these peers cannot follow a config.
 
     Raises:
-      ConfigError: a field has a value that they do not know.
+      ConfigError: a field has a value that it does not know.
     """
-    followed = {}
     for name, known in FOLLOWED.items():
         section, field = name.split(".")
         value = getattr(getattr(config, section), field)
         if known and value not in known:
             raise ConfigError(f"config.{name} = {value!r}: the peers know only {' and '.join(known)}")
-        followed[f"{section}__{field}"] = value
     if config.optimizer.name == "adam" and config.optimizer.weight_decay:
         raise ConfigError(
             f"config.optimizer.weight_decay = {config.optimizer.weight_decay}: the peers need adamw for it"
         )
-    for name, (known_value, value) in differences(replace(Config(), **followed), config).items():
-        raise ConfigError(f"config.{name} = {value!r}: the peers know only {known_value!r}")
+    for peer in names:
+        for field, (known_value, value) in differences(_as_followed(config, PEERS[peer]), config).items():
+            raise ConfigError(f"config.{field} = {value!r}: {peer} knows only {known_value!r}")
+
+
+def _as_followed(config: Config, peer: Peer) -> Config:
+    """Returns the config with the default value in each field that a peer does not follow."""
+    names = (*FOLLOWED, *(DISTORTIONS if peer.distorts else ()))
+    fields = {name: getattr(getattr(config, name.split(".")[0]), name.split(".")[1]) for name in names}
+    followed = replace(Config(), **{name.replace(".", "__"): value for name, value in fields.items()})
+    if not peer.any_network:
+        return followed
+    own = {field.name for field in dataclasses.fields(config.model)}
+    known = {name: value for name, value in NETWORK.items() if name in own}
+    return dataclasses.replace(followed, model=dataclasses.replace(config.model, **known))
 
 
 # Environments ---------------------------------------------------------------------------------------------------------
@@ -324,10 +364,10 @@ def main(argv: Sequence[str]) -> None:
     """Measures what the flags describe."""
     del argv
     config = cli.config()
-    check(config)
     for name in flags.FLAGS.peers:
         if name not in PEERS:
             raise ConfigError(f"--peers={name}: {nearest(name, PEERS)}")
+    check(config, flags.FLAGS.peers)
     from mnist_flax.run.provenance import provenance
 
     with tempfile.TemporaryDirectory() as folder:

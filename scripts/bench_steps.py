@@ -11,7 +11,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from absl import flags
@@ -22,24 +22,28 @@ from mnist_flax.data.registry import IMAGE_SIZE
 
 
 def training_flops(config: Config) -> int:
-    """Returns the multiplications and additions of a training step's matrix products, for one image.
+    """Returns the multiplications and additions of a training step's convolutions and matrix products, for one image.
 
     Three times the forward pass, less the gradient by the pixels, which nobody needs.
     """
-    size, channels, forward, first = IMAGE_SIZE, 1, 0, 0
-    for block in config.model.blocks():
-        size = block.conv_size(size)
-        flops = 2 * size**2 * block.kernel_size**2 * channels * block.width
-        first = first or flops
-        forward += flops
-        size, channels = size // block.pool, block.width
-    features = size**2 * channels
-    for width in (*config.model.dense, config.num_classes):
-        flops = 2 * features * width
-        first = first or flops
-        forward += flops
-        features = width
-    return 3 * forward - first
+    import jax
+
+    module = config.model.module(config.num_classes)
+    pixels = jax.ShapeDtypeStruct((1, IMAGE_SIZE, IMAGE_SIZE, 1), "float32")
+    flops = list(_product_flops(jax.make_jaxpr(module.init)(jax.random.key(0), pixels).jaxpr))
+    return 3 * sum(flops) - flops[0]
+
+
+def _product_flops(jaxpr: Any) -> Iterator[int]:
+    """Yields the flops of each convolution and matrix product, in order."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("conv_general_dilated", "dot_general"):
+            right, outputs = equation.invars[1].aval, equation.outvars[0].aval
+            yield 2 * outputs.size * (right.size // right.shape[-1])
+        for parameter in equation.params.values():
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                yield from _product_flops(inner)
 
 
 def matmul_rate() -> Callable[[], float]:
@@ -67,27 +71,22 @@ def timed_steps(config: Config, num_steps: int) -> Callable[[], float]:
 
     from mnist_flax import rng
     from mnist_flax.data.splits import Examples
-    from mnist_flax.step import jit_init_state
-    from mnist_flax.train import DRIVERS
+    from mnist_flax.drivers import Job, driver, jit_init_state, stack
 
     generator = np.random.default_rng(0)
     count = config.num_train
     images = generator.integers(0, 256, (count, IMAGE_SIZE, IMAGE_SIZE, 1), dtype=np.uint8)
     examples = Examples(images, generator.integers(0, config.num_classes, count).astype(np.int32))
-    key = rng.root_key(config.seed)
-    state = jit_init_state(config, key)
-    advance = DRIVERS[config.train.driver](config, state, examples, np.arange(count, dtype=np.int32), key)
-    step = 0
+    job = Job(config.program, [config.seed], [np.arange(count, dtype=np.int32)], examples)
+    states = stack([jit_init_state(config.program, rng.root_key(config.seed))], job)
+    advance = driver(config.train.driver, job, states)
 
     def measure() -> float:
-        nonlocal state, step
-        if step % config.steps_per_epoch + num_steps > config.steps_per_epoch:
-            step = 0  # a call must not cross the end of an epoch
-            state = state.replace(step=jax.numpy.zeros_like(state.step))
+        nonlocal states
+        if int(states.step[0]) % config.steps_per_epoch + num_steps > config.steps_per_epoch:
+            states = states.replace(step=jax.numpy.zeros_like(states.step))  # a call must not cross the end of an epoch
         started = time.perf_counter()
-        state, fetch = advance(state, step, num_steps)
-        fetch()
-        step += num_steps
+        states, _ = advance(states, num_steps)
         return (time.perf_counter() - started) / num_steps
 
     measure()

@@ -16,7 +16,7 @@ LAYERS = [
     ["config"],
     ["preset", "data", "run.workdir", "run.compilation", "run.provenance", "run.processes", "run.storage", "pictures"],
     ["cli", "step", "run.progress", "run.weights", "run.tensorboard", "run.log"],
-    ["drivers"],
+    ["drivers", "memory"],
     ["run"],
     ["analysis"],
     ["exporting"],

@@ -71,6 +71,11 @@ def test_no_module_imports_tensorflow_or_a_heavy_library() -> None:
 # Verbs ----------------------------------------------------------------------------------------------------------------
 
 
+def test_only_verbs_that_exist_are_offered() -> None:
+    modules = {path.stem for path in (ROOT / "mnist_flax").glob("*.py")}
+    assert {"main", "evaluate", "report", "predict", "population"} <= cli.verbs().keys() <= modules
+
+
 def test_verb_does_what_python_m_does(tmp_path: pathlib.Path) -> None:
     code = "import sys; from mnist_flax import cli; sys.argv[0] = 'mnist-flax'; cli.main()"
     command = [sys.executable, "-c", code, "main", "--config=tiny", "stray"]
@@ -254,8 +259,6 @@ def test_preset_is_found_by_name_or_path(tmp_path: pathlib.Path, monkeypatch: py
     assert preset.find_preset("tiny") == ROOT / "configs" / "tiny.py"
     (tmp_path / "tiny").write_text(START + "    return config\n")
     assert preset.find_preset("tiny") == pathlib.Path("tiny")
-    monkeypatch.setattr(preset, "FOLDERS", (tmp_path / "nowhere", ROOT / "configs"))  # as in a wheel
-    assert preset.find_preset("default") == ROOT / "configs" / "default.py"
     with pytest.raises(ConfigError, match=r"--config=defautl: cannot be read \(No such file.+; did you mean 'default'"):
         preset.find_preset("defautl")
     for name in (".", "zero\0byte", "nowhere.py", "long" * 100):
@@ -319,3 +322,10 @@ def test_reader_that_leaves_ends_a_program_quietly(redirection: str, status: int
     command = ["bash", "-c", f'set -o pipefail; "$0" -c "$1" {redirection}', sys.executable, PRINTS]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout + done.stderr) == (status, said)
+
+
+def test_any_name_can_be_printed_in_any_locale() -> None:
+    code = "import os; from mnist_flax import cli; cli.run(lambda _: print('七', os.fsdecode(bytes([255]))))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\\u4e03 \\udcff\n", "")

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import pytest
 from small_run import SMALL, outcome
 
@@ -123,7 +124,23 @@ def test_fuzzed_presets_give_a_config_or_a_message(seed: int, tmp_path: pathlib.
 
 # Workdirs -------------------------------------------------------------------------------------------------------------
 
-SHORT = replace(SMALL, checkpoint__keep_latest=3, train__tensorboard=True)
+SHORT = replace(SMALL, checkpoint__keep_latest=3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kept_programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compiles the program of these runs once instead of in each of them."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")

@@ -107,9 +107,9 @@ def test_a_peer_that_fails_is_told(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model__widths": (8, 16, 16)}, r"config\.model\.widths = \(8, 16, 16\): the peers know only \(32, 64, 64\)"),
+        ({"model__widths": (8, 16, 16)}, r"config\.model\.widths = \(8, 16, 16\): flax knows only \(32, 64, 64\)"),
         ({"optimizer__name": "sgd"}, "config.optimizer.name = 'sgd': the peers know only adam and adamw"),
-        ({"augment__rotate": 5.0}, r"config\.augment\.rotate = 5\.0: the peers know only 0\.0"),
+        ({"augment__rotate": 5.0}, r"config\.augment\.rotate = 5\.0: keras knows only 0\.0"),
     ],
 )
 def test_a_recipe_that_the_peers_cannot_follow_is_refused(fields: dict[str, object], message: str) -> None:

@@ -1,6 +1,7 @@
 """The standard streams: losing the console never stops a run, and a reader who has seen enough is no error."""
 
 import contextlib
+import io
 import logging
 import os
 import sys
@@ -47,8 +48,6 @@ class _Stream:
             self._lose(error)
 
     def _lose(self, error: Exception) -> None:
-        if isinstance(error, UnicodeEncodeError):
-            raise error
         with contextlib.suppress(OSError, ValueError):  # so that what is still buffered fails no more
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self._stream.fileno())
@@ -93,6 +92,8 @@ def open_streams() -> None:
         if stream is None:
             stream = open(descriptor, "w", closefd=False)  # noqa: SIM115
         if not isinstance(stream, _Stream):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # any file name can be printed in any locale
             setattr(sys, name, wrapper(stream))
 
 

@@ -26,7 +26,12 @@ class Examples(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """What of a config the peers follow; the network is the same for all recipes."""
+    """What of a config the peers follow.
+
+    Attributes:
+      model: the fields of `config.model`; `blocks` gives the convolutions of a `cnn`.
+      augment: the fields of `config.augment`; of the moves that interpolate only PyTorch knows rotate, scale and shear.
+    """
 
     seed: int
     epochs: int
@@ -40,6 +45,8 @@ class Recipe(NamedTuple):
     he_init: bool
     shift: int
     num_steps: int
+    model: dict[str, Any]
+    augment: dict[str, Any]
 
     @classmethod
     def of(cls, config: dict[str, Any], num_train: int) -> Self:
@@ -58,7 +65,16 @@ class Recipe(NamedTuple):
             he_init=config["model"]["init"] == "he_normal",
             shift=config["augment"]["shift"],
             num_steps=-(-num_train // train["batch_size"]) * train["epochs"],
+            model=config["model"],
+            augment=config["augment"],
         )
+
+    def blocks(self) -> list[tuple[int, int, int, str, int]]:
+        """Returns width, kernel size, stride, padding and pooling of each convolution of a `cnn`."""
+        names = ("kernel_sizes", "strides", "paddings", "pools")
+        count = len(self.model["widths"])
+        columns = [self.model[name] * (count if len(self.model[name]) == 1 else 1) for name in names]
+        return list(zip(self.model["widths"], *columns, strict=True))
 
 
 class Program(Protocol):

@@ -5,6 +5,7 @@ python -m scripts.peers.keras ...
 
 import argparse
 import os
+from typing import Any
 
 os.environ["KERAS_BACKEND"] = "tensorflow"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -16,18 +17,47 @@ from keras import layers
 from scripts.peers.harness import Examples, Recipe, pixels, serve, shifted
 
 
-def network(recipe: Recipe) -> keras.Sequential:
-    """Returns the three convolutions."""
+def network(recipe: Recipe) -> keras.Model:
+    """Returns the network of a config."""
+    model = recipe.model
     init = {"kernel_initializer": "he_normal" if recipe.he_init else "glorot_uniform"}
-    return keras.Sequential([
-        keras.Input((28, 28, 1)),
-        layers.Conv2D(32, 3, **init), layers.MaxPooling2D(2), layers.ReLU(),
-        layers.Conv2D(64, 3, **init), layers.MaxPooling2D(2), layers.ReLU(),
-        layers.Conv2D(64, 3, activation="relu", **init),
-        layers.Flatten(),
-        layers.Dense(64, activation="relu", **init),
-        layers.Dense(10, **init),
-    ])  # fmt: skip
+    inputs = keras.Input((28, 28, 1))
+    x = resnet(model, inputs, init) if model["name"] == "resnet" else cnn(recipe, inputs, init)
+    if model["dropout"]:
+        x = layers.Dropout(model["dropout"])(x)
+    return keras.Model(inputs, layers.Dense(10, **init)(x))
+
+
+def cnn(recipe: Recipe, x: Any, init: dict[str, str]) -> Any:
+    """Applies the layers of a `cnn` but the last; pooling comes before the ReLU, which is faster and means the same."""
+    norm = recipe.model["batch_norm"]
+    for width, kernel, stride, padding, pool in recipe.blocks():
+        x = layers.Conv2D(width, kernel, stride, padding.lower(), use_bias=not norm, **init)(x)
+        x = layers.BatchNormalization()(x) if norm else x
+        x = layers.ReLU()(layers.MaxPooling2D(pool)(x) if pool > 1 else x)
+        x = layers.Dropout(recipe.model["conv_dropout"])(x) if recipe.model["conv_dropout"] else x
+    x = layers.Flatten()(x)
+    for width in recipe.model["dense"]:
+        x = layers.Dense(width, use_bias=not norm, **init)(x)
+        x = layers.ReLU()(layers.BatchNormalization()(x) if norm else x)
+    return x
+
+
+def resnet(model: dict[str, Any], x: Any, init: dict[str, str]) -> Any:
+    """Applies the layers of a `resnet` but the last."""
+
+    def conv(width: int, kernel: int, stride: int = 1) -> layers.Layer:
+        return layers.Conv2D(width, kernel, stride, "same", use_bias=False, **init)
+
+    x = conv(model["widths"][0], 3)(x)
+    for stage, width in enumerate(model["widths"]):
+        for block in range(model["blocks"]):
+            stride = 2 if stage and not block else 1
+            y = layers.ReLU()(layers.BatchNormalization()(x))
+            shortcut = conv(width, 1, stride)(y) if stride > 1 or x.shape[-1] != width else x
+            y = layers.ReLU()(layers.BatchNormalization()(conv(width, 3, stride)(y)))
+            x = layers.Add()([shortcut, conv(width, 3)(y)])
+    return layers.GlobalAveragePooling2D()(layers.ReLU()(layers.BatchNormalization()(x)))
 
 
 class Keras:

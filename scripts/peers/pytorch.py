@@ -4,6 +4,7 @@ python -m scripts.peers.pytorch --variant=eager|channels_last|compiled ...
 """
 
 import argparse
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,24 +14,83 @@ from torch.nn import functional
 from scripts.peers.harness import Examples, Recipe, pixels, serve, shifted
 
 
+class Block(nn.Module):
+    """A residual block with pre-activation (He et al., 2016)."""
+
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self._first_norm, self._second_norm = nn.BatchNorm2d(channels), nn.BatchNorm2d(width)
+        self._first = nn.Conv2d(channels, width, 3, stride, 1, bias=False)
+        self._second = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        other_shape = stride > 1 or channels != width
+        self._shortcut = nn.Conv2d(channels, width, 1, stride, bias=False) if other_shape else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps `f32[B,C,H,W] -> f32[B,width,H',W']`."""
+        y = functional.relu(self._first_norm(x), inplace=True)
+        shortcut = self._shortcut(y) if self._shortcut else x
+        y = functional.relu(self._second_norm(self._first(y)), inplace=True)
+        return shortcut + self._second(y)
+
+
+def resnet(model: dict[str, Any]) -> list[nn.Module]:
+    """Returns the layers of a `resnet`."""
+    channels = model["widths"][0]
+    layers: list[nn.Module] = [nn.Conv2d(1, channels, 3, 1, 1, bias=False)]
+    for stage, width in enumerate(model["widths"]):
+        for block in range(model["blocks"]):
+            layers.append(Block(channels, width, 2 if stage and not block else 1))
+            channels = width
+    layers += [nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return [*layers, nn.Dropout(model["dropout"]), nn.Linear(channels, 10)]
+
+
+def cnn(recipe: Recipe) -> list[nn.Module]:
+    """Returns the layers of a `cnn`; pooling before the ReLU is the faster order of two that mean the same."""
+    model, channels, size = recipe.model, 1, 28
+    layers: list[nn.Module] = []
+    for width, kernel, stride, padding, pool in recipe.blocks():
+        pad = kernel // 2 if padding == "SAME" else 0
+        layers.append(nn.Conv2d(channels, width, kernel, stride, pad, bias=not model["batch_norm"]))
+        layers += [nn.BatchNorm2d(width)] if model["batch_norm"] else []
+        layers += [nn.MaxPool2d(pool)] if pool > 1 else []
+        layers += [nn.ReLU(inplace=True), *([nn.Dropout(model["conv_dropout"])] if model["conv_dropout"] else [])]
+        channels, size = width, ((size + 2 * pad - kernel) // stride + 1) // pool
+    layers.append(nn.Flatten())
+    features = channels * size**2
+    for width in model["dense"]:
+        layers.append(nn.Linear(features, width, bias=not model["batch_norm"]))
+        layers += [nn.BatchNorm1d(width)] if model["batch_norm"] else []
+        layers.append(nn.ReLU(inplace=True))
+        features = width
+    return [*layers, *([nn.Dropout(model["dropout"])] if model["dropout"] else []), nn.Linear(features, 10)]
+
+
 def network(recipe: Recipe) -> nn.Sequential:
-    """Returns the three convolutions; pooling before the ReLU is the faster order of two that mean the same."""
-    model = nn.Sequential(
-        nn.Conv2d(1, 32, 3), nn.MaxPool2d(2), nn.ReLU(),
-        nn.Conv2d(32, 64, 3), nn.MaxPool2d(2), nn.ReLU(),
-        nn.Conv2d(64, 64, 3), nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(576, 64), nn.ReLU(),
-        nn.Linear(64, 10),
-    )  # fmt: skip
-    for layer in model:
+    """Returns the network of a config."""
+    model = nn.Sequential(*(resnet(recipe.model) if recipe.model["name"] == "resnet" else cnn(recipe)))
+    for layer in model.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             if recipe.he_init:
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             else:
                 nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
     return model
+
+
+def distorted(images: Tensor, augment: dict[str, Any]) -> Tensor:
+    """Rotates, scales and shears each image of a batch by its own draw: `f32[B,1,28,28] -> f32[B,1,28,28]`."""
+    rotate, scale, shear = (augment.get(name, 0) for name in ("rotate", "scale", "shear"))
+    if not (rotate or scale or shear):
+        return images
+    angle, size, slant = torch.rand(3, len(images)) * 2 - 1
+    angle, size, slant = torch.deg2rad(angle * rotate), 1 + size * scale, torch.tan(torch.deg2rad(slant * shear))
+    cos, sin, zero = torch.cos(angle) / size, torch.sin(angle) / size, torch.zeros(len(images))
+    places = torch.stack([cos, cos * slant + sin, zero, -sin, cos - sin * slant, zero], 1).reshape(-1, 2, 3)
+    grid = functional.affine_grid(places, list(images.shape), align_corners=False)
+    return functional.grid_sample(images, grid, align_corners=False)
 
 
 def as_tensor(images: np.ndarray) -> Tensor:
@@ -75,7 +135,7 @@ class PyTorch:
         images = as_tensor(shifted(self._images, recipe.shift, self._generator))
         total = torch.zeros(())
         for rows in torch.randperm(len(images)).split(recipe.batch_size):
-            logits = self._forward(self._batch(images[rows]))
+            logits = self._forward(self._batch(distorted(images[rows], recipe.augment)))
             loss = functional.cross_entropy(logits, self._labels[rows], label_smoothing=recipe.label_smoothing)
             self._optimizer.zero_grad()
             loss.backward()

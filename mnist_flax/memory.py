@@ -1,0 +1,85 @@
+"""How much memory a run needs at least, so that one that cannot fit is refused before anything is allocated."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import jaxprs_in_params
+
+from mnist_flax import rng
+from mnist_flax.config import Config, Program
+from mnist_flax.data.registry import IMAGE_SIZE
+from mnist_flax.errors import ConfigError
+from mnist_flax.step import TrainState, eval_variables, forward, init_state
+
+HARMLESS_SIZE = 4096  # with no larger batch or layer, the 0.1 s that tracing takes at the start are saved
+PRODUCTS = ("conv_general_dilated", "dot_general")
+
+
+def check_memory(config: Config) -> None:
+    """Checks that weights, a training batch and an evaluation batch can fit into memory; nothing is allocated.
+
+    The estimates are lower bounds: what passes can still be too large, what is refused cannot fit.
+
+    Raises:
+      ConfigError: one of them cannot.
+    """
+    if max(_sizes(config)) <= HARMLESS_SIZE:
+        return
+    available = available_bytes()
+    state = jax.eval_shape(lambda: init_state(config.program, rng.root_key(0)))
+    weights = sum(_num_bytes(leaf) for leaf in jax.tree.leaves(state))
+    outputs = list(_product_bytes(config.program, state))  # of one image, in the order of the layers
+    needs = {
+        f"config.model: {config.model}: its weights and their optimizer state need": weights,
+        # Going backwards needs what every layer made of the batch.
+        f"config.train.batch_size = {config.train.batch_size}: a training step needs at least": weights
+        + config.train.batch_size * sum(outputs),
+        f"config.eval.batch_size = {config.eval.batch_size}: an evaluation needs at least": config.eval.batch_size
+        * max(outputs),
+    }
+    for subject, needed in needs.items():
+        if needed > available:
+            raise ConfigError(f"{subject} {_readable(needed)}, but there are {_readable(available)}; make it smaller")
+
+
+def _sizes(config: Config) -> Iterator[int]:
+    """Yields the batch sizes, and every number in the model's config."""
+    yield from (config.train.batch_size, config.eval.batch_size)
+    for value in dataclasses.astuple(config.model):
+        yield from (item for item in (value if isinstance(value, tuple) else (value,)) if type(item) is int)
+
+
+def _product_bytes(program: Program, state: TrainState) -> Iterator[int]:
+    """Yields the size of what each convolution and matrix product makes of one image."""
+    image = jax.ShapeDtypeStruct((1, IMAGE_SIZE, IMAGE_SIZE, 1), np.uint8)
+
+    def products(jaxpr: Any) -> Iterator[int]:
+        for equation in jaxpr.eqns:
+            if equation.primitive.name in PRODUCTS:
+                yield sum(_num_bytes(variable.aval) for variable in equation.outvars)
+            for inner in jaxprs_in_params(equation.params):
+                yield from products(inner)
+
+    traced = jax.make_jaxpr(lambda variables, images: forward(program, variables, images))
+    yield from products(traced(eval_variables(state), image).jaxpr)
+
+
+def _num_bytes(leaf: Any) -> int:
+    return math.prod(leaf.shape) * leaf.dtype.itemsize
+
+
+def available_bytes() -> int:
+    """Returns the memory of the first device; of a CPU, that of the machine."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _readable(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:,.1f} GiB"

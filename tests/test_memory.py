@@ -1,0 +1,44 @@
+"""Sizes that cannot fit are refused in one line, before anything is allocated."""
+
+import pathlib
+from typing import Any
+
+import pytest
+
+from mnist_flax.config import Config, replace
+from mnist_flax.data.registry import DATASETS
+from mnist_flax.errors import ConfigError
+from mnist_flax.memory import check_memory
+from mnist_flax.train import fit
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model__dense": (1_000_000_000,)}, r"config.model: .*its weights and their optimizer state need [\d,.]+ GiB"),
+        (
+            {"eval__batch_size": 1_000_000, "model__widths": (5000, 64, 64)},
+            r"config.eval.batch_size = 1000000: an eval",
+        ),
+        (
+            {"train__batch_size": 60_000, "model__widths": (5000, 64, 64)},
+            r"config.train.batch_size = 60000: a training",
+        ),
+    ],
+)
+def test_sizes_that_cannot_fit_are_refused(fields: dict[str, Any], message: str, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        fit(replace(Config(), **fields), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("epochs", [10**9, 2**62])
+def test_steps_that_cannot_be_counted_are_refused(epochs: int) -> None:
+    with pytest.raises(ConfigError, match=r"config.train.epochs = .*: steps are counted in 32 bits"):
+        replace(Config(), optimizer__schedule="one_cycle", train__epochs=epochs)
+
+
+def test_ordinary_sizes_pass() -> None:
+    for name in ("mnist", "emnist/byclass"):
+        assert name in DATASETS
+        check_memory(replace(Config(), data__name=name, train__batch_size=1024, eval__batch_size=10_000))
