@@ -102,8 +102,11 @@ def open_member(
 def is_complete(config: Config, step: int, workdir: pathlib.Path) -> bool:
     """Returns whether nothing is left to do after a checkpoint. The summary is what a run writes last."""
     summary = workdirs.read_json(workdir / workdirs.SUMMARY)
+    wanted = {"steps": int, "epochs": int, "test_accuracy": float}
     if step < config.num_steps or not isinstance(summary, dict) or summary.get("steps") != step:
         return False
+    if not all(isinstance(summary.get(name), kind) for name, kind in wanted.items()):
+        return False  # damaged: it is written again
     logger.info(
         "%s is finished: %s epochs, test accuracy %.2f %%. To train further, raise --config.train.epochs (with a"
         " schedule that does not depend on it); to train again, name another --workdir.",
