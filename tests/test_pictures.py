@@ -9,7 +9,8 @@ from PIL import Image, ImageDraw
 
 from mnist_flax.pictures import decode as decode_lib
 from mnist_flax.pictures import segment as pictures
-from mnist_flax.pictures.segment import PictureError, decode, find_digits, read_digits
+from mnist_flax.pictures.decode import PictureError, decode
+from mnist_flax.pictures.segment import find_digits, read_digits
 
 Array = np.ndarray
 
