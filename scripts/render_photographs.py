@@ -111,7 +111,6 @@ def table_top(shape: tuple[int, ...], random: np.random.Generator) -> Array:
     """Paints a table, `f32[H,W,3]`: wood, cloth, plain or tiles; dark, middling or light."""
     colour = np.clip(random.uniform(0.08, 0.75) * np.array([1.0, *random.uniform(0.55, 1.05, 2)]), 0, 1)
     kind = random.choice(["wood", "cloth", "plain", "tiles"])
-    texture = np.zeros(shape, np.float32)
     texture: np.ndarray
     if kind == "wood":
         grain = random.uniform(20, 60)

@@ -49,13 +49,13 @@ def _rectangle(region: np.ndarray, shape: tuple[int, ...]) -> Sheet | None:
     """Fits a rectangle around a region; None if it is none, or fewer than two of its sides are in view."""
     y, x = np.nonzero(region & ~ndimage.binary_erosion(region))
     best: tuple[float, float, tuple[float, ...]] | None = None
-    for turn in map(float, range(-45, 45)):
-        along, across = _turned(x, y, turn)
+    for degrees in range(-45, 45):
+        along, across = _turned(x, y, degrees)
         low, high = float(along.min()), float(along.max())
         left, right = float(across.min()), float(across.max())
         area = (high - low) * (right - left)
         if best is None or area < best[0]:
-            best = area, turn, (low, high, left, right)
+            best = area, float(degrees), (low, high, left, right)
     assert best is not None
     _, turn, (low, high, left, right) = best
     height, width = region.shape
