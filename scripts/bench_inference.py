@@ -3,7 +3,8 @@
     python scripts/bench_inference.py --config=configs/default.py
 
 All programs are compiled and were run before. `evaluate` is `evaluate.evaluate` on as many images as the test set has,
-with its scores; `one_image` is one image's logits; `picture` is one picture, from the bytes of a PNG to the digit. Weights are the first ones and pixels random: no speed here depends on them. One JSON line holds the results.
+with its scores; `one_image` is one image's logits; `picture` is one picture, from the bytes of a PNG to the digit.
+Weights are the initial ones and pixels are random: no speed here depends on them. One JSON line holds the results.
 """
 
 import dataclasses
