@@ -11,7 +11,6 @@ temporary folder, and read with `python -m mnist_flax.predict`:
 - row: five such digits side by side, of slightly different sizes and heights.
 - ruled: such a row, dark on light, on lined or squared paper, with shadows, out of focus, in perspective; JPEG of
   quality 40 to 80.
-
 - table, shadow, grid, turned: photographs of one to five digits; see render_photographs.py.
 
 The renderer shares no code with the reader. The reader was tuned with --split=train only.
@@ -56,8 +55,8 @@ def stroke(image: Array, size: float, random: np.random.Generator) -> Array:
 
     Args:
       image: white on black.
-      size: of the digit's longer side, in pixels.
-      random: for the pen's width and the rotation.
+      size: the length of the digit's longer side, in pixels.
+      random: draws the pen width and the rotation.
     """
     rows, columns = np.flatnonzero(image.any(1)), np.flatnonzero(image.any(0))
     tight = np.pad(image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1], 4).astype(np.float32) / 255

@@ -194,7 +194,7 @@ def photograph(kind: str, images: Array, random: np.random.Generator) -> bytes:
         cast = ndimage.shift(ndimage.gaussian_filter(inside[..., 0], 6), random.uniform(-8, 8, 2), mode="nearest")
         table = table_top(inside.shape[:2], random) * (1 - random.uniform(0, 0.5) * cast[..., None])
         photo = table + inside * (project(sheet) - table)
-    else:  # the paper goes on beyond the frame
+    else:  # the paper extends beyond the frame
         photo = paper + project(np.ones(cover.shape))[..., None] * (project(sheet) - paper)
     return develop(photo, kind, random)
 

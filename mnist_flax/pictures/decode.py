@@ -12,7 +12,7 @@ from mnist_flax.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff")
-FOREIGN_SUFFIXES = (".heic", ".heif", ".avif")  # pictures too, but Pillow alone cannot read them
+FOREIGN_SUFFIXES = (".heic", ".heif", ".avif")  # also pictures, but Pillow cannot read them without plugins
 
 _SIDE = 1000  # pixels, the longest allowed side: enough for a page of digits; averaging removes noise
 _STRIP = 4_000_000  # pixels converted at a time, to limit memory use
