@@ -1,4 +1,4 @@
-"""Everything that is known about a dataset before it is loaded, one entry each."""
+"""The registry of datasets: one entry each, with everything known before loading."""
 
 import dataclasses
 import string
@@ -10,7 +10,7 @@ IMAGE_SIZE = 28  # every dataset here consists of grey images of 28x28 pixels
 
 
 class DataFile(NamedTuple):
-    """A file of a dataset. URL, size in bytes and SHA-256 (hexadecimal) are not checked where they are not given."""
+    """A file of a dataset. Size in bytes and SHA-256 (hexadecimal) are checked only if they are given."""
 
     name: str
     url: str = ""
@@ -18,7 +18,7 @@ class DataFile(NamedTuple):
     sha256: str = ""
 
 
-# Training images, training labels, test images, test labels: MNIST's names, which its successors took over.
+# Training images, training labels, test images, test labels: MNIST's names, which its successors reuse.
 IDX_FILES = (
     DataFile("train-images-idx3-ubyte.gz"),
     DataFile("train-labels-idx1-ubyte.gz"),
@@ -73,7 +73,7 @@ class Dataset:
 
 
 def _like_mnist(url: str, *sizes_and_sums: tuple[int, str], **fields: Any) -> Dataset:
-    """Returns an entry with MNIST's numbers and file names; the four official files are below a URL."""
+    """Returns an entry with MNIST's sizes and file names; `url` is the folder of the four official files."""
     pairs = zip(IDX_FILES, sizes_and_sums, strict=True)
     files = tuple(DataFile(file.name, url + file.name, size, sha256) for file, (size, sha256) in pairs)
     return Dataset(num_classes=10, num_train=60_000, num_test=10_000, files=files, tfds_version="3.0.1", **fields)

@@ -1,10 +1,10 @@
-"""Saving and resuming: the checkpoints of a run that is being trained.
+"""Saves and restores the checkpoints of a run during training.
 
-A checkpoint is written under another name, and renamed when it is complete and on the disk: a folder whose name is a
-number was finished once, and its checksums tell whether it still is what it was.
+A checkpoint is written under a temporary name and renamed once it is complete and synced to disk. So a folder whose
+name is a number was complete once; its checksums show whether it still is.
 
-Orbax's `CheckpointManager` (0.12.8) was tried. Its `AnyPreservationPolicy([LatestN(n), BestN(m)])` keeps what `_prune`
-keeps, but the rest is missing: it has no hook between writing and renaming, where checksums and fsync belong; it
+Orbax's `CheckpointManager` (0.12.8) was tried. Its `AnyPreservationPolicy([LatestN(n), BestN(m)])` does what `_prune`
+does, but the rest is missing: it has no hook between writing and renaming, where checksums and fsync belong; it
 deletes under the checkpoint's own name, so a kill leaves a damaged folder that looks finished; it raises when the
 newest is damaged instead of restoring the one before; and a checkpoint with damaged metrics silently stops being best.
 """
@@ -29,11 +29,11 @@ from mnist_flax.run import checkpoint, processes, storage
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.step import TrainState
 
-_UNFINISHED = ".unfinished"  # the suffix of a checkpoint while it is being written, and again while it is deleted
+_UNFINISHED = ".unfinished"  # suffix of a checkpoint while it is being written or deleted
 
 
 class Store:
-    """The checkpoints of one run; `open_store` makes it."""
+    """The checkpoints of one run; create it with `open_store`."""
 
     def __init__(
         self, config: Config, fingerprint: str, workdir: pathlib.Path, executor: concurrent.futures.Executor
@@ -47,10 +47,10 @@ class Store:
         self._holdouts = checkpoint.holdouts(self._folder)
 
     def save(self, state: TrainState, record: dict[str, Any], *, holdout: dict[str, float] | None = None) -> None:
-        """Saves in the background; the arrays are copied before it returns, so the state may be donated.
+        """Saves in the background. The arrays are copied before this returns, so the caller may donate the state.
 
         Args:
-          state: after its step.
+          state: the state to save.
           record: what `RunLog.snapshot` returns.
           holdout: loss and accuracy on held-out rows, if they were just measured.
 
@@ -64,7 +64,7 @@ class Store:
         self._saving = self._executor.submit(self._write, arrays, record)
 
     def wait(self) -> None:
-        """Returns when everything saved is on the disk.
+        """Blocks until everything saved is on disk.
 
         Raises:
           WorkdirError: it cannot be written; the checkpoints that were there before are kept.
@@ -74,10 +74,12 @@ class Store:
             saving.result()
 
     def preemption(self, call: int) -> int:
-        """Returns SIGTERM if one of several processes received it, otherwise 0; a single process hears its own signals.
+        """Returns SIGTERM if any process of a multi-process run received it, otherwise 0.
+
+        A single process always gets 0, because it handles its own signals.
 
         Args:
-          call: the number of this call, from 0, the same in all processes: JAX answers all of them alike.
+          call: how often this was called before, the same in all processes: they all get the same answer.
         """
         if jax.process_count() == 1:
             return 0
@@ -88,14 +90,14 @@ class Store:
     def restore_latest(self) -> tuple[checkpoint.Run | None, list[str]]:
         """Restores the newest good checkpoint.
 
-        With several processes the primary chooses, and the others read what it chose.
+        With several processes, the primary chooses the checkpoint and the others read the same one.
 
         Returns:
-          The run as it was there, None if there is no good one, and a message for each damaged one that was skipped.
-          Damaged ones are moved to a folder beside, so that their steps can be saved again.
+          The restored run, or None if no checkpoint is good, and a message for each damaged checkpoint that was
+          skipped. Damaged checkpoints are moved to another folder, so that their steps can be saved again.
 
         Raises:
-          WorkdirError: the newest readable one is of another run.
+          WorkdirError: the newest readable checkpoint belongs to a different run.
         """
         found, skipped = self._newest_good() if processes.is_primary() else (None, [])
         (chosen,) = processes.agree(found.record["step"] if found else -1)
@@ -129,7 +131,7 @@ class Store:
         return target
 
     def _write(self, arrays: TrainState, record: dict[str, Any]) -> None:
-        """Writes a checkpoint, and then deletes those that need not be kept.
+        """Writes a checkpoint, then deletes those that no longer need to be kept.
 
         All processes take part in writing the arrays; the rest is left to the primary.
         """
@@ -141,7 +143,7 @@ class Store:
         try:
             workdirs.subfolder(self._workdir, workdirs.CHECKPOINTS)
             needed = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)) + 2**16
-            if shutil.disk_usage(self._folder).free < needed:  # better than to fail half way
+            if shutil.disk_usage(self._folder).free < needed:  # fail before writing rather than halfway
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             storage.write(unfinished, arrays, record)
             workdirs.write_text(unfinished / storage.CHECKSUMS, storage.checksums(unfinished))
@@ -160,23 +162,23 @@ class Store:
             ) from error
 
     def _prune(self) -> None:
-        """Deletes all but the newest and, of those with held-out rows, the best."""
+        """Deletes all checkpoints but the newest and those with the best hold-out results."""
         cadence = self._config.checkpoint
         ranked = {step: checkpoint.rank(holdout) for step, holdout in self._holdouts.items() if holdout}
         best = sorted(ranked, key=lambda step: (ranked[step], step), reverse=True)[: cadence.keep_best]
         latest = sorted(self._holdouts)[-cadence.keep_latest :]
         for step in self._holdouts.keys() - {*best, *latest}:
-            # Renamed first: a process that is killed in between leaves nothing that looks like a checkpoint.
+            # Renamed first, so that a process killed in between leaves nothing that looks like a checkpoint.
             workdirs.remove((self._folder / str(step)).rename(self._folder / f"{step}{_UNFINISHED}"))
             del self._holdouts[step]
 
 
 @contextlib.contextmanager
 def open_store(config: Config, fingerprint: str, workdir: pathlib.Path) -> Iterator[Store]:
-    """Opens the checkpoints of a run to continue it; on leaving, waits for the save that is in progress.
+    """Opens the checkpoints of a run to continue it; on exit, waits for a save in progress.
 
-    What an earlier process left unfinished is deleted. Kept are the newest `checkpoint.keep_latest` and, of those with
-    held-out rows, the best `checkpoint.keep_best`.
+    Unfinished checkpoints of earlier processes are deleted. The store keeps the newest `checkpoint.keep_latest`
+    checkpoints and, of those with hold-out results, the best `checkpoint.keep_best`.
 
     Raises:
       WorkdirError: the last save failed.
