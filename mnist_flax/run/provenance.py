@@ -1,4 +1,4 @@
-"""What a result was made with: versions, device and commit."""
+"""The provenance of a result: package versions, device and commit."""
 
 import importlib.metadata
 import pathlib
@@ -12,7 +12,7 @@ _PACKAGES = ("mnist-flax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint",
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of Python and of the packages that a result depends on; those not installed are left out."""
+    """Returns the versions of Python and of the packages that a result depends on; missing packages are omitted."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -23,7 +23,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str:
-    """Returns the commit of the code, with `+changes` if files differ from it; empty outside a checkout."""
+    """Returns the commit of the code, plus `+changes` if tracked files are modified; empty outside a checkout."""
     folder = pathlib.Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
@@ -31,7 +31,7 @@ def git_commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
-        if not (folder / ".git").exists():  # an installed copy inside another project's checkout has no commit
+        if not (folder / ".git").exists():  # installed inside another project's checkout, whose commit is not ours
             return ""
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
@@ -39,7 +39,7 @@ def git_commit() -> str:
 
 
 def cpu_name() -> str:
-    """Returns the name of the processor model, or at least its architecture."""
+    """Returns the CPU model, or the architecture if the model is unknown."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux
@@ -49,7 +49,7 @@ def cpu_name() -> str:
 
 
 def provenance() -> dict[str, Any]:
-    """Returns `device`, `versions` and `git_commit` for a summary."""
+    """Returns the `device`, `versions` and `git_commit` entries of a summary."""
     devices = jax.devices()
     kind = cpu_name() if devices[0].platform == "cpu" else devices[0].device_kind
     return {
