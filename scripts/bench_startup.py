@@ -1,11 +1,11 @@
-"""Measures how long `python -m mnist_flax.main` takes from its start until the first training step is done.
+"""Measures the time from the start of `python -m mnist_flax.main` to the end of its first training step.
 
     python scripts/bench_startup.py --config=configs/default.py --repeats=5
 
-Cold means with an empty folder for compiled programs, warm with what the run before left there; the data are decoded
-already in both. Each repeat is a process of its own. One JSON line for each holds the seconds, and where they went, as
-the main thread sees it: `import` (until everything is imported), `data` (waiting for the images), `compile` (the
-training loop: tracing, and XLA or its cache), `first_step`, and `rest` (first weights, workdir, log).
+A cold start has an empty compilation cache, a warm one the cache that the run before left; in both, the data are
+already decoded. Each repeat is a process of its own. Prints one JSON line for cold and one for warm starts, with the
+seconds and where the main thread spends them: `import` (all imports), `data` (waiting for the images), `compile` (the
+training loop: tracing, then XLA or its cache), `first_step`, and `rest` (initial weights, workdir, log).
 """
 
 import datetime
@@ -33,11 +33,11 @@ PARTS = ("import", "data", "compile", "first_step")
 
 
 def probe(started: float, arguments: Sequence[str]) -> None:
-    """Is `mnist_flax.main` until its first step is done; then prints the seconds of each part, and ends at once.
+    """Runs `mnist_flax.main` up to its first step, then prints the seconds of each part and exits immediately.
 
     Args:
-      started: by `time.monotonic`, when the parent started this process.
-      arguments: of the command line.
+      started: the `time.monotonic` at which the parent started this process.
+      arguments: the command-line arguments.
     """
     from mnist_flax.run import compilation
 
@@ -63,7 +63,7 @@ def probe(started: float, arguments: Sequence[str]) -> None:
 
         return wrapper
 
-    keep_programs = compilation.keep_programs  # called when all is imported
+    keep_programs = compilation.keep_programs  # called once everything is imported
 
     def after_imports() -> None:
         from mnist_flax import drivers, train
@@ -81,11 +81,11 @@ def probe(started: float, arguments: Sequence[str]) -> None:
 
 
 def start(config_file: str, programs: str) -> dict[str, float]:
-    """Starts a process, and returns the seconds of its parts.
+    """Runs `probe` in a new process, and returns the seconds of each part.
 
     Args:
-      config_file: of the run.
-      programs: the folder of compiled programs.
+      config_file: the config file of the run.
+      programs: the folder of the compilation cache.
 
     Raises:
       UserError: the process failed.
@@ -104,11 +104,11 @@ def start(config_file: str, programs: str) -> dict[str, float]:
 
 
 def bench(config_file: str, repeats: int) -> Iterator[dict[str, Any]]:
-    """Yields what cold and warm starts take."""
+    """Yields the results of cold and of warm starts."""
     starts: dict[str, list[dict[str, float]]] = {"cold": [], "warm": []}
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as programs:
-            for kind, seconds in starts.items():  # the warm one finds what the cold one left
+            for kind, seconds in starts.items():  # the warm start uses the cache that the cold one filled
                 seconds.append(start(config_file, programs))
                 print(f"{kind}: {seconds[-1]['total']:.2f} s", file=sys.stderr, flush=True)
     for kind, seconds in starts.items():
@@ -121,9 +121,9 @@ def bench(config_file: str, repeats: int) -> Iterator[dict[str, Any]]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Measures what the flags describe."""
+    """Runs the benchmark and prints the results."""
     del argv
-    cli.config()  # so that a mistake is told here
+    cli.config()  # reports a wrong config here, not in each process
     results = list(bench(cli.config_file(), flags.FLAGS.repeats))
     from mnist_flax.run.provenance import provenance  # only now: JAX would take memory and threads from the processes
 
