@@ -48,5 +48,6 @@ def _plot(curves: Mapping[str, Any], field: str) -> str:
             axes.invert_yaxis()
         axes.set_title("Loss (cross-entropy, nats)" if field == "loss" else "Accuracy", loc="left")
         axes.set_xlabel("Epoch (lines: mean of the members; bands: their range)")
-        axes.legend()
+        if axes.get_legend_handles_labels()[0]:  # runs of other lengths may share no point
+            axes.legend()
         return plots.to_svg(figure)
