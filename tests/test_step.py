@@ -53,6 +53,12 @@ def assert_equal(one: Any, other: Any) -> None:
         np.testing.assert_array_equal(leaf, other_leaf)
 
 
+def whole_network(config: Config) -> Any:
+    """The network on uncropped images."""
+    module = config.model.module(config.num_classes)
+    return jax.jit(lambda variables, images: module.apply(variables, scale_pixels(config.program, images)))
+
+
 @pytest.mark.parametrize(
     ("fields", "size"),
     [
@@ -65,12 +71,6 @@ def assert_equal(one: Any, other: Any) -> None:
         ({"batch_norm": True}, 28),  # in training
     ],
 )
-def whole_network(config: Config) -> Any:
-    """The network on uncropped images."""
-    module = config.model.module(config.num_classes)
-    return jax.jit(lambda variables, images: module.apply(variables, scale_pixels(config.program, images)))
-
-
 def test_only_pixels_that_no_logit_depends_on_are_cropped(fields: dict[str, Any], size: int) -> None:
     fields = {"pooling": "avg", "activation": "tanh", **fields}  # with these every pixel in use makes a difference
     config = replace(SMALL, **{f"model__{name}": value for name, value in fields.items()})
