@@ -1,6 +1,6 @@
 """The most accurate in minutes: four convolutions with batch norm, distorted images, five views.
 
-Measured: not yet; `docs/accuracy.md` says how the recipe was chosen, on rows held out of the training set.
+Measured: not yet. The recipe is that of a prototype; `docs/accuracy.md` lists what was compared on hold-out rows.
 
     scripts/train --config=configs/accurate.py
 """

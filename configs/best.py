@@ -1,6 +1,6 @@
 """The most accurate network here, for those who can wait: `accurate.py`, wider and longer.
 
-Measured: not yet; `docs/accuracy.md` says how the recipe was chosen, on rows held out of the training set.
+Measured: not yet. The recipe is that of a prototype; `docs/accuracy.md` lists what was compared on hold-out rows.
 
     scripts/train --config=configs/best.py
 """

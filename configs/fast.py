@@ -38,4 +38,5 @@ def get_config() -> ConfigDict:
     config.train.label_smoothing = 0.1
     config.eval.batch_size = 250  # five views each
     config.train.report = False
+    config.train.demo = False
     return config

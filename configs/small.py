@@ -1,6 +1,6 @@
 """As accurate as it gets with fewer than 25,000 weights: `accurate.py`, narrow, and pooled once more.
 
-Measured: not yet; `docs/accuracy.md` says how the recipe was chosen, on rows held out of the training set.
+Measured: not yet. The recipe is that of a prototype; `docs/accuracy.md` lists what was compared on hold-out rows.
 
     scripts/train --config=configs/small.py
 """

@@ -67,8 +67,8 @@ class Config:
         yield from self.data.check(dataset.num_train, dataset.num_classes)
         yield from self.model.check(IMAGE_SIZE)
         yield from self.augment.check()
-        yield from self.optimizer.check(self.train.epochs)
         yield from self.train.check(self.num_train)
+        yield from self.optimizer.check(self.train.epochs)
         yield from self.eval.check()
         yield from self.checkpoint.check()
 

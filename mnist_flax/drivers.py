@@ -109,7 +109,7 @@ def over_runs(steps: Callable[..., Any], mesh: Mesh, num_runs: int) -> Callable[
     return on_device
 
 
-def scan(job: Job, states: TrainState) -> Advance:
+def scan_steps(job: Job, states: TrainState) -> Advance:
     """Compiles a loop of steps on the device, of which one call makes any number up to the end of an order."""
     program, num_runs = job.program, len(job.seeds)
     mesh = job_mesh(program, num_runs, job.num_devices)
@@ -150,7 +150,7 @@ def scan(job: Job, states: TrainState) -> Advance:
     return advance
 
 
-def stream(job: Job, states: TrainState) -> Advance:
+def stream_steps(job: Job, states: TrainState) -> Advance:
     """Compiles one step of a single run; each batch comes from the host."""
     program = job.program
     mesh = job_mesh(program, 1, job.num_devices)
@@ -187,4 +187,4 @@ def stream(job: Job, states: TrainState) -> Advance:
 
 def driver(name: str, job: Job, states: TrainState) -> Advance:
     """Compiles the driver of a name in `config.DRIVERS`; several runs always have their data on the device."""
-    return stream(job, states) if name == "stream" and len(job.seeds) == 1 else scan(job, states)
+    return stream_steps(job, states) if name == "stream" and len(job.seeds) == 1 else scan_steps(job, states)

@@ -15,13 +15,16 @@ import numpy as np
 
 from mnist_flax import drivers, rng, sharding
 from mnist_flax.analysis.calibration import calibrate
-from mnist_flax.analysis.evaluation import evaluate, make_predictor
+from mnist_flax.analysis.evaluation import Evaluation, Predictor, evaluate, make_predictor
 from mnist_flax.analysis.report.write import write_report
 from mnist_flax.config import Config
 from mnist_flax.data import batches
 from mnist_flax.data.registry import IMAGE_SIZE
 from mnist_flax.data.splits import Examples, Splits
 from mnist_flax.errors import WorkdirError
+from mnist_flax.exporting import demo
+from mnist_flax.exporting.graph import ExportError
+from mnist_flax.exporting.inference import graph_of
 from mnist_flax.optimizer import schedule
 from mnist_flax.run import checkpoint, processes
 from mnist_flax.run import workdir as workdirs
@@ -99,8 +102,11 @@ def open_member(
 def is_complete(config: Config, step: int, workdir: pathlib.Path) -> bool:
     """Returns whether nothing is left to do after a checkpoint. The summary is what a run writes last."""
     summary = workdirs.read_json(workdir / workdirs.SUMMARY)
+    wanted = {"steps": int, "epochs": int, "test_accuracy": float}
     if step < config.num_steps or not isinstance(summary, dict) or summary.get("steps") != step:
         return False
+    if not all(isinstance(summary.get(name), kind) for name, kind in wanted.items()):
+        return False  # damaged: it is written again
     logger.info(
         "%s is finished: %s epochs, test accuracy %.2f %%. To train further, raise --config.train.epochs (with a"
         " schedule that does not depend on it); to train again, name another --workdir.",
@@ -235,6 +241,8 @@ def finish(member: Member, splits: Splits) -> None:
         splits.name, 100 * evaluation.accuracy, round(evaluation.accuracy * evaluation.examples), evaluation.examples,
         evaluation.loss, log.seconds,
     )  # fmt: skip
+    if config.train.demo:
+        write_demo_page(predictor, evaluation, splits, workdir, log.step)
     if config.train.report:
         page = write_report(
             config,
@@ -248,3 +256,21 @@ def finish(member: Member, splits: Splits) -> None:
         )
         logger.info("report: %s", page)
     workdirs.write_text(workdir / workdirs.SUMMARY, json.dumps(summary, indent=2) + "\n")
+
+
+def write_demo_page(
+    predictor: Predictor, evaluation: Evaluation, splits: Splits, workdir: pathlib.Path, step: int
+) -> None:
+    """Writes the page to draw digits on, unless the network contains an operation that it does not know.
+
+    Raises:
+      WorkdirError: it cannot be written.
+    """
+    try:
+        checkpoint = demo.Checkpoint(f"step {step:,} (end)", graph_of(predictor))
+    except ExportError as error:
+        logger.warning("no page to draw digits on: %s", error)
+        return
+    path = workdir / demo.FILE
+    demo.write_page([checkpoint], predictor, evaluation, splits, title=workdir.absolute().name, path=path)
+    logger.info("draw digits: %s", path)

@@ -79,6 +79,7 @@ class TrainConfig:
         epoch.
       tensorboard: write TensorBoard events.
       report: write `report/index.html` at the end.
+      demo: write `demo.html`, a page to draw digits on, at the end.
     """
 
     batch_size: int = 64
@@ -91,6 +92,7 @@ class TrainConfig:
     log_every_steps: int = cadence(100)
     tensorboard: bool = cadence(True)
     report: bool = cadence(True)
+    demo: bool = cadence(True)
 
     def check(self, num_rows: int) -> Iterator[str]:
         """Yields a message for each wrong value, given the number of rows to train on."""

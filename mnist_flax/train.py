@@ -106,7 +106,7 @@ def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, fol
 def member_configs(config: Config, *, seeds: int = 0, folds: int = 0) -> dict[str, Config]:
     """Returns the config of each member of a population, by its name.
 
-    A report of each would cost more than the training; the `report` verb writes one on request.
+    A report and a demo page of each would cost more than the training; their verbs write one on request.
 
     Args:
       config: of all; the first member has its seed, the others those that follow.
@@ -117,12 +117,12 @@ def member_configs(config: Config, *, seeds: int = 0, folds: int = 0) -> dict[st
       ConfigError: there are not as many seeds, or the rows cannot be divided so.
     """
     if folds:
-        shared = {"data__folds": folds, "data__holdout": 0, "train__report": False}
+        shared = {"data__folds": folds, "data__holdout": 0, "train__report": False, "train__demo": False}
         return {
             f"fold-{fold}": replace(config, seed=config.seed + fold, data__fold=fold, **shared) for fold in range(folds)
         }
     return {
-        f"seed-{seed}": replace(config, seed=seed, train__report=False)
+        f"seed-{seed}": replace(config, seed=seed, train__report=False, train__demo=False)
         for seed in range(config.seed, config.seed + seeds)
     }
 

@@ -1,14 +1,15 @@
-"""Measures a trained network at work: judging the test set, reading one picture, and images/s by batch size.
+"""Measures a trained network at work: evaluating the test set, reading one picture, and images/s by batch size.
 
     python scripts/bench_inference.py --config=configs/default.py
 
 All programs are compiled and were run before. `evaluate` is `evaluate.evaluate` on as many images as the test set has,
-with its scores; `one_image` is one image's logits; `picture` is `predict.read_picture`, from the bytes of a PNG to the
-digit. Weights are the first ones and pixels random: no speed here depends on them. One JSON line holds the results.
+with its scores; `one_image` is one image's logits; `picture` is one picture, from the bytes of a PNG to the digit.
+Weights are the initial ones and pixels are random: no speed here depends on them. One JSON line holds the results.
 """
 
 import dataclasses
 import datetime
+import functools
 import io
 import json
 import statistics
@@ -58,7 +59,8 @@ def bench(config: Config, *, batch_sizes: Sequence[int], repeats: int, latencies
     from mnist_flax.analysis.evaluation import evaluate, make_predictor, predict_logits
     from mnist_flax.data.splits import Examples
     from mnist_flax.drivers import jit_init_state
-    from mnist_flax.predict import read_picture
+    from mnist_flax.pictures.reading import classify
+    from mnist_flax.pictures.segment import read_digits
     from mnist_flax.step import eval_variables
 
     generator = np.random.default_rng(0)
@@ -80,7 +82,8 @@ def bench(config: Config, *, batch_sizes: Sequence[int], repeats: int, latencies
     evaluating = seconds_of(lambda: evaluate(predictor, examples), repeats)
     print("single images ...", file=sys.stderr)
     one_image = seconds_of(logits(1, 1), latencies)
-    reading = seconds_of(lambda: read_picture(config, variables, picture.getvalue()), latencies)
+    one_by_one = functools.partial(predict_logits, dataclasses.replace(predictor, batch_size=1))
+    reading = seconds_of(lambda: classify(read_digits(picture.getvalue()), one_by_one), latencies)
     speeds = {}
     for batch_size in batch_sizes:
         print(f"batches of {batch_size} ...", file=sys.stderr)

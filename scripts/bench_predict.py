@@ -12,19 +12,25 @@ memory, and read as `python -m mnist_flax.predict` reads them:
 - ruled: such a row, dark on light, on lined or squared paper, with shadows, out of focus, in perspective; JPEG of
   quality 40 to 80.
 
+- table, shadow, grid, turned: photographs of one to five digits, see render_photographs.py.
+
 The renderer shares no code with the reader. What was chosen in the reader was chosen with --split=train.
 """
 
 import datetime
+import functools
 import io
 import json
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import render_photographs as photographs
 from absl import flags
 from PIL import Image
 from scipy import ndimage
@@ -214,75 +220,92 @@ SETS: dict[str, tuple[int, Callable[[Array, np.random.Generator], bytes]]] = {
     "single": (1, lambda images, random: plain_file(single(images, random), random)),
     "row": (5, lambda images, random: plain_file(row(images, random), random)),
     "ruled": (5, lambda images, random: ruled_file(row(images, random, 60, 220), random)),
+    # 0: one to five digits.
+    **{kind: (0, functools.partial(photographs.photograph, kind)) for kind in photographs.KINDS},
 }
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
 
 
-def edits(read: Sequence[int], written: Sequence[int]) -> int:
-    """Counts the digits that were missed, made up or misread: the least number of edits from one to the other."""
-    costs = list(range(len(written) + 1))
+def align(read: Sequence[int], written: Sequence[int]) -> tuple[int, list[bool]]:
+    """Aligns what was read with what was written: the least number of edits, and whether each digit read is right."""
+    costs = np.zeros((len(read) + 1, len(written) + 1), int)
+    costs[:, 0], costs[0] = np.arange(len(read) + 1), np.arange(len(written) + 1)
     for i, digit in enumerate(read, 1):
-        before, costs[0] = costs[0], i
         for j, wanted in enumerate(written, 1):
-            before, costs[j] = costs[j], min(before + (digit != wanted), costs[j] + 1, costs[j - 1] + 1)
-    return costs[-1]
+            costs[i, j] = min(costs[i - 1, j - 1] + (digit != wanted), costs[i - 1, j] + 1, costs[i, j - 1] + 1)
+    right = [False] * len(read)
+    i, j = len(read), len(written)
+    while i and j:
+        if costs[i, j] == costs[i - 1, j - 1] + (read[i - 1] != written[j - 1]):
+            i, j = i - 1, j - 1
+            right[i] = read[i] == written[j]
+        elif costs[i, j] == costs[i - 1, j] + 1:
+            i -= 1
+        else:
+            j -= 1
+    return int(costs[-1, -1]), right
+
+
+def score(lines: Sequence[dict[str, Any]], written: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Counts what `predict --json` got right; `lines` are its answers, in order."""
+    counts = dict.fromkeys(("wrong", "exact", "flagged", "found", "confident_wrong", "right_doubted"), 0)
+    for line, truth in zip(lines, written, strict=True):
+        digits = line.get("digits", [])
+        edits, right = align([digit["digit"] for digit in digits], truth)
+        counts["wrong"] += min(edits, len(truth))
+        counts["exact"] += not edits
+        counts["flagged"] += bool(edits) and (not digits or any(digit["doubtful"] for digit in digits))
+        counts["found"] += len(digits)
+        for digit, is_right in zip(digits, right, strict=True):
+            counts["confident_wrong"] += not is_right and not digit["doubtful"]
+            counts["right_doubted"] += is_right and digit["doubtful"]
+    total, missed = sum(map(len, written)), len(lines) - counts["exact"]
+    return {
+        "pictures": len(lines), "digits": total, "digits_read": round(1 - counts["wrong"] / total, 4),
+        "pictures_read": round(counts["exact"] / len(lines), 4),
+        "misses_flagged": round(counts["flagged"] / missed, 4) if missed else None,
+        "confident_and_wrong": round(counts["confident_wrong"] / max(1, counts["found"]), 4),
+        "right_but_doubted": counts["right_doubted"],
+    }  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> None:
     """Renders, reads, counts."""
     del argv
-    from mnist_flax import predict
-    from mnist_flax.analysis import evaluation as evaluate
-    from mnist_flax.data import load as data
-    from mnist_flax.pictures import segment as pictures
-    from mnist_flax.run import checkpoint, provenance
-    from mnist_flax.step import eval_variables
+    from mnist_flax.analysis.evaluation import load_predictor
+    from mnist_flax.data.load import load_splits
+    from mnist_flax.run.provenance import provenance
 
     values = flags.FLAGS
-    run = checkpoint.load_run(Path(values.workdir), values.checkpoint)
-    variables = eval_variables(run.state)
-    examples = getattr(data.load_splits(run.config), values.split)
-    order = np.random.default_rng(values.seed).permutation(len(examples.label))
+    _, info = load_predictor(Path(values.workdir), values.checkpoint)
+    examples = getattr(load_splits(info.config), values.split)
     result: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(), "dataset": run.config.data.name, "split": values.split,
-        "seed": values.seed, "step": int(run.state.step),
+        "date": datetime.date.today().isoformat(), "dataset": info.config.data.name, "split": values.split,
+        "seed": values.seed, "step": info.steps[0],
     }  # fmt: skip
     for number, (name, (length, draw)) in enumerate(SETS.items()):
         count: int = values.get_flag_value(name, 0)
         if not count:
             continue
-        wrong = confident = exact = 0
-        seconds = 0.0
-        rows = np.resize(order, (count, length))
-        for i, place in enumerate(tqdm(rows, name, file=sys.stderr, mininterval=1.0)):
-            content = draw(examples.image[place][..., 0], np.random.default_rng((values.seed, number, i)))
+        with tempfile.TemporaryDirectory() as folder:
+            written = []
+            for i in tqdm(range(count), name, file=sys.stderr, mininterval=1.0):
+                random = np.random.default_rng((values.seed, number, i))
+                rows = random.integers(len(examples.label), size=length or random.integers(1, 6))
+                written.append(examples.label[rows].tolist())
+                content = draw(examples.image[rows][..., 0], random)
+                (Path(folder) / f"{i:05d}.png").write_bytes(content)
+            command = [sys.executable, "-m", "mnist_flax.predict", f"--workdir={values.workdir}",
+                       f"--checkpoint={values.checkpoint}", "--json", folder]  # fmt: skip
             started = time.perf_counter()
-            try:
-                reading = predict.read_picture(run.config, variables, content)
-            except pictures.PictureError:
-                reading = []
-            seconds += time.perf_counter() - started
-            errors = edits([digit.digit for digit in reading], examples.label[place].tolist())
-            if errors and values.mistakes:
-                folder = Path(values.mistakes)
-                folder.mkdir(parents=True, exist_ok=True)
-                told = "".join(str(digit.digit) for digit in reading)
-                written = "".join(map(str, examples.label[place]))
-                Image.open(io.BytesIO(content)).convert("RGBA").save(folder / f"{name}-{i:04d}-{written}-as-{told}.png")
-            wrong += min(errors, length)
-            exact += not errors
-            confident += any(not digit.doubtful for digit in reading)
-        logits = evaluate.predict_logits(run.config, variables, examples.image[rows.reshape(-1)])
-        plain = float(np.mean(logits.argmax(-1) == examples.label[rows.reshape(-1)]))
-        result[name] = {
-            "pictures": count, "digits": count * length, "plain_accuracy": round(plain, 4),
-            "digits_read": round(1 - wrong / (count * length), 4), "pictures_read": round(exact / count, 4),
-            "doubtful": count - confident, "milliseconds_per_picture": round(1000 * seconds / count, 1),
-        }  # fmt: skip
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+            seconds = time.perf_counter() - started
+            lines = [json.loads(line) for line in done.stdout.splitlines()]
+            result[name] = {**score(lines, written), "seconds": round(seconds, 1)}
         print(json.dumps({name: result[name]}), file=sys.stderr)
-    print(json.dumps({**result, **provenance.provenance()}))
+    print(json.dumps({**result, **provenance()}))
 
 
 if __name__ == "__main__":
@@ -295,5 +318,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer(
         "ruled", 300, "pictures of five digits on lined or squared paper; 0 leaves them out", lower_bound=0
     )
-    flags.DEFINE_string("mistakes", None, "a folder for the pictures that are read wrongly")
+    for photograph_kind in photographs.KINDS:
+        flags.DEFINE_integer(photograph_kind, 30, "photographs of one to five digits", lower_bound=0)
     cli.run(main)

@@ -24,11 +24,11 @@ from mnist_flax.config import replace
 
 def statistics_of(name: str, values: Sequence[float]) -> dict[str, Any]:
     """Returns mean, standard deviation and the 95 % interval of the mean; the last two need two values."""
-    from mnist_flax.analysis.statistics import spread
+    from mnist_flax.analysis.statistics import spread_of
 
     if len(values) == 1:
         return {f"{name}_mean": values[0], f"{name}_sd": None, f"{name}_interval": None}
-    return {f"{name}_{part}": value for part, value in spread(values)._asdict().items()}
+    return {f"{name}_{part}": value for part, value in spread_of(values)._asdict().items()}
 
 
 def bench(name: str, seeds: Sequence[int], target: float = 0.0) -> dict[str, Any]:
@@ -38,10 +38,9 @@ def bench(name: str, seeds: Sequence[int], target: float = 0.0) -> dict[str, Any
     summaries = []
     for seed in seeds:
         with tempfile.TemporaryDirectory() as folder:
-            fit(
-                replace(preset.load_config(preset.find_preset(name)), seed=seed, train__tensorboard=False, train__report=False),
-                pathlib.Path(folder, "run"),
-            )
+            config = preset.load_config(preset.find_preset(name))
+            quick = replace(config, seed=seed, train__tensorboard=False, train__report=False)
+            fit(quick, pathlib.Path(folder, "run"))
             summaries.append(json.loads(pathlib.Path(folder, "run", "summary.json").read_text()))
             print(f"{name} seed {seed}: {summaries[-1]['test_accuracy']:.4f}", file=sys.stderr)
     accuracies = [summary["test_accuracy"] for summary in summaries]

@@ -111,7 +111,7 @@ def table_top(shape: tuple[int, ...], random: np.random.Generator) -> Array:
     """Paints a table, `f32[H,W,3]`: wood, cloth, plain or tiles; dark, middling or light."""
     colour = np.clip(random.uniform(0.08, 0.75) * np.array([1.0, *random.uniform(0.55, 1.05, 2)]), 0, 1)
     kind = random.choice(["wood", "cloth", "plain", "tiles"])
-    texture = np.zeros(shape, np.float32)
+    texture: np.ndarray
     if kind == "wood":
         grain = random.uniform(20, 60)
         stretched = blotches((shape[0], max(2, shape[1] // 12)), grain / 6, random)
@@ -122,7 +122,8 @@ def table_top(shape: tuple[int, ...], random: np.random.Generator) -> Array:
     elif kind == "tiles":
         y, x = np.mgrid[0 : shape[0], 0 : shape[1]]
         side = random.uniform(0.2, 0.6) * shape[1]
-        texture = -6.0 * (np.minimum((x + 37) % side, (y + 11) % side) < 0.012 * shape[1])
+        lines = np.minimum((x + 37) % side, (y + 11) % side) < 0.012 * shape[1]
+        texture = -6.0 * lines.astype(np.float32)
     else:
         texture = 0.3 * blotches(shape, shape[1] / 3, random)
     return np.clip(colour * (1 + random.uniform(0.03, 0.12) * texture[..., None]), 0, 1).astype(np.float32)
@@ -146,7 +147,7 @@ def hard_shadow(shape: tuple[int, ...], random: np.random.Generator) -> Array:
     return 1 - random.uniform(0.35, 0.7) / (1 + np.exp(np.clip(across / softness, -30, 30)))
 
 
-def photograph(images: Array, kind: str, random: np.random.Generator) -> bytes:
+def photograph(kind: str, images: Array, random: np.random.Generator) -> bytes:
     """Writes a line of digits and photographs it, `u8[N,28,28] -> the bytes of a JPEG`."""
     cover, _ = write_sheet(images, kind, random)
     light = random.uniform(0.75, 1.0)

@@ -67,6 +67,7 @@ class Residual(nn.Module):
         self.block = block
 
     def forward(self, x: Tensor) -> Tensor:
+        """Applies the block and adds."""
         return x + self.block(x)
 
 
@@ -156,6 +157,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
+        """Makes one update."""
         for group in self.param_groups:
             for p in group["params"]:
                 buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
@@ -181,7 +183,7 @@ def logits(model: nn.Module, images: Tensor, views: bool) -> Tensor:
 
 
 def score(values: Tensor, labels: Tensor) -> dict[str, float]:
-    """Returns errors, accuracy and loss; also the loss at a temperature that is fitted on one half and used on the other."""
+    """Returns errors, accuracy and loss; also the loss with a temperature fitted on one half, used on the other."""
     losses = {t: F.cross_entropy(values / t, labels, reduction="none") for t in np.arange(0.3, 2.01, 0.05)}
     halves = [slice(0, None, 2), slice(1, None, 2)]
     fitted = [min(losses, key=lambda t: losses[t][half].mean().item()) for half in halves]

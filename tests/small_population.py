@@ -25,6 +25,7 @@ CONFIG = replace(
     train__log_every_steps=3,
     train__tensorboard=False,
     train__report=False,
+    train__demo=False,
     eval__batch_size=120,
 )
 

@@ -34,6 +34,7 @@ SMALL = replace(
     train__epochs=2,
     train__log_every_steps=3,
     train__report=False,
+    train__demo=False,
 )
 
 

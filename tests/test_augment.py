@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -13,16 +12,16 @@ from jax import Array
 from jax.scipy.ndimage import map_coordinates
 
 from mnist_flax import rng
-from mnist_flax.data.augment import AUGMENTATIONS, Augmentation, augment, distort, resampled, source
+from mnist_flax.data.augment import AUGMENTATIONS, Augmentation, AugmentConfig, augment, distort, resampled, source
 from mnist_flax.data.splits import Examples
 
 KEY = rng.root_key(0)
 SHAPE = (28, 28)
 
 
-def strengths(**given: Any) -> SimpleNamespace:
+def strengths(**given: Any) -> AugmentConfig:
     """A config section: what is not given is off."""
-    return SimpleNamespace(**{**dict.fromkeys(AUGMENTATIONS, 0), **given})
+    return AugmentConfig(**given)
 
 
 def keys(count: int) -> list[Array]:

@@ -165,7 +165,7 @@ def test_textbook_order_keeps_the_logits(name: str, images: np.ndarray) -> None:
     variables = variables_of(config)
     graph = textbook_order(graph_of(config, variables))
     wanted = forward(config.program, variables, jnp.asarray(images))
-    np.testing.assert_allclose(reference.run(graph, images)["logits"], wanted, atol=1e-5)
+    np.testing.assert_allclose(reference.run_graph(graph, images)["logits"], wanted, atol=1e-5)
 
 
 def test_textbook_order_shows_activations_before_pooling() -> None:

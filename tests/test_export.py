@@ -178,3 +178,12 @@ def test_the_verb_prints_one_line_and_knows_its_formats() -> None:
     wrong = small_run.run("-m", "mnist_flax.export", f"--workdir={folder}", "--format=tflite")
     assert wrong.returncode == 2
     assert wrong.stderr == "error: --format=tflite: there is no such format; choose one of onnx, stablehlo, npz\n"
+
+
+def test_the_snippet_of_the_document_reads_the_weights(workdir: pathlib.Path) -> None:
+    page = pathlib.Path(__file__).resolve().parent.parent / "docs" / "export.md"
+    (snippet,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    space: dict[str, Any] = {}
+    exec(snippet.replace("runs/default", str(workdir)), space)
+    assert space["kernel"].shape == (3, 3, 1, 4)
+    assert space["config"]["model"]["name"] == "cnn"

@@ -47,14 +47,14 @@ def run_onnx(graph: Graph, folder: pathlib.Path, images: np.ndarray) -> dict[str
     pytest.importorskip("onnxruntime")
     path = folder / "model.onnx"
     path.write_bytes(onnx.to_onnx(graph, {}))
-    return onnx.load(path)(images)
+    return onnx.load_onnx(path)(images)
 
 
 def run_program(graph: Graph, folder: pathlib.Path, images: np.ndarray) -> dict[str, np.ndarray]:
     program, weights = numpy_program.to_numpy(graph)
     (folder / "model.py").write_text(program)
     (folder / "model.npz").write_bytes(weights)
-    return numpy_program.load(folder / "model.npz")(images)
+    return numpy_program.load_program(folder / "model.npz")(images)
 
 
 def check(predictor: Predictor, folder: pathlib.Path) -> None:
@@ -260,7 +260,7 @@ def test_the_json_and_the_weights_hold_the_whole_graph() -> None:
     )
     copy = Graph(nodes, constants, content["outputs"])
     np.testing.assert_array_equal(
-        reference.run(copy, IMAGES)["logits"], reference.run(graph, IMAGES)["logits"], strict=True
+        reference.run_graph(copy, IMAGES)["logits"], reference.run_graph(graph, IMAGES)["logits"], strict=True
     )
 
 

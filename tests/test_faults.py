@@ -256,7 +256,7 @@ def test_diverged_run_stops_and_its_checkpoint_stays_good(tmp_path: pathlib.Path
 
 
 def test_non_finite_weights_are_not_saved(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make = drivers.scan
+    make = drivers.scan_steps
 
     def corrupting(*arguments: Any) -> drivers.Advance:
         advance = make(*arguments)
@@ -270,7 +270,7 @@ def test_non_finite_weights_are_not_saved(tmp_path: pathlib.Path, monkeypatch: p
 
         return advance_and_corrupt
 
-    monkeypatch.setattr(drivers, "scan", corrupting)
+    monkeypatch.setattr(drivers, "scan_steps", corrupting)
     monkeypatch.setattr(jax, "transfer_guard", lambda _: pytest.MonkeyPatch.context())
     config = replace(SMALL, checkpoint__every_steps=5)
     for _ in range(2):

@@ -248,3 +248,10 @@ def test_real_files(tmp_path: Path, name: str) -> None:
     again = load_splits(wanted)
     assert again._replace(train=splits.train, test=splits.test) == splits._replace(source="tfds")
     assert sorted(tree(tmp_path))[:2] == ["mnist_flax", "mnist_flax/decoded"]
+
+
+def test_user_without_a_home_gets_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # what it does without HOME and a passwd entry
+    with pytest.raises(DataError, match=r"~/tensorflow_datasets: there is no such home folder; .*data_dir"):
+        load_splits(Config())

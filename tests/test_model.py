@@ -33,20 +33,21 @@ def variables_of(config: Config) -> dict[str, Any]:
 def by_the_book(config: Config, variables: dict[str, Any], images: Array) -> Array:
     """The same network in plain lax and in the textbook's order: convolution, bias, activation, pooling."""
     params = variables["params"]
+    model: Any = config.model
     x = images.astype(jnp.float32) / 255
-    for i, block in enumerate(config.model.blocks()):
+    for i, block in enumerate(model.blocks()):
         kernel = params[f"Conv_{i}"]["kernel"]
         x = jax.lax.conv_general_dilated(
             x, kernel, (block.stride,) * 2, block.padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
-        x = getattr(nn, config.model.activation)(x + params[f"Conv_{i}"]["bias"].reshape(1, 1, 1, -1))
-        pool = nn.max_pool if config.model.pooling == "max" else nn.avg_pool
+        x = getattr(nn, model.activation)(x + params[f"Conv_{i}"]["bias"].reshape(1, 1, 1, -1))
+        pool = nn.max_pool if model.pooling == "max" else nn.avg_pool
         x = pool(x, (block.pool,) * 2, (block.pool,) * 2)
     x = x.reshape(len(x), -1)
-    for i in range(len(config.model.dense) + 1):
+    for i in range(len(model.dense) + 1):
         layer = params[f"Dense_{i}"]
         x = x @ layer["kernel"] + layer["bias"].reshape(1, -1)
-        x = getattr(nn, config.model.activation)(x) if i < len(config.model.dense) else x
+        x = getattr(nn, model.activation)(x) if i < len(model.dense) else x
     return x
 
 

@@ -16,8 +16,6 @@ from jax import lax
 
 from mnist_flax.ops import conv as ops
 from mnist_flax.ops import norm, winograd
-from mnist_flax.ops.direct import direct
-from mnist_flax.ops.patches import patches
 from mnist_flax.ops.pool import avg_pool, max_pool
 from mnist_flax.ops.window import Window
 
@@ -133,8 +131,6 @@ def test_the_layers_of_the_network_use_the_form_meant_for_them() -> None:
     window = Window((1, 1), ((0, 0), (0, 0)), 2)
     assert winograd.pays((3, 3, 32, 64), window)
     assert not winograd.pays((3, 3, 1, 32), window)
-    assert ops._cpu_form((3, 3, 16, 32), Window((2, 2), ((0, 1), (0, 1)), 1)) is direct
-    assert ops._cpu_form((1, 1, 16, 32), Window((2, 2), ((0, 0), (0, 0)), 1)) is patches
     assert winograd._winograd_axis(13, 3, 10, 0).inputs.shape == (14, 13)  # two tiles of five outputs, seven points
 
 

@@ -9,7 +9,8 @@ from PIL import Image, ImageDraw
 
 from mnist_flax.pictures import decode as decode_lib
 from mnist_flax.pictures import segment as pictures
-from mnist_flax.pictures.segment import PictureError, decode, find_digits, read_digits
+from mnist_flax.pictures.decode import PictureError, decode
+from mnist_flax.pictures.segment import find_digits, read_digits
 
 Array = np.ndarray
 
@@ -302,7 +303,7 @@ def test_large_jpeg_is_reduced_when_decoded() -> None:
     assert picture.scale == pytest.approx(3600 / picture.grey.shape[1], rel=0.01)
 
 
-# What outside trials broke ---------------------------------------------------------------------------------------------
+# What outside trials broke ---------------------------------------------------------------------------
 
 
 def test_damaged_exif_data_are_ignored(wanted: Array) -> None:

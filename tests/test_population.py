@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from mnist_flax import drivers, train
+from mnist_flax import drivers, members, train
 from mnist_flax.analysis import statistics as results
 from mnist_flax.config import Config, replace
 from mnist_flax.data import batches
@@ -47,6 +47,7 @@ CONFIG = replace(
     train__log_every_steps=3,
     train__tensorboard=False,
     train__report=False,
+    train__demo=False,
 )
 
 
@@ -126,7 +127,7 @@ def test_folds_of_other_lengths_train_in_groups(tmp_path: pathlib.Path) -> None:
 
 def stop_after_first_evaluation(patch: pytest.MonkeyPatch) -> None:
     """Sends SIGTERM to this process when the first member is evaluated: at the end of the first epoch."""
-    evaluate_holdout = train.evaluate_holdout
+    evaluate_holdout = members.evaluate_holdout
 
     def evaluate_and_stop(member: Member) -> dict[str, Any] | None:
         patch.setattr(train, "evaluate_holdout", evaluate_holdout)

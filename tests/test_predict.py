@@ -18,7 +18,8 @@ from mnist_flax.config import Config
 from mnist_flax.data.embedded import embedded_digits
 from mnist_flax.pictures import files, pool, segment
 from mnist_flax.pictures import reading as readings_lib
-from mnist_flax.pictures.segment import PictureError, read_digits
+from mnist_flax.pictures.decode import PictureError
+from mnist_flax.pictures.segment import read_digits
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -230,7 +231,12 @@ def test_doubt_follows_the_probability_and_the_shape() -> None:
 @pytest.mark.parametrize("batch_size", [1, 2, 100])
 def test_batches_go_across_pictures_and_keep_their_order(batch_size: int) -> None:
     wrong = PictureError("is blank")
-    pictures = [("a", [digit(1), digit(2)]), ("b", wrong), ("c", [digit(3)]), ("d", [digit(4), digit(5), digit(6)])]
+    pictures: list[tuple[str, Any]] = [
+        ("a", [digit(1), digit(2)]),
+        ("b", wrong),
+        ("c", [digit(3)]),
+        ("d", [digit(4), digit(5), digit(6)]),
+    ]
     found = dict(readings_lib.classify_all(pictures, logits, batch_size))
     assert list(found) == ["a", "b", "c", "d"]
     assert found.pop("b") is wrong

@@ -33,6 +33,7 @@ SMALL = replace(
     train__epochs=3,
     train__label_smoothing=0.05,
     train__report=False,
+    train__demo=False,
 )
 
 

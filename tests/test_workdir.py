@@ -239,7 +239,7 @@ def test_output_goes_where_it_is_wanted(tmp_path: pathlib.Path) -> None:
 OTHER_WRITERS = {
     "run/workdir.py",
     "run/compilation.py",
-    "predict.py",
+    "pictures/files.py",
     "exporting/formats.py",
 }  # the last: a temporary one
 

@@ -20,6 +20,7 @@ CONFIG = replace(
     train__log_every_steps=4,
     train__tensorboard=False,
     train__report=False,
+    train__demo=False,
 )
 
 

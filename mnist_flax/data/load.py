@@ -109,9 +109,15 @@ _LOADERS: dict[str, Callable[[DataConfig], Splits]] = {
 
 
 def _data_dir(data: DataConfig) -> Path:
-    """Returns the TFDS folder."""
-    folder = data.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    return Path(os.path.abspath(os.path.expanduser(folder)))
+    """Returns the TFDS folder.
+
+    Raises:
+      DataError: it is in the user's home folder, and there is none.
+    """
+    folder = os.path.expanduser(data.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    if folder.startswith("~"):
+        raise DataError(f"{folder}: there is no such home folder; name another folder with --config.data.data_dir=DIR")
+    return Path(os.path.abspath(folder))
 
 
 def adapt_to_dataset(config: Config, splits: Splits) -> Config:

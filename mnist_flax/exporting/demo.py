@@ -81,16 +81,41 @@ def write_demo(
     if info.kind == "run" and steps[0] < info.steps[0]:
         early, early_info = load_predictor(workdir, str(steps[0]))
         checkpoints.append(Checkpoint(_title(early_info), graph_of(early)))
+    path = output or workdir / FILE
+    write_page(checkpoints, predictor, evaluation, splits, title=workdir.absolute().name, path=path)
+    return path
+
+
+def write_page(
+    checkpoints: Sequence[Checkpoint],
+    predictor: Predictor,
+    evaluation: Evaluation,
+    splits: Splits,
+    *,
+    title: str,
+    path: pathlib.Path,
+) -> None:
+    """Writes the demo page of a predictor that is in memory.
+
+    Args:
+      checkpoints: the network that answers, and perhaps another one to compare it with.
+      predictor: the network that answers.
+      evaluation: of the test set by this predictor.
+      splits: the data.
+      title: of the page.
+      path: of the file.
+
+    Raises:
+      WorkdirError: it cannot be written.
+    """
     page = render(
         checkpoints,
         choose_examples(splits, np.exp(metrics.log_probabilities(evaluation.logits))),
         classes=DATASETS[splits.name].class_names,
-        title=workdir.absolute().name,
+        title=title,
         **_texts(predictor, evaluation, splits.name),
     )
-    path = output or workdir / FILE
     workdirs.write_text(path, page, remedy="name another file with --output=FILE")
-    return path
 
 
 def _title(info: RunInfo) -> str:

@@ -64,9 +64,9 @@ def _write_npz(predictor: Predictor, metadata: Metadata) -> dict[str, bytes]:
 
 
 FORMATS: dict[str, Format] = {
-    "onnx": Format(".onnx", ("onnx", "onnxruntime"), _write_onnx, onnx.load),
-    "stablehlo": Format(".stablehlo", ("flatbuffers",), _write_stablehlo, stablehlo.load),
-    "npz": Format(".npz", (), _write_npz, numpy_program.load),
+    "onnx": Format(".onnx", ("onnx", "onnxruntime"), _write_onnx, onnx.load_onnx),
+    "stablehlo": Format(".stablehlo", ("flatbuffers",), _write_stablehlo, stablehlo.load_stablehlo),
+    "npz": Format(".npz", (), _write_npz, numpy_program.load_program),
 }
 
 
@@ -118,7 +118,7 @@ def export_workdir(
     predictor, info = load_predictor(workdir, checkpoint)
     images, source = images_to_compare(info, overrides)
     contents = chosen.write(predictor, metadata_of(info))
-    difference = check(chosen, contents, predictor, images, format_name)
+    difference = check_outputs(chosen, contents, predictor, images, format_name)
     folder = folder or workdirs.subfolder(workdir, FOLDER)
     paths = tuple(folder / f"{STEM}{suffix}" for suffix in contents)
     for path, content in zip(paths, contents.values(), strict=True):
@@ -151,7 +151,7 @@ def images_to_compare(info: RunInfo, overrides: Mapping[str, Any]) -> tuple[np.n
         return digits.train.image[:NUM_IMAGES], source
 
 
-def check(
+def check_outputs(
     chosen: Format, contents: Mapping[str, bytes], predictor: Predictor, images: np.ndarray, format_name: str
 ) -> float:
     """Runs a file and compares it with the network, in batches of several sizes.

@@ -159,7 +159,7 @@ def trace(logits: Callable[[Any, jax.Array], jax.Array], variables: Any) -> Grap
     builder = Builder()
     leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(variables))
     names = [builder.constant(leaf, "/".join(str(_key(key)) for key in path)) for path, leaf in leaves]
-    (result,) = jaxpr.inline(builder, closed.jaxpr, closed.consts, [*names, INPUT], stack="")
+    (result,) = jaxpr.inline_jaxpr(builder, closed.jaxpr, closed.consts, [*names, INPUT], stack="")
     builder.layer = builder.function = ""
     (output,) = closed.out_avals
     probabilities = builder.add("softmax", (result,), output.shape, output.dtype)

@@ -8,7 +8,7 @@ import numpy as np
 from jax.extend import core
 
 from mnist_flax.exporting.graph import BATCH_SIZE, Builder
-from mnist_flax.exporting.primitives import ELEMENTWISE, TRANSLATIONS, add, split, unsupported
+from mnist_flax.exporting.primitives import ELEMENTWISE, TRANSLATIONS, add, split_axis, unsupported
 
 CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")  # parameters under which a primitive keeps the function that it calls
 
@@ -16,7 +16,7 @@ CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")  # parameters under which a primiti
 KEPT = ("broadcast_in_dim", "copy", "expand_dims", "reshape", "squeeze", "stop_gradient")
 
 
-def inline(builder: Builder, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[str], stack: str) -> list[str]:
+def inline_jaxpr(builder: Builder, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[str], stack: str) -> list[str]:
     """Adds the nodes of a jaxpr and of everything that it calls.
 
     Args:
@@ -65,17 +65,17 @@ def _results(builder: Builder, eqn: Any, inputs: tuple[str, ...], stack: str) ->
         return inputs
     if name == "cond":
         branch, inputs = _branch(builder, eqn, inputs)
-        return inline(builder, branch.jaxpr, branch.consts, inputs, stack)
+        return inline_jaxpr(builder, branch.jaxpr, branch.consts, inputs, stack)
     called = next((eqn.params[key] for key in CALLS if key in eqn.params), None)
     if called is not None and name not in ("scan", "while"):
         label = str(eqn.params.get("name", ""))
         builder.function = label if label.isidentifier() and not label.startswith("_") else builder.function
-        return inline(builder, getattr(called, "jaxpr", called), getattr(called, "consts", ()), inputs, stack)
+        return inline_jaxpr(builder, getattr(called, "jaxpr", called), getattr(called, "consts", ()), inputs, stack)
     batched = any(size % BATCH_SIZE == 0 for var in eqn.outvars for size in var.aval.shape if size)
     if all(name in builder.constants for name in inputs) and not batched and name not in KEPT:
         return _compute(builder, eqn, inputs)
     if name == "split":
-        return split(builder, eqn, inputs)
+        return split_axis(builder, eqn, inputs)
     if name not in TRANSLATIONS and name not in ELEMENTWISE:
         unsupported(builder, name)
     if name in ELEMENTWISE:

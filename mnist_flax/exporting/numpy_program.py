@@ -83,7 +83,7 @@ def _literal(value: Any) -> str:
     return repr(value)
 
 
-def load(path: pathlib.Path) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+def load_program(path: pathlib.Path) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
     """Runs the program beside an .npz file."""
     predict: Callable[[np.ndarray], dict[str, np.ndarray]] = runpy.run_path(str(path.with_suffix(".py")))["predict"]
     return predict

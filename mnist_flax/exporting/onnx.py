@@ -201,7 +201,7 @@ def to_onnx(graph: Graph, metadata: dict[str, str]) -> bytes:
     return content
 
 
-def load(path: pathlib.Path) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+def load_onnx(path: pathlib.Path) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
     """Opens an ONNX file with onnxruntime."""
     import onnxruntime
 

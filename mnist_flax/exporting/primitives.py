@@ -70,7 +70,7 @@ def _slice(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> str:
     return add(builder, "slice", eqn, inputs, starts=tuple(starts), limits=symbolic(limits), strides=tuple(strides))
 
 
-def split(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> list[str]:
+def split_axis(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> list[str]:
     """Slices an array into all its parts."""
     axis, start, names = eqn.params["axis"], 0, []
     (x,) = eqn.invars

@@ -18,7 +18,7 @@ def windows(x: Array, size: Any, strides: Any, dilations: Any = (1, 1)) -> Array
     return views[:, :: strides[0], :: strides[1], :, :: dilations[0], :: dilations[1]]
 
 
-def conv(x: Array, kernel: Array, bias: Any = 0.0, *, strides: Any, pads: Any, dilations: Any, groups: int) -> Array:
+def conv2d(x: Array, kernel: Array, bias: Any = 0.0, *, strides: Any, pads: Any, dilations: Any, groups: int) -> Array:
     """Convolution: [N,H,W,C], [h,w,C/groups,D] -> [N,H',W',D]."""
     x = np.pad(x, ((0, 0), *pads, (0, 0)))
     patches = windows(x, kernel.shape[:2], strides, dilations)
@@ -31,18 +31,18 @@ def dense(x: Array, kernel: Array, bias: Any = 0.0) -> Array:
     return x @ kernel + bias
 
 
-def max_pool(x: Array, *, size: Any, strides: Any, pads: Any) -> Array:
+def max_pool2d(x: Array, *, size: Any, strides: Any, pads: Any) -> Array:
     """Maximum of each window."""
     x = np.pad(x, ((0, 0), *pads, (0, 0)), constant_values=-np.inf)
     return windows(x, size, strides).max((4, 5))
 
 
-def sum_pool(x: Array, *, size: Any, strides: Any, pads: Any) -> Array:
+def sum_pool2d(x: Array, *, size: Any, strides: Any, pads: Any) -> Array:
     """Sum of each window."""
     return windows(np.pad(x, ((0, 0), *pads, (0, 0))), size, strides).sum((4, 5))
 
 
-def avg_pool(x: Array, *, size: Any, strides: Any, pads: Any) -> Array:
+def avg_pool2d(x: Array, *, size: Any, strides: Any, pads: Any) -> Array:
     """Mean of each window."""
     return windows(np.pad(x, ((0, 0), *pads, (0, 0))), size, strides).mean((4, 5))
 
@@ -162,11 +162,11 @@ UFUNCS: dict[str, np.ufunc] = {
 }
 OPERATIONS: dict[str, Callable[..., Array]] = {
     "slice": slice_,
-    "conv": conv,
+    "conv": conv2d,
     "dense": dense,
-    "max_pool": max_pool,
-    "sum_pool": sum_pool,
-    "avg_pool": avg_pool,
+    "max_pool": max_pool2d,
+    "sum_pool": sum_pool2d,
+    "avg_pool": avg_pool2d,
     "relu": relu,
     "softmax": softmax,
     "logistic": logistic,
@@ -201,7 +201,7 @@ def sizes(value: Any, batch: int) -> Any:
     return -value * batch if isinstance(value, int) and value < 0 else value
 
 
-def run(graph: Graph, images: Array) -> Mapping[str, Array]:
+def run_graph(graph: Graph, images: Array) -> Mapping[str, Array]:
     """Computes every node, `u8[N,28,28,1] ->` its value by its name, and the graph's outputs by theirs."""
     values: dict[str, Any] = {INPUT: images, **graph.constants}
     for node in graph.nodes:

@@ -40,7 +40,7 @@ def to_stablehlo(predictor: Predictor) -> bytes:
     return bytes(exported.serialize())
 
 
-def load(path: pathlib.Path) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+def load_stablehlo(path: pathlib.Path) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
     """Reads a serialised program and compiles it for the device at hand."""
     call = jax.jit(export.deserialize(bytearray(path.read_bytes())).call)
 

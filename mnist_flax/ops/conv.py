@@ -1,16 +1,15 @@
 """Convolution and convolution blocks, lowered per platform: XLA:CPU gets forms that stay fast inside loops.
 
 Inside a loop (`lax.scan`, `lax.fori_loop`) XLA:CPU lowers the gradient of a convolution to plain nested loops, 25 times
-slower than a matrix product (jax issue 12868), so on CPU a convolution takes one of three forms:
+slower than a matrix product (jax issue 12868), so on CPU a convolution becomes matrix products, in one of two forms:
 
 - `winograd`, for a stride of 1 and enough channels: the fewest products, and those of a good shape.
-- `direct`, XLA's own with gradients written out, for strides: the least memory.
-- `patches` times kernel otherwise (one input channel, kernels of one pixel).
+- `patches` times kernel otherwise (one input channel, strides, large kernels).
 
 Other platforms get XLA's own convolution.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,7 +17,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from mnist_flax.ops import winograd
-from mnist_flax.ops.direct import NHWC, direct
 from mnist_flax.ops.patches import patches
 from mnist_flax.ops.pool import NON_DECREASING, Activation, activate_pool, xla_max_pool
 from mnist_flax.ops.window import Pair, Window
@@ -99,13 +97,15 @@ def _conv(
     window = Window((int(strides[0]), int(strides[1])), pads, pool)
 
     def default(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        y = lax.conv_general_dilated(x, kernel, window.strides, pads, dimension_numbers=NHWC, precision=precision)
+        y = lax.conv_general_dilated(
+            x, kernel, window.strides, pads, dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision
+        )
         return xla_max_pool(y, pool)
 
     def cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
         # Half precision is widened: XLA:CPU has no fast product for it, and Winograd's sums would lose its few bits.
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        form = _cpu_form(kernel.shape, window)
+        form = winograd.winograd if winograd.pays(kernel.shape, window) else patches
         return form(x.astype(wide), kernel.astype(wide), window).astype(x.dtype)
 
     outputs = (window.output_size(axis, x.shape[1 + axis], kernel.shape[axis]) for axis in (0, 1))
@@ -113,12 +113,3 @@ def _conv(
         return default(x, kernel)
     y: jax.Array = lax.platform_dependent(x, kernel, cpu=cpu, default=default)
     return y
-
-
-def _cpu_form(kernel_shape: Sequence[int], window: Window) -> Callable[[jax.Array, jax.Array, Window], jax.Array]:
-    """Chooses by size; each figure is CPU time forward and backward, batch 128, on jax 0.12 and 0.10."""
-    if max(kernel_shape[:2]) == 1 or kernel_shape[2] == 1:
-        return patches  # 1x1, stride 2: 0.6 and 0.4 of the time of `direct`; one channel: 0.7 (3x3 kernel)
-    if window.strides != (1, 1) and window.pool == 1:
-        return direct  # 3x3, stride 2, 16 to 32 channels: 0.7 and 0.5 of the time of `patches`
-    return winograd.winograd if winograd.pays(kernel_shape, window) else patches

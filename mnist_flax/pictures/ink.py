@@ -122,7 +122,7 @@ def thick_pen(mask: np.ndarray) -> float:
     if not ridge.any():
         return 1.0
     widths = np.sort(distance[ridge])
-    weights = np.cumsum(widths**2)  # thin lines can be many times as long as the strokes
+    weights = np.cumsum(widths**1.5)  # thin lines can be many times as long as the strokes
     return 2 * factor * float(widths[np.searchsorted(weights, 0.8 * weights[-1])])
 
 

@@ -49,13 +49,13 @@ def _rectangle(region: np.ndarray, shape: tuple[int, ...]) -> Sheet | None:
     """Fits a rectangle around a region; None if it is none, or fewer than two of its sides are in view."""
     y, x = np.nonzero(region & ~ndimage.binary_erosion(region))
     best: tuple[float, float, tuple[float, ...]] | None = None
-    for turn in np.arange(-45, 45, 1.0):
-        along, across = _turned(x, y, turn)
+    for degrees in range(-45, 45):
+        along, across = _turned(x, y, degrees)
         low, high = float(along.min()), float(along.max())
         left, right = float(across.min()), float(across.max())
         area = (high - low) * (right - left)
         if best is None or area < best[0]:
-            best = area, float(turn), (low, high, left, right)
+            best = area, float(degrees), (low, high, left, right)
     assert best is not None
     _, turn, (low, high, left, right) = best
     height, width = region.shape
@@ -68,7 +68,7 @@ def _rectangle(region: np.ndarray, shape: tuple[int, ...]) -> Sheet | None:
     border = np.ones_like(region)
     border[edge:-edge, edge:-edge] = False
     ends = [np.abs(along - low) < 1, np.abs(along - high) < 1, np.abs(across - left) < 1, np.abs(across - right) < 1]
-    in_view = sum((end & box & ~border).sum() > 0.3 * max(1, (end & box).sum()) for end in ends)
+    in_view = sum((end & box & ~border).sum() > 0.3 * max(1, int((end & box).sum())) for end in ends)
     if in_view < 2:
         return None
     # The corners of a sheet seen from aside lie within its rectangle: so the region, not the rectangle.

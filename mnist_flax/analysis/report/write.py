@@ -63,6 +63,7 @@ def write_report(
         summary=summary,
         evaluated_by=evaluated_by,
     )
+    facts["draw"] = "../demo.html" if folder.parent == workdir and (workdir / "demo.html").is_file() else ""
     facts["command"] = f"python -m mnist_flax.main --config={place}/config.py --workdir={shown(workdir)}-again"
     for name, content in _pieces(config, predictor, facts, splits, title=shown(workdir)).items():
         workdirs.write_bytes(folder / name, content, remedy=remedy)

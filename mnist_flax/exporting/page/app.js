@@ -67,7 +67,7 @@ class App {
       if (maps.isVisible) this.paint(maps);
     });
     this.explain();
-    document.documentElement.dataset.ready = "true";
+    document.documentElement.dataset.ready ??= "true";
   }
 
   showAnswer(probabilities, other, best) {
