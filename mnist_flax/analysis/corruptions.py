@@ -192,7 +192,7 @@ def _translate(images: Images, draw: Draw, pixels: int) -> Floats:
 def _brightness(images: Images, draw: Draw, amount: float) -> Floats:
     """Adds the same to every pixel."""
     del draw
-    return images + amount * 255
+    return np.asarray(images + 255.0 * amount)
 
 
 def _stripe(images: Images, draw: Draw, width: int) -> Floats:
