@@ -1,5 +1,6 @@
 """Robustness of a run and of a committee: scores, published arrays, comparison, what is no digit, files and page."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -123,6 +124,15 @@ def test_doubt_of_a_committee_and_its_threshold(test: Examples, monkeypatch: pyt
     )
     assert set(alone["scores"]) == {"max_probability", "energy"}
     assert alone["scores"]["energy"]["threshold"] is None
+
+
+def test_energy_does_not_depend_on_views(test: Examples) -> None:
+    predictor, _ = load_predictor(small_population.seeds())
+    images = np.asarray(test.image)[:50]
+    one, five = (novelty.doubt_scores(dataclasses.replace(predictor, views=views), images) for views in (1, 5))
+    np.testing.assert_array_equal(one["energy"], five["energy"])
+    assert one["energy"].std() > 0.01
+    assert np.abs(one["max_probability"] - five["max_probability"]).max() > 0
 
 
 def test_the_command_writes_facts_and_a_page_for_folds_too(tmp_path: pathlib.Path) -> None:

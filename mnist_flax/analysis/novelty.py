@@ -1,5 +1,6 @@
 """What is no digit: how well a network's doubt tells digits from pictures of other things."""
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -29,14 +30,16 @@ def doubt_scores(predictor: Predictor, images: np.ndarray) -> dict[str, np.ndarr
 
     Returns:
       `max_probability`: 1 minus the probability of the answer. `energy`: minus the log of the summed exponentials of
-      the logits (Liu et al., 2020), averaged over the members. Of a committee also `disagreement`: how much the answer
-      tells about the member, in nats (Smith and Gal, 2018).
+      the logits (Liu et al., 2020) of the image itself, without views, averaged over the members. Of a committee also
+      `disagreement`: how much the answer tells about the member, in nats (Smith and Gal, 2018).
     """
     logits = member_logits(predictor, images)
+    # The mean over views is a log probability, whose energy is 0.
+    one_view = logits if predictor.views == 1 else member_logits(dataclasses.replace(predictor, views=1), images)
     log_probs = metrics.log_probabilities(combine_members(logits, predictor.temperature))
     scores = {
         "max_probability": -np.expm1(log_probs.max(axis=-1)),
-        "energy": -np.mean(np.logaddexp.reduce(logits.astype(np.float64), axis=-1), axis=0),
+        "energy": -np.mean(np.logaddexp.reduce(one_view.astype(np.float64), axis=-1), axis=0),
     }
     if len(logits) > 1:
         each, together = metrics.log_probabilities(logits), metrics.log_mean_probabilities(logits)

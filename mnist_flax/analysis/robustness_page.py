@@ -16,7 +16,7 @@ from mnist_flax.data.registry import DATASETS
 
 TEMPLATE = pathlib.Path(__file__).with_name("robustness.html.jinja")
 SEVERITIES = (1, 2, 3, 4, 5)
-NUM_STRANGERS = 10  # pictures of each kind that is no digit
+NUM_STRANGERS = 8  # pictures of each kind that is no digit
 NUM_LABELS = 40  # doubtful labels with pictures
 
 Cards = list[dict[str, Any]]
@@ -56,14 +56,14 @@ def draw_page(outcome: Outcome) -> str:
 
 
 def _cards(predictor: Predictor, images: np.ndarray, names: tuple[str, ...], label: int | None = None) -> Cards:
-    """Returns each picture, `u8[N,28,28,1]`, with the network's answer, and whether it is right."""
+    """Returns each picture, `u8[N,28,28,1]`, with the network's answer, and `right` or `wrong` if there is a label."""
     probs = np.exp(metrics.log_probabilities(predict_logits(predictor, images)))
     return [
         {
             "picture": data_uri(png(image[:, :, 0])),
             "answer": names[int(of_image.argmax())],
             "probability": float(of_image.max()),
-            "right": label is None or int(of_image.argmax()) == label,
+            "verdict": "" if label is None else "right" if int(of_image.argmax()) == label else "wrong",
         }
         for image, of_image in zip(images, probs, strict=True)
     ]
