@@ -1,4 +1,4 @@
-"""The most accurate in minutes: four convolutions with batch norm, distorted images, five views.
+"""The most accurate network that trains in minutes: four convolutions with batch norm, distorted images, five views.
 
 Measured: not yet. The recipe is that of a prototype; `docs/accuracy.md` lists what was compared on hold-out rows.
 

@@ -1,4 +1,4 @@
-"""The most accurate network here, for those who can wait: `accurate.py`, wider and longer.
+"""The most accurate network here, slow to train: `accurate.py`, wider and with more epochs.
 
 Measured: not yet. The recipe is that of a prototype; `docs/accuracy.md` lists what was compared on hold-out rows.
 

@@ -1,4 +1,4 @@
-"""Ours: three convolutions, one-cycle AdamW, label smoothing, random shifts of up to a pixel.
+"""The default: three convolutions, one-cycle AdamW, label smoothing, random shifts of up to one pixel.
 
 Measured: 99.53 +- 0.03 % test accuracy (mean and sd, n = 5), 27 s of training on two CPU cores.
 

@@ -1,4 +1,4 @@
-"""As accurate as it gets with fewer than 25,000 weights: `accurate.py`, narrow, and pooled once more.
+"""As accurate as possible with fewer than 25,000 weights: `accurate.py`, narrower, with one more pooling.
 
 Measured: not yet. The recipe is that of a prototype; `docs/accuracy.md` lists what was compared on hold-out rows.
 

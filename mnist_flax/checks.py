@@ -1,4 +1,4 @@
-"""Checks of config fields: each yields a message for a wrong value, or nothing."""
+"""Checks of config fields: each yields a message if the value is invalid, and nothing otherwise."""
 
 import difflib
 import math
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Returns a hint that names the known word closest to `name`, or lists all of them."""
+    """Returns a hint: the known name most similar to `name`, or a list of all of them if none is similar."""
     known = list(known)
     match = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {match[0]!r}?" if match else f"choose from: {', '.join(sorted(known))}"
@@ -22,7 +22,7 @@ def among(field: str, value: str, choices: Iterable[str]) -> Iterator[str]:
 def within(
     field: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False, open_high: bool = False
 ) -> Iterator[str]:
-    """Checks that a number lies in an interval, whose ends belong to it unless they are open."""
+    """Checks that a number lies in an interval, which includes its endpoints unless they are declared open."""
     if (low < value if open_low else low <= value) and (value < high if open_high else value <= high):
         return
     lower = f"above {low}" if open_low else f"at least {low}"

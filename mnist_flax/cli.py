@@ -1,4 +1,4 @@
-"""What all verbs share: flags become a Config, and a user's mistake becomes one message and an exit status."""
+"""What all commands share: turns flags into a Config, and user errors into one message and an exit status."""
 
 import contextlib
 import gc
@@ -32,7 +32,7 @@ _VERBS = {
 
 
 def verbs() -> dict[str, str]:
-    """Returns the verbs of this version, and what each does."""
+    """Returns the commands of this version, with a description of each."""
     folder = pathlib.Path(__file__).parent
     return {verb: text for verb, text in _VERBS.items() if (folder / f"{verb}.py").exists()}
 
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def define_config() -> None:
-    """Defines `--config=FILE.py`, which brings `--config.section.field=value` with it."""
+    """Defines `--config=FILE.py` and the overrides `--config.section.field=value`."""
     flags.DEFINE_string(
         "config",
         None,
@@ -66,7 +66,7 @@ def define_config() -> None:
 
 
 def config_file() -> str:
-    """Returns the path or name that was given as `--config`."""
+    """Returns the path or name given as `--config`."""
     return str(FLAGS.config)
 
 
@@ -74,7 +74,7 @@ def config() -> Any:
     """Returns the `Config` that the flags describe.
 
     Raises:
-      ConfigError: there is none, or one of its fields is wrong.
+      ConfigError: `--config` is missing, or one of its fields is invalid.
     """
     if FLAGS.config is None:
         raise ConfigError("--config is missing: name a preset or a file, such as --config=configs/default.py")
@@ -84,19 +84,19 @@ def config() -> Any:
 
 
 def define_output() -> None:
-    """Defines `--output=DIR`, for a verb that writes into the folder of a run (`workdir.output_folder`)."""
+    """Defines `--output=DIR`, for commands that write to the folder of a run (`workdir.output_folder`)."""
     flags.DEFINE_string("output", None, "write into this folder; if not given, into the run's folder")
     FLAGS.register_key_flag_for_module(sys.argv[0], FLAGS["output"])
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
-    """Parses the flags, calls `main` with what is left of the command line, and exits.
+    """Parses the flags, calls `main` with the remaining arguments, and exits.
 
-    A `UserError` ends the program with its message and exit status; any other exception is a bug, and shows its
-    traceback. A signal ends the program at once, unless a loop listens to it (`signals.stop_request`).
+    A `UserError` ends the program with its message and exit status; any other exception is a bug, and prints
+    its traceback. A signal ends the program immediately, unless a loop handles it (`signals.stop_request`).
     """
-    # Importing JAX and tracing create a million objects that stay; the default, a search for garbage at every 700th,
-    # costs 0.2 of the 1.8 s to the first step.
+    # Importing JAX and tracing create a million long-lived objects. The default, a garbage collection every 700
+    # objects, costs 0.2 of the 1.8 s to the first step.
     gc.set_threshold(100_000)
     console.open_streams()
     console.log_to_console()
@@ -115,10 +115,10 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
 
 def _parse(arguments: Sequence[str]) -> Sequence[str]:
-    """Parses the command line, strictly.
+    """Parses the command line strictly.
 
     Raises:
-      ConfigError: a flag is unknown, or its value cannot be read.
+      ConfigError: a flag is unknown, or its value cannot be parsed.
     """
     takes_config = "override" in FLAGS
     arguments = _with_overrides(arguments) if takes_config else arguments
@@ -137,7 +137,7 @@ def _parse(arguments: Sequence[str]) -> Sequence[str]:
 
 
 def _with_overrides(arguments: Sequence[str]) -> list[str]:
-    """Replaces every `--config.section.field=value` by `--override=section.field=value`, which absl knows."""
+    """Replaces `--config.section.field=value` with `--override=section.field=value`, a flag that absl can parse."""
     result: list[str] = []
     rest = list(arguments)
     while rest:

@@ -1,10 +1,10 @@
-"""How steps are compiled and fed to the device: the only place that jits training.
+"""Compiles training steps and feeds them to the device: the only module that jits training.
 
 A driver advances M runs of one program together, M >= 1: `advance(states, num_steps) -> (states, metrics)`. The states
-have a leading axis M and are all at the same step; the metrics are on the host, `[M, num_steps]`. The position of the
-runs in their epochs follows from `state.step` alone.
+have a leading axis M and are all at the same step; the metrics are on the host, `[M, num_steps]`. `state.step` alone
+determines where a run is in its epoch.
 
-`scan` keeps the data on the device and makes many steps in one call. `stream` sends one batch a call from the host, so
+`scan` keeps the data on the device and runs many steps per call. `stream` sends one batch per call from the host, so
 the data need not fit on the device. Both train on the same batches.
 """
 
@@ -27,7 +27,7 @@ from mnist_flax.step import TrainState, forward, init_state, train_step, train_s
 
 Advance = Callable[[TrainState, int], tuple[TrainState, dict[str, np.ndarray]]]
 
-# The initial weights are drawn once in a run: without optimisation that takes 10 ms, and 0.5 s to compile instead of 3.
+# Runs once per run, so compile time matters more than speed: unoptimised, it compiles in 0.5 s, not 3, and takes 10 ms.
 jit_init_state = jax.jit(init_state, static_argnames="program", compiler_options={"xla_backend_optimization_level": 0})
 jit_forward = jax.jit(forward, static_argnames="program")
 
@@ -36,9 +36,9 @@ class Job(NamedTuple):
     """M runs of one program, and what they train on.
 
     Attributes:
-      program: of all runs.
-      seeds: of each run.
-      rows: of each run the row numbers to train on, `i32[R]`.
+      program: shared by all runs.
+      seeds: one per run.
+      rows: for each run, the row numbers to train on, `i32[R]`.
       examples: the training split, on the host.
       num_devices: `config.train.num_devices`.
       epochs_per_dispatch: `config.train.epochs_per_dispatch`.
@@ -53,10 +53,10 @@ class Job(NamedTuple):
 
 
 def job_mesh(program: Program, num_runs: int, num_devices: int) -> Mesh:
-    """Returns the devices to train on: a single run splits its batches over them, several runs are spread over them.
+    """Returns the mesh to train on: a single run splits each batch over its devices, several runs are split by run.
 
     Raises:
-      ConfigError: there are too few devices, or a batch cannot be split evenly over them.
+      ConfigError: there are too few devices, or the batch size of a single run is not divisible by their number.
     """
     mesh = sharding.make_mesh(num_devices)
     if num_runs == 1:
@@ -78,14 +78,14 @@ def _run_sharding(mesh: Mesh, num_runs: int) -> Any:
 
 
 def runs_take_turns() -> bool:
-    """Returns whether the runs of a device train one after the other, as is faster on a CPU, or all at once."""
+    """Returns whether the runs on a device train one after another, which is faster on a CPU, not all at once."""
     return jax.default_backend() == "cpu"
 
 
 def over_runs(steps: Callable[..., Any], mesh: Mesh, num_runs: int) -> Callable[..., Any]:
     """Maps `steps(state, order, key, examples, num_steps)` over the leading axis M of its first three arguments.
 
-    Runs that take turns get the same bits as a run of its own; all at once (`vmap`), they get the same up to rounding.
+    Runs that take turns (`lax.map`) give the same bits as separate runs; under `vmap` they agree up to rounding.
     """
     if num_runs == 1:
 
@@ -97,7 +97,7 @@ def over_runs(steps: Callable[..., Any], mesh: Mesh, num_runs: int) -> Callable[
 
     own, whole = PartitionSpec(sharding.AXIS), PartitionSpec()
 
-    # Runs do not communicate: the devices' programs are separate, and XLA need not find that out.
+    # Runs do not communicate, so shard_map gives each device its own program; XLA does not have to discover that.
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=(own, own, own, whole, whole), out_specs=own, check_vma=False)
     def on_device(states: TrainState, orders: Array, keys: Array, examples: Examples, num_steps: Array) -> Any:
         def one(run: tuple[TrainState, Array, Array]) -> Any:
@@ -110,19 +110,19 @@ def over_runs(steps: Callable[..., Any], mesh: Mesh, num_runs: int) -> Callable[
 
 
 def scan_steps(job: Job, states: TrainState) -> Advance:
-    """Compiles a loop of steps on the device, of which one call makes any number up to the end of an order."""
+    """Compiles a loop of steps on the device; one call runs any number of them, up to the end of the current order."""
     program, num_runs = job.program, len(job.seeds)
     mesh = job_mesh(program, num_runs, job.num_devices)
     everywhere, by_run = sharding.replicated(mesh), _run_sharding(mesh, num_runs)
     by_order = sharding.split(mesh, axis=2) if num_runs == 1 else by_run  # [M,S,B]: the batch, or the runs
-    num_epochs = max(1, job.epochs_per_dispatch)  # that one order covers
+    num_epochs = max(1, job.epochs_per_dispatch)  # in one order
     order_steps = num_epochs * program.steps_per_epoch
     root_keys = [rng.root_key(seed) for seed in job.seeds]
     rows = [jax.device_put(of_run) for of_run in job.rows]
 
     @functools.lru_cache(maxsize=1)
     def orders(part: int) -> Array:
-        # Drawn on one device and split afterwards: random values can depend on how their computation is split.
+        # Drawn on one device, then split: random values can depend on how their computation is sharded.
         drawn = [
             batches.epochs_order(key, part * num_epochs, num_epochs, of_run, program.batch_size)
             for key, of_run in zip(root_keys, rows, strict=True)
@@ -151,13 +151,13 @@ def scan_steps(job: Job, states: TrainState) -> Advance:
 
 
 def stream_steps(job: Job, states: TrainState) -> Advance:
-    """Compiles one step of a single run; each batch comes from the host."""
+    """Compiles one step of a single run; every step gets its batch from the host."""
     program = job.program
     mesh = job_mesh(program, 1, job.num_devices)
     everywhere, by_batch = sharding.replicated(mesh), sharding.split(mesh)
     root, rows = rng.root_key(job.seeds[0]), jax.device_put(job.rows[0])
     key = sharding.place(root, everywhere)
-    streams: dict[int, Iterator[Batch]] = {}  # by the step of their next batch
+    streams: dict[int, Iterator[Batch]] = {}  # keyed by the step of their next batch
 
     def one_step(states: TrainState, batch: Batch, key: Array) -> Any:
         state, metrics = train_step(program, jax.tree.map(lambda leaf: leaf[0], states), batch, key)
@@ -186,5 +186,5 @@ def stream_steps(job: Job, states: TrainState) -> Advance:
 
 
 def driver(name: str, job: Job, states: TrainState) -> Advance:
-    """Compiles the driver of a name in `config.DRIVERS`; several runs always have their data on the device."""
+    """Compiles the driver called `name`, one of `sections.DRIVERS`; several runs always use `scan`."""
     return stream_steps(job, states) if name == "stream" and len(job.seeds) == 1 else scan_steps(job, states)

@@ -1,8 +1,8 @@
-"""Errors for the user: one message, no traceback, and an exit status that is not 0."""
+"""Errors meant for the user: one message, no traceback, and a nonzero exit status."""
 
 
 class UserError(Exception):
-    """Something that the user can put right; the message names what is wrong, its value, and the remedy."""
+    """An error that the user can fix; the message says what is wrong, its value, and the remedy."""
 
     exit_status = 2
 
@@ -12,7 +12,7 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """A dataset is missing, unreachable, damaged, or not what its name says."""
+    """A dataset is missing, unreachable, corrupt, or not the one that its name promises."""
 
 
 class WorkdirError(UserError):

@@ -1,13 +1,14 @@
-"""Trains a network, or goes on with a run.
+"""Trains a network, or continues a run.
 
     python -m mnist_flax.main --config=configs/default.py
 
 Any field of the config can be overridden: --config.optimizer.learning_rate=0.05 --config.model.widths="(16,32)".
-The same command again goes on with a run that was stopped, or says that it is finished. `--fork=DIR` starts a new run
-with the weights of the one in DIR.
+The same command again continues a run that was stopped, or reports that it is finished. `--fork=DIR` starts a new run
+from the weights of the run in DIR.
 
-Several processes train one network with --distributed: the same command in each, on one file system. SLURM, GKE and
-Cloud TPU tell JAX the rest; elsewhere say it: --coordinator=HOST:PORT --num_processes=2 --process_index=0, then 1.
+With --distributed, several processes train one network: start the same command in each, on a shared file system. JAX
+detects the rest on SLURM, GKE and Cloud TPU; elsewhere set it with --coordinator=HOST:PORT --num_processes=2
+--process_index=0, then 1.
 """
 
 import pathlib
@@ -19,11 +20,11 @@ from mnist_flax import cli
 from mnist_flax.errors import ConfigError
 
 FLAGS = flags.FLAGS
-CLUSTER = ("coordinator", "num_processes", "process_index")  # flags that say what --distributed has to know
+CLUSTER = ("coordinator", "num_processes", "process_index")  # flags that need --distributed
 
 
 def main(argv: Sequence[str]) -> None:
-    """Trains what the flags describe."""
+    """Trains the run that the flags describe."""
     del argv
     config = cli.config()
     workdir = FLAGS.workdir or pathlib.Path("runs", pathlib.Path(cli.config_file()).stem)

@@ -1,4 +1,4 @@
-"""Logits or probabilities and labels in, scores out: on the host, in f64, for any number of examples."""
+"""Computes metrics from logits or probabilities and labels: on the host, in f64, for any number of examples."""
 
 import statistics
 from typing import NamedTuple
@@ -9,7 +9,7 @@ import numpy as np
 def log_probabilities(logits: np.ndarray) -> np.ndarray:
     """Computes the log-softmax, `f32[...,C] -> f64[...,C]`.
 
-    SciPy has the same function, but importing `scipy.special` takes 0.17 s, which every short run would pay at its end.
+    SciPy has the same function, but importing `scipy.special` takes 0.17 s, too much at the end of a short run.
     """
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     log_probs: np.ndarray = shifted - np.log(np.sum(np.exp(shifted), axis=-1, keepdims=True))
@@ -82,15 +82,15 @@ def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: i
 
 
 class PerClass(NamedTuple):
-    """Scores of each class: `f64[C]`, NaN where undefined, with their 95 % intervals, `f64[C,2]`.
+    """Metrics of each class: `f64[C]`, NaN where undefined, with their 95 % intervals, `f64[C,2]`.
 
     Attributes:
       precision: the share of a class's predictions that are correct.
       recall: the share of a class's examples that are predicted correctly.
       f1: the harmonic mean of precision and recall.
-      precision_interval: Wilson's.
-      recall_interval: Wilson's.
-      f1_interval: derived from Wilson's; see `f1_interval`.
+      precision_interval: Wilson's score interval.
+      recall_interval: Wilson's score interval.
+      f1_interval: derived from Wilson's interval; see `f1_interval`.
     """
 
     precision: np.ndarray
@@ -102,7 +102,7 @@ class PerClass(NamedTuple):
 
 
 def per_class(confusion: np.ndarray) -> PerClass:
-    """Computes the scores of each class from the confusion matrix, `i64[C,C] -> PerClass`."""
+    """Computes the metrics of each class from the confusion matrix, `i64[C,C] -> PerClass`."""
     right, predicted, actual = np.diag(confusion), confusion.sum(axis=0), confusion.sum(axis=1)
     with np.errstate(invalid="ignore"):
         return PerClass(
@@ -119,13 +119,13 @@ def wilson_interval(successes: np.ndarray | int, trials: np.ndarray | int, level
     """Computes the score interval of a proportion, `[...], [...] -> f64[...,2]` (Wilson, 1927).
 
     Unlike plus or minus 1.96 standard errors, it is valid near 0 and 1, where good classifiers are. With no trials it
-    is 0 to 1. SciPy's `binomtest(...).proportion_ci` takes one proportion at a time.
+    is [0, 1]. SciPy's `binomtest(...).proportion_ci` takes only one proportion at a time.
     """
     z = statistics.NormalDist().inv_cdf((1 + level) / 2)
     k, n = np.asarray(successes, np.float64), np.asarray(trials, np.float64)
     middle = (k + z**2 / 2) / (n + z**2)
     half = z / (n + z**2) * np.sqrt(k * (n - k) / np.maximum(n, 1) + z**2 / 4)
-    # At the ends the formula gives exactly 0 and 1, except for rounding.
+    # For k = 0 and k = n the formula gives exactly 0 and 1, except for rounding.
     low, high = np.where(k == 0, 0.0, middle - half), np.where(k == n, 1.0, middle + half)
     return np.stack([low, high], axis=-1)
 

@@ -1,10 +1,10 @@
-"""Trains many members of one config together, or compares two results.
+"""Trains many runs of one config together, as a population, or compares two results.
 
     python -m mnist_flax.population --config=configs/tiny.py --seeds=10
     python -m mnist_flax.population --config=configs/one_conv_sgd.py --folds=5
     python -m mnist_flax.population --compare=runs/tiny-seeds10,runs/tiny-seeds20
 
-Each member is a run with its own folder in members/. Repeating the command resumes; a larger --seeds adds members.
+Each member is a run with its own folder in members/. The same command again resumes; a larger --seeds adds members.
 """
 
 import json
@@ -20,7 +20,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    """Defines the flags of this verb."""
+    """Defines the flags of this command."""
     cli.define_config()
     flags.DEFINE_string("workdir", None, "the population's folder; if not given, runs/<config>-seeds<M> or -folds<K>")
     flags.DEFINE_integer("seeds", None, "train M members: with the config's seed and those that follow", lower_bound=2)
@@ -30,7 +30,7 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Trains or compares, as the flags say."""
+    """Trains a population or compares two results, depending on the flags."""
     del argv
     if FLAGS.compare:
         print(comparison_text(FLAGS.compare))
@@ -53,7 +53,7 @@ def comparison_text(folders: Sequence[str]) -> str:
     """Compares two results.
 
     Raises:
-      ConfigError: there are not two of them, or a flag of training is given.
+      ConfigError: the number of folders is not two, or a training flag is given.
     """
     for name in ("config", "seeds", "folds", "workdir"):
         if FLAGS[name].present:

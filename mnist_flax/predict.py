@@ -2,9 +2,9 @@
 
     python -m mnist_flax.predict --workdir=runs/default PICTURE...
 
-A PICTURE is a file (PNG, JPEG, GIF, BMP, WebP, TIFF), a folder (all pictures in it and below), a pattern such as
-'scans/*.png', or - for standard input. A picture may hold several digits; they are read line by line, from left to
-right. A digit with a question mark is a guess. The exit status is 1 if any picture could not be read.
+A PICTURE is a file (PNG, JPEG, GIF, BMP, WebP, TIFF), a folder (searched recursively), a pattern such as 'scans/*.png',
+or - for standard input. A picture may contain several digits; they are read line by line, from left to right. A
+question mark marks a doubtful digit. The exit status is 1 if any picture could not be read.
 """
 
 import dataclasses
@@ -19,17 +19,17 @@ from absl import flags
 from mnist_flax import cli
 from mnist_flax.errors import ConfigError, UserError
 
-_BATCH_SIZE = 128  # one compiled program serves any number of pictures
+_BATCH_SIZE = 128  # fixed, so that one compiled program serves any number of pictures
 
 
 class PicturesError(UserError):
-    """Some pictures could not be read; the others were."""
+    """Some pictures could not be read; all others were."""
 
     exit_status = 1
 
 
 def main(argv: Sequence[str]) -> None:
-    """Reads the pictures that the command line names."""
+    """Reads the digits in the pictures given on the command line."""
     values = flags.FLAGS
     names = argv[1:]
     if not names:

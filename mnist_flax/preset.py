@@ -1,7 +1,7 @@
-"""Preset files: a file with a `get_config()`, and flags that override its fields, become a Config.
+"""Loads preset files: a `get_config()`, plus flags that override its fields, becomes a Config.
 
-A preset is a program, so anything may go wrong in it. Every mistake is reported in one message that names the file, the
-line, and the field or the error.
+A preset is a program, so it may fail in any way. Each failure is reported in one message that names the file, the line,
+and the field or the error.
 """
 
 import ast
@@ -22,7 +22,7 @@ from mnist_flax.errors import ConfigError
 
 _PACKAGE = pathlib.Path(__file__).resolve().parent
 _IN_WHEEL = _PACKAGE / "configs"
-FOLDER = _IN_WHEEL if _IN_WHEEL.is_dir() else _PACKAGE.parent / "configs"  # of the presets
+FOLDER = _IN_WHEEL if _IN_WHEEL.is_dir() else _PACKAGE.parent / "configs"  # where the presets are
 
 
 def find_preset(name: str) -> pathlib.Path:
@@ -48,11 +48,11 @@ def load_config(path: pathlib.Path, overrides: Iterable[str] = ()) -> Config:
     """Runs a preset and returns its Config.
 
     Args:
-      path: of the preset.
-      overrides: of its fields, such as `train.epochs=3`.
+      path: the preset file.
+      overrides: field values that replace those of the preset, such as `train.epochs=3`.
 
     Raises:
-      ConfigError: the preset fails, or one of its fields or overrides is wrong.
+      ConfigError: the preset fails, or one of its fields or overrides is invalid.
     """
     values = execute(path)
     try:
@@ -62,27 +62,27 @@ def load_config(path: pathlib.Path, overrides: Iterable[str] = ()) -> Config:
     fields = config.to_dict()
     for override in overrides:
         if override.startswith("model.name=") and override[11:] != fields["model"]["name"]:
-            fields["model"] = default_config_dict(override[11:])["model"].to_dict()  # the fields of another family
+            fields["model"] = default_config_dict(override[11:])["model"].to_dict()  # the defaults of the new family
         _override(fields, override)
     return Config.from_dict(fields)
 
 
 def execute(path: pathlib.Path) -> dict[str, Any]:
-    """Returns what the `get_config()` of a preset returns, as nested dicts.
+    """Runs a preset, and returns the result of its `get_config()` as nested dicts.
 
     Raises:
-      ConfigError: it fails, or returns something else.
+      ConfigError: it fails, or does not return a config.
     """
     module = types.ModuleType(f"preset_{path.stem}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # where dataclasses look up the types of their fields
-    sys.path.append(str(path.parent))  # a preset may import what lies beside it, such as another preset
+    sys.path.append(str(path.parent))  # a preset may import modules from its folder, such as another preset
     try:
         exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
         get_config = getattr(module, "get_config", None)
         values = get_config() if callable(get_config) else None
         values = values.to_dict() if isinstance(values, ConfigDict) else values
-    except BaseException as error:  # a preset may even exit; Ctrl-C does not come as an exception (`signals.listening`)
+    except BaseException as error:  # a preset may call sys.exit; Ctrl-C is not an exception here (`signals.listening`)
         raise ConfigError(f"--config={path}: {_describe(error, path)}") from error
     finally:
         with contextlib.suppress(ValueError):
@@ -95,7 +95,7 @@ def execute(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _describe(error: BaseException, path: pathlib.Path) -> str:
-    """Returns line, source and message of an exception that left a preset."""
+    """Returns the line, source and message of an exception raised in a preset."""
     frames = list(traceback.walk_tb(error.__traceback__))
     lines = [(number, frame) for frame, number in frames if frame.f_code.co_filename == str(path)]
     message = " ".join(str(error).split())[:300]
@@ -115,7 +115,7 @@ def _describe(error: BaseException, path: pathlib.Path) -> str:
 
 
 def _refusal(fields: ConfigDict, key: str, value: Any) -> str:
-    """Returns why a locked ConfigDict did not accept a value; its own message lists all fields and their values."""
+    """Returns why a locked ConfigDict rejected a value; its own message would list all fields and their values."""
     if key not in fields:
         return f"{key}: no such field; {nearest(key, fields)}"
     return f"{key} = {value!r:.60}: must be of type {type(fields[key]).__name__}, not {type(value).__name__}"
@@ -138,10 +138,10 @@ def _place(path: pathlib.Path, message: str) -> str:
 
 
 def _override(fields: dict[str, Any], override: str) -> None:
-    """Sets the field that an override names.
+    """Applies one override to the fields, in place.
 
     Raises:
-      ConfigError: there is no such field, or its value cannot be read.
+      ConfigError: there is no such field, or the value cannot be parsed.
     """
     field, _, text = override.partition("=")
     parent, node, path = fields, fields, "config"
@@ -157,7 +157,7 @@ def _override(fields: dict[str, Any], override: str) -> None:
 
 
 def _convert(old: Any, text: str, path: str) -> Any:
-    """Reads the text of a flag as the type of the value that it replaces."""
+    """Parses the text of a flag as the type of the value that it replaces."""
     if isinstance(old, str):
         return text
     try:

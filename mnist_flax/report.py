@@ -1,8 +1,9 @@
-"""Writes the report of a run into its folder: report/index.html, and its pieces beside it.
+"""Writes the report of a run into its folder: report/index.html, with its data and pictures beside it.
 
     python -m mnist_flax.report --workdir=runs/default [--checkpoint=latest|best|STEP] [--output=DIR]
 
-Training does this at its end; this verb does it again, or for an unfinished run, or for another checkpoint.
+Training writes a report when it finishes. Use this verb to rewrite it, or to report an unfinished run or another
+checkpoint.
 """
 
 import pathlib
@@ -28,7 +29,7 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Reports what the flags describe."""
+    """Writes the report that the flags ask for, and prints its path."""
     if argv[1:]:
         raise ConfigError(f"{argv[1]!r}: is no flag; a flag starts with two dashes")
     if not FLAGS.workdir:

@@ -1,7 +1,7 @@
-"""The only place where keys are derived.
+"""Derives PRNG keys; no other module does.
 
-Everything random in a run is a function of the run's root key, a name for its purpose, and indices such as the step or
-the epoch. Nothing random is carried from step to step, so nothing random needs saving.
+Every random number in a run is a function of the run's root key, a name for its purpose, and indices such as the step
+or the epoch. No random state is carried from step to step, so none needs to be saved.
 """
 
 import zlib
@@ -16,12 +16,12 @@ def root_key(seed: int) -> Array:
 
 
 def stream(key: Array, name: str, *indices: Array | int) -> Array:
-    """Returns the key for one purpose at one place, independent of all other names and indices.
+    """Returns the key for one purpose at one point of the run, independent of all other names and indices.
 
     Args:
       key: the run's root key.
       name: the purpose, such as `"order"` or `"dropout"`.
-      *indices: where in the run, such as the epoch or the step; at most 32 bits each.
+      *indices: the point of the run, such as the epoch or the step; at most 32 bits each.
     """
     key = jax.random.fold_in(key, zlib.crc32(name.encode()))
     for index in indices:
@@ -30,9 +30,9 @@ def stream(key: Array, name: str, *indices: Array | int) -> Array:
 
 
 def per_example(key: Array, batch_size: int) -> Array:
-    """Returns `key[B]`, one for each place in a batch.
+    """Returns `key[B]`, one for each position in a batch.
 
-    An example's random numbers then depend on its place alone, and not on how the batch is split over devices
+    An example's random numbers then depend only on its position, not on how the batch is split over devices
     (jax issue 40232).
     """
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jax.numpy.arange(batch_size))

@@ -1,4 +1,4 @@
-"""The sections of a config that say which data are used, and how a run is trained, evaluated and saved."""
+"""The config sections for the data, the training loop, evaluation and checkpoints."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -13,25 +13,26 @@ VIEWS = (1, 5)
 
 
 def cadence(default: Any) -> Any:
-    """A field that no result depends on, such as how often a run is saved; it may change when a run is resumed."""
+    """Declares a field that does not affect results, such as how often to save; it may change when a run resumes."""
     return dataclasses.field(default=default, metadata={"changes_result": False})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which images, and where they come from.
+    """Which images to use and where to get them.
 
     Attributes:
       name: a key of `DATASETS`.
-      source: `auto` tries the three others in this order: `tfds` (a copy prepared in `data_dir`), `raw` (the official
-        files in `raw_dir`), `download` (from the addresses that TFDS has for them).
+      source: `auto` tries the other three in this order: `tfds` (a copy prepared in `data_dir`), `raw` (the official
+        files in `raw_dir`), `download` (the official files from the URLs that TFDS uses).
       data_dir: the TFDS folder; empty means `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
       raw_dir: a folder with the official files; empty means `$MNIST_FLAX_RAW_DIR`.
-      on_missing: `digits` trains on scikit-learn's embedded digits when nothing can be reached; `error` stops.
-      num_train: use this many rows, drawn stratified, hold-out rows included; 0 means all.
-      holdout: rows of the training set kept for validation, drawn stratified; 0 means none.
-      folds: divide the rows into this many stratified parts and hold out one of them, instead of `holdout`; 0 means no.
-      fold: which of them, from 0.
+      on_missing: if the dataset is unavailable, `digits` falls back to the digits bundled with scikit-learn and `error`
+        stops.
+      num_train: how many training rows to use, a stratified sample that includes the hold-out rows; 0 means all.
+      holdout: how many of these rows to hold out for validation, a stratified sample; 0 means none.
+      folds: instead of `holdout`, split the rows into this many stratified folds and hold out one; 0 turns this off.
+      fold: which fold to hold out, from 0.
     """
 
     name: str = "mnist"
@@ -45,7 +46,7 @@ class DataConfig:
     fold: int = 0
 
     def check(self, num_train: int, num_classes: int) -> Iterator[str]:
-        """Yields a message for each wrong value, given the rows and classes that the dataset has."""
+        """Yields a message for each invalid value, given the dataset's number of training rows and classes."""
         yield from among("data.source", self.source, SOURCES)
         yield from among("data.on_missing", self.on_missing, ("digits", "error"))
         yield from within("data.num_train", self.num_train, 0, num_train)
@@ -64,19 +65,19 @@ class TrainConfig:
     """The training loop.
 
     Attributes:
-      batch_size: rows of a step. An epoch's last batch may hold fewer; no row is dropped.
+      batch_size: examples per step. The last batch of an epoch may be smaller; no row is dropped.
       epochs: passes over the training rows.
       loss: a key of `LOSSES`.
-      label_smoothing: this share of each one-hot label is spread over all classes.
-      driver: `scan` (many steps in one compiled call, with the data on the device) or `stream` (one batch a call, from
-        the host); it changes speed and memory, never the result.
-      epochs_per_dispatch: how many epochs one call of the device trains, so that a fast device does not wait for the
-        host; evaluation on hold-out rows, checkpoints by epoch, signals and the console then wait that long. 0 means
-        calls of about half a second, and of an epoch at most. It changes speed, never the result.
+      label_smoothing: this fraction of each one-hot label is spread over all classes.
+      driver: `scan` (many steps per compiled call, with the data on the device) or `stream` (one batch per call, sent
+        from the host); it changes speed and memory, never the result.
+      epochs_per_dispatch: how many epochs to train per device call, so that a fast device does not wait for the host;
+        hold-out evaluation, epoch checkpoints, signals and console output then wait until the call returns. 0 means
+        calls of about half a second, and of one epoch at most. It changes speed, never the result.
       num_devices: devices to train and evaluate on, counted over all processes; each batch is split evenly over them.
-        0 means all accelerators, or one CPU device in each process, because CPU devices share the cores.
-      log_every_steps: a line of `metrics.jsonl` averages over this many steps, or what is left of an epoch; 0 means an
-        epoch.
+        0 means all accelerators, or one CPU device per process, because CPU devices share the cores.
+      log_every_steps: each line of `metrics.jsonl` averages this many steps, or fewer at the end of an epoch; 0 means
+        one line per epoch.
       tensorboard: write TensorBoard events.
       report: write `report/index.html` at the end.
       demo: write `demo.html`, a page to draw digits on, at the end.
@@ -95,7 +96,7 @@ class TrainConfig:
     demo: bool = cadence(True)
 
     def check(self, num_rows: int) -> Iterator[str]:
-        """Yields a message for each wrong value, given the number of rows to train on."""
+        """Yields a message for each invalid value, given the number of rows to train on."""
         yield from within("train.batch_size", self.batch_size, 1)
         if self.batch_size > num_rows:
             yield f"config.train.batch_size = {self.batch_size}: more than the {num_rows} rows to train on"
@@ -111,10 +112,10 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """How images are evaluated, in training's own evaluations and in the final one.
+    """Evaluation, both during training and at the end.
 
     Attributes:
-      batch_size: images of a batch, views counted once.
+      batch_size: images per batch, not counting their shifted views.
       views: 1, or 5 to average the probabilities of an image and of its shifts by one pixel up, down, left and right.
     """
 
@@ -130,14 +131,14 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When the state is saved, and how many checkpoints are kept.
+    """When to save the state, and how many checkpoints to keep.
 
     Attributes:
-      every_epochs: save after this many epochs; 0 saves only at the end, which is always saved.
-      every_steps: also save after this many steps, even in the middle of an epoch; 0 turns this off.
+      every_epochs: save every this many epochs; 0 saves only the final state, which is always saved.
+      every_steps: also save every this many steps, even in the middle of an epoch; 0 turns this off.
       every_seconds: also save when this many seconds have passed since the last save; 0 turns this off.
-      keep_latest: how many of the newest are kept.
-      keep_best: how many of the best on hold-out rows are kept besides, if rows are held out.
+      keep_latest: how many of the newest checkpoints to keep.
+      keep_best: how many of the best (on hold-out rows) to keep as well, if rows are held out.
     """
 
     every_epochs: int = cadence(1)

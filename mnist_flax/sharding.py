@@ -1,7 +1,7 @@
-"""Where arrays live: on a mesh of devices, over which a batch is split, and on each of which is all the rest.
+"""Placement of arrays on a mesh of devices: batches are split over the devices, everything else is replicated.
 
-The steps know nothing of it. XLA makes a program of them for many devices, sums of gradients included, out of where
-their arguments lie; with one device it is the program that it always was. Several processes see one mesh, each holds
+The steps do not depend on it. From the sharding of their arguments, XLA compiles them for many devices, including the
+all-reduce of the gradients; with one device, the program does not change. Several processes share one mesh, each holds
 its own part of it, and all must make the same calls in the same order.
 """
 
@@ -14,18 +14,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mnist_flax.errors import ConfigError
 
-AXIS = "data"  # of the mesh: examples of a batch, or members of a population
+AXIS = "data"  # the mesh axis: examples of a batch, or members of a population
 
 
 def make_mesh(num_devices: int = 0) -> Mesh:
-    """Returns the devices to compute on, the same number of each process, in the order of the processes.
+    """Returns a mesh with an equal number of devices from each process, ordered by process.
 
     Args:
-      num_devices: of all processes together; 0 means all accelerators there are, and of a CPU, whose devices share its
-        cores, one in each process.
+      num_devices: in total, over all processes; 0 means all accelerators or, on CPUs, one device in each process,
+        because the devices of a CPU share its cores.
 
     Raises:
-      ConfigError: there are not as many, or the processes cannot share them evenly.
+      ConfigError: there are fewer devices, or the number is not divisible by the number of processes.
     """
     devices, num_processes = jax.devices(), jax.process_count()
     default = num_processes if devices[0].platform == "cpu" else len(devices)
@@ -44,12 +44,12 @@ def make_mesh(num_devices: int = 0) -> Mesh:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the placement of what is on every device, whole."""
+    """Returns the sharding of arrays that every device holds in full."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def split(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """Returns the placement of what is split along one axis."""
+    """Returns the sharding of arrays that are split along one axis."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, AXIS))
 
 
@@ -57,7 +57,7 @@ def check_batch_size(mesh: Mesh, batch_size: int) -> None:
     """Checks that a batch can be split evenly over the devices.
 
     Raises:
-      ConfigError: it cannot; the message names the nearest sizes that can.
+      ConfigError: it cannot; the message names the nearest valid sizes.
     """
     below = batch_size // mesh.size * mesh.size
     if below != batch_size:
@@ -69,32 +69,32 @@ def check_batch_size(mesh: Mesh, batch_size: int) -> None:
 
 
 def place(tree: Any, sharding: NamedSharding) -> Any:
-    """Puts arrays, the same ones in every process, where a sharding says; those that are there already stay."""
+    """Places arrays, identical in every process, with a sharding; arrays that already have it are not moved."""
     if sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)
     return jax.tree.map(lambda leaf: _place_own_part(leaf, sharding), tree)
 
 
 def _place_own_part(leaf: Any, sharding: NamedSharding) -> jax.Array:
-    """Puts this process's part of an array on its devices, without a word to the other processes."""
+    """Puts this process's part of an array on its devices, without communication between processes."""
     if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
         return leaf
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(_place_own_part(jax.random.key_data(leaf), sharding))
     on_host = np.asarray(jax.device_get(leaf))
-    with jax.transfer_guard("allow"):  # JAX does not count this as the explicit transfer that it is
+    with jax.transfer_guard("allow"):  # JAX does not recognise this as an explicit transfer
         return jax.make_array_from_callback(on_host.shape, sharding, lambda index: on_host[index])
 
 
 def own_rows(sharding: NamedSharding, batch_size: int) -> slice:
-    """Returns which rows of a batch this process's devices hold: neighbours, for so the mesh is ordered."""
+    """Returns the rows of a batch that this process's devices hold; they are contiguous because of the mesh's order."""
     parts: Any = sharding.addressable_devices_indices_map((batch_size,)).values()
     bounds = [rows.indices(batch_size) for (rows,) in parts]
     return slice(min(start for start, _, _ in bounds), max(stop for _, stop, _ in bounds))
 
 
 def place_rows(tree: Any, sharding: NamedSharding, batch_size: int) -> Any:
-    """Puts this process's rows, as `own_rows` says, on its devices: with those of the others they are the batch."""
+    """Puts this process's rows (`own_rows`) on its devices; the rows of all processes together make the batch."""
     if sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)
     with jax.transfer_guard("allow"):  # as above
@@ -104,7 +104,7 @@ def place_rows(tree: Any, sharding: NamedSharding, batch_size: int) -> Any:
 
 
 def gather(tree: Any) -> Any:
-    """Brings arrays to the host, whole, wherever their parts lie."""
+    """Copies whole arrays to the host, wherever their shards are."""
     if all(leaf.is_fully_addressable for leaf in jax.tree.leaves(tree)):
         return jax.device_get(tree)
     from jax.experimental import multihost_utils

@@ -1,14 +1,14 @@
-"""Measures training by batch size, type, driver, devices and members: a JSON line each, and at the end a picture.
+"""Measures training by batch size, dtype, driver, devices and members: one JSON line each, and a plot at the end.
 
     python scripts/bench_accelerator.py --config=configs/three_conv_adam.py --batch_sizes=64,256,1024,4096
 
-A call trains one epoch of random pixels, with all it has to do: order, augmentation, gradient, optimiser, metrics to
-the host. What is measured beside its time: compile time, peak memory so far, the device's own matrix-product rate in
-that type and the share of it that the network's arithmetic comes to (`flop_utilisation`), the share of n times one
-device's speed that n devices reach (`scaling_efficiency`), and energy, where nvidia-smi tells the power. On GPUs with
-PyTorch, the same network there, as fast as a user can have it: channels_last, bfloat16 or TF32, torch.compile, the
-step as a CUDA graph, the data on the device. To try it on a CPU: XLA_FLAGS=--xla_force_host_platform_device_count=4
-and small numbers.
+One call trains a full epoch on random pixels: shuffling, augmentation, gradients, optimiser, and metrics to the host.
+Besides its time, each line has the compile time, the peak memory so far, the device's own matrix-product rate in that
+dtype and the share of it that the network reaches (`flop_utilisation`), the speed of n devices relative to n times that
+of one (`scaling_efficiency`), and the energy, if nvidia-smi reports the power. On GPUs with PyTorch installed, it also
+measures the same network in PyTorch, tuned as a user could: channels_last, bfloat16 or TF32, torch.compile, the step as
+a CUDA graph, the data on the device. To try it on a CPU, set XLA_FLAGS=--xla_force_host_platform_device_count=4 and use
+small numbers.
 """
 
 import contextlib
@@ -39,13 +39,13 @@ FLAGS = flags.FLAGS
 
 
 class Program(NamedTuple):
-    """Something that trains, compiled and warm.
+    """A compiled and warm training function.
 
     Attributes:
-      compile_seconds: that took, the first call included.
-      images: of one call.
-      steps: of one call.
-      call: trains, and returns when all is done.
+      compile_seconds: the time to compile, including the first call.
+      images: how many images one call trains on.
+      steps: how many steps one call takes.
+      call: trains, and returns when the device has finished.
     """
 
     compile_seconds: float
@@ -55,7 +55,7 @@ class Program(NamedTuple):
 
 
 def warm(started: float, images: int, steps: int, call: Callable[[], None]) -> Program:
-    """Makes the first call, and counts it and what was before it as compiling."""
+    """Makes the first call, and counts all time since `started` as compile time."""
     call()
     return Program(time.perf_counter() - started, images, steps, call)
 
@@ -70,7 +70,7 @@ def random_examples(config: Config) -> Any:
 
 
 def run_program(config: Config, num_runs: int = 1) -> Program:
-    """Compiles a driver for one run, or for several that are spread over the devices; a call is an epoch of each."""
+    """Compiles a driver for one run, or for several spread over the devices; a call trains one epoch of each."""
     from mnist_flax import drivers, rng
 
     rows = np.arange(config.num_train, dtype=np.int32)
@@ -90,7 +90,7 @@ def run_program(config: Config, num_runs: int = 1) -> Program:
 
 
 def torch_program(config: Config) -> Program:
-    """Builds the same network in PyTorch: compiled, the step captured in a CUDA graph; a call is an epoch."""
+    """Builds the same network in PyTorch, compiled, with the step captured in a CUDA graph; a call trains one epoch."""
     import torch
     from torch import nn
 
@@ -113,7 +113,7 @@ def torch_program(config: Config) -> Program:
     batch_size, num_steps = config.train.batch_size, config.num_train // config.train.batch_size
     images, labels = (torch.from_numpy(column).cuda() for column in random_examples(config))
     images, labels = images.permute(0, 3, 1, 2), labels.long()
-    rows = torch.zeros(batch_size, dtype=torch.long, device="cuda")  # of the captured step
+    rows = torch.zeros(batch_size, dtype=torch.long, device="cuda")  # the input of the captured step
     started = time.perf_counter()
     forward = torch.compile(model)
 
@@ -127,7 +127,7 @@ def torch_program(config: Config) -> Program:
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # as PyTorch wants it before a capture
+    with torch.cuda.stream(side):  # PyTorch requires warm-up steps on a side stream before a capture
         for _ in range(3):
             step()
     torch.cuda.current_stream().wait_stream(side)
@@ -146,7 +146,7 @@ def torch_program(config: Config) -> Program:
 
 
 def matmul_rate(dtype: str) -> float:
-    """Measures one device's matrix products of a type, as JAX does them by default: the best of five, in FLOP/s."""
+    """Measures one device's matrix-product rate for a dtype at JAX's default precision: the best of five, in FLOP/s."""
     import jax
     import jax.numpy as jnp
 
@@ -163,7 +163,7 @@ def matmul_rate(dtype: str) -> float:
 
 
 def peak_memory() -> int | None:
-    """Returns the most bytes that a device has held so far, if it tells."""
+    """Returns the peak memory of any device so far, in bytes; None if no device reports it."""
     import jax
 
     told = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
@@ -172,7 +172,7 @@ def peak_memory() -> int | None:
 
 @contextlib.contextmanager
 def power() -> Iterator[list[float]]:
-    """Collects the power of all GPUs together, in watts, while the context lasts; nothing where nvidia-smi is not."""
+    """Samples the total power of all GPUs in watts while the context is open; no samples without nvidia-smi."""
     watts: list[float] = []
     if not shutil.which("nvidia-smi"):
         yield watts
@@ -183,7 +183,7 @@ def power() -> Iterator[list[float]]:
     def sample() -> None:
         while not done.wait(0.1):
             told = subprocess.run(command, capture_output=True, text=True).stdout.split()
-            with contextlib.suppress(ValueError):  # a device that does not tell says so in words
+            with contextlib.suppress(ValueError):  # a device that does not report its power prints words instead
                 watts.append(sum(map(float, told)))
 
     thread = threading.Thread(target=sample)
@@ -196,7 +196,7 @@ def power() -> Iterator[list[float]]:
 
 
 def measure(program: Program, config: Config, rate: float, num_devices: int) -> dict[str, Any]:
-    """Times a program, and says how well it uses its devices."""
+    """Times a program, and measures how well it uses its devices."""
     seconds = []
     with power() as watts:
         for _ in range(FLAGS.repeats):
@@ -218,11 +218,11 @@ def measure(program: Program, config: Config, rate: float, num_devices: int) -> 
 
 
 def results(config: Config) -> Iterator[dict[str, Any]]:
-    """Yields a line for each combination that the flags name."""
+    """Yields a result for each combination that the flags select."""
     import jax
 
     rates: dict[str, float] = {}
-    first: dict[Any, float] = {}  # the speed of one device, by all that is not the number of devices
+    first: dict[Any, float] = {}  # the speed on one device, by all other settings
     counts = [int(count) for count in FLAGS.devices] or [2**i for i in range(jax.device_count().bit_length())]
     kinds = [(driver, 1) for driver in FLAGS.drivers] + [("members", int(count)) for count in FLAGS.members]
     has_torch = jax.default_backend() == "gpu" and importlib.util.find_spec("torch") is not None
@@ -259,7 +259,7 @@ def results(config: Config) -> Iterator[dict[str, Any]]:
 
 
 def draw(lines: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
-    """Draws images/s over the batch size, a curve for each way to train."""
+    """Plots images/s against batch size, one curve for each setting."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -284,9 +284,9 @@ def draw(lines: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Measures what the flags name."""
+    """Runs the benchmarks and prints the results."""
     del argv
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch wants some of the memory, too
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory, too
     from mnist_flax.run.provenance import provenance
 
     config = replace(cli.config(), data__num_train=FLAGS.images, data__holdout=0)

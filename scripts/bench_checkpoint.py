@@ -1,10 +1,10 @@
-"""Measures what checkpoints cost: a recipe saved at every epoch's end against the same with none before the last.
+"""Measures the cost of checkpoints: a run that saves after every epoch against one that saves only at the end.
 
     python scripts/bench_checkpoint.py [--config=configs/default.py] [--config.data.num_train=12000] [--pairs=5]
 
-Both kinds take turns in one process, after one run of each that warms it up. The time is that of the whole loop, from
-the first step until the last checkpoint is on the disk, with logging and evaluation in both. One line of JSON goes to
-standard output, progress to standard error; run it on a quiet machine.
+Both kinds take turns in one process, after one warm-up run of each. The time is that of the whole loop, from the first
+step until the last checkpoint is on disk, including logging and evaluation. Prints one JSON line to standard output and
+progress to standard error; use a quiet machine.
 """
 
 import datetime
@@ -27,7 +27,7 @@ PAIRS = flags.DEFINE_integer("pairs", 5, "runs of each kind", lower_bound=1)
 
 
 def seconds_of(config: Config) -> float:
-    """Trains a run into a new folder, and returns how long the loop took, until all was saved."""
+    """Trains a run in a new folder, and returns the seconds of the loop until everything is saved."""
     from mnist_flax import train
 
     began, spans = list[float](), list[float]()
@@ -53,7 +53,7 @@ def seconds_of(config: Config) -> float:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Compares, and prints the ratio of the medians."""
+    """Compares the two kinds, and prints the ratio of the medians."""
     del argv
     from mnist_flax.run.provenance import provenance
 

@@ -2,12 +2,12 @@
 
     python scripts/bench_demo.py --workdir=runs/default
 
-Needs the package playwright and a Chromium. `first_answer_ms` is the time from opening the file to the first answer
-(median of fresh pages). `update_ms` is what one movement of the pen costs: raster, framing, every checkpoint, and the
-maps that are in a window 900 pixels high; `update_all_maps_ms` is the same with all maps in sight; `forward_ms` is the
-network alone. The redrawn digits are the skeletons of test images, drawn as strokes on the page: `page_accuracy` is the
-page's, `predict_accuracy` that of the same drawings saved as pictures and read as `mnist_flax.predict` reads them. One
-JSON line holds the results.
+Requires the playwright package and Chromium. `first_answer_ms` is the time from opening the file to the first
+prediction (median over fresh pages). `update_ms` is the time per pen movement: rasterising, framing, running every
+checkpoint, and painting the feature maps visible in a window 900 pixels high; `update_all_maps_ms` is the same with all
+maps visible; `forward_ms` is one forward pass. The redrawn digits are the skeletons of test images, drawn as strokes on
+the page: `page_accuracy` is the accuracy of the page, `predict_accuracy` that of `mnist_flax.predict` on the same
+drawings saved as pictures. Prints one JSON line.
 """
 
 import base64
@@ -25,13 +25,13 @@ from absl import flags
 
 from mnist_flax import cli
 
-ENLARGED = 10  # pixels of the pad to a pixel of a test image
+ENLARGED = 10  # drawing-pad pixels per test-image pixel
 
 Stroke = list[list[float]]
 
 
 def strokes_of(image: np.ndarray) -> list[Stroke]:
-    """Turns a digit into strokes along its middle lines, `u8[28,28]` -> places on the pad, from 0 to 280."""
+    """Traces the skeleton of a digit as pen strokes: `u8[28,28]` -> points (x, y) on the pad, from 0 to 280."""
     from PIL import Image
     from skimage.morphology import skeletonize
 
@@ -48,7 +48,7 @@ def strokes_of(image: np.ndarray) -> list[Stroke]:
             path.append(min(found, key=lambda place: _turn(path, place)))
             left.remove(path[-1])
         if joint := [place for place in _neighbours(path[0], skeleton) if place not in path[:3]]:
-            path.insert(0, joint[0])  # a branch starts on the stroke that it leaves
+            path.insert(0, joint[0])  # a branch starts on the stroke it branches off
         if joint := [place for place in _neighbours(path[-1], skeleton) if place not in path[-3:]]:
             path.append(joint[0])  # a loop ends where it began
         strokes.append([[x + 0.5, y + 0.5] for y, x in [*path[:-1:3], path[-1]]])
@@ -63,14 +63,14 @@ def _neighbours(place: tuple[int, int], places: Any) -> list[tuple[int, int]]:
 
 
 def _turn(path: Sequence[tuple[int, int]], place: tuple[int, int]) -> float:
-    """How far the next pixel is from where the path leads."""
+    """Returns the distance between a pixel and the straight continuation of the path."""
     (y, x), (old_y, old_x) = path[-1], path[max(0, len(path) - 4)]
     length = max(1.0, float(np.hypot(y - old_y, x - old_x)))
     return float(np.hypot(place[0] - y - (y - old_y) / length, place[1] - x - (x - old_x) / length))
 
 
 def redrawn(page: Any, workdir: pathlib.Path, count: int) -> dict[str, Any]:
-    """Compares the page with `predict` on redrawn test images, spread evenly over the test set."""
+    """Compares the page with `predict` on redrawn test images, taken at even intervals from the test set."""
     from mnist_flax.analysis.evaluation import load_predictor, predict_logits
     from mnist_flax.analysis.run_data import load_data
     from mnist_flax.pictures.segment import read_digits
@@ -107,7 +107,7 @@ def redrawn(page: Any, workdir: pathlib.Path, count: int) -> dict[str, Any]:
 
 
 def speeds(chromium: Any, address: str, pages: int, updates: int) -> dict[str, Any]:
-    """Times fresh pages and updates along a stroke."""
+    """Times the first prediction of fresh pages, and the updates along a stroke."""
     first = []
     for _ in range(pages):
         context = chromium.new_context()
@@ -131,7 +131,7 @@ def speeds(chromium: Any, address: str, pages: int, updates: int) -> dict[str, A
 
 
 def _update_spans(chromium: Any, address: str, updates: int, height: int) -> list[float]:
-    """Returns the median milliseconds of a movement of the pen, and of the network alone."""
+    """Returns the median milliseconds of an update after a pen movement, and of one forward pass."""
     page = chromium.new_page(viewport={"width": 1280, "height": height})
     page.goto(address)
     page.wait_for_selector("[data-ready]")
@@ -156,7 +156,7 @@ def _update_spans(chromium: Any, address: str, updates: int, height: int) -> lis
 
 
 def main(argv: Sequence[str]) -> None:
-    """Measures what the flags describe."""
+    """Runs the benchmark and prints the result."""
     del argv
     from playwright.sync_api import sync_playwright
 

@@ -1,10 +1,10 @@
-"""Measures a trained network at work: evaluating the test set, reading one picture, and images/s by batch size.
+"""Measures inference: evaluating the test set, classifying one image or picture, and images/s by batch size.
 
     python scripts/bench_inference.py --config=configs/default.py
 
-All programs are compiled and were run before. `evaluate` is `evaluate.evaluate` on as many images as the test set has,
-with its scores; `one_image` is one image's logits; `picture` is one picture, from the bytes of a PNG to the digit.
-Weights are the initial ones and pixels are random: no speed here depends on them. One JSON line holds the results.
+Everything is compiled and warm. `evaluate_seconds` times `evaluation.evaluate`, scores included, on as many images as
+the test set has; `one_image` the logits of one image; `picture` one picture, from the bytes of a PNG to the digit. The
+weights are untrained and the pixels random, because no speed here depends on them. Prints one JSON line.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from mnist_flax.data.registry import DATASETS, IMAGE_SIZE
 
 
 def seconds_of(function: Callable[[], Any], repeats: int) -> list[float]:
-    """Calls a function once to warm up, and returns the seconds of each further call."""
+    """Calls a function once to warm up, then times `repeats` further calls, in seconds."""
     spans = []
     for _ in range(repeats + 1):
         began = time.perf_counter()
@@ -44,13 +44,13 @@ def percentiles(spans: Sequence[float]) -> dict[str, float]:
 
 
 def bench(config: Config, *, batch_sizes: Sequence[int], repeats: int, latencies: int) -> dict[str, Any]:
-    """Measures one config's network.
+    """Measures the network of a config.
 
     Args:
-      config: of the network.
-      batch_sizes: for images/s.
-      repeats: of what takes long.
-      latencies: how many single images are timed.
+      config: the config.
+      batch_sizes: the batch sizes at which to measure images/s.
+      repeats: how often to time each evaluation and each batch size.
+      latencies: how often to time a single image and a single picture.
     """
     import numpy as np
     from PIL import Image
@@ -100,7 +100,7 @@ def bench(config: Config, *, batch_sizes: Sequence[int], repeats: int, latencies
 
 
 def main(argv: Sequence[str]) -> None:
-    """Measures what the flags describe."""
+    """Runs the benchmark and prints the result."""
     del argv
     config = cli.config()
     from mnist_flax.run.provenance import provenance

@@ -1,17 +1,17 @@
-"""Compares this project's training with its peers', in turns on one machine: PyTorch, Keras and plain Flax.
+"""Compares the training speed of this project with PyTorch, Keras and plain Flax, in turns on one machine.
 
     python scripts/bench_peers.py --config=configs/three_conv_adam.py --repeats=5       # one epoch, warmed up
     python scripts/bench_peers.py --config=configs/default.py --repeats=3 --whole       # the whole process
 
 All train the network of the config, a `cnn` or a `resnet` with ReLU and max-pooling, with the same optimiser, schedule,
-batches and precision (f32) on the same rows, each by its own program in scripts/peers/, in an environment that this
-script makes under .venv/peers/. Flax knows only the network of `three_conv_adam`; only PyTorch rotates, scales and
-shears. They take turns, so that load on the machine affects all alike; a ratio is ours divided by the peer's, within
-one turn.
+batch size and precision (f32) on the same rows. Each has its own program in scripts/peers/ and its own environment,
+which this script makes under .venv/peers/. The Flax peer supports only the network of `three_conv_adam`, and only the
+PyTorch peer can rotate, scale and shear. The programs take turns, so that load on the machine affects all alike; a
+ratio is our time divided by the peer's within one turn.
 
-One epoch: all programs are started and train an untimed epoch; then one works while the others wait. The whole process:
-from its start until the test set is judged and it has ended, after an untimed run of ours and an epoch of the others;
-ours is `python -m mnist_flax.main`, which also saves checkpoints, TensorBoard events and a report.
+One epoch: all programs start and train an untimed epoch; then one works while the others wait. The whole process: from
+its start, through evaluation on the test set, to its exit, after an untimed run of ours and an untimed epoch of each
+peer. Ours is `python -m mnist_flax.main`, which also saves checkpoints, TensorBoard events and a report.
 """
 
 import contextlib
@@ -47,11 +47,11 @@ class Peer(NamedTuple):
     """A program in scripts/peers/, one of its variants, and what it needs.
 
     Attributes:
-      module: in scripts/peers/.
-      variant: what the program is given.
-      packages: of its environment.
-      any_network: it follows `config.model`; otherwise it knows the classic network only.
-      distorts: it rotates, scales and shears.
+      module: its module in scripts/peers/.
+      variant: its `--variant`.
+      packages: the packages of its environment.
+      any_network: whether it supports any `config.model`, or only the classic network.
+      distorts: whether it supports rotating, scaling and shearing.
     """
 
     module: str
@@ -61,8 +61,9 @@ class Peer(NamedTuple):
     distorts: bool = False
 
 
-# For the peers: without it glibc gives the memory of each large array back and faults it in again, which on a virtual
-# machine takes a third of PyTorch's time; its tuning guide has other allocators for that. Ours does not need it.
+# For the peers: by default, glibc returns the memory of each large array to the system and faults it in again. On a
+# virtual machine that takes a third of PyTorch's time, and its tuning guide suggests other allocators. Ours does not
+# need this.
 TUNED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**26)}
 
 PYTORCH = ("torch==2.13.0", "numpy")
@@ -78,7 +79,7 @@ PEERS = {
     ),
 }
 
-# Of a network the peers know one value of each of these, and follow the rest.
+# Fields of `config.model` of which the peers support only this value; they support any value of the others.
 NETWORK = {
     "activation": "relu",
     "pooling": "max",
@@ -90,7 +91,8 @@ NETWORK = {
 }
 DISTORTIONS = ("augment.rotate", "augment.scale", "augment.shear")
 
-# What else of a config the peers follow, with the values they know if not all. Any other field must have its default.
+# The other fields that the peers support, with the supported values (empty: all). All remaining fields must have their
+# defaults.
 FOLLOWED: dict[str, tuple[str, ...]] = {
     "data.name": (),
     "data.num_train": (),
@@ -110,10 +112,10 @@ FOLLOWED: dict[str, tuple[str, ...]] = {
 
 
 def check(config: Config, names: Sequence[str] = tuple(PEERS)) -> None:
-    """Raises if one of these peers cannot follow a config.
+    """Checks that these peers support a config.
 
     Raises:
-      ConfigError: a field has a value that it does not know.
+      ConfigError: a field has a value that a peer does not support.
     """
     for name, known in FOLLOWED.items():
         section, field = name.split(".")
@@ -130,7 +132,7 @@ def check(config: Config, names: Sequence[str] = tuple(PEERS)) -> None:
 
 
 def _as_followed(config: Config, peer: Peer) -> Config:
-    """Returns the config with the default value in each field that a peer does not follow."""
+    """Returns the config with the fields that a peer does not support set to their defaults."""
     names = (*FOLLOWED, *(DISTORTIONS if peer.distorts else ()))
     fields = {name: getattr(getattr(config, name.split(".")[0]), name.split(".")[1]) for name in names}
     followed = replace(Config(), **{name.replace(".", "__"): value for name, value in fields.items()})
@@ -145,10 +147,10 @@ def _as_followed(config: Config, peer: Peer) -> Config:
 
 
 def interpreter(peer: Peer) -> pathlib.Path:
-    """Returns a peer's interpreter, in an environment that is made when it is missing or of other versions.
+    """Returns a peer's interpreter; makes its environment if it is missing or has other versions.
 
     Raises:
-      UserError: it cannot be made.
+      UserError: the environment cannot be made.
     """
     folder = ENVIRONMENTS / f"{peer.module}-{sys.version_info[0]}.{sys.version_info[1]}"
     python = folder / "bin" / "python"
@@ -167,7 +169,7 @@ def interpreter(peer: Peer) -> pathlib.Path:
 
 
 def command(name: str, config: Config, data: pathlib.Path) -> list[str]:
-    """Returns the command line of a program."""
+    """Returns the command line of ours or of a peer."""
     peer = PEERS.get(name, Peer("ours"))
     python = str(interpreter(peer)) if peer.packages else sys.executable
     arguments = [f"--config={config.to_json()}", f"--data={data}", f"--variant={peer.variant}"]
@@ -175,7 +177,7 @@ def command(name: str, config: Config, data: pathlib.Path) -> list[str]:
 
 
 def write_data(config: Config, path: pathlib.Path) -> None:
-    """Writes the rows that a config trains on, holds out and tests into an .npz."""
+    """Writes the training, hold-out and test rows of a config to an .npz file."""
     from mnist_flax.data import batches
     from mnist_flax.data.load import load_splits
 
@@ -194,10 +196,10 @@ def write_data(config: Config, path: pathlib.Path) -> None:
 
 
 class Worker:
-    """A program that waits until it is asked for an epoch."""
+    """A running program that trains an epoch each time it is asked to."""
 
     def __init__(self, command: Sequence[str]) -> None:
-        """Starts it."""
+        """Starts the program."""
         environment = os.environ | ({} if command[0] == sys.executable else TUNED)
         self._command = command
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (open as long as the program lives)
@@ -214,10 +216,10 @@ class Worker:
             self._process.kill()
 
     def epoch(self) -> dict[str, Any]:
-        """Lets it train an epoch, and returns what it tells: seconds and loss.
+        """Requests an epoch, and returns the answer: seconds and loss.
 
         Raises:
-          UserError: it ended instead.
+          UserError: the program ended instead.
         """
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
@@ -225,10 +227,10 @@ class Worker:
         return self._answer()
 
     def finish(self) -> dict[str, Any]:
-        """Lets it judge the test set and end, and returns what it tells: accuracy and versions.
+        """Lets the program evaluate the test set and exit, and returns the answer: accuracy and versions.
 
         Raises:
-          UserError: it failed.
+          UserError: the program failed.
         """
         assert self._process.stdin is not None
         self._process.stdin.close()
@@ -249,14 +251,14 @@ class Worker:
 
 
 def in_turns(names: Sequence[str], turn: int) -> Sequence[str]:
-    """Returns who works when in a turn: neither is always the first."""
+    """Returns the order of the programs in a turn, reversed every other turn so that none always comes first."""
     return names if turn % 2 else names[::-1]
 
 
 def time_epochs(
     commands: Mapping[str, Sequence[str]], repeats: int
 ) -> tuple[dict[str, list[float]], dict[str, dict[str, Any]]]:
-    """Trains an epoch of each program in turns, and returns their seconds and what each tells at its end."""
+    """Trains an epoch with each program in turn; returns their seconds and their final answers."""
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     with contextlib.ExitStack() as stack:
         workers = {name: stack.enter_context(Worker(command)) for name, command in commands.items()}
@@ -272,7 +274,7 @@ def time_epochs(
 def time_processes(
     commands: Mapping[str, Sequence[str]], config: Config, repeats: int
 ) -> tuple[dict[str, list[float]], dict[str, dict[str, Any]]]:
-    """Runs the whole recipe of each program in turns, and returns their seconds and what each told in the last turn."""
+    """Runs the whole recipe with each program in turn; returns their seconds and their answers in the last turn."""
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     told: dict[str, dict[str, Any]] = {}
     for turn in range(repeats + 1):
@@ -280,7 +282,7 @@ def time_processes(
             began = time.perf_counter()
             if name == OURS:
                 told[name] = our_process(config)
-            else:  # an epoch warms up as well as all
+            else:  # one epoch is enough to warm up
                 told[name] = peer_process(commands[name], config.train.epochs if turn else 1)
             span = time.perf_counter() - began
             tell(name, turn, span)
@@ -290,7 +292,7 @@ def time_processes(
 
 
 def peer_process(command: Sequence[str], epochs: int) -> dict[str, Any]:
-    """Runs a peer from its start to its end."""
+    """Runs a peer from start to exit, and returns its final answer."""
     with Worker(command) as worker:
         for _ in range(epochs):
             worker.epoch()
@@ -298,10 +300,10 @@ def peer_process(command: Sequence[str], epochs: int) -> dict[str, Any]:
 
 
 def our_process(config: Config) -> dict[str, Any]:
-    """Runs our whole recipe, as a user does.
+    """Runs our whole recipe, as a user would.
 
     Raises:
-      UserError: it failed.
+      UserError: the run failed.
     """
     from mnist_flax.analysis.report.facts import config_source
 
@@ -317,12 +319,12 @@ def our_process(config: Config) -> dict[str, Any]:
 
 
 def tell(name: str, turn: int, seconds: float) -> None:
-    """Tells the progress."""
+    """Prints the progress."""
     print(f"{name}: {seconds:.2f} s{'' if turn else ' (warming up)'}", file=sys.stderr, flush=True)
 
 
 def compared(seconds: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """Returns the seconds of each program with our ratio to it, turn by turn, and which peer was the fastest."""
+    """Computes each program's median and our ratio to it, turn by turn, and the fastest peer."""
     ratios = {
         name: [our / its for our, its in zip(seconds[OURS], spans, strict=True)] for name, spans in seconds.items()
     }
@@ -344,13 +346,13 @@ def compared(seconds: Mapping[str, Sequence[float]]) -> dict[str, Any]:
 
 
 def bench(config: Config, commands: Mapping[str, Sequence[str]], *, repeats: int, whole: bool) -> dict[str, Any]:
-    """Compares programs.
+    """Compares the programs.
 
     Args:
       config: the recipe.
-      commands: of ours and of the peers.
-      repeats: turns that are timed.
-      whole: time processes, not epochs.
+      commands: the command lines of ours and of the peers.
+      repeats: the number of timed turns.
+      whole: whether to time whole processes instead of epochs.
     """
     seconds, told = time_processes(commands, config, repeats) if whole else time_epochs(commands, repeats)
     result = {"benchmark": "peers, whole process" if whole else "peers, one epoch", **compared(seconds)}
@@ -362,7 +364,7 @@ def bench(config: Config, commands: Mapping[str, Sequence[str]], *, repeats: int
 
 
 def main(argv: Sequence[str]) -> None:
-    """Measures what the flags describe."""
+    """Runs the benchmark and prints the result."""
     del argv
     config = cli.config()
     for name in flags.FLAGS.peers:

@@ -1,10 +1,10 @@
-"""Compares a population with as many single runs, in turns, and prints one JSON line: seconds and their ratio.
+"""Compares a population with the same number of single runs, in turns; prints one JSON line with seconds and ratio.
 
     python scripts/bench_population.py --config=configs/tiny.py --seeds=10 --repeats=3
 
-Each side is what a user would type: `seeds` times `python -m mnist_flax.main` with another seed, and once
-`python -m mnist_flax.population`. All seconds are of the whole processes, starting and compiling included;
-`train_seconds` are those of the steps alone. Run it on a quiet machine.
+Each side is what a user would type: `python -m mnist_flax.main` once for each of `seeds` seeds, and
+`python -m mnist_flax.population` once. Seconds are those of whole processes, including start-up and compilation;
+`train_seconds` cover the steps alone. Use a quiet machine.
 """
 
 import datetime
@@ -27,10 +27,10 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def execute(module: str, *arguments: str) -> tuple[float, str]:
-    """Runs a verb, and returns its seconds and what it told.
+    """Runs a command of the package, and returns its seconds and its standard error.
 
     Raises:
-      UserError: it failed.
+      UserError: the command failed.
     """
     command = [sys.executable, "-m", f"mnist_flax.{module}", f"--config={flags.FLAGS.config}", *arguments]
     started = time.perf_counter()
@@ -43,12 +43,12 @@ def execute(module: str, *arguments: str) -> tuple[float, str]:
 
 
 def train_seconds(runs: Sequence[pathlib.Path]) -> float:
-    """Returns the sum of the seconds that finished runs trained."""
+    """Returns the total training time of finished runs, in seconds."""
     return sum(json.loads((run / "summary.json").read_text())["train_seconds"] for run in runs)
 
 
 def once(seeds: range, folder: pathlib.Path) -> dict[str, Any]:
-    """Trains both ways, and makes sure that the results are the same."""
+    """Trains both ways, and compares the accuracies."""
     singles = [folder / f"single-{seed}" for seed in seeds]
     single_seconds = sum(
         execute("main", f"--config.seed={seed}", f"--workdir={run}")[0]
@@ -70,7 +70,7 @@ def once(seeds: range, folder: pathlib.Path) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Measures what the flags describe."""
+    """Runs the benchmark and prints the result."""
     del argv
     rounds = []
     for _ in range(flags.FLAGS.repeats):
@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
             rounds.append(once(range(flags.FLAGS.seeds), pathlib.Path(folder)))
     ratios = [one["population"] / one["singles"] for one in rounds]
     train_ratios = [one["population_train"] / one["singles_train"] for one in rounds]
-    from mnist_flax.run.provenance import provenance  # only now: a wrong flag need not wait for JAX
+    from mnist_flax.run.provenance import provenance  # imported here so that a wrong flag fails before JAX loads
 
     result = {
         "date": datetime.date.today().isoformat(),

@@ -1,20 +1,19 @@
-"""Measures `mnist_flax.predict` on foreign pictures, and prints one line of JSON.
+"""Measures `mnist_flax.predict` on pictures unlike its training data, and prints one line of JSON.
 
     python scripts/bench_predict.py --workdir=runs/default
 
-Test images of the run's dataset are drawn anew as pictures that have little in common with it, saved as real files in
-memory, and read as `python -m mnist_flax.predict` reads them:
+Test images of the run's dataset are rendered as pictures of very different appearance, saved as image files in a
+temporary folder, and read with `python -m mnist_flax.predict`:
 
-- single: one digit; 40 to 1,200 pixels, off the centre, rotated by up to 8 degrees, thinner or thicker, dark on light
+- single: one digit; 40 to 1,200 pixels, off centre, rotated by up to 8 degrees, thinner or thicker, dark on light
   or light on dark, tinted paper, noise, uneven light; JPEG of quality 40, PNG (grey, RGB, RGBA, palette), WebP, GIF,
   BMP, TIFF.
 - row: five such digits side by side, of slightly different sizes and heights.
 - ruled: such a row, dark on light, on lined or squared paper, with shadows, out of focus, in perspective; JPEG of
   quality 40 to 80.
+- table, shadow, grid, turned: photographs of one to five digits; see render_photographs.py.
 
-- table, shadow, grid, turned: photographs of one to five digits, see render_photographs.py.
-
-The renderer shares no code with the reader. What was chosen in the reader was chosen with --split=train.
+The renderer shares no code with the reader. The reader was tuned with --split=train only.
 """
 
 import datetime
@@ -42,7 +41,7 @@ Array = np.ndarray
 
 
 class Scene(NamedTuple):
-    """A picture to be: how much ink covers each pixel, `f32[H,W]` in [0, 1]; its digits' size in pixels."""
+    """What is drawn on the paper: the ink coverage of each pixel, `f32[H,W]` in [0, 1]; the digits' size in pixels."""
 
     ink: Array
     digit_size: float
@@ -52,19 +51,19 @@ class Scene(NamedTuple):
 
 
 def stroke(image: Array, size: float, random: np.random.Generator) -> Array:
-    """Draws an image of the dataset with a sharp pen, `u8[28,28] -> f32[h,w]`.
+    """Redraws an image of the dataset at any size with sharp edges, `u8[28,28] -> f32[h,w]`.
 
     Args:
       image: white on black.
-      size: of the digit's longer side, in pixels.
-      random: for the pen's width and the rotation.
+      size: the length of the digit's longer side, in pixels.
+      random: draws the pen width and the rotation.
     """
     rows, columns = np.flatnonzero(image.any(1)), np.flatnonzero(image.any(0))
     tight = np.pad(image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1], 4).astype(np.float32) / 255
     zoom = size / max(len(rows), len(columns))
     smooth = ndimage.zoom(tight, max(zoom, 4.0), order=3, grid_mode=True, mode="grid-constant")
     smooth = ndimage.rotate(smooth, random.uniform(-8, 8), order=1)
-    level = random.uniform(0.3, 0.6)  # where the pen's edge runs: low draws thick, high draws thin
+    level = random.uniform(0.3, 0.6)  # the threshold at the edge of a stroke: low makes it thick, high makes it thin
     ink = np.clip((smooth - level) * 4 + 0.5, 0, 1)
     if zoom < 4:
         height, width = (max(1, round(side * zoom / 4)) for side in ink.shape)
@@ -74,7 +73,7 @@ def stroke(image: Array, size: float, random: np.random.Generator) -> Array:
 
 
 def single(images: Array, random: np.random.Generator) -> Scene:
-    """Puts one digit anywhere on a sheet of any shape."""
+    """Puts one digit at a random place on a sheet of random shape."""
     side = float(np.exp(random.uniform(np.log(40), np.log(1200))))
     height, width = (round(max(40, side * factor)) for factor in (1.0, random.uniform(0.7, 1.4)))
     size = min(height, width) * random.uniform(0.45, 0.9)
@@ -86,7 +85,7 @@ def single(images: Array, random: np.random.Generator) -> Scene:
 
 
 def row(images: Array, random: np.random.Generator, low: float = 24, high: float = 200) -> Scene:
-    """Writes digits side by side, not quite equal in size, height and distance."""
+    """Puts digits side by side, with slightly different sizes, heights and gaps."""
     size = float(np.exp(random.uniform(np.log(low), np.log(high))))
     inks = [stroke(image, size * random.uniform(0.85, 1.15), random) for image in images]
     gaps = [round(size * random.uniform(0.15, 0.6)) for _ in inks]
@@ -108,7 +107,7 @@ def row(images: Array, random: np.random.Generator, low: float = 24, high: float
 
 
 def colours(random: np.random.Generator, dark_on_light: bool) -> tuple[Array, Array]:
-    """Draws the colours of paper and ink, `f32[3]` each, that differ by at least 0.35 in brightness."""
+    """Draws random colours for paper and ink, `f32[3]` each, at least 0.25 apart in brightness."""
     light = random.uniform(0.72, 1.0) - random.uniform(0, 0.18, 3)
     dark = light.mean() - random.uniform(0.35, 0.8) + random.uniform(-0.1, 0.1, 3)
     pair = np.clip(light, 0, 1).astype(np.float32), np.clip(dark, 0, 1).astype(np.float32)
@@ -116,7 +115,7 @@ def colours(random: np.random.Generator, dark_on_light: bool) -> tuple[Array, Ar
 
 
 def uneven_light(shape: tuple[int, ...], random: np.random.Generator, strength: float) -> Array:
-    """Returns a slope of brightness across the sheet, `f32[H,W]`, at most 1."""
+    """Returns a linear brightness gradient across the sheet, `f32[H,W]`, at most 1."""
     y, x = np.mgrid[0 : shape[0], 0 : shape[1]].astype(np.float32)
     angle = random.uniform(0, 2 * np.pi)
     slope = np.cos(angle) * x / shape[1] + np.sin(angle) * y / shape[0]
@@ -124,7 +123,7 @@ def uneven_light(shape: tuple[int, ...], random: np.random.Generator, strength: 
 
 
 def shadow(shape: tuple[int, ...], random: np.random.Generator) -> Array:
-    """Returns the shadow of a hand or a phone: the sheet beyond a wavy line is darker; its edge is soft, `f32[H,W]`."""
+    """Returns the shadow of a hand or a phone, `f32[H,W]`: darker on one side of a wavy line, with a soft edge."""
     y, x = np.mgrid[0 : shape[0], 0 : shape[1]].astype(np.float32)
     angle, place = random.uniform(0, 2 * np.pi), random.uniform(0.25, 0.75)
     across = np.cos(angle) * (x - place * shape[1]) + np.sin(angle) * (y - place * shape[0])
@@ -136,7 +135,7 @@ def shadow(shape: tuple[int, ...], random: np.random.Generator) -> Array:
 
 
 def rulings(shape: tuple[int, ...], digit_size: float, random: np.random.Generator) -> Array:
-    """Prints lines or squares on the paper, `f32[H,W]`: how much of the ruling's colour covers each pixel."""
+    """Returns how much of each pixel printed lines or squares cover, `f32[H,W]` in [0, 1]."""
     squared = random.random() < 0.5
     spacing = digit_size * (random.uniform(0.35, 1.0) if squared else random.uniform(0.6, 1.6))
     width = max(1.0, digit_size * random.uniform(0.008, 0.03))
@@ -151,7 +150,7 @@ def rulings(shape: tuple[int, ...], digit_size: float, random: np.random.Generat
 
 
 def perspective(pixels: Array, random: np.random.Generator) -> Array:
-    """Looks at the sheet from slightly aside, `u8[H,W,3] -> u8[H,W,3]`."""
+    """Applies a slight perspective distortion, `u8[H,W,3] -> u8[H,W,3]`."""
     height, width = pixels.shape[:2]
     corners = [(0, 0), (0, height), (width, height), (width, 0)]
     quad = [value + side * random.uniform(0, 0.03) * (1 if value == 0 else -1)
@@ -161,7 +160,7 @@ def perspective(pixels: Array, random: np.random.Generator) -> Array:
 
 
 def to_bytes(values: Array) -> Array:
-    """Turns brightness from 0 to 1 into bytes."""
+    """Converts brightness in [0, 1] to bytes."""
     return np.round(np.clip(values, 0, 1) * 255).astype(np.uint8)
 
 
@@ -169,18 +168,18 @@ def to_bytes(values: Array) -> Array:
 
 
 def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
-    """Returns the bytes of a picture's file."""
+    """Encodes an image in a file format."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 def plain_file(scene: Scene, random: np.random.Generator) -> bytes:
-    """Draws a scene on plain paper and saves it in one of many ways."""
+    """Draws a scene on plain paper and encodes it in a random format."""
     dark_on_light = bool(random.random() < 0.6)
     paper, pen = colours(random, dark_on_light)
     way = random.choice(["jpeg", "rgb", "rgba", "grey", "palette", "webp", "gif", "bmp", "tiff"], p=[0.36] + [0.08] * 8)
-    if way == "rgba":  # ink on nothing: a drawing program's way
+    if way == "rgba":  # ink on a transparent background, as drawing programs save it
         pixels = np.empty((*scene.ink.shape, 4), np.uint8)
         pixels[..., :3] = to_bytes(np.minimum(paper, pen) * 0.6)
         pixels[..., 3] = to_bytes(scene.ink)
@@ -204,7 +203,7 @@ def plain_file(scene: Scene, random: np.random.Generator) -> bytes:
 
 
 def ruled_file(scene: Scene, random: np.random.Generator) -> bytes:
-    """Draws a scene on lined or squared paper and takes a bad photograph of it."""
+    """Draws a scene on lined or squared paper, and simulates a bad photograph of it."""
     paper, pen = colours(random, True)
     strength = random.uniform(0.15, 0.6)
     line = paper + strength * (pen - paper) + random.uniform(-0.08, 0.08, 3)
@@ -220,7 +219,7 @@ SETS: dict[str, tuple[int, Callable[[Array, np.random.Generator], bytes]]] = {
     "single": (1, lambda images, random: plain_file(single(images, random), random)),
     "row": (5, lambda images, random: plain_file(row(images, random), random)),
     "ruled": (5, lambda images, random: ruled_file(row(images, random, 60, 220), random)),
-    # 0: one to five digits.
+    # 0 means a random number of digits, one to five.
     **{kind: (0, functools.partial(photographs.photograph, kind)) for kind in photographs.KINDS},
 }
 
@@ -229,7 +228,7 @@ SETS: dict[str, tuple[int, Callable[[Array, np.random.Generator], bytes]]] = {
 
 
 def align(read: Sequence[int], written: Sequence[int]) -> tuple[int, list[bool]]:
-    """Aligns what was read with what was written: the least number of edits, and whether each digit read is right."""
+    """Aligns the digits read with the true ones: the edit distance, and whether each digit read is correct."""
     costs = np.zeros((len(read) + 1, len(written) + 1), int)
     costs[:, 0], costs[0] = np.arange(len(read) + 1), np.arange(len(written) + 1)
     for i, digit in enumerate(read, 1):
@@ -249,7 +248,7 @@ def align(read: Sequence[int], written: Sequence[int]) -> tuple[int, list[bool]]
 
 
 def score(lines: Sequence[dict[str, Any]], written: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Counts what `predict --json` got right; `lines` are its answers, in order."""
+    """Computes the scores of `predict --json`; `lines` is its parsed output, in order."""
     counts = dict.fromkeys(("wrong", "exact", "flagged", "found", "confident_wrong", "right_doubted"), 0)
     for line, truth in zip(lines, written, strict=True):
         digits = line.get("digits", [])
@@ -272,7 +271,7 @@ def score(lines: Sequence[dict[str, Any]], written: Sequence[Sequence[int]]) -> 
 
 
 def main(argv: Sequence[str]) -> None:
-    """Renders, reads, counts."""
+    """Renders the pictures, runs `predict` on them, and prints the scores."""
     del argv
     from mnist_flax.analysis.evaluation import load_predictor
     from mnist_flax.data.load import load_splits

@@ -1,10 +1,10 @@
-"""Trains presets over several seeds and prints, for each, one JSON line: accuracy at the last step, and seconds.
+"""Trains presets over several seeds and prints one JSON line for each: accuracy at the last step, and seconds.
 
     python scripts/bench_presets.py --presets=default,three_conv_adam --seeds=5 [--target=0.99]
 
-Every run is a real one, through `train.fit`; its test accuracy is that of the last step, on the whole test set, which
-decides nothing. The seconds are those of training (no compiling, evaluating or saving); run it on a quiet machine. With
-a target, the line also says how many runs end at it or above: then the seconds are the time to that accuracy.
+Every run is a full one, through `train.fit`. Its test accuracy is measured once, after the last step, on the whole test
+set, and no choice depends on it. The seconds cover training only (no compiling, evaluating or saving); use a quiet
+machine. With a target, the line also counts the runs that reach it; the seconds are then the time to that accuracy.
 """
 
 import datetime
@@ -23,7 +23,7 @@ from mnist_flax.config import replace
 
 
 def statistics_of(name: str, values: Sequence[float]) -> dict[str, Any]:
-    """Returns mean, standard deviation and the 95 % interval of the mean; the last two need two values."""
+    """Returns mean, standard deviation and the 95 % interval of the mean; for one value, the last two are None."""
     from mnist_flax.analysis.statistics import spread_of
 
     if len(values) == 1:
@@ -68,7 +68,7 @@ def bench(name: str, seeds: Sequence[int], target: float = 0.0) -> dict[str, Any
 
 
 def main(argv: Sequence[str]) -> None:
-    """Benches the presets that the flags name."""
+    """Benchmarks the presets named by the flags."""
     del argv
     seeds = range(flags.FLAGS.first_seed, flags.FLAGS.first_seed + flags.FLAGS.seeds)
     for name in flags.FLAGS.presets:

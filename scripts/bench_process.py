@@ -1,10 +1,10 @@
-"""Measures a whole run as a person waits for it: the seconds of its process, and the most memory it takes.
+"""Measures a whole run as the user experiences it: the wall-clock time of its process, and its peak memory.
 
     python scripts/bench_process.py --config=configs/default.py --repeats=3
 
-Each repeat is `python -m mnist_flax.main` in a new workdir, after one untimed run that leaves compiled programs behind.
-The seconds are split into training, as `summary.json` has it, and all the rest: start, data, compiling or loading
-programs, evaluating, saving, the report, and the end. Peak memory is what the system counts as resident.
+Each repeat is `python -m mnist_flax.main` in a new workdir, after one untimed run that fills the compilation cache. The
+seconds are split into training (from `summary.json`) and everything else: start-up, data, compiling or loading
+programs, evaluating, saving, the report and shutdown. Peak memory is the maximum resident set size.
 """
 
 import datetime
@@ -32,8 +32,8 @@ def once(config: Config, programs: str) -> dict[str, float]:
     """Runs a config in a process of its own, and returns its seconds and its peak memory in MiB.
 
     Args:
-      config: of the run.
-      programs: the folder of compiled programs.
+      config: the config to run.
+      programs: the folder of the compilation cache.
 
     Raises:
       UserError: the process failed.
@@ -66,7 +66,7 @@ def once(config: Config, programs: str) -> dict[str, float]:
 
 
 def bench(config: Config, repeats: int) -> dict[str, Any]:
-    """Runs a config several times."""
+    """Runs a config several times and returns all values and their medians."""
     runs = []
     with tempfile.TemporaryDirectory() as programs:
         for number in range(repeats + 1):
@@ -79,7 +79,7 @@ def bench(config: Config, repeats: int) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Measures what the flags describe."""
+    """Runs the benchmark and prints the result."""
     del argv
     result = bench(cli.config(), flags.FLAGS.repeats)
     from mnist_flax.run.provenance import provenance  # only now: JAX would take memory and threads from the processes

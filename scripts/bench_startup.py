@@ -1,11 +1,12 @@
-"""Measures how long `python -m mnist_flax.main` takes from its start until the first training step is done.
+"""Measures the time from starting `python -m mnist_flax.main` to the end of its first training step.
 
     python scripts/bench_startup.py --config=configs/default.py --repeats=5
 
-Cold means with an empty folder for compiled programs, warm with what the run before left there; the data are decoded
-already in both. Each repeat is a process of its own. One JSON line for each holds the seconds, and where they went, as
-the main thread sees it: `import` (until everything is imported), `data` (waiting for the images), `compile` (the
-training loop: tracing, and XLA or its cache), `first_step`, and `rest` (first weights, workdir, log).
+A cold start has an empty compilation cache; a warm start uses the cache that the preceding cold start filled. In both,
+the dataset is already decoded. Each start is a separate process. One JSON line for cold starts and one for warm starts
+give the seconds in total and by part, measured in the main thread: `import` (until all imports are done), `data`
+(waiting for the images), `compile` (the training loop: tracing, and XLA or its cache), `first_step`, and `rest`
+(initial weights, workdir, log).
 """
 
 import datetime
@@ -33,11 +34,11 @@ PARTS = ("import", "data", "compile", "first_step")
 
 
 def probe(started: float, arguments: Sequence[str]) -> None:
-    """Is `mnist_flax.main` until its first step is done; then prints the seconds of each part, and ends at once.
+    """Runs `mnist_flax.main` to the end of its first step, prints the seconds of each part, and exits immediately.
 
     Args:
-      started: by `time.monotonic`, when the parent started this process.
-      arguments: of the command line.
+      started: the value of `time.monotonic()` when the parent started this process.
+      arguments: the command line.
     """
     from mnist_flax.run import compilation
 
@@ -63,7 +64,7 @@ def probe(started: float, arguments: Sequence[str]) -> None:
 
         return wrapper
 
-    keep_programs = compilation.keep_programs  # called when all is imported
+    keep_programs = compilation.keep_programs  # `main` calls it when its imports are done
 
     def after_imports() -> None:
         from mnist_flax import drivers, train
@@ -81,14 +82,14 @@ def probe(started: float, arguments: Sequence[str]) -> None:
 
 
 def start(config_file: str, programs: str) -> dict[str, float]:
-    """Starts a process, and returns the seconds of its parts.
+    """Runs one start in a new process, and returns the seconds of each part.
 
     Args:
-      config_file: of the run.
-      programs: the folder of compiled programs.
+      config_file: the preset.
+      programs: the folder of the compilation cache.
 
     Raises:
-      UserError: the process failed.
+      UserError: the process failed before its first step.
     """
     paths = os.pathsep.join([str(ROOT / "scripts"), str(ROOT)])
     environment = {**os.environ, "PYTHONPATH": paths, "JAX_COMPILATION_CACHE_DIR": programs}
@@ -104,11 +105,11 @@ def start(config_file: str, programs: str) -> dict[str, float]:
 
 
 def bench(config_file: str, repeats: int) -> Iterator[dict[str, Any]]:
-    """Yields what cold and warm starts take."""
+    """Yields the timings of cold starts, then those of warm starts."""
     starts: dict[str, list[dict[str, float]]] = {"cold": [], "warm": []}
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as programs:
-            for kind, seconds in starts.items():  # the warm one finds what the cold one left
+            for kind, seconds in starts.items():  # the warm start reuses the cache of the cold one
                 seconds.append(start(config_file, programs))
                 print(f"{kind}: {seconds[-1]['total']:.2f} s", file=sys.stderr, flush=True)
     for kind, seconds in starts.items():
@@ -121,11 +122,11 @@ def bench(config_file: str, repeats: int) -> Iterator[dict[str, Any]]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Measures what the flags describe."""
+    """Measures starts with the config from the flags."""
     del argv
-    cli.config()  # so that a mistake is told here
+    cli.config()  # reports a mistake in the config before anything is measured
     results = list(bench(cli.config_file(), flags.FLAGS.repeats))
-    from mnist_flax.run.provenance import provenance  # only now: JAX would take memory and threads from the processes
+    from mnist_flax.run.provenance import provenance  # only now: JAX would compete with the measured processes
 
     made = {"config": cli.config_file(), "date": datetime.date.today().isoformat(), **provenance()}
     for result in results:

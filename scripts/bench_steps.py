@@ -1,9 +1,9 @@
-"""Times steady-state training and prints, for each driver and batch size, one JSON line.
+"""Times steady-state training and prints one JSON line for each driver and batch size.
 
     python scripts/bench_steps.py --config=configs/three_conv_adam.py --batch_sizes=64,256
 
-Each line holds images/s (median and all repeats) and the share of this machine's f32 matrix-product rate, measured in
-between, that the network's own arithmetic comes to: what a plain convolution would take, whatever form is used.
+Each line has images/s (median and all repeats) and the share of this machine's f32 matrix-product rate, measured
+between the repeats, that the network reaches. Its FLOPs are those of plain convolutions, whatever form is used.
 """
 
 import datetime
@@ -22,9 +22,9 @@ from mnist_flax.data.registry import IMAGE_SIZE
 
 
 def training_flops(config: Config) -> int:
-    """Returns the multiplications and additions of a training step's convolutions and matrix products, for one image.
+    """Returns the FLOPs of the convolutions and matrix products in a training step, for one image.
 
-    Three times the forward pass, less the gradient by the pixels, which nobody needs.
+    Three times the forward pass, less the gradient with respect to the pixels, which is not needed.
     """
     import jax
 
@@ -35,7 +35,7 @@ def training_flops(config: Config) -> int:
 
 
 def _product_flops(jaxpr: Any) -> Iterator[int]:
-    """Yields the flops of each convolution and matrix product, in order."""
+    """Yields the FLOPs of each convolution and matrix product, in order."""
     for equation in jaxpr.eqns:
         if equation.primitive.name in ("conv_general_dilated", "dot_general"):
             right, outputs = equation.invars[1].aval, equation.outvars[0].aval
@@ -65,7 +65,7 @@ def matmul_rate() -> Callable[[], float]:
 
 
 def timed_steps(config: Config, num_steps: int) -> Callable[[], float]:
-    """Compiles a driver on random pixels and returns a function that measures seconds a step."""
+    """Compiles a driver on random pixels and returns a function that measures seconds per step."""
     import jax
     import numpy as np
 
@@ -94,7 +94,7 @@ def timed_steps(config: Config, num_steps: int) -> Callable[[], float]:
 
 
 def bench(config: Config, repeats: int) -> dict[str, Any]:
-    """Measures one config, its repeats in turn with the machine's own rate."""
+    """Measures one config, alternating with measurements of the machine's matrix-product rate."""
     from mnist_flax.run.provenance import provenance
 
     num_steps = min(config.steps_per_epoch, max(10, 10_000 // config.train.batch_size))
@@ -121,7 +121,7 @@ def bench(config: Config, repeats: int) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Benches what the flags name."""
+    """Benchmarks the drivers and batch sizes named by the flags."""
     del argv
     config = cli.config()
     for driver in flags.FLAGS.drivers:

@@ -19,8 +19,8 @@ else
   [ -n "$base" ] || { echo "no Python 3.11 to 3.13 (with venv) found; name one: PYTHON=/path/to/python $0" >&2; exit 2; }
 fi
 
-# One environment for each version of Python; made again when the interpreter, the pinned versions or the place change.
-# What training needs is in requirements.lock; what the tests need besides is in requirements-dev.lock.
+# One environment per Python version; rebuilt when the interpreter, the pinned versions or the checkout's path change.
+# requirements.lock has what training needs; requirements-dev.lock also has what the tests need.
 lock=${lock:-requirements.lock}
 venv=.venv/$("$base" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 python=$PWD/$venv/bin/python
@@ -34,7 +34,7 @@ install() {
   fi
 }
 mkdir -p .venv
-if command -v flock >/dev/null; then exec 9>.venv/lock && flock 9; fi # two scripts started at once take turns
+if command -v flock >/dev/null; then exec 9>.venv/lock && flock 9; fi # scripts that start at the same time take turns
 complete=$(cat "$venv/complete" 2>/dev/null || true)
 if [ "$complete" != "$(wanted "$lock")" ] && [ "$complete" != "$(wanted requirements-dev.lock)" ]; then
   if [ "$complete" != "$(wanted requirements.lock)" ]; then

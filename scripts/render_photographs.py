@@ -1,11 +1,11 @@
-"""Renders photographs of handwritten digits from a dataset's images: what a phone sees on a desk.
+"""Renders a dataset's images as photographs of handwritten digits, as a phone would take them on a desk.
 
-Used by bench_predict.py. The renderer shares no code with the reader. Its kinds:
+Used by bench_predict.py. The renderer shares no code with the reader. The kinds:
 
-- table: a sheet on a table whose edge is in view on one to four sides.
+- table: a sheet on a table, with the sheet's edge in view on one to four sides.
 - shadow: a sheet under a hard shadow, which may fall across the digits.
-- grid: digits on a printed grid or in the cells of a form, as dark as the pen or nearly, touched by the digits or not.
-- turned: a sheet turned by 15 to 25 degrees, plain or lined, with the table in view or not.
+- grid: digits on a printed grid or in the boxes of a form. The lines are about as dark as the pen and may touch digits.
+- turned: a sheet rotated by 15 to 25 degrees, plain or lined; the table may be in view.
 """
 
 import io
@@ -38,7 +38,7 @@ def pen_stroke(image: Array, size: float, random: np.random.Generator) -> Array:
 
 
 def blotches(shape: tuple[int, ...], scale: float, random: np.random.Generator) -> Array:
-    """Returns smooth random texture of the given grain, `f32[H,W]`, with mean 0 and standard deviation 1."""
+    """Returns a smooth random texture of a given grain size, `f32[H,W]`, with mean 0 and standard deviation 1."""
     small = random.normal(size=[max(2, round(side / scale)) for side in shape])
     image = Image.fromarray(small.astype(np.float32)).resize((shape[1], shape[0]), Image.Resampling.BICUBIC)
     values = np.asarray(image)
@@ -46,7 +46,7 @@ def blotches(shape: tuple[int, ...], scale: float, random: np.random.Generator) 
 
 
 def write_sheet(images: Array, kind: str, random: np.random.Generator) -> tuple[Array, float]:
-    """Writes digits in one line on a sheet: the cover of ink, `f32[H,W]`, and the size of its digits."""
+    """Writes digits in one line on a sheet; returns the ink coverage, `f32[H,W]`, and the digit size in pixels."""
     size = float(random.uniform(70, 200))
     pitch = size * random.uniform(1.1, 1.7)
     roomy = 0.3 if kind == "grid" else 0.8
@@ -108,7 +108,7 @@ def printed_grid(shape: tuple[int, ...], size: float, random: np.random.Generato
 
 
 def table_top(shape: tuple[int, ...], random: np.random.Generator) -> Array:
-    """Paints a table, `f32[H,W,3]`: wood, cloth, plain or tiles; dark, middling or light."""
+    """Paints a table top, `f32[H,W,3]`: wood, cloth, plain or tiles, from dark to light."""
     colour = np.clip(random.uniform(0.08, 0.75) * np.array([1.0, *random.uniform(0.55, 1.05, 2)]), 0, 1)
     kind = random.choice(["wood", "cloth", "plain", "tiles"])
     texture: np.ndarray
@@ -130,7 +130,7 @@ def table_top(shape: tuple[int, ...], random: np.random.Generator) -> Array:
 
 
 def hard_shadow(shape: tuple[int, ...], random: np.random.Generator) -> Array:
-    """Casts a shadow with a sharp edge, `f32[H,W]` of light: of a straight edge, a hand's fingers or a phone."""
+    """Returns the light under a sharp shadow, `f32[H,W]`: the shadow of a straight edge, of fingers or of a phone."""
     y, x = np.mgrid[0 : shape[0], 0 : shape[1]].astype(np.float32)
     side = max(shape)
     angle = random.uniform(0, 2 * np.pi)
@@ -148,7 +148,7 @@ def hard_shadow(shape: tuple[int, ...], random: np.random.Generator) -> Array:
 
 
 def photograph(kind: str, images: Array, random: np.random.Generator) -> bytes:
-    """Writes a line of digits and photographs it, `u8[N,28,28] -> the bytes of a JPEG`."""
+    """Writes a line of digits and photographs it, `u8[N,28,28]` -> the bytes of a JPEG."""
     cover, _ = write_sheet(images, kind, random)
     light = random.uniform(0.75, 1.0)
     paper = np.clip(light - random.uniform(0, 0.12, 3), 0, 1)
@@ -160,7 +160,7 @@ def photograph(kind: str, images: Array, random: np.random.Generator) -> bytes:
         lined = 0.6 * np.clip(1.2 - np.abs((y + random.uniform(0, spacing)) % spacing - spacing / 2), 0, 1)
         sheet = sheet + lined[..., None] * (random.uniform(0.5, 0.8) * paper - sheet)
     sheet = sheet + cover[..., None] * (pen - sheet)
-    # Where the sheet's corners lie in the photograph.
+    # The sheet's corners in the photograph.
     height, width = cover.shape
     shows_table = kind == "table" or (kind == "turned" and random.random() < 0.6)
     turn = np.deg2rad(random.choice([-1, 1]) * random.uniform(15, 25) if kind == "turned" else random.uniform(-5, 5))
@@ -194,13 +194,13 @@ def photograph(kind: str, images: Array, random: np.random.Generator) -> bytes:
         cast = ndimage.shift(ndimage.gaussian_filter(inside[..., 0], 6), random.uniform(-8, 8, 2), mode="nearest")
         table = table_top(inside.shape[:2], random) * (1 - random.uniform(0, 0.5) * cast[..., None])
         photo = table + inside * (project(sheet) - table)
-    else:  # the paper goes on beyond the frame
+    else:  # the paper extends beyond the frame
         photo = paper + project(np.ones(cover.shape))[..., None] * (project(sheet) - paper)
     return develop(photo, kind, random)
 
 
 def develop(photo: Array, kind: str, random: np.random.Generator) -> bytes:
-    """Lights a scene, takes it out of focus, adds noise and saves it, `f32[H,W,3] -> the bytes of a JPEG`."""
+    """Adds uneven light, blur and noise to a scene and saves it, `f32[H,W,3]` -> the bytes of a JPEG."""
     y, x = np.mgrid[0 : photo.shape[0], 0 : photo.shape[1]].astype(np.float32)
     angle = random.uniform(0, 2 * np.pi)
     slope = np.cos(angle) * x / photo.shape[1] + np.sin(angle) * y / photo.shape[0]

@@ -1,6 +1,6 @@
-"""Trains variants of a preset and scores them on hold-out rows; the test set is never looked at.
+"""Trains variants of a preset and scores them on hold-out rows; the test set is never used.
 
-Each finished run appends one JSON line: the fields that differ from the preset, and accuracy, loss and calibration.
+Each finished run appends one JSON line: the fields that differ from the preset, and its errors, loss and calibration.
 
     python scripts/study_presets.py --jobs=jobs.jsonl --output=scripts/results/study_presets.jsonl
 
@@ -42,7 +42,10 @@ def preset(name: str) -> Config:
 
 
 def scores(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Returns errors, loss and calibration; also with a temperature fitted on one half and used on the other."""
+    """Computes errors, loss and calibration, without and with temperature scaling.
+
+    The temperature is fitted on each half of the rows and applied to the other half.
+    """
     halves = (slice(0, None, 2), slice(1, None, 2))
     fitted = [fit_temperature(logits[half], labels[half]) for half in halves]
     scaled = logits.copy()
@@ -55,7 +58,7 @@ def scores(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 
 def run(config: Config, splits: Splits) -> dict[str, Any]:
-    """Trains one variant on the rows that are not held out, and scores its last step on those that are."""
+    """Trains one variant, and scores its last step on the held-out rows."""
     rows, held = batches.rows_of(splits.train.label, config.data)
     job = drivers.Job(config.program, [config.seed], [rows], splits.train)
     states = drivers.stack([drivers.jit_init_state(config.program, rng.root_key(config.seed))], job)
@@ -78,7 +81,7 @@ def run(config: Config, splits: Splits) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Runs the jobs of a file one after the other; lines may be added to it meanwhile."""
+    """Runs the jobs in a file one after the other; the file may grow in the meantime."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=pathlib.Path, required=True)
     parser.add_argument("--output", type=pathlib.Path, required=True)

@@ -1,14 +1,14 @@
-"""Compares recipes on hold-out training rows, in PyTorch on one thread; the test set is never read.
+"""Compares training recipes on rows held out of the training set, in PyTorch on one thread; never reads the test set.
 
-PyTorch is used because this search needs many short runs of very different networks, not the package's exactness.
-Each finished run appends one JSON line with its recipe, hold-out accuracy, loss and CPU time.
+The search needs many short runs of very different networks rather than exact reproducibility, so it uses PyTorch, not
+this package. Each finished run appends one JSON line with its recipe, hold-out accuracy, loss and CPU time.
 
     OMP_NUM_THREADS=1 python scripts/study_recipes.py --jobs=jobs.jsonl --output=scripts/results/study.jsonl
 
-A job is a JSON object whose keys override `DEFAULTS`. A network is written as a comma-separated list:
-`c5x32` convolution 5x5 to 32 channels, batch norm, ReLU (suffix `v` VALID padding, `s` stride 2), `r3x64` the same
-with its input added, `p` max pooling 2, `g` global average, `m` global maximum, `f` flatten, `d256` dense with batch
-norm and ReLU; `x0.2` dropout. Dropout of rate `dropout` and the classifier follow at the end.
+A job is a JSON object whose keys override `DEFAULTS`. A network is a comma-separated list of layers: `c5x32` is a 5x5
+convolution to 32 channels with batch norm and ReLU (suffix `v`: VALID padding, `s`: stride 2), `r3x64` the same with a
+residual connection, `p` 2x2 max pooling, `g` global average pooling, `m` global max pooling, `f` flatten, `d256` a
+dense layer with batch norm and ReLU, `x0.2` dropout. Dropout at rate `dropout` and the classifier come last.
 """
 
 import argparse
@@ -53,7 +53,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 def load(folder: Path) -> tuple[Tensor, Tensor]:
-    """Reads the 60,000 training rows."""
+    """Loads the 60,000 training images and labels."""
     images = np.frombuffer(gzip.decompress((folder / "train-images-idx3-ubyte.gz").read_bytes()), np.uint8, offset=16)
     labels = np.frombuffer(gzip.decompress((folder / "train-labels-idx1-ubyte.gz").read_bytes()), np.uint8, offset=8)
     return torch.tensor(images.reshape(-1, 1, 28, 28)), torch.tensor(labels).long()
@@ -67,12 +67,12 @@ class Residual(nn.Module):
         self.block = block
 
     def forward(self, x: Tensor) -> Tensor:
-        """Applies the block and adds."""
+        """Applies the block and adds its input."""
         return x + self.block(x)
 
 
 def network(spec: str, dropout: float, classes: int = 10) -> nn.Sequential:
-    """Builds the network; a first pass over one image finds the sizes of dense layers."""
+    """Builds the network; a forward pass on zeros infers the input sizes of the dense layers."""
     layers: list[nn.Module] = []
     width, x = 1, torch.zeros(2, 1, 28, 28)
     for part in spec.split(","):
@@ -112,7 +112,7 @@ def network(spec: str, dropout: float, classes: int = 10) -> nn.Sequential:
 
 
 def augment(job: dict[str, Any], images: Tensor) -> Tensor:
-    """Distorts a batch by one resampling, then changes the stroke and erases."""
+    """Applies all geometric distortions in one resampling, then changes the stroke width and erases a square."""
     count = len(images)
     angle = torch.deg2rad((torch.rand(count) * 2 - 1) * job["rotate"])
     size = 1 + (torch.rand(count) * 2 - 1) * job["scale"]
@@ -137,7 +137,7 @@ def augment(job: dict[str, Any], images: Tensor) -> Tensor:
 
 
 def orthogonalized(update: Tensor) -> Tensor:
-    """Makes the singular values of each matrix about one by five Newton-Schulz steps (Jordan et al., 2024)."""
+    """Brings the singular values of each matrix close to 1 with five Newton-Schulz steps (Jordan et al., 2024)."""
     x = update.reshape(len(update), -1)
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
@@ -157,7 +157,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
-        """Makes one update."""
+        """Applies one update."""
         for group in self.param_groups:
             for p in group["params"]:
                 buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
@@ -167,7 +167,12 @@ class Muon(torch.optim.Optimizer):
 
 
 def one_cycle(progress: float, peak: float) -> float:
-    """Returns the share of the peak rate: up from a 25th by a cosine, down to zero by a cosine."""
+    """Returns the learning rate as a fraction of its maximum: a cosine from 1/25 to 1, then a cosine to 0.
+
+    Args:
+      progress: the fraction of training done.
+      peak: the progress at which the maximum is reached.
+    """
     if progress < peak:
         return 0.04 + 0.96 * (1 - math.cos(math.pi * progress / peak)) / 2
     return (1 + math.cos(math.pi * (progress - peak) / (1 - peak))) / 2
@@ -175,7 +180,7 @@ def one_cycle(progress: float, peak: float) -> float:
 
 @torch.no_grad()
 def logits(model: nn.Module, images: Tensor, views: bool) -> Tensor:
-    """Returns log probabilities, as the mean over the image and its four shifts by a pixel if `views`."""
+    """Returns the logits; with `views`, averaged over each image and its four one-pixel shifts."""
     model.eval()
     shifts = [(0, 0), (1, 0), (-1, 0), (0, 1), (0, -1)] if views else [(0, 0)]
     parts = [torch.stack([model(torch.roll(x, s, (2, 3))) for s in shifts]).mean(0) for x in images.split(500)]
@@ -183,7 +188,10 @@ def logits(model: nn.Module, images: Tensor, views: bool) -> Tensor:
 
 
 def score(values: Tensor, labels: Tensor) -> dict[str, float]:
-    """Returns errors, accuracy and loss; also the loss with a temperature fitted on one half, used on the other."""
+    """Computes errors, accuracy in % and loss from logits, and the loss after temperature scaling.
+
+    The temperature is fitted on each half of the rows and applied to the other half.
+    """
     losses = {t: F.cross_entropy(values / t, labels, reduction="none") for t in np.arange(0.3, 2.01, 0.05)}
     halves = [slice(0, None, 2), slice(1, None, 2)]
     fitted = [min(losses, key=lambda t: losses[t][half].mean().item()) for half in halves]
@@ -199,7 +207,7 @@ def score(values: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def run(job: dict[str, Any], images: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Trains one recipe and scores it on its hold-out rows."""
+    """Trains one recipe and scores it on its held-out rows."""
     split = torch.from_numpy(np.random.default_rng(15).permutation(len(images)))
     held, rows = split[: job["holdout"]], split[len(split) - job["train"] :]
     torch.manual_seed(job["seed"])
@@ -260,7 +268,7 @@ def run(job: dict[str, Any], images: Tensor, labels: Tensor) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Runs the jobs of a file that have no result yet; lines may be added to it meanwhile."""
+    """Runs the jobs in a file that no process has claimed yet; the file may grow in the meantime."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)

@@ -1,19 +1,19 @@
-"""Disturbs short trainings at random moments, restarts them, and compares what they leave with an undisturbed one.
+"""Kills or disturbs short training runs at random times, restarts them, and compares the results with a clean run's.
 
     python scripts/torture.py --mode=all --runs=100 --minutes=60 >> scripts/results/torture.jsonl
 
 Every run trains a small network with dropout, augmentation, batch norm and averaged weights, and saves every few steps;
-the scan and the stream driver take turns. The modes:
+runs alternate between the scan and the stream driver. A quiet run is one that nothing disturbs. The modes:
 
-  kill, term, hangup  SIGKILL, SIGTERM or SIGHUP, one to three times, at moments drawn from the time of a quiet run
+  kill, term, hangup  SIGKILL, SIGTERM or SIGHUP, one to three times, at random times within the length of a quiet run
   damage              SIGKILL, and a file of the newest checkpoint truncated, zeroed or deleted
   end                 SIGKILL, one to three times, while the run evaluates and writes weights, summary and report
-  console             standard error is closed, full, or a pipe whose reader leaves; the run must not notice
-  disk                no file may grow past a size drawn from those of a quiet run
+  console             standard error is closed, full, or a pipe whose reader exits; the run must finish as usual
+  disk                file sizes are limited to a random fraction of the largest file of a quiet run
 
-A disturbed run is started again by the same command, which has to finish it: otherwise it counts as one that needed
-help. All arrays of the last checkpoint, the weights and metrics.jsonl (but for the seconds) must then be equal bit for
-bit to a quiet run's, and summary and report be complete. One line of JSON for each mode goes to standard output.
+The same command then restarts the disturbed run and must finish it; if it does not, the run counts as needing help.
+Then all arrays of the last checkpoint, the weights and metrics.jsonl (except the seconds) must match those of a quiet
+run bit for bit, and summary and report must be complete. Each mode prints one line of JSON to standard output.
 """
 
 import collections
@@ -61,7 +61,7 @@ FIELDS = {
     "checkpoint.every_steps": 3,
 }
 REPORT = "report"
-LONGEST = 300.0  # seconds that a process may take before it counts as hung
+LONGEST = 300.0  # seconds after which a process counts as hung
 
 _RUNS = flags.DEFINE_integer("runs", 100, "runs of each mode", lower_bound=1)
 _MODE = flags.DEFINE_enum("mode", "all", ("all", *MODES), "see above")
@@ -70,7 +70,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "of the random moments")
 
 
 class Process:
-    """The command that is the same every time, started in a run's folder."""
+    """A training process: the same command every time, apart from workdir and driver."""
 
     def __init__(
         self, workdir: pathlib.Path, driver: str, *, errors: Any = None, prepare: Callable[[], None] | None = None
@@ -92,7 +92,7 @@ class Process:
         )
 
     def finish(self) -> tuple[int, str]:
-        """Waits for the process, and returns its status and the end of what it said; a hung one is killed."""
+        """Waits for the process, kills it if it hangs, and returns its exit status and the tail of its stderr."""
         said = ""
         try:
             self.process.wait(timeout=LONGEST)
@@ -107,7 +107,7 @@ class Process:
 
 
 def outcome(workdir: pathlib.Path) -> dict[str, Any]:
-    """Returns all that must be the same, by name."""
+    """Returns everything that must match a quiet run's, by name."""
     run = checkpoint.load_run(workdir)
     leaves = {f"state{name}": leaf.tobytes() for name, leaf in checkpoint.leaves(run.state).items()}
     weights = {name: array.tobytes() for name, array in load_file(workdir / workdirs.WEIGHTS).items()}
@@ -145,7 +145,7 @@ def damage(path: pathlib.Path, kind: str, chance: random.Random) -> None:
 
 
 def where(workdir: pathlib.Path, mode: str) -> Iterator[str]:
-    """Yields what a process was doing when it died, as far as its folder shows."""
+    """Yields what a process was doing when it died, judging by the files in its folder."""
     if mode == "end":
         pieces = (workdirs.WEIGHTS, workdirs.SUMMARY, f"{REPORT}/index.html")
         missing = next((name for name in pieces if not (workdir / name).exists()), None)
@@ -164,7 +164,7 @@ def where(workdir: pathlib.Path, mode: str) -> Iterator[str]:
 def hit(
     mode: str, workdir: pathlib.Path, driver: str, seconds: float, chance: random.Random
 ) -> tuple[collections.Counter[str], str]:
-    """Sends a run one to three signals, each to a process of its own.
+    """Starts a run one to three times, and sends each process a signal at a random time.
 
     Returns:
       How often what happened, and what help the run would have needed: empty if none.
@@ -178,7 +178,7 @@ def hit(
         except subprocess.TimeoutExpired:
             process.process.send_signal(signum)
         status, said = process.finish()
-        # A signal that arrives before Python has started ends it the system's way.
+        # A signal that arrives before Python has installed its handlers kills the process with the default action.
         if status not in (0, -signum, 128 + signum) or "Traceback" in said:
             return tally, f"status {status}: {said}"
         if status == 0:
@@ -194,7 +194,7 @@ def hit(
 
 
 def lose_console(workdir: pathlib.Path, driver: str, seconds: float, chance: random.Random) -> tuple[str, str]:
-    """Runs without a console, and returns how it was lost, and what went wrong."""
+    """Trains without a working stderr; returns how it was lost, and the error, empty if none."""
     kind = chance.choice(("closed", "full", "reader leaves"))
     if kind == "closed":
         process = Process(workdir, driver, prepare=functools.partial(os.close, 2))
@@ -211,7 +211,7 @@ def lose_console(workdir: pathlib.Path, driver: str, seconds: float, chance: ran
 
 
 def fill_disk(workdir: pathlib.Path, driver: str, largest: int, chance: random.Random) -> tuple[str, str]:
-    """Runs with a limit on the size of files, and returns what it said, and what went wrong."""
+    """Trains with a limit on file size; returns which file hit the limit, and what went wrong, empty if nothing."""
     limit = int(largest ** chance.uniform(0.5, 1))
     limits = (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
     process = Process(workdir, driver, prepare=functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, limits))
@@ -225,14 +225,14 @@ def fill_disk(workdir: pathlib.Path, driver: str, largest: int, chance: random.R
 
 
 def stripped(source: pathlib.Path, workdir: pathlib.Path) -> None:
-    """Copies a finished run, without what is written after the last step."""
+    """Copies a finished run without the files that are written after the last step."""
     shutil.copytree(source, workdir)
     for name in (workdirs.WEIGHTS, workdirs.SUMMARY, REPORT):
         workdirs.remove(workdir / name)
 
 
 def quiet_runs(mode: str, folder: pathlib.Path) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
-    """Makes the undisturbed runs, and returns by driver what they leave, and the seconds that one takes."""
+    """Trains the quiet runs; returns for each driver the outcome and the seconds that a run takes."""
     quiet, seconds = {}, {}
     for driver in DRIVERS:
         for name in ("cold", "warm"):  # the first compiles, the second shows how long a run takes
@@ -250,7 +250,7 @@ def quiet_runs(mode: str, folder: pathlib.Path) -> tuple[dict[str, dict[str, Any
 def disturb(
     mode: str, workdir: pathlib.Path, driver: str, seconds: float, chance: random.Random
 ) -> tuple[collections.Counter[str], str]:
-    """Disturbs one run in a mode, and lets the same command finish it.
+    """Disturbs one run in the given mode, then lets the same command finish it.
 
     Returns:
       How often what happened, and what help the run would have needed: empty if none.
@@ -274,7 +274,7 @@ def disturb(
 
 
 def torture(mode: str, folder: pathlib.Path, deadline: float) -> dict[str, Any]:
-    """Disturbs runs one after the other, and returns the result as JSON."""
+    """Disturbs runs in the given mode until the count or the deadline is reached; returns the result as JSON."""
     chance = random.Random(f"{_SEED.value} {mode}")
     quiet, seconds = quiet_runs(mode, folder)
     tally: collections.Counter[str] = collections.Counter()
@@ -310,7 +310,7 @@ def torture(mode: str, folder: pathlib.Path, deadline: float) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Disturbs runs in the modes that the flags name; the status is 1 if any differed or needed help."""
+    """Disturbs runs in the modes that the flags select; exits with status 1 if any differed or needed help."""
     del argv
     deadline = time.monotonic() + 60 * _MINUTES.value
     flawed = False

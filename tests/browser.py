@@ -1,4 +1,4 @@
-"""A headless Chromium for tests of pages; they skip where there is none."""
+"""A headless Chromium for tests of pages, which are skipped if there is none."""
 
 import contextlib
 import pathlib

@@ -1,4 +1,4 @@
-"""The steps, compiled: what tests of single steps share."""
+"""Compiled steps that the tests of single steps share."""
 
 import jax
 

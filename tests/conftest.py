@@ -1,4 +1,4 @@
-"""Strict settings for all tests, and what several of them use."""
+"""Strict settings for all tests, and shared fixtures."""
 
 import logging
 import os

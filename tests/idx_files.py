@@ -1,4 +1,4 @@
-"""Small datasets in the format of the official files, which stand in for the real ones."""
+"""Small datasets in the format of the official files, used in place of the real ones."""
 
 import dataclasses
 import gzip

@@ -1,4 +1,4 @@
-"""Runs `mnist_flax.main` with the flags that follow, and kills itself when its log has come to a step.
+"""Runs `mnist_flax.main` with the given flags, and kills itself when its log reaches a step.
 
 python tests/killed_process.py STEP [flags of main]
 """

@@ -1,4 +1,4 @@
-"""Trains a run that kills itself at a chosen moment, as no handler and no `finally` can notice.
+"""Trains a run that kills itself at a chosen moment, so that no handler and no `finally` runs.
 
 python tests/killed_run.py CONFIG.json WORKDIR MOMENT
 """

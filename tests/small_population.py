@@ -1,4 +1,4 @@
-"""Small finished populations on the embedded digits, trained once for all tests of a file that look at one."""
+"""Small finished populations on scikit-learn's digits, trained once for all tests of a file."""
 
 import functools
 import pathlib

@@ -1,4 +1,4 @@
-"""A run of a second with everything in it that could break a resume, and what is left of a run to compare."""
+"""A run of one second that uses everything that could break a resume, and the results of a run, to compare."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Random distortions: what they draw, and what they do to an image."""
+"""Random distortions: their random parameters, and their effect on an image."""
 
 import dataclasses
 import functools

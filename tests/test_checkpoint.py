@@ -1,4 +1,4 @@
-"""Checkpoints: which are kept, which are believed, and who can read them."""
+"""Checkpoints: which are kept, which are accepted as intact, and who can read them."""
 
 import json
 import logging

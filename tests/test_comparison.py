@@ -1,4 +1,4 @@
-"""Comparing two results: the tests by hand, the verdict, and what cannot be compared."""
+"""Comparing two results: the statistical tests against hand calculation, the verdict, and invalid comparisons."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The schema: what it accepts, what it refuses, and what it says then."""
+"""The schema: what it accepts, what it rejects, and with which message."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""The demo page in a browser: drawn on, stepped through and looked into, as people do it."""
+"""The demo page in a browser: drawing, stepping through the layers and inspecting values, as a user would."""
 
 import pathlib
 import shutil

@@ -1,4 +1,4 @@
-"""Downloads from a server on this machine, which does what real ones do."""
+"""Downloads from a local server that behaves, and misbehaves, like real ones."""
 
 import contextlib
 import functools

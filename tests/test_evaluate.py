@@ -1,4 +1,4 @@
-"""Evaluating a run: rows, checkpoints, data, what is saved and what is refused."""
+"""Evaluating a run: rows, checkpoints, data, saved results and rejected input."""
 
 import json
 import pathlib

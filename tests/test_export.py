@@ -1,4 +1,4 @@
-"""The verb `export`: files that are verified, refused when they are wrong, and loaded as the model card says."""
+"""The verb `export`: files are verified, rejected when wrong, and load as the model card says."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""One place for every change: what is added from outside the package, by one entry each, serves everywhere."""
+"""One place for every change: an extension from outside the package, one registry entry each, works everywhere."""
 
 import gzip
 import json

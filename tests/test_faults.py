@@ -1,4 +1,4 @@
-"""Whatever happens to a run, the same command continues it, or says in one message why it cannot."""
+"""Whatever happens to a run, the same command continues it, or explains in one message why it cannot."""
 
 import ast
 import fcntl

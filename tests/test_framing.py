@@ -1,4 +1,4 @@
-"""The frame that MNIST's digits have, and that all others are put into."""
+"""Framing: how MNIST places digits in its images, applied to all other digits."""
 
 import gzip
 

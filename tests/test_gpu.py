@@ -1,4 +1,4 @@
-"""What only a GPU can show: `scripts/test -m gpu`. The processes that train use it; pytest itself stays on the CPU."""
+"""Tests that need a GPU: `scripts/test -m gpu`. The processes that train use it; pytest itself stays on the CPU."""
 
 import json
 import os

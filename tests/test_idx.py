@@ -1,4 +1,4 @@
-"""IDX files, good and bad."""
+"""IDX files, valid and invalid."""
 
 import gzip
 import io

@@ -1,4 +1,4 @@
-"""Every source of a dataset, the order in which they are tried, and what goes wrong."""
+"""Every source of a dataset, the order in which they are tried, and their failures."""
 
 import hashlib
 import itertools

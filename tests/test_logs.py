@@ -1,4 +1,4 @@
-"""The log: every example once, every line once, and all of it a function of what a checkpoint holds."""
+"""The log counts every example once, has every line once, and depends only on what a checkpoint contains."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Sizes that cannot fit are refused in one line, before anything is allocated."""
+"""Sizes that cannot fit in memory are rejected in one line, before anything is allocated."""
 
 import pathlib
 from typing import Any

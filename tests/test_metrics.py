@@ -1,4 +1,4 @@
-"""The reported numbers: hand-made cases, and the same by scikit-learn and SciPy."""
+"""The metrics: hand-made cases, and agreement with scikit-learn and SciPy."""
 
 import jax.numpy as jnp
 import numpy as np

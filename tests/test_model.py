@@ -1,4 +1,4 @@
-"""The network: its shapes, its order of operations, and that no example sees another."""
+"""The network: its shapes, its order of operations, and that no example affects another."""
 
 from functools import partial
 from typing import Any

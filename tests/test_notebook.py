@@ -1,4 +1,4 @@
-"""The notebook: every cell runs, on the digits that are part of scikit-learn, and its outputs are saved."""
+"""The notebook: every cell runs on scikit-learn's digits, and its outputs are saved."""
 
 import json
 import pathlib

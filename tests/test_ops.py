@@ -1,4 +1,4 @@
-"""The CPU forms of convolution and pooling equal lax's, value and gradient, and other platforms get lax's own."""
+"""The CPU forms of convolution and pooling equal lax's, value and gradient, and other platforms use lax itself."""
 
 import functools
 import re

@@ -1,4 +1,4 @@
-"""The drivers agree: which one runs is a choice of speed, never of result."""
+"""The drivers agree: which one runs affects the speed, never the result."""
 
 import itertools
 import os

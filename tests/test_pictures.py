@@ -1,4 +1,4 @@
-"""Pictures: any file to digits as MNIST has them. The digits here are drawn with lines, so nothing need be loaded."""
+"""Pictures: from any file to digits as in MNIST. The digits here are drawn with lines, so no dataset is needed."""
 
 import io
 from typing import Any

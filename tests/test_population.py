@@ -1,4 +1,4 @@
-"""Many runs in one program: each is what it would be alone, and together they say what statistics says they do."""
+"""Many runs in one program: each equals the same run alone, and their statistics are correct."""
 
 import json
 import logging

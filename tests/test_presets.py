@@ -1,4 +1,4 @@
-"""Every file in configs/: it loads, says what it is, and means what it meant when its golden text was written."""
+"""Every file in configs/ loads, describes itself, and still resolves to its golden text."""
 
 import importlib.util
 import os

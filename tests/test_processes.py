@@ -1,4 +1,4 @@
-"""Several processes are one run; when one dies all end, and the same commands continue as if nothing had happened."""
+"""Several processes train one run; if one dies all end, and the same commands continue as if nothing had happened."""
 
 import pathlib
 import shutil

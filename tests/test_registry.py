@@ -1,4 +1,4 @@
-"""What is known about the datasets."""
+"""The registry of datasets."""
 
 from pathlib import Path
 

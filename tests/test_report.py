@@ -1,4 +1,4 @@
-"""The report: complete, self-contained, right, and the same numbers in the page and in metrics.json."""
+"""The report: complete, self-contained and correct, with the same numbers in the page and in metrics.json."""
 
 import dataclasses
 import html.parser

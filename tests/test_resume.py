@@ -1,4 +1,4 @@
-"""The law: a run that was stopped, wherever and however often, ends bit for bit where an undisturbed one does."""
+"""Exact resume: however often and wherever a run is stopped, its result equals an uninterrupted one, bit for bit."""
 
 import os
 import pathlib
@@ -66,7 +66,7 @@ def fit_until_finished(config: Config, workdir: pathlib.Path) -> int:
 @pytest.mark.parametrize(
     ("cadence", "deaths"),
     [
-        ({"every_epochs": 1}, [8]),  # goes on from an epoch's end
+        ({"every_epochs": 1}, [8]),  # continues from the end of an epoch
         ({"every_epochs": 1}, [3, 9, 13]),  # once before anything was saved
         ({"every_epochs": 0, "every_steps": 2}, [3, 5, 9]),  # from the middle of an epoch, and of a line's window
         ({"every_epochs": 0, "every_seconds": 1e-9}, [4, 6, 13]),  # from wherever the clock said

@@ -1,4 +1,4 @@
-"""Keys are functions of name and indices, and nothing else."""
+"""Keys depend only on the root key, the name and the indices."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The scripts: the two commands of the README, and the measurements."""
+"""The scripts: the two commands of the README, and the benchmarks."""
 
 import importlib.util
 import json

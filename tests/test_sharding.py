@@ -169,7 +169,7 @@ class Died(Exception):
 
 @pytest.fixture(scope="module")
 def half(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A run on 8 devices that died in its second epoch; who goes on with it makes a copy first."""
+    """A run on 8 devices that died in its second epoch; tests that continue it make a copy first."""
     workdir = tmp_path_factory.mktemp("half") / "run"
 
     def die(*_: Any, **__: Any) -> None:

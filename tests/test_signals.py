@@ -1,4 +1,4 @@
-"""A first signal asks to stop, a second one ends the process at once, whatever the main thread is doing."""
+"""The first signal requests a stop; the second ends the process immediately, whatever the main thread is doing."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""A population's results: what each member, the committee and the folds score, and how they are read again."""
+"""The results of a population: metrics of members, committee and folds, and reading them back."""
 
 import json
 import pathlib

@@ -1,4 +1,4 @@
-"""The update: what it learns from, what it leaves alone, and that its two loops agree."""
+"""The update: what it learns from, what it leaves unchanged, and that its two loops agree."""
 
 import functools
 import itertools

@@ -1,4 +1,4 @@
-"""Prepared copies are normal TFDS folders."""
+"""Prepared copies are valid TFDS folders."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A workdir has one owner, holds one run, and gets its files whole."""
+"""A workdir has one owner and one run, and its files are written atomically."""
 
 import ast
 import json

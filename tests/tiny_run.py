@@ -1,4 +1,4 @@
-"""A small finished run on the embedded digits, trained once for all tests that look at one."""
+"""A small finished run on scikit-learn's digits, trained once for all tests that read one."""
 
 import functools
 import pathlib

@@ -1,4 +1,4 @@
-"""How far predicted probabilities can be trusted, and how a temperature makes them more trustworthy."""
+"""Calibration: how far predicted probabilities can be trusted, and temperature scaling to improve them."""
 
 import dataclasses
 from typing import Any
@@ -10,20 +10,20 @@ from mnist_flax.analysis.evaluation import Predictor, predict_logits
 from mnist_flax.data.splits import Examples
 
 LIMIT = 20.0  # temperatures are searched from 1 / LIMIT to LIMIT
-NUM_BINS = 15  # of the reliability diagram (as in Guo et al., 2017)
+NUM_BINS = 15  # bins of the reliability diagram (as in Guo et al., 2017)
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """Finds the temperature that minimises the cross-entropy of `logits / temperature` (Guo et al., 2017).
 
-    It moves probabilities but never changes which class is the most probable.
+    It changes the probabilities but never the most probable class.
 
     Args:
       logits: `f32[N,C]`, of examples that were not trained on.
       labels: `i32[N]`.
 
     Returns:
-      The temperature; 1 if there are no examples, or no mistakes among them: the minimum would then be at 0.
+      The temperature; 1 if there are no examples, or no mistakes among them, because the minimum would then be at 0.
     """
     if np.all(logits.argmax(axis=-1) == labels):
         return 1.0
@@ -37,7 +37,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def calibrate(predictor: Predictor, holdout: Examples) -> Predictor:
-    """Returns the predictor, or committee, with the temperature that suits the rows that were held out."""
+    """Returns the predictor, or committee, with a temperature fitted on the held-out rows; 1 if there are none."""
     raw = dataclasses.replace(predictor, temperature=1.0)
     if not len(holdout.label):
         return raw

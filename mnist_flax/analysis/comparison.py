@@ -1,4 +1,4 @@
-"""Whether one result is better than another: on the same examples, and over the members of each."""
+"""Tests whether one result is better than another, on the same examples and over the members of each."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -16,17 +16,17 @@ SIGNIFICANCE = 0.05  # a difference is significant if chance alone produces one 
 
 
 class Result(NamedTuple):
-    """What is compared of a run or a population.
+    """The part of a run or population that a comparison needs.
 
     Attributes:
-      name: its folder.
+      name: the folder of the run or population.
       kind: `run`, `seeds` or `folds`.
-      dataset: the name of the data.
-      fingerprint: of the data.
-      pairing: the seed of each member, or its fold; members of two populations are paired if these are equal.
-      accuracies: of each member: on the rows it held out for folds, otherwise on the test set.
-      labels: `i32[N]`, of the examples.
-      predictions: `i32[N]`: the run's, the committee's (seeds), or out of fold (folds).
+      dataset: the name of the dataset.
+      fingerprint: its fingerprint.
+      pairing: the seed or the fold of each member; two populations are paired if these are equal.
+      accuracies: the accuracy of each member: on its held-out rows for folds, otherwise on the test set.
+      labels: `i32[N]`, the labels of the examples.
+      predictions: `i32[N]`, those of the run, of the committee (seeds), or out of fold (folds).
     """
 
     name: str
@@ -43,7 +43,7 @@ def load_result(workdir: pathlib.Path) -> Result:
     """Reads a finished population, or evaluates a run's latest checkpoint on the test set.
 
     Raises:
-      UserError: the folder holds neither, or the data cannot be had.
+      UserError: the folder holds neither, or the data cannot be loaded.
     """
     saved = statistics.load_population_result(workdir)
     if saved is None:
@@ -94,20 +94,20 @@ def compare(a: pathlib.Path, b: pathlib.Path) -> Facts:
     """Compares two results.
 
     Raises:
-      UserError: one cannot be read, or they are not about the same examples.
+      UserError: a result cannot be read, or they were not evaluated on the same examples.
     """
     return compare_results(load_result(a), load_result(b))
 
 
 def compare_results(a: Result, b: Result) -> Facts:
-    """Compares two results by McNemar's test and, if both have several members, by Student's or Welch's t-test.
+    """Compares two results with McNemar's test and, if both have several members, with Student's or Welch's t-test.
 
     Returns:
-      The scores of both, the tests, and a `verdict`: `a`, `b`, or None if the difference is not significant. If there
-      are members, the t-test decides: one committee may beat another only because it was lucky with its seeds.
+      The scores of both, the tests, and a `verdict`: `a`, `b`, or None if the difference is not significant. If both
+      have several members, the t-test decides: a committee may beat another just because it was lucky with its seeds.
 
     Raises:
-      WorkdirError: they are not about the same examples.
+      WorkdirError: they were not evaluated on the same examples.
     """
     check_same_examples(a, b)
     examples = mcnemar(a.predictions == a.labels, b.predictions == b.labels)
@@ -144,7 +144,7 @@ def check_same_examples(a: Result, b: Result) -> None:
     """Checks that two results can be compared example by example.
 
     Raises:
-      WorkdirError: says what differs.
+      WorkdirError: they cannot; the message says what differs.
     """
     if a.fingerprint != b.fingerprint:
         raise WorkdirError(
@@ -169,11 +169,12 @@ def _examples(result: Result) -> str:
 def mcnemar(a_right: np.ndarray, b_right: np.ndarray) -> Facts:
     """Tests whether two classifiers are wrong equally often, from the examples only one gets right (McNemar, 1947).
 
-    If they are, each such example is equally likely to be A's or B's; the p-value is exact (binomial) and two-sided.
+    Under the null hypothesis, A and B are equally likely to be the one that is right. The p-value is exact (binomial)
+    and two-sided.
 
     Args:
       a_right: `bool[N]`, which examples A gets right.
-      b_right: the same of B.
+      b_right: the same for B.
     """
     from scipy.stats import binomtest
 
@@ -189,8 +190,8 @@ def t_test(a: Sequence[float], b: Sequence[float], *, paired: bool) -> Facts:
     Args:
       a: the accuracy of each member, at least two.
       b: the same for B.
-      paired: members at the same place share a seed or a fold: Student's test of the differences (1908). Otherwise
-        Welch's (1947), which allows unequal variances. The training sets of folds overlap, so p is a little too small.
+      paired: True if members at the same index share a seed or a fold: Student's paired test (1908). Otherwise Welch's
+        test (1947), which allows unequal variances. The training sets of folds overlap, so p is a little too small.
 
     Returns:
       `difference` (B - A), its 95 % `interval`, `t`, `df` and `p`.
@@ -215,7 +216,7 @@ def t_test(a: Sequence[float], b: Sequence[float], *, paired: bool) -> Facts:
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> str:
-    """Returns a comparison as text to read, ending with the verdict."""
+    """Formats a comparison as a text table that ends with the verdict."""
     a, b, examples, members = (comparison[name] for name in ("a", "b", "mcnemar", "t"))
     lines = [f"{comparison['dataset']}, {comparison['examples']} examples"]
     for letter, result in (("A", a), ("B", b)):
@@ -238,7 +239,7 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
 
 
 def sentence(comparison: Mapping[str, Any]) -> str:
-    """Returns the verdict with the numbers behind it."""
+    """Formats the verdict as a sentence, with the numbers behind it."""
     decisive = comparison["t"] or comparison["mcnemar"]
     by = f"{100 * abs(decisive['difference']):.3f} points of accuracy, p = {decisive['p']:.2g}"
     if comparison["verdict"] is None:

@@ -27,15 +27,15 @@ VIEW_SHIFTS = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))  # by how many pixels e
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Predictor:
-    """What turns images into logits.
+    """A trained network or committee, and how to apply it to images.
 
     Attributes:
       program: the network, and how to apply it.
-      members: the variables of each network; several are a committee, whose probabilities are averaged.
-      views: 1; or 5 to average the probabilities of an image and its shifts by one pixel up, down, left and right.
-      temperature: the logits are divided by it, after averaging.
-      batch_size: the number of images in one call; rounded up to a multiple of the number of devices.
-      num_devices: devices to split a batch over, at most as many as there are; 0 means all accelerators, or one CPU.
+      members: the variables of each network; several form a committee, whose probabilities are averaged.
+      views: 1, or 5 to average the probabilities of an image and its shifts by one pixel up, down, left and right.
+      temperature: what the logits are divided by, after averaging.
+      batch_size: images per call, rounded up to a multiple of the number of devices.
+      num_devices: devices to split a batch over, capped at those available; 0 means all accelerators, or one CPU.
     """
 
     program: Program
@@ -68,7 +68,7 @@ def member_logits(predictor: Predictor, images: np.ndarray) -> np.ndarray:
 
 
 def _run(predictor: Predictor, mesh: Mesh, images: np.ndarray) -> np.ndarray:
-    """Applies every member to `images` in batches; the last is padded, so one compiled program serves every N."""
+    """Applies every member to `images` in batches; the last one is padded, so one compiled program serves every N."""
     size = -(-predictor.batch_size // mesh.size) * mesh.size
     outputs: list[list[jax.Array]] = [[] for _ in predictor.members]
     for start in range(0, len(images), size):
@@ -82,7 +82,7 @@ def _run(predictor: Predictor, mesh: Mesh, images: np.ndarray) -> np.ndarray:
 
 
 def _shifted(images: np.ndarray, down: int, right: int) -> np.ndarray:
-    """Moves images by at most one pixel; paper comes in from outside."""
+    """Shifts images by at most one pixel and fills the new border with background."""
     if not (down or right):
         return images
     height, width = images.shape[1:3]
@@ -93,7 +93,7 @@ def _shifted(images: np.ndarray, down: int, right: int) -> np.ndarray:
 def predict_logits(predictor: Predictor, images: np.ndarray) -> np.ndarray:
     """Computes the logits, `u8[N,28,28,1] -> f32[N,C]`, divided by the temperature.
 
-    Those of a committee are the log of its members' mean probabilities.
+    The logits of a committee are the log of its members' mean probabilities.
     """
     logits = member_logits(predictor, images)
     return combine_members(logits, predictor.temperature)
@@ -111,9 +111,9 @@ class Evaluation(NamedTuple):
     Attributes:
       loss: the mean cross-entropy in nats, without label smoothing.
       accuracy: the share of examples whose most probable class is the label.
-      examples: how many there are; all of them count.
+      examples: the number of examples; all of them count.
       logits: `f32[N,C]`, in the order of the split.
-      temperature: what they were divided by.
+      temperature: what the logits were divided by.
     """
 
     loss: float
@@ -123,7 +123,7 @@ class Evaluation(NamedTuple):
     temperature: float = 1.0
 
     def scores(self) -> dict[str, Any]:
-        """Returns what the log holds."""
+        """Returns the fields that go into the log."""
         return {"loss": self.loss, "accuracy": self.accuracy, "examples": self.examples}
 
 
@@ -151,8 +151,8 @@ class RunInfo(NamedTuple):
 
     Attributes:
       kind: `run`, or `seeds` or `folds` for a population.
-      config: of the run, or of the first member.
-      fingerprint: of the data it was trained on.
+      config: the config of the run, or of the first member.
+      fingerprint: the fingerprint of the training data.
       steps: finished updates of each member.
       runs: the run, or all members.
     """
@@ -169,13 +169,13 @@ def load_predictor(workdir: pathlib.Path, checkpoint: str = "latest") -> tuple[P
 
     Args:
       workdir: the folder of a run or of a finished population.
-      checkpoint: `latest`, `best` (on hold-out rows) or a step; of a population, that of every member.
+      checkpoint: `latest`, `best` (on hold-out rows) or a step; for a population, this checkpoint of every member.
 
     Returns:
-      The predictor, with the temperature that was fitted at the end of training if this is that checkpoint, else 1.
+      The predictor; its temperature is the one fitted at the end of training if this is the last checkpoint, else 1.
 
     Raises:
-      WorkdirError: there is no such checkpoint, it is damaged, or the members do not belong together.
+      WorkdirError: there is no such checkpoint, it is damaged, or the members differ in config or data.
     """
     is_population = (workdir / workdirs.MEMBERS).is_dir()
     result = workdirs.read_json(workdir / (POPULATION if is_population else workdirs.SUMMARY))
@@ -198,7 +198,7 @@ def _member_folders(workdir: pathlib.Path, result: dict[str, Any]) -> list[pathl
     """Returns the folders of a population's members, in the order of `population.json`.
 
     Raises:
-      WorkdirError: the population is not finished, or its result is damaged.
+      WorkdirError: the population is unfinished, or its result is damaged.
     """
     try:
         names = [member["name"] for member in result["members"]]
@@ -213,6 +213,6 @@ def _member_folders(workdir: pathlib.Path, result: dict[str, Any]) -> list[pathl
 
 
 def stored_temperature(result: Any) -> float:
-    """Returns the temperature in a summary or `population.json`; 1 if there is none that makes sense."""
+    """Returns the temperature in a summary or `population.json`; 1 if it is missing or invalid."""
     value = result.get("temperature", 1.0) if isinstance(result, dict) else 1.0
     return float(value) if isinstance(value, int | float) and math.isfinite(value) and value > 0 else 1.0

@@ -1,4 +1,4 @@
-"""The data that a trained network is evaluated on: its own dataset, or another one that fits."""
+"""The data that a trained network is evaluated on: its own dataset, or another compatible one."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,38 +14,37 @@ from mnist_flax.data.splits import Examples, Splits
 from mnist_flax.errors import ConfigError, DataError
 
 SPLITS = ("train", "holdout", "test")
-OVERRIDES = ("data.name", "data.source", "data.data_dir", "data.raw_dir")  # the fields that need not be the run's own
+OVERRIDES = ("data.name", "data.source", "data.data_dir", "data.raw_dir")  # fields that may differ from the run's
 
 
 def define_data_flags() -> None:
-    """Defines a flag for each of `OVERRIDES`, spelled as for training."""
+    """Defines a flag for each of `OVERRIDES`, with the same name as in training."""
     for field in OVERRIDES:
         flags.DEFINE_string(f"config.{field}", None, f"the {field.partition('.')[2]} of the data to evaluate on")
 
 
 def given_overrides() -> dict[str, Any]:
-    """Returns the overrides that the command line gives."""
+    """Returns the overrides given on the command line."""
     given = {field: flags.FLAGS[f"config.{field}"].value for field in OVERRIDES}
     return {field: value for field, value in given.items() if value is not None}
 
 
 def load_data(config: Config, fingerprint: str, overrides: Mapping[str, Any]) -> tuple[Config, Splits]:
-    """Loads the data of a run, or others to evaluate it on.
+    """Loads the dataset of a run, or another one to evaluate it on.
 
-    Where the data are found does not depend on the run: its record may have been written by a stranger, or on another
-    machine.
+    The paths recorded in the run are ignored, because the run may come from a stranger or from another machine.
 
     Args:
-      config: of the run.
-      fingerprint: of the data that it was trained on.
-      overrides: values for some of `OVERRIDES`; what is not given has the default of a new config.
+      config: the run's config.
+      fingerprint: the fingerprint of the data that it was trained on.
+      overrides: values for some of `OVERRIDES`; source and folders default to those of a new config.
 
     Returns:
       The config that describes the data, and the data.
 
     Raises:
-      ConfigError: a field is not one of `OVERRIDES`, or the other dataset does not fit the network.
-      DataError: the data cannot be found, or are not those of the run.
+      ConfigError: a field is not one of `OVERRIDES`, or the other dataset is not compatible with the network.
+      DataError: the data cannot be found, or are not the ones that the run was trained on.
     """
     for name, value in overrides.items():
         if name not in OVERRIDES:
@@ -53,7 +52,7 @@ def load_data(config: Config, fingerprint: str, overrides: Mapping[str, Any]) ->
                 f"config.{name} = {value!r}: cannot be changed after training; only these can:"
                 f" {', '.join('config.' + field for field in OVERRIDES)}"
             )
-    # Another dataset than the one asked for would give meaningless results.
+    # Falling back to another dataset than the one asked for would give meaningless results.
     changed: dict[str, Any] = {"data__source": "auto", "data__data_dir": "", "data__raw_dir": ""}
     changed |= {name.replace(".", "__"): value for name, value in overrides.items()} | {"data__on_missing": "error"}
     name = changed.get("data__name", config.data.name)
@@ -78,7 +77,7 @@ def check_classes(config: Config, name: str) -> None:
     """Checks that a network can be evaluated on another dataset.
 
     Raises:
-      ConfigError: there is no such dataset, or it has another number of classes.
+      ConfigError: there is no such dataset, or its number of classes differs.
     """
     if name not in DATASETS:
         hint = nearest(name, DATASETS)
@@ -96,7 +95,7 @@ def select_examples(config: Config, splits: Splits, split: str) -> Examples:
     """Returns the examples of a split.
 
     Args:
-      config: with the rows to train on and to hold out, as `load_data` returns it.
+      config: as returned by `load_data`; says which rows are trained on and which are held out.
       splits: the data.
       split: one of `SPLITS`. On the run's own dataset `train` means the rows that it was trained on.
 

@@ -1,4 +1,4 @@
-"""What a network scores on a split, with 95 % intervals: as JSON and as a table."""
+"""The scores of a network on a split, with 95 % intervals, as JSON and as a table."""
 
 import json
 import pathlib
@@ -17,12 +17,12 @@ from mnist_flax.run import workdir as workdirs
 
 
 def scores(evaluation: Evaluation, label: np.ndarray, dataset: str) -> dict[str, Any]:
-    """Turns an evaluation into numbers with 95 % intervals, ready for JSON.
+    """Computes the scores of an evaluation, with 95 % intervals, ready for JSON.
 
     Args:
-      evaluation: of a split.
-      label: `i32[N]`, the labels of the split.
-      dataset: its name, for the names of its classes.
+      evaluation: the evaluated split.
+      label: `i32[N]`, its labels.
+      dataset: the name of the dataset, which provides the class names.
     """
     logits = evaluation.logits
     confusion = metrics.confusion_matrix(label, logits.argmax(axis=-1), logits.shape[-1])
@@ -43,7 +43,7 @@ def scores(evaluation: Evaluation, label: np.ndarray, dataset: str) -> dict[str,
 
 
 def class_rows(confusion: np.ndarray, dataset: str) -> list[dict[str, Any]]:
-    """Returns the scores of each class, None where there is nothing to compute them from."""
+    """Returns the scores of each class; None where a score is undefined (0 / 0)."""
     columns = metrics.per_class(confusion)._asdict()
     return [
         {
@@ -64,19 +64,19 @@ def class_rows(confusion: np.ndarray, dataset: str) -> list[dict[str, Any]]:
 def evaluate_workdir(
     workdir: pathlib.Path, *, checkpoint: str = "latest", split: str = "test", overrides: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Evaluates a run, or a population as one network, on a split.
+    """Evaluates a run, or a population as a committee, on a split.
 
     Args:
-      workdir: of the run or the population.
+      workdir: the folder of the run or population.
       checkpoint: `latest`, `best` (on hold-out rows) or a step.
       split: one of `run_data.SPLITS`.
-      overrides: fields of the config, some of `run_data.OVERRIDES`.
+      overrides: config fields to override, all of them in `run_data.OVERRIDES`.
 
     Returns:
-      What `save_evaluation` writes.
+      The result, as `save_evaluation` writes it.
 
     Raises:
-      UserError: the run, the checkpoint or the data cannot be had, or do not fit each other.
+      UserError: the run, the checkpoint or the data cannot be loaded, or do not match.
     """
     predictor, info = load_predictor(workdir, checkpoint)
     config, splits = load_data(info.config, info.fingerprint, overrides)
@@ -99,7 +99,7 @@ def evaluate_workdir(
 
 
 def result_file(result: Mapping[str, Any]) -> str:
-    """Returns the name of the file that holds a result of `evaluate_workdir`."""
+    """Returns the name of the file that a result of `evaluate_workdir` is saved in."""
     return f"evaluation-{result['split']}-{result['dataset'].replace('/', '-')}.json"
 
 
@@ -113,7 +113,7 @@ def save_evaluation(result: Mapping[str, Any], folder: pathlib.Path) -> None:
 
 
 def evaluation_table(result: Mapping[str, Any]) -> str:
-    """Returns a result of `evaluate_workdir` as text to read."""
+    """Formats a result of `evaluate_workdir` as a text table."""
     low, high = result["accuracy_interval"]
     who = f", a committee of {result['members']}" if result["members"] > 1 else ""
     lines = [

@@ -1,4 +1,4 @@
-"""What the members of a population show together: `population.json`, `population.npz` and the curves."""
+"""Statistics over the members of a population: `population.json`, `population.npz` and the learning curves."""
 
 import io
 import json
@@ -28,7 +28,7 @@ from mnist_flax.run.provenance import provenance
 from mnist_flax.step import Variables
 
 ARRAYS = "population.npz"
-NUM_DOUBTFUL = 100  # labels that are listed
+NUM_DOUBTFUL = 100  # doubtful labels to list
 
 Facts = dict[str, Any]  # ready for JSON
 Records = Sequence[Mapping[str, Any]]  # the lines of a run's log
@@ -38,9 +38,9 @@ class Spread(NamedTuple):
     """The mean and the spread of M numbers.
 
     Attributes:
-      mean: of the numbers.
-      sd: their standard deviation, with M - 1 in the denominator.
-      interval: the 95 % interval of the mean (Student, 1908), which assumes independent and about normal numbers.
+      mean: the mean.
+      sd: the standard deviation, with M - 1 in the denominator.
+      interval: the 95 % interval of the mean (Student, 1908), assuming independent, approximately normal numbers.
     """
 
     mean: float
@@ -68,7 +68,7 @@ def spreads(rows: Sequence[Mapping[str, float]]) -> Facts:
 
 
 def score(logits: np.ndarray, labels: np.ndarray) -> Facts:
-    """Computes accuracy, loss and their counts, `f32[N,C], i32[N]`."""
+    """Computes accuracy, loss, and the numbers of correct and of all examples, from `f32[N,C], i32[N]`."""
     right = logits.argmax(axis=-1) == labels
     return {
         "accuracy": float(np.mean(right)),
@@ -79,11 +79,11 @@ def score(logits: np.ndarray, labels: np.ndarray) -> Facts:
 
 
 def agreement(logits: np.ndarray, labels: np.ndarray) -> Facts:
-    """Counts how many members are right on how many examples, `f32[M,N,C], i32[N]`.
+    """Counts the examples by how many members get them right, from `f32[M,N,C], i32[N]`.
 
     Returns:
-      `examples_by_members_right`: the entry m counts the examples that m of the members get right, m from 0 to M; and
-      `none_right`: the examples that no member gets right.
+      `examples_by_members_right`: entry m is the number of examples that exactly m members get right, m from 0 to M;
+      and `none_right`: the examples that no member gets right.
     """
     num_right = np.sum(logits.argmax(axis=-1) == labels, axis=0)
     prediction = combine_members(logits).argmax(axis=-1)
@@ -103,7 +103,7 @@ def doubtful_labels(logits: np.ndarray, labels: np.ndarray, rows: np.ndarray, fo
       logits: `f32[R,C]`, out of fold.
       labels: `i32[R]`, as given in the dataset.
       rows: `i32[R]`, their row numbers, in the order of the official files.
-      fold: `i32[R]`, the fold of each.
+      fold: `i32[R]`, the fold that held out each row.
     """
     probs = np.exp(metrics.log_probabilities(logits))
     of_label = np.take_along_axis(probs, labels[:, None], axis=-1)[:, 0]
@@ -122,9 +122,9 @@ def doubtful_labels(logits: np.ndarray, labels: np.ndarray, rows: np.ndarray, fo
 
 
 def member_curves(logs: Sequence[Records]) -> Facts:
-    """Computes the members' mean, sd, minimum and maximum of loss and accuracy over the epochs.
+    """Computes mean, sd, minimum and maximum over the members, of loss and accuracy at each logged step.
 
-    Points that some members lack (a resumed run may have logged at other steps) are left out.
+    Steps that some members did not log are left out (a resumed run may have logged at other steps).
     """
     points: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
     for records in logs:
@@ -145,15 +145,15 @@ def member_curves(logs: Sequence[Records]) -> Facts:
 def population_result(
     members: Mapping[str, tuple[Config, Variables]], splits: Splits, folder: pathlib.Path
 ) -> tuple[Facts, dict[str, np.ndarray]]:
-    """Evaluates trained members on the test set, alone and as a committee, and folds on the rows they held out.
+    """Evaluates trained members on the test set, alone and as a committee, and folds also on their held-out rows.
 
-    Each member's score is at its own temperature, as in its summary; the committee's at one that is fitted on the rows
-    that all members held out. The arrays are probabilities at temperature 1.
+    Each member is scored at its own temperature, as in its summary, and the committee at a temperature fitted on the
+    rows that all members held out (1 for folds). The arrays hold probabilities at temperature 1.
 
     Args:
-      members: the config and the final variables of each, by name.
+      members: the config and the final variables of each member, by name.
       splits: the data.
-      folder: holds the folder of each member, by name.
+      folder: contains a folder for each member, by name.
 
     Returns:
       The contents of `population.json`, and the arrays of `population.npz`: `test_probs` `f32[M,N,C]` and `test_label`
@@ -202,7 +202,7 @@ def shared_temperature(committee: Predictor, config: Config, splits: Splits) -> 
 def out_of_fold_result(
     members: Sequence[tuple[Config, Variables]], splits: Splits
 ) -> tuple[Facts, dict[str, np.ndarray]]:
-    """Evaluates every row with the member that was not trained on it; returns the facts and arrays of that."""
+    """Evaluates every row with the member that was not trained on it; returns the scores and the arrays."""
     parts, scores = [], []
     for config, variables in members:
         _, rows = batches.rows_of(splits.train.label, config.data)
@@ -232,7 +232,7 @@ def save_population_result(result: Facts, arrays: Mapping[str, np.ndarray], work
     """Writes the arrays, the curves and finally the result into the population's folder.
 
     Raises:
-      WorkdirError: they cannot be written.
+      WorkdirError: a file cannot be written.
     """
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
@@ -249,7 +249,7 @@ def load_population_result(workdir: pathlib.Path) -> Facts | None:
 
 
 def population_table(result: Mapping[str, Any]) -> str:
-    """Returns a result as text to read."""
+    """Formats a result as a text table."""
     members, count = result["members"], len(result["members"])
     lines = [f"{'member':<12}{'seed':>6}  {'test accuracy':>13}  {'loss':>8}"]
     lines += [
@@ -281,7 +281,7 @@ def population_table(result: Mapping[str, Any]) -> str:
 
 
 def spread_line(spreads: Mapping[str, Any], count: int) -> str:
-    """Returns the mean, the spread and the interval of accuracy and loss as text."""
+    """Formats the mean and sd of accuracy and loss, and the interval of the accuracy, as one line."""
     mean, sd, interval = spreads["mean"], spreads["sd"], spreads["interval"]
     low, high = interval["accuracy"]
     return (

@@ -1,6 +1,6 @@
-"""Random distortions of training images, drawn and applied on the device: one entry of `AUGMENTATIONS` an operation.
+"""Random augmentation of training images, on the device: one entry of `AUGMENTATIONS` for each operation.
 
-To add an operation, add an entry before the config is built; its strength is then the config field `augment.<name>`.
+To add an operation, add an entry before the config is built; the config field `augment.<name>` sets its strength.
 """
 
 import functools
@@ -22,17 +22,17 @@ Change = Callable[[float, Array, Array], Array]  # strength, image, key
 
 @dataclass(frozen=True)
 class Augmentation:
-    """An operation that is drawn anew for each image.
+    """A random operation, drawn independently for each image.
 
-    A geometric operation has `move(strength, y, x, key) -> (y, x)`: it maps the places `f32[H,W]` of the new image's
-    pixels, counted from the middle, to where their values come from. All moves together cost one resampling.
+    A geometric operation has `move(strength, y, x, key) -> (y, x)`: it maps output pixel coordinates `f32[H,W]`,
+    relative to the centre of the image, to the coordinates to sample from. All moves share one resampling.
     Any other operation has `change(strength, image, key) -> image`, on `u8[H,W,1]`.
 
     Attributes:
-      strength: what the number in the config means, with its unit.
+      strength: what the strength in the config means, with its unit.
       high: the largest strength; the smallest is 0, which turns the operation off.
       open_high: `high` itself is not allowed.
-      whole: the strength is an int.
+      whole: the strength is an integer.
     """
 
     strength: str
@@ -48,31 +48,31 @@ class Augmentation:
 
 
 def shift(pixels: float, y: Array, x: Array, key: Array) -> tuple[Array, Array]:
-    """Moves by whole pixels, each direction drawn on its own."""
+    """Shifts by whole pixels, drawn independently for each axis."""
     drawn = _drawn_shift(pixels, key)
     return y + drawn[0], x + drawn[1]
 
 
 def rotate(degrees: float, y: Array, x: Array, key: Array) -> tuple[Array, Array]:
-    """Turns around the middle."""
+    """Rotates around the centre."""
     angle = _symmetric(key, np.deg2rad(degrees))
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     return cos * y - sin * x, sin * y + cos * x
 
 
 def scale(share: float, y: Array, x: Array, key: Array) -> tuple[Array, Array]:
-    """Enlarges or shrinks around the middle."""
+    """Scales around the centre."""
     size = 1.0 + _symmetric(key, share)
     return y / size, x / size
 
 
 def shear(degrees: float, y: Array, x: Array, key: Array) -> tuple[Array, Array]:
-    """Slants: moves each row sideways in proportion to its height."""
+    """Shears: shifts each row sideways in proportion to its distance from the centre."""
     return y, x + jnp.tan(_symmetric(key, np.deg2rad(degrees))) * y
 
 
 def elastic(pixels: float, y: Array, x: Array, key: Array) -> tuple[Array, Array]:
-    """Warps by a smooth random field (Simard, Steinkraus and Platt, 2003): noise on a grid, spread by B-splines."""
+    """Warps by a smooth random field (Simard, Steinkraus and Platt, 2003): grid noise interpolated by B-splines."""
     spread = _spline_spread(*y.shape)
     noise = jax.random.normal(key, (2, len(spread)))
     field = pixels * (noise @ spread).reshape(2, *y.shape)
@@ -81,7 +81,7 @@ def elastic(pixels: float, y: Array, x: Array, key: Array) -> tuple[Array, Array
 
 
 def stroke(share: float, image: Array, key: Array) -> Array:
-    """Thickens or thins the stroke: mixes the image with the maximum or minimum of each 3x3 neighbourhood."""
+    """Thickens or thins strokes: blends the image with the maximum or minimum of each 3x3 neighbourhood."""
     amount = _symmetric(key, share)
     padded = jnp.pad(image, ((1, 1), (1, 1), (0, 0)))
     extremes = []
@@ -93,7 +93,7 @@ def stroke(share: float, image: Array, key: Array) -> Array:
 
 
 def erase(pixels: float, image: Array, key: Array) -> Array:
-    """Blanks a square around a random pixel (DeVries and Taylor, 2017: cutout); at the border it is cut off."""
+    """Erases a square around a random pixel, clipped at the border (cutout: DeVries and Taylor, 2017)."""
     height, width = image.shape[:2]
     middle = jax.random.randint(key, (2,), 0, jnp.array([height, width]))
     corner = middle - int(pixels) // 2
@@ -102,7 +102,7 @@ def erase(pixels: float, image: Array, key: Array) -> Array:
     return jnp.where(inside[..., None], jnp.zeros_like(image), image)
 
 
-# Applied in this order, where a move earlier in the list is the later one as the eye sees it.
+# Applied in this order. Moves map output to input coordinates, so the image shows them in the reverse order.
 AUGMENTATIONS: dict[str, Augmentation] = {
     "elastic": Augmentation("sd of the displacement, in pixels", 10, move=elastic),
     "shear": Augmentation("largest slant, in degrees", 90, move=shear, open_high=True),
@@ -116,10 +116,10 @@ AUGMENTATIONS: dict[str, Augmentation] = {
 
 @dataclass(frozen=True, init=False)
 class AugmentConfig:
-    """The strength of each operation, with a field for each entry of `AUGMENTATIONS`; 0 turns an operation off.
+    """One field for each entry of `AUGMENTATIONS`: the strength of the operation; 0 turns it off.
 
     Attributes:
-      strengths: name and strength of the operations that are on, in the order of `AUGMENTATIONS`.
+      strengths: name and strength of each enabled operation, in the order of `AUGMENTATIONS`.
     """
 
     strengths: tuple[tuple[str, float], ...]
@@ -151,12 +151,12 @@ class AugmentConfig:
 
 
 def augment(config: AugmentConfig, images: Array, key: Array) -> Array:
-    """Distorts each image of a batch in its own way, `u8[B,H,W,1] -> u8[B,H,W,1]`.
+    """Augments each image of a batch independently, `u8[B,H,W,1] -> u8[B,H,W,1]`.
 
     Args:
       config: the strengths.
-      images: 0 is paper; what comes in from outside is paper too.
-      key: of the step. An image's draws depend on its place in the batch, not on the batch or the devices.
+      images: 0 is the background, which also fills in at the borders.
+      key: the step's key. An image's draws depend on its index in the batch, not on the other images or the devices.
     """
     if not config.strengths:
         return images
@@ -178,7 +178,7 @@ def distort(strengths: dict[str, float], image: Array, key: Array) -> Array:
 
 
 def source(strengths: dict[str, float], shape: tuple[int, int], key: Array) -> tuple[Array, Array]:
-    """Returns where each pixel of the new image comes from, `f32[H,W]` rows and columns, from all moves together."""
+    """Returns the coordinates to sample each output pixel from, rows and columns `f32[H,W]`, for all moves combined."""
     middle = [(n - 1) / 2 for n in shape]
     y, x = jnp.meshgrid(*(jnp.arange(n) - m for n, m in zip(shape, middle, strict=True)), indexing="ij")
     for name, strength in strengths.items():
@@ -188,14 +188,14 @@ def source(strengths: dict[str, float], shape: tuple[int, int], key: Array) -> t
 
 
 def resampled(image: Array, y: Array, x: Array) -> Array:
-    """Reads `u8[H,W,1]` at the places `f32[H,W]`, bilinearly, with paper outside.
+    """Samples `u8[H,W,1]` bilinearly at the coordinates `f32[H,W]`; pixels outside are 0.
 
-    The four neighbours of a place travel as the four bytes of one word: one gather instead of four. The barriers keep
-    XLA:CPU from computing indices and words again for each pixel. Shift, rotation, scale and shear of 128 images take
-    0.55 ms of one core (with `jax.scipy.ndimage.map_coordinates`: 1.2 ms on jax 0.12, 0.46 ms on jax 0.10).
+    The four neighbours of a point are packed into the four bytes of one word: one gather instead of four. The barriers
+    keep XLA:CPU from recomputing indices and words for each pixel. Shift, rotation, scale and shear of 128 images take
+    0.55 ms on one core (with `jax.scipy.ndimage.map_coordinates`: 1.2 ms on jax 0.12, 0.46 ms on jax 0.10).
     """
     height, width = image.shape[:2]
-    y, x = jnp.clip(y, -1, height) + 1, jnp.clip(x, -1, width) + 1  # as places in the padded image
+    y, x = jnp.clip(y, -1, height) + 1, jnp.clip(x, -1, width) + 1  # as coordinates in the padded image
     top, left = jnp.minimum(y.astype(jnp.int32), height), jnp.minimum(x.astype(jnp.int32), width)
     padded = jnp.pad(image[..., 0].astype(jnp.int32), 1)
     words = padded[:-1, :-1] | padded[:-1, 1:] << 8 | padded[1:, :-1] << 16 | padded[1:, 1:] << 24
@@ -209,7 +209,7 @@ def resampled(image: Array, y: Array, x: Array) -> Array:
 
 
 def shifted(image: Array, pixels: float, key: Array) -> Array:
-    """Moves by whole pixels without interpolation: the same values as `resampled` gives, in less time."""
+    """Shifts by whole pixels without interpolation: the same result as `resampled`, but faster."""
     limit = int(pixels)
     padded = jnp.pad(image, ((limit, limit), (limit, limit), (0, 0)))
     return jax.lax.dynamic_slice(padded, (*(_drawn_shift(limit, key) + limit), 0), image.shape)
@@ -219,7 +219,7 @@ _computed_once = jax.lax.optimization_barrier
 
 
 def _key(key: Array, name: str) -> Array:
-    """Returns the key of one operation on one image; shift's is as it was before there were others to add."""
+    """Returns the key of one operation on one image; the key of shift stays as it was when shift was the only one."""
     return jax.random.split(key)[0] if name == "shift" else rng.stream(key, name)
 
 
@@ -228,13 +228,13 @@ def _drawn_shift(pixels: float, key: Array) -> Array:
 
 
 def _symmetric(key: Array, limit: float) -> Array:
-    """Draws from -limit to limit."""
+    """Draws uniformly from -limit to limit."""
     return limit * jax.random.uniform(key, minval=-1.0)
 
 
 @functools.cache
 def _spline_spread(height: int, width: int, spacing: float = 9.0) -> NDArray[np.float32]:
-    """Returns how far a unit at each grid point moves each pixel, `f32[G,H*W]`: unit noise then has unit variance."""
+    """Returns each grid point's weight on each pixel, `f32[G,H*W]`, scaled so that unit noise gives unit variance."""
 
     def weights(size: int) -> NDArray[np.float64]:
         knots = np.arange(-1, np.ceil((size - 1) / spacing) + 2) * spacing

@@ -1,8 +1,8 @@
-"""Which rows are trained on, in which order, and the batches they form.
+"""Chooses the training rows and their order, and forms batches.
 
 A set of rows (training, hold-out, fold) is an array of row numbers. The order of an epoch is a permutation of it,
-computed from the key and the epoch wherever it is needed. All batches have the same shape: a place that no row is left
-for has the label -1, does not contribute to the loss, and is not counted.
+computed from the key and the epoch whenever it is needed. All batches have the same shape: the last one is padded with
+label -1, and padding neither contributes to the loss nor is counted.
 """
 
 from collections.abc import Iterator
@@ -19,8 +19,8 @@ from mnist_flax.data.splits import Examples
 from mnist_flax.errors import ConfigError
 from mnist_flax.sections import DataConfig
 
-NO_LABEL = -1  # the label of a place in a batch that holds no example
-FOLDS_SEED = 0  # seeds the shuffle before rows are divided into folds, so the folds are the same for every run
+NO_LABEL = -1  # the label of padding in a batch
+FOLDS_SEED = 0  # seeds the shuffle before rows are split into folds, so that all runs have the same folds
 
 
 class Batch(TypedDict):
@@ -31,10 +31,10 @@ class Batch(TypedDict):
 
 
 def spread_rows(labels: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
-    """Picks `count` rows that are spread evenly over the classes, and within each class over the file.
+    """Picks `count` rows spread evenly over the classes, and within each class over the file.
 
-    Systematic sampling of the rows sorted by class: stratified (no class is off by more than one row) and, without
-    random numbers, the same for every seed and with every version of every library.
+    Systematic sampling of the rows sorted by class. It is stratified (no class is off by more than one row) and uses no
+    random numbers, so it is the same for every seed and library version.
 
     Args:
       labels: `i32[N]`, the labels of the whole split.
@@ -50,7 +50,7 @@ def spread_rows(labels: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
 
 
 def split_rows(labels: np.ndarray, num_train: int, holdout: int) -> tuple[np.ndarray, np.ndarray]:
-    """Divides `num_train` rows (0: all) into `R` rows to train on and `holdout` others: `i32[N] -> i32[R], i32[H]`."""
+    """Splits `num_train` rows (0: all) into `R` for training and `holdout` held out: `i32[N] -> i32[R], i32[H]`."""
     rows = np.arange(len(labels), dtype=np.int32)
     if num_train:
         rows = spread_rows(labels, rows, num_train)
@@ -59,14 +59,14 @@ def split_rows(labels: np.ndarray, num_train: int, holdout: int) -> tuple[np.nda
 
 
 def rows_of(labels: np.ndarray, data: DataConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Divides the training split as a config says.
+    """Splits the training rows as the config says.
 
     Args:
       labels: `i32[N]`, the labels of the training split.
       data: how many rows are used, and which of them are held out.
 
     Returns:
-      `i32[R]` rows to train on and `i32[H]` held out, disjoint, ascending.
+      `i32[R]` training rows and `i32[H]` hold-out rows, disjoint, each ascending.
 
     Raises:
       ConfigError: a class has fewer rows than there are folds.
@@ -79,9 +79,9 @@ def rows_of(labels: np.ndarray, data: DataConfig) -> tuple[np.ndarray, np.ndarra
 
 
 def fold_rows(labels: np.ndarray, rows: np.ndarray, folds: int) -> list[np.ndarray]:
-    """Divides rows at random into K parts with equal shares of each class: `i32[R] -> K times i32[R/K]`.
+    """Splits rows at random into K stratified folds: `i32[R] -> K times i32[R/K]`.
 
-    If R is not divisible by K, the first parts have one row more.
+    If R is not divisible by K, the first folds have one more row.
 
     Raises:
       ConfigError: a class has fewer rows than there are folds.
@@ -118,7 +118,7 @@ jit_epoch_order = jax.jit(epoch_order, static_argnames="batch_size")
 def epochs_order(key: Array, first_epoch: int, num_epochs: int, rows: Array, batch_size: int) -> Array:
     """Returns the orders of consecutive epochs, one after the other: `i32[R] -> i32[num_epochs*S,B]`.
 
-    However many they are, they are computed by the same compiled program, one epoch at a time.
+    The same compiled program computes them one epoch at a time, whatever their number.
     """
     numbers = range(first_epoch, first_epoch + num_epochs)
     orders = [jit_epoch_order(key, jax.device_put(np.int32(epoch)), rows, batch_size) for epoch in numbers]
@@ -126,7 +126,7 @@ def epochs_order(key: Array, first_epoch: int, num_epochs: int, rows: Array, bat
 
 
 def take(examples: Examples, rows: Array) -> Batch:
-    """Gathers a batch on the device: `i32[B] -> u8[B,28,28,1], i32[B]`; row -1 is a place without an example."""
+    """Gathers a batch on the device: `i32[B] -> u8[B,28,28,1], i32[B]`; row -1 is padding."""
     image = jnp.take(examples.image, rows, axis=0, mode="clip")
     label = jnp.take(examples.label, rows, axis=0, mode="clip")
     return {"image": image, "label": jnp.where(rows < 0, NO_LABEL, label)}
@@ -135,15 +135,15 @@ def take(examples: Examples, rows: Array) -> Batch:
 def stream_batches(
     examples: Examples, rows: Array, key: Array, start_step: int, batch_size: int, placement: NamedSharding
 ) -> Iterator[Batch]:
-    """Yields the batches that `epoch_order` and `take` form, from `start_step` on and without end.
+    """Yields the same batches as `epoch_order` and `take`, from `start_step` on, endlessly.
 
     Args:
-      examples: on the host. Only the rows of this process are read.
+      examples: the training split, on the host; only this process's rows are read.
       rows: `i32[R]`, the row numbers to train on.
       key: the root key of the run.
       start_step: finished updates.
       batch_size: B.
-      placement: where a batch is placed.
+      placement: the sharding of a batch.
     """
     own = sharding.own_rows(placement, batch_size)
     epoch, skip = divmod(start_step, -(-len(rows) // batch_size))
@@ -152,6 +152,6 @@ def stream_batches(
         for batch_rows in jax.device_get(jit_epoch_order(key, index, rows, batch_size))[skip:, own]:
             label = np.where(batch_rows < 0, NO_LABEL, examples.label[batch_rows])
             batch = {"image": examples.image[np.maximum(batch_rows, 0)], "label": label}
-            # JAX copies the batch while the previous step is still running, so the transfer costs no waiting.
+            # JAX copies the batch while the previous step is still running, so the step does not wait for the transfer.
             yield sharding.place_rows(batch, placement, batch_size)
         epoch, skip = epoch + 1, 0

@@ -1,4 +1,4 @@
-"""Loading a prepared copy: decoded once, then read from a cache of its arrays."""
+"""Loads prepared copies of datasets: the images are decoded once, then read from a cached .npz file."""
 
 import contextlib
 import hashlib
@@ -14,14 +14,14 @@ from mnist_flax.data.splits import Examples, Splits, check_fingerprint, fingerpr
 
 logger = logging.getLogger(__name__)
 
-FINGERPRINT_FILE = "fingerprint.txt"  # in a copy that we prepared: the fingerprint of what was written
+FINGERPRINT_FILE = "fingerprint.txt"  # written into each copy that we prepare
 
 
 def load_prepared(name: str, data_dir: Path) -> tuple[Splits | None, list[str]]:
-    """Loads the first prepared copy that can be used, and says why others cannot.
+    """Loads the first usable prepared copy, if any, and lists why those before it are unusable.
 
     Raises:
-      DataError: a copy can be read, but it is not this dataset.
+      DataError: a copy is readable but contains a different dataset.
     """
     flaws: list[str] = []
     for parent in (data_dir, data_dir / "mnist_flax"):
@@ -30,13 +30,13 @@ def load_prepared(name: str, data_dir: Path) -> tuple[Splits | None, list[str]]:
         if not flaw:
             try:
                 splits = _load_copy(name, data_dir, parent)
-            except Exception as error:  # a damaged record surfaces as almost any error of the libraries that decode it
+            except Exception as error:  # a damaged record can raise almost any error in the decoding libraries
                 flaw = f"its records cannot be read ({type(error).__name__}: {error})"
             else:
                 remedy = "delete this folder to prepare it again, or choose another with --config.data.data_dir=DIR"
                 check_fingerprint(splits, _expected_fingerprint(name, copy), copy, remedy)
                 return splits, flaws
-        if os.path.exists(copy):  # unlike Path.exists, it never raises
+        if os.path.exists(copy):  # unlike Path.exists, os.path.exists never raises
             flaws.append(f"{copy}: {flaw}")
     return None, flaws
 
@@ -54,7 +54,7 @@ def _load_copy(name: str, data_dir: Path, parent: Path) -> Splits:
 
 
 def _check_arrays(splits: Splits) -> None:
-    """Raises ValueError if shapes or labels are not those that the dataset's entry promises."""
+    """Raises ValueError if shapes or labels do not match the dataset's entry in `DATASETS`."""
     num_classes = DATASETS[splits.name].num_classes
     for split, rows in DATASETS[splits.name].num_rows.items():
         image, label = getattr(splits, split)
@@ -65,7 +65,7 @@ def _check_arrays(splits: Splits) -> None:
 
 
 def _expected_fingerprint(name: str, copy: Path) -> str:
-    """Returns the fingerprint that a copy should have; empty if it is not known."""
+    """Returns the fingerprint that a copy should have, or an empty string if it is unknown."""
     if not DATASETS[name].fingerprint:
         with contextlib.suppress(OSError):
             return (copy / FINGERPRINT_FILE).read_text().strip()
@@ -73,7 +73,7 @@ def _expected_fingerprint(name: str, copy: Path) -> str:
 
 
 def _copy_key(copy: Path) -> str:
-    """Returns a key of a prepared copy, which changes whenever one of its files is written again."""
+    """Returns the cache key of a prepared copy, which changes whenever one of its files is rewritten."""
     digest = hashlib.sha256((copy / "dataset_info.json").read_bytes())
     for path in sorted(copy.iterdir()):
         stat = path.stat()
@@ -82,7 +82,7 @@ def _copy_key(copy: Path) -> str:
 
 
 def _read_cache(cache: Path, name: str, key: str) -> Splits | None:
-    """Loads the decoded arrays; None if there are none, or if they are damaged or belong to another copy."""
+    """Loads the cached arrays; returns None if they are missing, damaged or from another copy."""
     try:
         with cache.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             if str(arrays["key"]) != key:
@@ -93,14 +93,14 @@ def _read_cache(cache: Path, name: str, key: str) -> Splits | None:
             raise ValueError("its fingerprint differs")
     except FileNotFoundError:
         return None
-    except Exception as error:  # whatever is wrong with it, it can be made again
+    except Exception as error:  # whatever is wrong, the cache can be rebuilt
         logger.info("%s is damaged (%s): decoding %s again", cache, error, name)
         return None
     return splits
 
 
 def _write_cache(cache: Path, key: str, splits: Splits) -> None:
-    """Keeps the decoded arrays for the next time; the file appears whole or not at all."""
+    """Caches the decoded arrays; the file is replaced atomically."""
     arrays = {
         f"{split}_{field}": array
         for split in ("train", "test")
@@ -109,7 +109,7 @@ def _write_cache(cache: Path, key: str, splits: Splits) -> None:
     temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in cache.parent.glob(f"{cache.name}.*.tmp"):  # of a process that died
+        for leftover in cache.parent.glob(f"{cache.name}.*.tmp"):  # left by a process that died
             leftover.unlink()
         with temporary.open("wb") as file:
             np.savez(file, key=key, fingerprint=splits.fingerprint, **arrays)

@@ -1,4 +1,4 @@
-"""Official files: what is checked about them, and how they are downloaded."""
+"""Checks and downloads the official files of the datasets."""
 
 import hashlib
 import logging
@@ -9,15 +9,15 @@ from mnist_flax.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-TIMEOUTS = (5, 20)  # seconds to connect, and between two pieces of an answer
+TIMEOUTS = (5, 20)  # seconds to connect, and between two chunks of a response
 
 
 class UnavailableError(DataError):
-    """A source does not have the dataset, but nothing is wrong with the data: the next source may have it."""
+    """A source does not have the dataset, but nothing is damaged, so the next source may be tried."""
 
 
 def check_files(dataset: Dataset, folder: Path) -> None:
-    """Checks that a folder contains the files of a dataset, as far as their sizes and checksums are known.
+    """Checks that a folder contains the files of a dataset, with the right sizes and checksums where they are known.
 
     Raises:
       DataError: a file is missing, cannot be read, or has another size or SHA-256.
@@ -44,7 +44,7 @@ def _check_file(path: Path, file: DataFile) -> None:
 
 
 def _owner(size: int) -> str:
-    """Returns a hint if the size is that of another known file: many have the same name and are easily swapped."""
+    """Returns a hint if another known file has this size: many files have the same name and are easily confused."""
     for name, dataset in DATASETS.items():
         for file in dataset.files:
             if file.size == size:
@@ -66,13 +66,13 @@ def download_files(dataset: Dataset, folder: Path) -> None:
 
 
 def _download(file: DataFile, path: Path) -> None:
-    """Downloads one file, and never more than its size."""
+    """Downloads one file, but never more bytes than its known size."""
     import requests
 
     size = 0
     try:
         with requests.Session() as session, path.open("wb") as out:
-            # Identity: if the server compressed or unpacked the file on the way, no checksum would match.
+            # Identity: if the server compressed or decompressed the file in transit, the checksum would not match.
             request = session.get(file.url, stream=True, timeout=TIMEOUTS, headers={"Accept-Encoding": "identity"})
             with request as response:
                 response.raise_for_status()

@@ -1,4 +1,4 @@
-"""The small dataset that needs no file: scikit-learn's 8x8 digits in MNIST's format."""
+"""The small dataset that needs no files: scikit-learn's 8x8 digits in MNIST's format."""
 
 import numpy as np
 
@@ -10,8 +10,8 @@ from mnist_flax.data.splits import Examples
 def embedded_digits() -> tuple[Examples, Examples]:
     """Returns scikit-learn's 1,797 handwritten digits as a training and a test split, framed like MNIST's.
 
-    Of the rows sorted by digit, about every fifth goes to the test split: stratified, and the same everywhere, because
-    no random numbers are drawn. Both splits keep the original order.
+    About every fifth row, after sorting by digit, goes to the test split. The split is therefore stratified, and the
+    same everywhere because it uses no random numbers. Both splits keep the original order.
     """
     from sklearn.datasets import load_digits
 

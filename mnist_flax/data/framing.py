@@ -1,4 +1,4 @@
-"""How a digit is framed: MNIST's own layout, for every digit that does not come from MNIST."""
+"""Frames digits that do not come from MNIST in the way MNIST's are framed."""
 
 import numpy as np
 
@@ -9,9 +9,9 @@ CENTRE = 14
 
 
 def frame(image: np.ndarray) -> np.ndarray:
-    """Fits the ink of a white-on-black image into MNIST's frame, `u8[H,W] -> u8[28,28]`.
+    """Scales and centres the ink of a white-on-black image as in MNIST, `u8[H,W] -> u8[28,28]`.
 
-    The ink is scaled, with its aspect ratio kept, until its longer side is 20 pixels, and placed so that its centre of
+    The ink is scaled so that its longer side is 20 pixels, with the aspect ratio kept, and placed so that its centre of
     mass is as close as possible to pixel (14, 14) (LeCun et al., "Gradient-based learning applied to document
     recognition", 1998). Its brightest pixel becomes 255. An image without ink stays black.
 

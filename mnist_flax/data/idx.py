@@ -1,4 +1,4 @@
-"""IDX files, the format that MNIST was published in."""
+"""Reads IDX files, the format in which MNIST was published."""
 
 import contextlib
 import gzip
@@ -16,7 +16,7 @@ from mnist_flax.errors import DataError
 
 
 def read_files(dataset: Dataset, folder: Path) -> tuple[Examples, Examples]:
-    """Reads the training and the test split from a dataset's files, images upright.
+    """Reads the training and test splits from a dataset's files; images come out upright.
 
     Raises:
       DataError: a file is missing, damaged, or does not contain what the dataset's entry says.
@@ -43,12 +43,12 @@ def read_files(dataset: Dataset, folder: Path) -> tuple[Examples, Examples]:
 
 
 def read_idx(file: IO[bytes], name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Reads an IDX file of bytes, gzipped or not, that must have exactly this shape.
+    """Reads an IDX file of unsigned bytes, gzipped or not, which must have exactly this shape.
 
     Never decompresses more than the shape needs, whatever the file claims or contains.
 
     Raises:
-      DataError: the file is anything else; the message calls it `name`.
+      DataError: the file is anything else; the message names it `name`.
     """
     header = struct.pack(f">4B{len(shape)}I", 0, 0, 8, len(shape), *shape)  # 8: the elements are unsigned bytes
     size = int(np.prod(shape))
@@ -57,7 +57,7 @@ def read_idx(file: IO[bytes], name: str, shape: tuple[int, ...]) -> np.ndarray:
     try:
         stream = gzip.GzipFile(fileobj=file) if start == b"\x1f\x8b" else file
         found = stream.read(len(header))
-        # One byte more than there should be: at the end of the file this also makes gzip check its CRC.
+        # Try to read one byte too many: reaching the end of the file also makes gzip check its CRC.
         body = stream.read(size + 1) if found == header else b""
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{name}: is truncated or damaged ({error})") from error
@@ -70,7 +70,7 @@ def read_idx(file: IO[bytes], name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _describe(header: bytes) -> str:
-    """Says what the first bytes of a file claim to be."""
+    """Describes what the header of a file claims."""
     if header[:3] != b"\0\0\x08" or len(header) < 8:
         return f"starts with 0x{header[:4].hex()}, so it is not an IDX file of bytes"
     sizes = struct.unpack_from(f">{len(header) // 4 - 1}I", header, 4)[: header[3]]

@@ -1,4 +1,4 @@
-"""From a dataset's name to its images."""
+"""Loads a dataset by name, from the first source that has it."""
 
 import logging
 import os
@@ -21,10 +21,10 @@ logger = logging.getLogger(__name__)
 
 
 def load_splits(config: Config) -> Splits:
-    """Loads the dataset that `config.data` names, from the sources that it allows; `DataConfig` explains them.
+    """Loads the dataset that `config.data` names, from the sources that it allows (see `DataConfig`).
 
     Raises:
-      DataError: no source has it, or one has it damaged; the message names the place and the remedy.
+      DataError: no source has it, or a copy of it is damaged; the message names the place and the remedy.
     """
     data = config.data
     if not DATASETS[data.name].files:
@@ -64,9 +64,9 @@ def _from_tfds(data: DataConfig) -> Splits:
 
 
 def _from_raw(data: DataConfig) -> Splits:
-    """Loads files in a folder of the user's.
+    """Loads files from the user's folder.
 
-    Official files are prepared only if no prepared copy can be used: because of the checksums, both are the same.
+    Official files are prepared only if there is no usable prepared copy; checksums guarantee that both are the same.
     """
     raw_dir = data.raw_dir or os.environ.get("MNIST_FLAX_RAW_DIR", "")
     if not raw_dir:
@@ -95,7 +95,7 @@ def _from_raw(data: DataConfig) -> Splits:
 
 
 def _from_download(data: DataConfig) -> Splits:
-    """Loads official files from their publisher."""
+    """Downloads and loads the official files."""
     if not DATASETS[data.name].tfds_version:
         raise UnavailableError("no download: this dataset is only read from a folder")
     return load_prepared(data.name, _data_dir(data))[0] or prepare(data.name, _data_dir(data), None)
@@ -121,10 +121,10 @@ def _data_dir(data: DataConfig) -> Path:
 
 
 def adapt_to_dataset(config: Config, splits: Splits) -> Config:
-    """Returns the config for the dataset that was loaded.
+    """Returns the config adapted to the dataset that was loaded.
 
-    If it is not the one that the config asks for, the numbers of rows are scaled down in proportion: at least one
-    held-out row per class (if any), at least one row to train on, and a batch no larger than the rows.
+    If that is not the one the config asks for, the numbers of rows are scaled down in proportion, with at least one
+    hold-out row per class (if any), at least one training row, and a batch no larger than the training rows.
     """
     data = config.data
     if splits.name == data.name:

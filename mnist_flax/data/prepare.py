@@ -1,11 +1,11 @@
-"""Preparing a dataset, once: from its official files to a TFDS folder.
+"""Prepares a dataset once: converts its official files to a TFDS folder.
 
-Everything is written into one folder of our own inside the TFDS folder, so no other copy is ever touched:
+Everything is written into our own subfolder of the TFDS folder, so no other copy is ever touched:
 
     <data_dir>/mnist_flax/mnist/3.0.1/       the prepared copy, a normal TFDS folder
-    <data_dir>/mnist_flax/decoded/mnist.npz  the cache: the same as arrays
+    <data_dir>/mnist_flax/decoded/mnist.npz  the cache: the same data as arrays
     <data_dir>/mnist_flax/downloads/mnist/   downloaded official files
-    <data_dir>/mnist_flax/lock               held while a process prepares
+    <data_dir>/mnist_flax/lock               held while a process prepares a dataset
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from mnist_flax.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-_BYTES_PER_ROW = 1500  # 790 in the cache, and up to 640 in the copy (Fashion-MNIST)
+_BYTES_PER_ROW = 1500  # 790 in the cache and up to 640 in the copy (Fashion-MNIST)
 
 
 def prepare(name: str, data_dir: Path, raw_dir: Path | None) -> Splits:
@@ -35,7 +35,7 @@ def prepare(name: str, data_dir: Path, raw_dir: Path | None) -> Splits:
     Args:
       name: a key of `DATASETS`.
       data_dir: the TFDS folder.
-      raw_dir: a folder of checked official files; None means to download them.
+      raw_dir: a folder of official files, already checked; None downloads them.
 
     Raises:
       UnavailableError: the files cannot be downloaded.
@@ -50,7 +50,7 @@ def prepare(name: str, data_dir: Path, raw_dir: Path | None) -> Splits:
                 return splits
             for flaw in flaws:
                 logger.info("not used: %s", flaw)
-            for leftover in own.glob("preparing-*"):  # of a process that died
+            for leftover in own.glob("preparing-*"):  # left by a process that died
                 shutil.rmtree(leftover, ignore_errors=True)
             _check_space(own, sum(dataset.num_rows.values()) * _BYTES_PER_ROW)
             with tempfile.TemporaryDirectory(prefix="preparing-", dir=own) as staging:
@@ -73,14 +73,14 @@ def prepare(name: str, data_dir: Path, raw_dir: Path | None) -> Splits:
 
 
 def _check_space(folder: Path, num_bytes: int) -> None:
-    """Raises OSError if a folder has not that much free space."""
+    """Raises OSError if less than `num_bytes` of disk space is free in a folder."""
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise OSError(f"it needs {num_bytes / 1e6:.1f} MB, but only {free / 1e6:.1f} MB are free")
 
 
 def _downloaded(name: str, own: Path, staging: Path) -> Path:
-    """Downloads the official files, unless that was done before, and returns their folder."""
+    """Downloads the official files unless they are already there, and returns their folder."""
     dataset = DATASETS[name]
     target = own / "downloads" / name.partition("/")[0]
     with contextlib.suppress(DataError):
@@ -95,7 +95,7 @@ def _downloaded(name: str, own: Path, staging: Path) -> Path:
 
 
 def _move(source: Path, target: Path) -> None:
-    """Moves a folder to where another one may be, which it replaces."""
+    """Moves a folder, replacing the target if it exists."""
     shutil.rmtree(target, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     os.replace(source, target)
@@ -103,9 +103,9 @@ def _move(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(own: Path) -> Iterator[None]:
-    """Creates our folder and holds its lock, which the system releases when a process dies.
+    """Creates our folder and holds its lock, which the system releases if the process dies.
 
-    If the body fails, folders that are new and still empty are removed again.
+    If the body fails, new folders that are still empty are deleted again.
     """
     import filelock
 

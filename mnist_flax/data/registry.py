@@ -1,4 +1,4 @@
-"""Everything that is known about a dataset before it is loaded, one entry each."""
+"""The registry of datasets: one entry of metadata for each."""
 
 import dataclasses
 import string
@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 from mnist_flax.errors import DataError
 
-IMAGE_SIZE = 28  # every dataset here consists of grey images of 28x28 pixels
+IMAGE_SIZE = 28  # every dataset here has greyscale images of 28x28 pixels
 
 
 class DataFile(NamedTuple):
-    """A file of a dataset. URL, size in bytes and SHA-256 (hexadecimal) are not checked where they are not given."""
+    """A file of a dataset; its size in bytes and its SHA-256 (hexadecimal) are checked only if they are given."""
 
     name: str
     url: str = ""
@@ -18,7 +18,7 @@ class DataFile(NamedTuple):
     sha256: str = ""
 
 
-# Training images, training labels, test images, test labels: MNIST's names, which its successors took over.
+# Training images, training labels, test images, test labels: MNIST's names, which its successors also use.
 IDX_FILES = (
     DataFile("train-images-idx3-ubyte.gz"),
     DataFile("train-labels-idx1-ubyte.gz"),
@@ -29,20 +29,20 @@ IDX_FILES = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """What is known about a dataset before it is loaded. The defaults describe a dataset of your own in IDX files.
+    """The metadata of a dataset. The defaults suit your own dataset in IDX files.
 
     Attributes:
-      num_classes: labels are below this number.
-      num_train, num_test: rows of the two splits.
+      num_classes: labels are 0 to `num_classes - 1`.
+      num_train, num_test: the number of rows in each split.
       class_names: a short name for each class; by default its number.
       doubtful_test_rows: test rows whose labels are known to be doubtful, counted from 0 in the original order.
       fingerprint: SHA-256 of the decoded dataset, as `splits.fingerprint` computes it; not checked if empty.
       files: training images, training labels, test images and test labels; or one zip archive that contains them; or
-        nothing for the digits that are part of scikit-learn.
+        empty for the digits dataset that ships with scikit-learn.
       members: the four files inside the archive, in the same order, if `files` is an archive.
       transposed: the files store each image with rows and columns swapped.
-      tfds_version: the version of the TFDS dataset of the same name. A dataset without one is read directly from its
-        files, with no prepared copy.
+      tfds_version: the version of the TFDS dataset of the same name. If empty, the dataset is read directly from its
+        files, without a prepared copy.
     """
 
     num_classes: int
@@ -73,7 +73,7 @@ class Dataset:
 
 
 def _like_mnist(url: str, *sizes_and_sums: tuple[int, str], **fields: Any) -> Dataset:
-    """Returns an entry with MNIST's numbers and file names; the four official files are below a URL."""
+    """Returns an entry with MNIST's number of classes, split sizes and file names; `url` is the folder of the files."""
     pairs = zip(IDX_FILES, sizes_and_sums, strict=True)
     files = tuple(DataFile(file.name, url + file.name, size, sha256) for file, (size, sha256) in pairs)
     return Dataset(num_classes=10, num_train=60_000, num_test=10_000, files=files, tfds_version="3.0.1", **fields)
@@ -97,14 +97,15 @@ def _emnist(config: str, num_classes: int, num_train: int, num_test: int, class_
 
 
 _UPPER = tuple(string.ascii_uppercase)
-# The lower-case letters that do not look like their capitals; EMNIST merges the other fifteen (Cohen et al., 2017).
+# Of the lower-case letters, only those that do not look like their capitals; EMNIST merges the other fifteen with
+# the capitals (Cohen et al., 2017).
 _MERGED = (*string.digits, *_UPPER, *"abdefghnqrt")
 
 _CLOTHES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"
 )  # fmt: skip
 
-# Numbers of rows, addresses, sizes and checksums are those of TFDS.
+# Row counts, URLs, sizes and checksums are taken from TFDS.
 DATASETS: dict[str, Dataset] = {
     "mnist": _like_mnist(
         "https://storage.googleapis.com/cvdf-datasets/mnist/",
@@ -137,7 +138,7 @@ DATASETS: dict[str, Dataset] = {
     "emnist/byclass": _emnist("byclass", 62, 697_932, 116_323, (*string.digits, *_UPPER, *string.ascii_lowercase)),
     "emnist/bymerge": _emnist("bymerge", 47, 697_932, 116_323, _MERGED),
     "emnist/balanced": _emnist("balanced", 47, 112_800, 18_800, _MERGED),
-    # Its labels start at 1, and each stands for both cases. TFDS declares 37 classes; the others never occur.
+    # Labels are 1 to 26; each class contains both cases of a letter. TFDS declares 37 classes; the rest never occur.
     "emnist/letters": _emnist(
         "letters", 37, 88_800, 14_800, ("unused 0", *_UPPER, *(f"unused {number}" for number in range(27, 37)))
     ),

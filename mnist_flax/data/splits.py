@@ -19,7 +19,7 @@ class Splits(NamedTuple):
     """A dataset in memory, in the order of the original files.
 
     Attributes:
-      name: the key in `registry.DATASETS` of what was loaded, which may differ from what the config asked for.
+      name: the loaded dataset, a key of `registry.DATASETS`; it may differ from the one that the config asks for.
       fingerprint: SHA-256 of all shapes, images and labels, in hexadecimal.
       source: where it was loaded from: `tfds` (a copy that was already prepared), `raw` (files in a folder),
         `download`, or `embedded`.
@@ -38,7 +38,7 @@ def make_splits(name: str, train: Examples, test: Examples, source: str) -> Spli
 
 
 def check_fingerprint(splits: Splits, expected: str, place: object, remedy: str) -> None:
-    """Raises DataError if the images and labels found at a place are not the expected ones; unknown if empty."""
+    """Raises DataError if the fingerprint of the data loaded from `place` is not `expected`; empty means unknown."""
     if expected and splits.fingerprint != expected:
         raise DataError(
             f"{place}: its images and labels are not those of {splits.name} (fingerprint {splits.fingerprint[:12]}"

@@ -1,7 +1,7 @@
 """Prepared copies: TFDS folders, written and read without TensorFlow.
 
-TFDS' own builders parse and encode with TensorFlow. The subclass here keeps their names, versions and features, and
-does the same work with numpy and Pillow; it writes a normal TFDS folder in array_record format. Two things differ on
+TFDS' own builders parse and encode with TensorFlow. The subclass here keeps their names, versions and features, but
+does the same work with NumPy and Pillow; it writes a normal TFDS folder in array_record format. Two things differ on
 purpose: records stay in the order of the original files, and EMNIST's images are stored upright.
 """
 
@@ -28,7 +28,7 @@ def copy_dir(name: str, data_dir: Path) -> Path:
 
 
 def find_flaw(name: str, data_dir: Path) -> str:
-    """Says why a prepared copy cannot be used, from its description alone; empty if it can."""
+    """Returns why a prepared copy is unusable, judging by its dataset_info.json alone; empty if it is usable."""
     try:
         info = json.loads((copy_dir(name, data_dir) / "dataset_info.json").read_bytes())
         rows = {split["name"]: sum(map(int, split["shardLengths"])) for split in info["splits"]}
@@ -53,7 +53,7 @@ def write_copy(name: str, train: Examples, test: Examples, data_dir: Path) -> No
     with _quiet():
         try:
             _builder(name, data_dir, train=train, test=test).download_and_prepare()
-        except RuntimeError as error:  # in which TFDS wraps whatever goes wrong with its files, such as a full disk
+        except RuntimeError as error:  # TFDS raises it for any failure with its files, such as a full disk
             raise OSError(str(error)) from error
 
 
@@ -61,7 +61,7 @@ def read_copy(name: str, data_dir: Path) -> tuple[Examples, Examples]:
     """Decodes the training and the test split of a prepared copy.
 
     Raises:
-      Exception: a record is damaged; almost any error of the libraries that decode it.
+      Exception: a record is damaged; the decoding libraries raise almost any type.
     """
     import tensorflow_datasets as tfds
     from PIL import Image
@@ -83,7 +83,7 @@ def read_copy(name: str, data_dir: Path) -> tuple[Examples, Examples]:
 
 
 def _builder(name: str, data_dir: Path, **examples: Examples) -> Any:
-    """Returns the TFDS builder of a dataset in a folder, which can write these examples."""
+    """Returns the TFDS builder of a dataset in a folder; it can write the given examples."""
     import tensorflow_datasets as tfds
 
     family, _, config = name.partition("/")

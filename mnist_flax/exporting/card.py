@@ -1,4 +1,4 @@
-"""The model card beside an export: what the network was trained on, how good it is, its limits, how to load it."""
+"""The model card of an export: training data, accuracy, limits, and how to load the files."""
 
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -74,7 +74,7 @@ weights = {{name: torch.from_numpy(array) for name, array in np.load("model.npz"
 
 
 def text(workdir: pathlib.Path, predictor: Predictor, info: RunInfo) -> str:
-    """Returns the card as Markdown, from the results in the workdir; what is not known is left out."""
+    """Returns the card as Markdown, from the results in the workdir; unknown values are omitted."""
     result = workdirs.read_json(workdir / (workdirs.SUMMARY if info.kind == "run" else POPULATION))
     robustness = workdirs.read_json(workdir / "robustness.json")
     evaluation = workdirs.read_json(workdir / f"evaluation-test-{info.config.data.name.replace('/', '-')}.json")
@@ -156,7 +156,7 @@ def _robustness(robustness: Any) -> Rows:
 
 
 def _torch(predictor: Predictor) -> str:
-    """Returns a line that turns the first kernel into PyTorch's order of axes."""
+    """Returns a line of code that permutes the first kernel to PyTorch's axis order."""
     leaves = jax.tree_util.tree_leaves_with_path(predictor.members[0]["params"])
     for path, leaf in sorted(leaves, key=lambda item: item[1].ndim, reverse=True)[:1]:
         member = "member_0/" * (len(predictor.members) > 1)

@@ -1,4 +1,4 @@
-"""The demo page: one HTML file in which a trained network reads what you draw, and shows how."""
+"""Writes the demo page: one HTML file in which a trained network reads what you draw, and shows how it does so."""
 
 import base64
 import itertools
@@ -23,13 +23,13 @@ from mnist_flax.run.checkpoint import steps_in
 
 FILE = "demo.html"
 PAGE = pathlib.Path(__file__).with_name("page")
-SCRIPTS = ("framing", "network", "inspect", "draw", "views", "inspector", "app")  # in the order that they need
+SCRIPTS = ("framing", "network", "inspect", "draw", "views", "inspector", "app")  # in dependency order
 
 EXAMPLES = 12  # of each kind
 
 
 class Checkpoint(NamedTuple):
-    """A network on the page: what it is called there, and its graph."""
+    """A network on the page: its title there, and its graph."""
 
     title: str
     graph: Graph
@@ -41,7 +41,7 @@ class Example(NamedTuple):
     Attributes:
       kind: `right`, `mistake` or `corrupted`.
       title: such as `Test image 947`.
-      label: the class that it shows.
+      label: the true class.
       image: `u8[28,28]`.
     """
 
@@ -62,13 +62,13 @@ def write_demo(
 
     Args:
       workdir: the folder of the run or population.
-      checkpoint: `latest`, `best` (on hold-out rows) or a step. If the run has an earlier one, the page compares the
-        two.
-      output: where to write; if not given, `demo.html` in the run's folder.
-      overrides: where the data are, as for `load_data`.
+      checkpoint: `latest`, `best` (on hold-out rows) or a step. If the run also has an earlier checkpoint, the page
+        compares the two.
+      output: the file to write; if None, `demo.html` in the run's folder.
+      overrides: config fields that locate the data, as for `load_data`.
 
     Returns:
-      The page.
+      The path of the page.
 
     Raises:
       UserError: the run or its data cannot be read, its network cannot be exported, or the page cannot be written.
@@ -95,15 +95,15 @@ def write_page(
     title: str,
     path: pathlib.Path,
 ) -> None:
-    """Writes the demo page of a predictor that is in memory.
+    """Writes the demo page of a predictor.
 
     Args:
-      checkpoints: the network that answers, and perhaps another one to compare it with.
-      predictor: the network that answers.
-      evaluation: of the test set by this predictor.
+      checkpoints: the network of `predictor`, and optionally another one to compare it with.
+      predictor: the network that classifies the drawings.
+      evaluation: its evaluation on the test set.
       splits: the data.
-      title: of the page.
-      path: of the file.
+      title: the title of the page.
+      path: the file to write.
 
     Raises:
       WorkdirError: it cannot be written.
@@ -144,7 +144,7 @@ def _texts(predictor: Predictor, evaluation: Evaluation, dataset: str) -> dict[s
     return {"dataset": name, "lead": lead, "note": note}
 
 
-# Names as their authors write them; other datasets keep the name that the config has.
+# Names as their authors write them; other datasets are shown by their config name.
 DATASET_TITLES = {
     "mnist": "MNIST",
     "fashion_mnist": "Fashion-MNIST",
@@ -163,16 +163,16 @@ def render(
     lead: str,
     note: str,
 ) -> str:
-    """Returns the page.
+    """Returns the page as HTML.
 
     Args:
-      checkpoints: the network that answers, and perhaps another one to compare it with.
-      examples: the first one is shown when the page opens.
-      classes: their names.
-      title: of the page.
-      dataset: what the network was trained on, for the reader.
-      lead: the sentences below the heading.
-      note: the sentences at the end.
+      checkpoints: the network that classifies the drawings, and optionally another one to compare it with.
+      examples: images to step through; the page opens with the first one.
+      classes: the class names.
+      title: the title of the page.
+      dataset: the display name of the training data.
+      lead: the text below the heading.
+      note: the text at the end.
     """
     import jinja2
 
@@ -194,7 +194,7 @@ def render(
         checkpoints=checkpoints,
         css=_source("page.css"),
         script="\n".join(_source(f"{name}.js") for name in SCRIPTS),
-        data=json.dumps(data).replace("<", "\\u003c"),  # so that no text in it can end the script element
+        data=json.dumps(data).replace("<", "\\u003c"),  # so that no text in the data can close the script element
     )
 
 
@@ -211,7 +211,7 @@ def choose_examples(splits: Splits, probs: np.ndarray) -> list[Example]:
 
     Args:
       splits: the data.
-      probs: `f32[N,C]`, what the network says of the test images.
+      probs: `f32[N,C]`, the network's probabilities for the test images.
     """
     images, labels = splits.test.image[..., 0], splits.test.label
     found = facts.galleries(probs, labels, splits.name)

@@ -1,4 +1,4 @@
-"""The formats of `export`, one entry each, and the check that every file passes before it is kept."""
+"""The export formats, one entry each, and the check that every file must pass before it is saved."""
 
 import dataclasses
 import importlib.util
@@ -36,10 +36,10 @@ class Format(NamedTuple):
     """A way to write a predictor.
 
     Attributes:
-      suffix: of the file that `load` takes.
-      packages: what it imports that is not always installed.
-      write: returns the content of each file by its suffix.
-      load: opens the file: `u8[N,28,28,1] -> {"logits", "probabilities"}`.
+      suffix: the suffix of the file that `load` opens.
+      packages: the optional packages that it imports.
+      write: returns the contents of each file, keyed by suffix.
+      load: opens the file as a function `u8[N,28,28,1] -> {"logits", "probabilities"}`.
     """
 
     suffix: str
@@ -53,7 +53,7 @@ def _write_onnx(predictor: Predictor, metadata: Metadata) -> dict[str, bytes]:
 
 
 def _write_stablehlo(predictor: Predictor, metadata: Metadata) -> dict[str, bytes]:
-    del metadata  # the format has no place for it
+    del metadata  # the format cannot store metadata
     return {".stablehlo": stablehlo.to_stablehlo(predictor)}
 
 
@@ -76,9 +76,9 @@ class Exported:
 
     Attributes:
       paths: the files.
-      difference: the largest of any logit or probability from the network's own.
+      difference: the largest absolute difference of any logit or probability from the network's own.
       images: how many images were compared.
-      source: which.
+      source: which images they were.
     """
 
     paths: tuple[pathlib.Path, ...]
@@ -87,7 +87,7 @@ class Exported:
     source: str
 
     def line(self) -> str:
-        """Returns the result as a line to print."""
+        """Returns a line to print about the result."""
         files = " and ".join(f"{path} ({path.stat().st_size / 1000:,.0f} kB)" for path in self.paths)
         return f"{files}: largest difference of logits {self.difference:.1e}, over {self.images:,} {self.source}"
 
@@ -103,15 +103,15 @@ def export_workdir(
     """Writes a run, or a population as a committee, in a format, and a model card beside it.
 
     Args:
-      workdir: of the run or the population.
+      workdir: the folder of the run or the population.
       format_name: a key of `FORMATS`.
       checkpoint: `latest`, `best` (on hold-out rows) or a step.
       folder: where to write; if None, `export/` in the workdir.
-      overrides: fields that say where the run's data are.
+      overrides: config fields that locate the run's data.
 
     Raises:
       UserError: a package is missing, the run cannot be read, the network cannot be expressed in the format, or the
-        file does not agree with it. Nothing is written then.
+        file's outputs differ from the network's. Nothing is written in these cases.
     """
     chosen = FORMATS[format_name]
     check_packages(format_name, chosen)
@@ -135,13 +135,13 @@ def check_packages(format_name: str, chosen: Format) -> None:
 
 
 def metadata_of(info: RunInfo) -> Metadata:
-    """Returns what a file says of itself, where its format has a place for it."""
+    """Returns the metadata to store in a file whose format supports it."""
     dataset = info.config.data.name
     return {"dataset": dataset, "classes": json.dumps(DATASETS[dataset].class_names), "steps": str(max(info.steps))}
 
 
 def images_to_compare(info: RunInfo, overrides: Mapping[str, Any]) -> tuple[np.ndarray, str]:
-    """Returns up to 1,000 test images, or scikit-learn's digits if the run's data cannot be had, and what they are."""
+    """Returns up to 1,000 test images, or scikit-learn's digits if the data are unavailable, and a description."""
     try:
         config, splits = load_data(info.config, info.fingerprint, overrides)
         return splits.test.image[:NUM_IMAGES], f"test images of {config.data.name}"
@@ -154,7 +154,7 @@ def images_to_compare(info: RunInfo, overrides: Mapping[str, Any]) -> tuple[np.n
 def check_outputs(
     chosen: Format, contents: Mapping[str, bytes], predictor: Predictor, images: np.ndarray, format_name: str
 ) -> float:
-    """Runs a file and compares it with the network, in batches of several sizes.
+    """Runs an exported file in batches of several sizes and compares its outputs with the network's.
 
     Returns:
       The largest difference of a logit or a probability.

@@ -1,8 +1,8 @@
-"""The inference pass of any model as a small graph of primitive operations, made from its jaxpr.
+"""Converts the forward pass of any model to a small graph of primitive operations, by tracing its jaxpr.
 
-`trace` walks the jaxpr of a function `(variables, u8[N,28,28,1]) -> f32[N,C]`: it inlines calls, computes everything
-that depends on weights alone, and names the rest after the linen modules it came from. Nothing here knows a model
-family, so a family added from outside is exported too.
+`trace` walks the jaxpr of a function `(variables, u8[N,28,28,1]) -> f32[N,C]`: it inlines calls, folds everything
+that depends on weights alone into constants, and names the rest after the linen modules they came from. Nothing here
+depends on a model family, so families defined outside this package can be exported too.
 
 **Format.** `Graph.to_json()` returns
 
@@ -13,10 +13,10 @@ family, so a family added from outside is exported too.
                 "shape": [-1, 26, 26, 32], "dtype": "float32", "layer": "Conv_0", "function": ""}, ...],
      "constants": {"params/Conv_0/kernel": {"shape": [3, 3, 1, 32], "dtype": "float32", "offset": 0}, ...}}
 
-Nodes come in an order in which they can be computed. An input is `images` or the name of an earlier node or of a
+Nodes are in topological order. An input is `images` or the name of an earlier node or of a
 constant. `Graph.weights()` returns the constants' bytes: little-endian, C order, each at its offset, a multiple of 8.
-`layer` is the path of the linen module, empty outside all submodules, and starts with `member_<i>/` in a committee;
-`function` is the jitted function that a node came from, such as `silu`, else empty.
+`layer` is the path of the linen module, empty outside all submodules; in a committee it starts with `member_<i>/`.
+`function` is the jitted function that a node came from, such as `silu`, or empty.
 
 **Sizes.** A negative size -k in a shape or an attribute means k times the batch size N: -1 is N, -5 five views of each
 image. With N = 1 a size is its absolute value.
@@ -50,15 +50,15 @@ from mnist_flax.errors import UserError
 IMAGE_SHAPE = (28, 28, 1)
 INPUT = "images"
 
-# Traced with this batch size, a prime: a size that it divides comes from the batch. Unlike a symbolic size it is an
-# integer, so a model may also write `len(x)`.
+# Models are traced with this batch size. It is prime, so a size that is a multiple of it must come from the batch.
+# Unlike a symbolic size it is an integer, so a model may also write `len(x)`.
 BATCH_SIZE = 65_537
 
 Shape = tuple[int, ...]
 
 
 class ExportError(UserError):
-    """A model cannot be exported, or an export does not agree with it."""
+    """A model cannot be exported, or an export gives different results."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,14 +77,14 @@ class Node:
 
 @dataclasses.dataclass(frozen=True)
 class Graph:
-    """Operations in computing order, the arrays they use, and which of them are the results."""
+    """Operations in topological order, the constants that they use, and the nodes that are outputs."""
 
     nodes: tuple[Node, ...]
     constants: Mapping[str, np.ndarray]
     outputs: Mapping[str, str]
 
     def to_json(self) -> str:
-        """Returns everything but the constants' values."""
+        """Returns the graph as JSON, without the constants' values."""
         offset, constants = 0, {}
         for name, array in self.constants.items():
             constants[name] = {"shape": array.shape, "dtype": str(array.dtype), "offset": offset}
@@ -93,7 +93,7 @@ class Graph:
         return json.dumps({"input": INPUT, "outputs": dict(self.outputs), "nodes": nodes, "constants": constants})
 
     def weights(self) -> bytes:
-        """Returns the constants' values."""
+        """Returns the constants' values as bytes."""
         content = bytearray()
         for array in self.constants.values():
             content += array.tobytes().ljust(_padded(array.nbytes), b"\0")
@@ -105,7 +105,7 @@ def _padded(size: int) -> int:
 
 
 def symbolic(shape: Any) -> Shape:
-    """Writes sizes that come from the batch as negative numbers."""
+    """Replaces sizes that come from the batch by negative numbers."""
     return tuple(int(size) if size % BATCH_SIZE else -int(size // BATCH_SIZE) for size in shape)
 
 
@@ -119,7 +119,7 @@ class Builder:
         self.function = ""
 
     def constant(self, value: Any, name: str = "") -> str:
-        """Adds an array and returns its name; a number is named by its value, so that it occurs once."""
+        """Adds an array and returns its name; a scalar is named by its value, so that equal ones are shared."""
         array = np.asarray(value)
         if not name:
             name = f"{array.item()!r}:{array.dtype}" if array.ndim == 0 else self._unique("constant")
@@ -146,8 +146,8 @@ def trace(logits: Callable[[Any, jax.Array], jax.Array], variables: Any) -> Grap
     """Turns a function into a graph with the outputs `logits` and `probabilities`.
 
     Args:
-      logits: of variables and `u8[N,28,28,1]`; pure, and the same for every row.
-      variables: a tree of arrays; their paths become the constants' names.
+      logits: a pure function of variables and `u8[N,28,28,1]` that treats every row alike.
+      variables: a tree of arrays, whose paths become the names of the constants.
 
     Raises:
       ExportError: the function contains an operation that has no counterpart here.
@@ -168,5 +168,5 @@ def trace(logits: Callable[[Any, jax.Array], jax.Array], variables: Any) -> Grap
 
 
 def _key(key: Any) -> Any:
-    """Returns what a step of a tree's path is called; an index is a committee's member."""
+    """Returns the name of one key of a tree path; an index is a member of a committee."""
     return f"member_{key.idx}" if hasattr(key, "idx") else getattr(key, "key", getattr(key, "name", key))

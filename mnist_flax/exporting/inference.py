@@ -1,4 +1,4 @@
-"""What is exported: pixels in, logits and probabilities out, with views, committee and temperature inside."""
+"""The function that is exported: pixels to logits, including shifted views, committee and temperature."""
 
 import contextlib
 import dataclasses
@@ -14,7 +14,7 @@ from mnist_flax.step import Variables, forward
 
 
 def in_float32(predictor: Predictor) -> Predictor:
-    """Returns the predictor with products in float32 on every device: the precision of all exports."""
+    """Returns the predictor with float32 products on every device, which is the precision of all exports."""
     model = dataclasses.replace(predictor.program.model, dtype="float32", matmul_precision="highest")
     return dataclasses.replace(predictor, program=dataclasses.replace(predictor.program, model=model))
 
@@ -23,9 +23,9 @@ def logits_of(predictor: Predictor, members: Sequence[Variables], images: Array)
     """Computes what `predict_logits` does, as a function that JAX can trace: `u8[N,28,28,1] -> f32[N,C]`.
 
     Args:
-      predictor: everything but the weights.
-      members: the weights of each network.
-      images: of any number, which may be symbolic.
+      predictor: supplies everything but the weights.
+      members: the variables of each network.
+      images: N may be symbolic.
     """
     views = _shifted(images, VIEW_SHIFTS[: predictor.views])
     outputs = []
@@ -48,7 +48,7 @@ def _shifted(images: Array, shifts: Sequence[tuple[int, int]]) -> Array:
 
 
 def _log_mean(logits: Array) -> Array:
-    """Returns the log of the mean probabilities, `f32[N,V,C] -> f32[N,C]`; shifted, so that none underflows."""
+    """Returns the log of the mean probabilities, `f32[N,V,C] -> f32[N,C]`, computed without underflow."""
     log_probs = jax.nn.log_softmax(logits)
     top = log_probs.max(1, keepdims=True)
     return (top + jnp.log(jnp.exp(log_probs - top).mean(1, keepdims=True)))[:, 0]
@@ -58,7 +58,7 @@ def graph_of(predictor: Predictor) -> Graph:
     """Returns the graph of a predictor.
 
     Raises:
-      ExportError: the network contains an operation that the graph does not know.
+      ExportError: the network contains an operation that the graph does not support.
     """
     exact = in_float32(predictor)
     if len(exact.members) == 1:

@@ -1,4 +1,4 @@
-"""Walks a jaxpr: inlines what it calls, computes what depends on weights alone, and translates the rest."""
+"""Walks a jaxpr: inlines calls, folds what depends on weights alone into constants, and translates the rest."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,9 +10,9 @@ from jax.extend import core
 from mnist_flax.exporting.graph import BATCH_SIZE, Builder
 from mnist_flax.exporting.primitives import ELEMENTWISE, TRANSLATIONS, add, split_axis, unsupported
 
-CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")  # parameters under which a primitive keeps the function that it calls
+CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")  # parameters that hold the function a primitive calls
 
-# Of constants, too, these are translated and not computed: a broadcast to save memory, the others to keep the name.
+# Never folded, even if their inputs are constants: a broadcast to save memory, the others to keep the names.
 KEPT = ("broadcast_in_dim", "copy", "expand_dims", "reshape", "squeeze", "stop_gradient")
 
 
@@ -20,11 +20,11 @@ def inline_jaxpr(builder: Builder, jaxpr: Any, consts: Sequence[Any], inputs: Se
     """Adds the nodes of a jaxpr and of everything that it calls.
 
     Args:
-      builder: receives them.
+      builder: receives the nodes.
       jaxpr: the program.
       consts: the values of its constants.
-      inputs: names of its arguments.
-      stack: the name stack of the place where it is called.
+      inputs: the names of its arguments.
+      stack: the name stack at the call site.
 
     Returns:
       The names of its results.
@@ -42,7 +42,7 @@ def inline_jaxpr(builder: Builder, jaxpr: Any, consts: Sequence[Any], inputs: Se
         path = "/".join(filter(None, (stack, str(eqn.source_info.name_stack))))
         builder.layer, builder.function = layer_of(path), function
         if eqn.primitive.name == "platform_index":
-            names[eqn.outvars[0]] = ""  # the cond that takes it is resolved below
+            names[eqn.outvars[0]] = ""  # the cond that uses it is resolved below
             continue
         arguments = tuple(read(atom) for atom in eqn.invars)
         for var, name in zip(eqn.outvars, _results(builder, eqn, arguments, path), strict=True):
@@ -52,7 +52,7 @@ def inline_jaxpr(builder: Builder, jaxpr: Any, consts: Sequence[Any], inputs: Se
 
 
 def layer_of(stack: str) -> str:
-    """Returns the path of a linen module within its root, with the member of a committee in front."""
+    """Returns the path of a linen module within its root, prefixed by the member of a committee."""
     parts = [part for part in stack.split("/") if part and "." not in part]  # a dot: a method, not a module
     member = [parts.pop(0)] if parts and parts[0].startswith("member_") else []
     return "/".join(member + parts[1:])
@@ -85,7 +85,7 @@ def _results(builder: Builder, eqn: Any, inputs: tuple[str, ...], stack: str) ->
 
 
 def _branch(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> tuple[Any, tuple[str, ...]]:
-    """Chooses a branch: the default one of `platform_dependent`, or the one that a constant names."""
+    """Chooses a branch: the default of `platform_dependent`, or the one that a constant index selects."""
     branches, platforms = eqn.params["branches"], eqn.params.get("branches_platforms")
     if platforms:
         return branches[platforms.index(None) if None in platforms else 0], inputs[1:]
@@ -95,7 +95,7 @@ def _branch(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> tuple[Any, t
 
 
 def _compute(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> list[str]:
-    """Computes what depends on constants alone."""
+    """Evaluates an equation whose inputs are all constants."""
     results = eqn.primitive.bind(*(jax.numpy.asarray(builder.constants[name]) for name in inputs), **eqn.params)
     label = "/".join(filter(None, (builder.layer, builder.function, eqn.primitive.name)))
     arrays = map(np.asarray, results if eqn.primitive.multiple_results else [results])

@@ -1,4 +1,4 @@
-"""A graph as a Python file that needs NumPy alone, and an .npz file with its weights."""
+"""Writes a graph as a Python file that needs only NumPy, and an .npz file with its weights."""
 
 import inspect
 import io
@@ -33,7 +33,7 @@ w = dict(np.load(pathlib.Path(__file__).with_suffix(".npz")))
 
 
 def to_numpy(graph: Graph) -> tuple[str, bytes]:
-    """Returns the program and the content of its .npz file: every weight under its path, as in weights.safetensors."""
+    """Returns the program and its .npz file, with every weight under its path as in weights.safetensors."""
     arrays = {name: array for name, array in graph.constants.items() if array.ndim}
     file = io.BytesIO()
     np.savez(file, **arrays)  # type: ignore[arg-type]
@@ -84,6 +84,6 @@ def _literal(value: Any) -> str:
 
 
 def load_program(path: pathlib.Path) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
-    """Runs the program beside an .npz file."""
+    """Runs the program beside an .npz file, and returns its `predict`."""
     predict: Callable[[np.ndarray], dict[str, np.ndarray]] = runpy.run_path(str(path.with_suffix(".py")))["predict"]
     return predict

@@ -1,4 +1,4 @@
-"""A graph as an ONNX model, and back as a function."""
+"""Converts a graph to an ONNX model, and loads one as a function."""
 
 import pathlib
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import numpy as np
 
 from mnist_flax.exporting.graph import IMAGE_SHAPE, INPUT, ExportError, Graph, Node
 
-# Read by onnxruntime since 1.14 (2023), of which onnxruntime-web is a build.
+# Supported by onnxruntime and onnxruntime-web since 1.14 (2023).
 OPSET, IR_VERSION = 18, 8
 
 OPS = {
@@ -75,7 +75,7 @@ class _Writer:
             self.add(OPS[node.op], arguments, name, **attrs)
 
     def _images(self, op: str, inputs: tuple[str, ...], name: str, **attrs: Any) -> str:
-        """Adds a node that takes and gives channels first, between two transpositions, which onnxruntime cancels."""
+        """Adds a channels-first node between two transpositions; onnxruntime cancels those of neighbours."""
         first = self.add("Transpose", inputs[:1], f"{name}/to_nchw", perm=TO_NCHW)
         result = self.add(op, (first, *inputs[1:]), name, f"{name}/nchw", **attrs)
         return self.add("Transpose", (result,), f"{name}/to_nhwc", name, perm=TO_NHWC)
@@ -143,7 +143,7 @@ class _Writer:
         return (*node.inputs, self.ints(f"{node.name}/shape", [max(size, -1) for size in node.shape]))
 
     def _expand(self, node: Node) -> tuple[str, ...]:
-        """A size that comes from the batch is read from the input when the model runs."""
+        """Sizes that come from the batch are read from the input at run time."""
         sizes = []
         for axis, size in enumerate(node.shape):
             label = f"{node.name}/size_{axis}"
@@ -170,8 +170,8 @@ def to_onnx(graph: Graph, metadata: dict[str, str]) -> bytes:
     """Returns a checked ONNX model, `images` u8[N,28,28,1] -> `probabilities`, `logits` f32[N,C].
 
     Args:
-      graph: of a predictor.
-      metadata: stored in the file.
+      graph: the graph of a predictor.
+      metadata: key-value pairs to store in the file.
 
     Raises:
       ExportError: the graph contains something that ONNX cannot express.

@@ -1,4 +1,4 @@
-"""Simplifies a graph: drops what does nothing, and joins operations that belong together."""
+"""Simplifies a graph: drops operations that have no effect, and fuses those that belong together."""
 
 import dataclasses
 import itertools
@@ -14,7 +14,7 @@ BINARY = ("add", "sub", "mul", "div", "max", "min", "pow", "equal", "less", "les
 
 
 def simplify(graph: Graph) -> Graph:
-    """Applies the rules until none fits; the result computes the same outputs."""
+    """Applies the rules until none matches; the outputs stay the same."""
     while True:
         simpler = _drop_unused(_Pass(graph).run())
         if simpler.nodes == graph.nodes:
@@ -23,7 +23,7 @@ def simplify(graph: Graph) -> Graph:
 
 
 def _renumber(graph: Graph) -> Graph:
-    """Gives every node and constant the shortest name that is free, in order."""
+    """Gives every node and constant the shortest unused name, in order."""
     names: dict[str, str] = {INPUT: INPUT}
     taken = {INPUT}
 
@@ -45,7 +45,7 @@ def _renumber(graph: Graph) -> Graph:
 
 
 def stem_of(node: Node) -> str:
-    """Returns a node's name without a number."""
+    """Returns a node's name without a numeric suffix."""
     return "/".join(filter(None, (node.layer, "" if node.function == node.op else node.function, node.op)))
 
 
@@ -59,7 +59,7 @@ def _drop_unused(graph: Graph) -> Graph:
 
 
 class _Pass:
-    """One walk over the graph. `nodes` holds what has been written so far, `alias` the names of what was replaced."""
+    """One walk over the graph. `nodes` holds the nodes kept so far, `alias` maps replaced names to new ones."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
@@ -73,7 +73,7 @@ class _Pass:
             node = dataclasses.replace(old, inputs=tuple(self.alias.get(name, name) for name in old.inputs))
             for rule in RULES:
                 result = rule(self, node)
-                if isinstance(result, str):  # the node does nothing
+                if isinstance(result, str):  # the node has no effect
                     self.alias[old.name] = result
                     break
                 if result is not None:
@@ -93,12 +93,12 @@ class _Pass:
         return self.nodes[name].shape if name in self.nodes else None
 
     def number(self, name: str) -> float | None:
-        """Returns the value of a constant that is one number."""
+        """Returns the value of a constant that has one element, else None."""
         array = self.constants.get(name)
         return float(array.item()) if array is not None and array.size == 1 and array.dtype != bool else None
 
     def only(self, name: str, op: str) -> Node | None:
-        """Returns the node of this name if it does `op` and has one user."""
+        """Returns the node with this name if its operation is `op` and it has a single user."""
         node = self.nodes.get(name)
         return node if node and node.op == op and self.uses[name] == 1 else None
 
@@ -136,7 +136,7 @@ def _reshape_twice(state: _Pass, node: Node) -> Node | None:
 
 
 def _broadcast(state: _Pass, node: Node) -> Node | None:
-    """Leaves it to elementwise operations to repeat their inputs."""
+    """Drops broadcasts before elementwise operations, which broadcast their inputs anyway."""
     if node.op not in (*BINARY, "where"):
         return None
     inputs = tuple(
@@ -146,7 +146,7 @@ def _broadcast(state: _Pass, node: Node) -> Node | None:
     shapes = [state.shape(name) for name in inputs]
     if inputs == node.inputs or None in shapes:
         return None
-    # Negative sizes stand for the batch; only sizes of 1 may give way.
+    # The inputs must still have every size of the output. Negative sizes stand for the batch.
     for axis in range(1, len(node.shape) + 1):
         sizes = {shape[-axis] for shape in shapes if shape is not None and len(shape) >= axis}
         if node.shape[-axis] not in sizes:
@@ -163,9 +163,9 @@ def _relu(state: _Pass, node: Node) -> Node | None:
 
 
 def _bias(state: _Pass, node: Node) -> Node | str | None:
-    """Joins a constant that is added to each channel with the convolution or dense layer before it.
+    """Fuses a bias, a constant added to each channel, into the convolution or dense layer before it.
 
-    A max-pooling between them changes nothing: max(x) + b and max(x + b) are equal, rounding included.
+    A max pooling between them does not matter: max(x) + b and max(x + b) are equal, rounding included.
     """
     if node.op != "add":
         return None
@@ -183,7 +183,7 @@ def _bias(state: _Pass, node: Node) -> Node | str | None:
 
 
 def _windows(state: _Pass, node: Node) -> Node | None:
-    """Recognises pooling that is written as a reduction over windows: [B,H/s,s,W/t,t,C]."""
+    """Recognises pooling written as a reshape and a reduction over windows: [B,H/s,s,W/t,t,C]."""
     pools = {"reduce_sum": "sum_pool", "reduce_max": "max_pool"}
     if node.op not in pools or node.attrs["axes"] != (2, 4):
         return None
@@ -199,7 +199,7 @@ def _windows(state: _Pass, node: Node) -> Node | None:
 
 
 def _mean(state: _Pass, node: Node) -> Node | None:
-    """Joins a sum with the division by the number of its terms."""
+    """Fuses a sum and the division by its number of terms into a mean."""
     if node.op not in ("div", "mul"):
         return None
     number = state.number(node.inputs[1])

@@ -1,4 +1,4 @@
-"""JAX's primitives, each as one or several operations of the graph."""
+"""Translates JAX primitives, each to one or more operations of the graph."""
 
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -38,12 +38,12 @@ def _number(builder: Builder, eqn: Any, value: float) -> str:
 def _reshape(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> str:
     x, shape = inputs[0], eqn.outvars[0].aval.shape
     if x in builder.constants:
-        return builder.constant(builder.constants[x].reshape(shape), x)  # it keeps its name
+        return builder.constant(builder.constants[x].reshape(shape), x)  # keeps its name
     return add(builder, "reshape", eqn, inputs[:1])
 
 
 def _broadcast(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> str:
-    """A reshape that inserts axes of size 1, then one that repeats; elementwise operations do without the second."""
+    """Reshapes to insert axes of size 1, then broadcasts; `patterns` drops broadcasts before elementwise operations."""
     shape, dtype = eqn.outvars[0].aval.shape, eqn.outvars[0].aval.dtype
     of = eqn.invars[0].aval.shape
     places = dict(zip(eqn.params["broadcast_dimensions"], of, strict=True))
@@ -71,7 +71,7 @@ def _slice(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> str:
 
 
 def split_axis(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> list[str]:
-    """Slices an array into all its parts."""
+    """Translates `split`: one slice for each part."""
     axis, start, names = eqn.params["axis"], 0, []
     (x,) = eqn.invars
     for var, size in zip(eqn.outvars, eqn.params["sizes"], strict=True):
@@ -148,7 +148,7 @@ def _not_equal(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> str:
 
 
 def _is_finite(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> str:
-    """A finite number minus itself is 0; infinity and NaN give NaN."""
+    """Tests whether x - x equals 0: for infinity and NaN it is NaN."""
     aval = eqn.invars[0].aval
     difference = builder.add("sub", inputs * 2, aval.shape, aval.dtype)
     return add(builder, "equal", eqn, (difference, builder.constant(np.zeros((), aval.dtype))))
@@ -200,7 +200,7 @@ def _pool(op: str) -> Translation:
 
 
 def _dot(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> str:
-    """A dense layer if it is one, else an einsum."""
+    """Translates a matrix product to a dense layer if it is one, otherwise to an einsum."""
     (of_x, of_y), (batch_x, batch_y) = eqn.params["dimension_numbers"]
     x, y = (var.aval for var in eqn.invars)
     if tuple(of_x) == (x.ndim - 1,) and tuple(of_y) == (0,) and not batch_x and y.ndim == 2 and x.ndim > 1:

@@ -1,4 +1,4 @@
-"""What each operation of a graph means, in NumPy: one function an operation, inputs then attributes."""
+"""NumPy reference implementations of the graph operations: one function each, taking inputs, then attributes."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ Array = np.ndarray
 
 
 def windows(x: Array, size: Any, strides: Any, dilations: Any = (1, 1)) -> Array:
-    """All windows of an image: [N,H,W,C] -> [N,H',W',C,h,w]."""
+    """All sliding windows of an image: [N,H,W,C] -> [N,H',W',C,h,w]."""
     spans = [(n - 1) * d + 1 for n, d in zip(size, dilations, strict=True)]
     views = np.lib.stride_tricks.sliding_window_view(x, spans, (1, 2))
     return views[:, :: strides[0], :: strides[1], :, :: dilations[0], :: dilations[1]]
@@ -48,7 +48,7 @@ def avg_pool2d(x: Array, *, size: Any, strides: Any, pads: Any) -> Array:
 
 
 def relu(x: Array) -> Array:
-    """Negative values become 0."""
+    """Sets negative values to 0."""
     return np.maximum(x, 0)
 
 
@@ -94,42 +94,42 @@ def reduce_min(x: Array, *, axes: Any) -> Array:
 
 
 def reshape(x: Array, *, shape: Any) -> Array:
-    """The same values in another shape."""
+    """Changes the shape."""
     return x.reshape(shape)
 
 
 def broadcast(x: Array, *, shape: Any) -> Array:
-    """Repeats axes of size 1."""
+    """Broadcasts to a shape."""
     return np.broadcast_to(x, shape)
 
 
 def transpose(x: Array, *, axes: Any) -> Array:
-    """The axes in another order."""
+    """Permutes the axes."""
     return x.transpose(axes)
 
 
 def concat(*inputs: Array, axis: int) -> Array:
-    """One after the other."""
+    """Concatenates along an axis."""
     return np.concatenate(inputs, axis)
 
 
 def slice_(x: Array, *, starts: Any, limits: Any, strides: Any) -> Array:
-    """A part of every axis."""
+    """Slices every axis."""
     return x[tuple(slice(*part) for part in zip(starts, limits, strides, strict=True))]
 
 
 def pad(x: Array, value: Array, *, low: Any, high: Any) -> Array:
-    """A margin around the array."""
+    """Pads every axis with a constant."""
     return np.pad(x, tuple(zip(low, high, strict=True)), constant_values=value)
 
 
 def cast(x: Array, *, dtype: str) -> Array:
-    """Another type of number."""
+    """Casts to another dtype."""
     return x.astype(dtype)
 
 
 def einsum(x: Array, y: Array, *, equation: str) -> Array:
-    """Any product and sum over axes."""
+    """Contracts two arrays by an einsum equation."""
     return np.einsum(equation, x, y)
 
 
@@ -188,21 +188,21 @@ OPERATIONS: dict[str, Callable[..., Array]] = {
 
 
 def attributes(node: Node) -> dict[str, Any]:
-    """Returns what a function takes beside its inputs."""
+    """Returns the keyword arguments of a node's function."""
     if node.op in ("reshape", "broadcast"):
         return {"shape": node.shape}
     return {"dtype": node.dtype} if node.op == "cast" else node.attrs
 
 
 def sizes(value: Any, batch: int) -> Any:
-    """Puts the batch size into an attribute: -k becomes k times it."""
+    """Replaces negative sizes in an attribute: -k becomes k times the batch size."""
     if isinstance(value, tuple):
         return tuple(sizes(item, batch) for item in value)
     return -value * batch if isinstance(value, int) and value < 0 else value
 
 
 def run_graph(graph: Graph, images: Array) -> Mapping[str, Array]:
-    """Computes every node, `u8[N,28,28,1] ->` its value by its name, and the graph's outputs by theirs."""
+    """Runs the graph on `u8[N,28,28,1]`; returns the value of every node and output by name."""
     values: dict[str, Any] = {INPUT: images, **graph.constants}
     for node in graph.nodes:
         function = OPERATIONS[node.op]

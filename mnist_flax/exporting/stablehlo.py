@@ -1,4 +1,4 @@
-"""A predictor as StableHLO, by `jax.export`, and back as a function."""
+"""Serialises a predictor as StableHLO with `jax.export`, and loads one as a function."""
 
 import pathlib
 from collections.abc import Callable
@@ -19,7 +19,7 @@ def to_stablehlo(predictor: Predictor) -> bytes:
     """Returns a serialised program for any number of images on any of `PLATFORMS`.
 
     Raises:
-      ExportError: the network needs to know the number of images when it is traced.
+      ExportError: the network cannot be traced with an unknown number of images.
     """
     exact = in_float32(predictor)
 
@@ -41,7 +41,7 @@ def to_stablehlo(predictor: Predictor) -> bytes:
 
 
 def load_stablehlo(path: pathlib.Path) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
-    """Reads a serialised program and compiles it for the device at hand."""
+    """Loads a serialised program and compiles it for the current device."""
     call = jax.jit(export.deserialize(bytearray(path.read_bytes())).call)
 
     def run(images: np.ndarray) -> dict[str, np.ndarray]:

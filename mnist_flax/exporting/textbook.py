@@ -1,4 +1,4 @@
-"""Puts a graph into the order in which textbooks draw a network: convolution, bias, activation, pooling."""
+"""Reorders a graph the way textbooks draw a network: convolution, bias, activation, pooling."""
 
 import dataclasses
 
@@ -7,10 +7,11 @@ from mnist_flax.exporting.graph import Graph, Node
 
 
 def textbook_order(graph: Graph) -> Graph:
-    """Moves max pooling behind the bias and the activation that come after it.
+    """Moves each max pooling after the bias and the activation that follow it.
 
-    Models may pool first because that is faster. The values are the same, because a maximum commutes with adding a
-    number and with every non-decreasing function. In this order each convolution has activations at full resolution.
+    Models may pool first because that is faster. The values do not change, because a maximum commutes with adding a
+    constant and with every non-decreasing function. After reordering, each convolution's activations are at full
+    resolution.
     """
     users: dict[str, list[Node]] = {}
     for node in graph.nodes:
@@ -31,7 +32,7 @@ def _commutes(graph: Graph, node: Node) -> bool:
 
 
 def _exchange(graph: Graph, pool: Node, after: Node) -> Graph:
-    """Lets two neighbours change places; the second keeps its name, so what uses it need not change."""
+    """Swaps two adjacent nodes but not their names, so the nodes that use the result do not change."""
     (source,) = pool.inputs
     shape = next(node.shape for node in graph.nodes if node.name == source)
     inputs = tuple(source if name == pool.name else name for name in after.inputs)

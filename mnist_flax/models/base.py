@@ -1,4 +1,4 @@
-"""What every model family has: its config's common fields, and the contract with the rest of the package."""
+"""The base class of all model families: common config fields, and the interface to the rest of the package."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,17 +11,17 @@ from mnist_flax.models.layers import ACTIVATIONS, DTYPES, INITIALIZERS, PRECISIO
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The fields that all families share. A family is a subclass with fields of its own, listed in `MODELS`.
+    """The fields that all families share. A family is a subclass that may add fields; `MODELS` lists the families.
 
     Attributes:
       activation: a key of `ACTIVATIONS`.
       init: a key of `INITIALIZERS`, for all kernels; biases start at 0.
-      dropout: rate on the input of the last layer.
-      dtype: `float32` or `bfloat16`, of the operands of convolutions and matrix products. Weights, statistics, the last
+      dropout: dropout rate on the input of the last layer.
+      dtype: compute dtype of convolutions and matrix products, `float32` or `bfloat16`. Weights, statistics, the last
         layer, the loss and every sum over a batch stay in float32.
-      matmul_precision: of float32 products: `default` is the device's fastest (TF32 on NVIDIA GPUs, bfloat16 on TPUs,
-        float32 on CPUs), `highest` is float32 everywhere, `high` lies between.
-      pixel_mean, pixel_std: pixels become (value / 255 - mean) / std; 0 and 1 leave them in [0, 1].
+      matmul_precision: precision of float32 products: `default` is the device's fastest (TF32 on NVIDIA GPUs, bfloat16
+        on TPUs, float32 on CPUs), `highest` is float32 everywhere, `high` is between the two.
+      pixel_mean, pixel_std: inputs are (pixel / 255 - mean) / std; mean 0 and std 1 give inputs in [0, 1].
     """
 
     activation: str = "relu"
@@ -33,7 +33,7 @@ class ModelConfig:
     pixel_std: float = 1.0
 
     def check(self, size: int) -> Iterator[str]:
-        """Yields a message for each wrong value, given the side of an image in pixels. A family adds its own checks."""
+        """Yields a message for each invalid value; `size` is the side of an image in pixels. Families add checks."""
         yield from among("model.activation", self.activation, ACTIVATIONS)
         yield from among("model.init", self.init, INITIALIZERS)
         yield from among("model.dtype", self.dtype, DTYPES)
@@ -46,14 +46,14 @@ class ModelConfig:
 
         Args:
           num_classes: C.
-          train: draw dropout masks (rng stream `dropout`), and use and update the batch's statistics. `mask` is then
-            `bool[B]` and says which rows are examples.
+          train: draw dropout masks (rng stream `dropout`), normalise with batch statistics, and update the running
+            statistics. `mask`, bool[B], then marks the rows that are examples rather than padding.
         """
         raise NotImplementedError(f"{type(self).__name__} must define module()")
 
     def seen_size(self, size: int) -> int:
-        """Returns the side of the square, from the upper left corner, that the logits depend on: here the whole image.
+        """Returns the side of the top-left square of pixels that the logits depend on; by default the whole image.
 
-        A family that can prove a smaller one saves the work on the pixels outside it.
+        A family whose logits depend on a smaller square can return its side: `step.crop` then drops the other pixels.
         """
         return size

@@ -3,7 +3,7 @@
 Inside a loop (`lax.scan`, `lax.fori_loop`) XLA:CPU lowers the gradient of a convolution to plain nested loops, 25 times
 slower than a matrix product (jax issue 12868), so on CPU a convolution becomes matrix products, in one of two forms:
 
-- `winograd`, for a stride of 1 and enough channels: the fewest products, and those of a good shape.
+- `winograd`, for a stride of 1 and enough channels: the fewest multiplications, in well-shaped matrix products.
 - `patches` times kernel otherwise (one input channel, strides, large kernels).
 
 Other platforms get XLA's own convolution.
@@ -37,19 +37,19 @@ def conv_block(
 ) -> jax.Array:
     """Computes pool(activation(conv(x) + bias)): f32[B,H,W,C], f32[h,w,C,D] -> f32[B,H',W',D].
 
-    The maximum commutes with a bias and a non-decreasing activation. Pooling first gives the same result, and the bias
-    and the activation then touch a quarter of the values.
+    Max pooling commutes with a bias and a non-decreasing activation, so it goes first where it can: the result is the
+    same, and bias and activation process fewer values (a quarter of them with 2x2 windows).
 
     Args:
       x: the images.
-      kernel: of the convolution.
-      bias: `f32[D]`, added in float32, whatever the type of `x`.
-      stride: of the convolution, in both directions.
+      kernel: the convolution kernel.
+      bias: `f32[D]`, added in float32 whatever the dtype of `x`.
+      stride: the stride of the convolution along both axes.
       padding: `SAME`, `VALID`, or a pair for rows and one for columns.
-      activation: None is the identity.
-      pool: size and stride of the pooling windows; rows and columns that fill no window are cut.
+      activation: applied to every value; None is the identity.
+      pool: size and stride of the pooling windows; rows and columns that do not fill a window are dropped.
       pooling: `max` or `avg`.
-      precision: of `lax.conv_general_dilated`; the CPU forms compute in float32.
+      precision: passed to `lax.conv_general_dilated`; the CPU forms always compute in float32.
       inference: see `conv`.
     """
     pool_first = pooling == "max" and activation in NON_DECREASING
@@ -73,9 +73,9 @@ def conv(
 ) -> jax.Array:
     """Convolves as `lax.conv_general_dilated` does: f32[B,H,W,C], f32[h,w,C,D] -> f32[B,H',W',D].
 
-    The CPU forms differentiate in reverse mode only, and twice only through the patches form. They pay in training;
-    `inference` takes XLA's own on CPU too, whose forward pass is faster (10,000 images of the classic network: 0.22 s
-    rather than 0.34 s, or 1.0 s in large batches).
+    The CPU forms support reverse-mode gradients only; second derivatives work only with the patches form. They are
+    faster in training. `inference` selects XLA's own convolution on CPU too, because its forward pass is faster: 10,000
+    images of the classic network take 0.22 s instead of 0.34 s (1.0 s in large batches).
     """
     return _conv(x, kernel, strides, padding, precision, inference, 1)
 
@@ -89,7 +89,7 @@ def _conv(
     inference: bool,
     pool: int,
 ) -> jax.Array:
-    """Convolves and takes the maximum of each window; chooses the form when lowered for a platform, not when traced."""
+    """Convolves and max-pools; the form is chosen when the call is lowered for a platform, not when it is traced."""
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
     (top, bottom), (left, right) = padding
@@ -103,7 +103,7 @@ def _conv(
         return xla_max_pool(y, pool)
 
     def cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        # Half precision is widened: XLA:CPU has no fast product for it, and Winograd's sums would lose its few bits.
+        # Half precision is cast up: XLA:CPU has no fast product for it, and Winograd's sums would lose accuracy.
         wide = jnp.promote_types(x.dtype, jnp.float32)
         form = winograd.winograd if winograd.pays(kernel.shape, window) else patches
         return form(x.astype(wide), kernel.astype(wide), window).astype(x.dtype)

@@ -1,4 +1,4 @@
-"""Batch normalisation, with the activation and the pooling after it."""
+"""Batch normalisation, fused with the activation and pooling that follow it."""
 
 import functools
 import math
@@ -20,14 +20,14 @@ def batch_norm(
     """Normalises each channel over a batch (Ioffe and Szegedy, 2015): f32[B,...,C] -> f32[B,...,C], f32[C], f32[C].
 
     Args:
-      x: of any rank above 1.
+      x: an array of rank 2 or more.
       scale: `f32[C]`.
       bias: `f32[C]`.
-      mask: `bool[B]`, which rows are examples; all, if None. Other rows do not count in the statistics.
+      mask: `bool[B]`, True for real examples; None means all. The statistics ignore the other rows.
       eps: added to the variance.
 
     Returns:
-      The normalised `x`, in its type, and the mean and the (biased) variance of the batch, in float32.
+      The normalised `x`, in its own dtype, and the mean and the (biased) variance of the batch, in float32.
     """
     return norm_activate_pool(x, scale, bias, mask, eps=eps)
 
@@ -45,19 +45,20 @@ def norm_activate_pool(
 ) -> Normalized:
     """Computes pool(activation(batch_norm(x))), and the batch's mean and variance: f32[B,H,W,C] -> f32[B,H',W',C].
 
-    On CPU it reads `x` twice going forward (statistics; result) and twice going back (the sums of the gradient; the
-    gradient), and keeps nothing but `x` and the pooled maxima. A maximum commutes with the normalisation, up to
-    the sign of `scale`, and with a non-decreasing activation, so both see only what the pooling leaves. A training step
-    of 128 images with four such blocks takes 0.74 of the CPU time of the plain formula (0.76 on jax 0.10).
+    On CPU, the forward pass reads `x` twice (for the statistics, then for the output), and so does the backward pass
+    (for the sums in the gradient, then for the gradient). Only `x` and the pooled maxima are saved in between. Taking a
+    maximum commutes with the normalisation, up to the sign of `scale`, and with a non-decreasing activation, so both
+    are applied after pooling, to fewer values. A training step of 128 images with four such blocks takes 0.74 of the
+    CPU time of the plain formula (0.76 on jax 0.10).
 
     Args:
-      x: `f32[B,...,C]`; of rank 4 if something is pooled.
-      scale: see `batch_norm`, as `bias`, `mask` and `eps`.
-      bias: see above.
-      mask: see above.
-      eps: see above.
-      activation: None is the identity.
-      pool: size and stride of the pooling windows; rows and columns that fill no window are cut.
+      x: `f32[B,...,C]`; rank 4 if `pool` is above 1.
+      scale: see `batch_norm`.
+      bias: see `batch_norm`.
+      mask: see `batch_norm`.
+      eps: see `batch_norm`.
+      activation: None means the identity.
+      pool: size and stride of the pooling windows; incomplete windows at the bottom and right are dropped.
       pooling: `max` or `avg`.
     """
     pool_first = pooling == "max" and activation in NON_DECREASING
@@ -89,22 +90,22 @@ def norm_activate_pool(
 def normalize(
     x: jax.Array, scale: jax.Array, bias: jax.Array, mean: jax.Array, var: jax.Array, *, eps: float = 1e-5
 ) -> jax.Array:
-    """Normalises each channel by a given mean and variance, `f32[B,...,C] -> f32[B,...,C]`, in the type of `x`."""
+    """Normalises each channel with a given mean and variance, `f32[B,...,C] -> f32[B,...,C]`, in the dtype of `x`."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     factor = lax.rsqrt(var + eps) * scale
     return ((wide - _per_channel(mean, x)) * _per_channel(factor, x) + _per_channel(bias, x)).astype(x.dtype)
 
 
 class _Static(NamedTuple):
-    """What a compiled program depends on."""
+    """The non-differentiable arguments of `_fused`, fixed at compile time."""
 
     eps: float
     activation: Activation | None
     pool: int
 
 
-# The CPU form, f32[H,W,B,C] or f32[B,C]. With n = (x - mean) * rstd, z = scale * n + bias, and g the gradient by z, the
-# gradient by x is scale * rstd * (g - mean(g) - n * mean(g * n)).
+# The CPU implementation, on f32[H,W,B,C] or f32[B,C]. With n = (x - mean) * rstd, z = scale * n + bias, and g = dL/dz:
+# dL/dx = scale * rstd * (g - mean(g) - n * mean(g * n)).
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -117,11 +118,11 @@ def _fused(
 def _fused_forward(
     static: _Static, x: jax.Array, scale: jax.Array, bias: jax.Array, weights: jax.Array | None = None
 ) -> tuple[Normalized, tuple[Any, ...]]:
-    # The gradient compares x with the maxima. Were x computed anew, as XLA may choose, it could be rounded differently.
+    # The gradient compares x with the maxima, so XLA must not recompute x, which could round it differently.
     x = lax.optimization_barrier(x)
     count, mean, var = _statistics(x, weights, row=x.ndim - 2)
     factor, sign = scale * lax.rsqrt(var + static.eps), _sign(scale)
-    # Where the scale is negative, the maximum of z is where x has its minimum.
+    # Where the scale is negative, z is largest where x is smallest.
     maxima = _per_channel(sign, x) * x
     if static.pool > 1:
         maxima = split_windows(maxima, static.pool).max((1, 3))
@@ -157,7 +158,7 @@ _fused.defvjp(_fused_forward, _fused_backward)
 
 
 def _statistics(x: jax.Array, weights: jax.Array | None = None, row: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Counts the values of a channel, and takes their mean and variance in one pass; `row` is the axis of the batch."""
+    """Computes the count, mean and variance of each channel's values in one pass; `row` is the batch axis."""
     axes, size = tuple(range(x.ndim - 1)), math.prod(x.shape[:-1])
     if weights is None:
         weighted, count = x, jnp.float32(size)

@@ -21,8 +21,8 @@ NON_DECREASING: frozenset[Activation | None] = frozenset(
 def max_pool(x: jax.Array, size: int) -> jax.Array:
     """Takes the maximum of each window, with a stride of its size: f32[B,H,W,C] -> f32[B,H//size,W//size,C].
 
-    Rows and columns that fill no window are cut. Entries that tie for the maximum share the gradient equally on CPU, as
-    in `jnp.max`; on other platforms the first one gets all of it, as in `lax.reduce_window`.
+    Incomplete windows are dropped. On CPU, entries that tie for the maximum share the gradient equally, as in
+    `jnp.max`; on other platforms the first one gets all of it, as in `lax.reduce_window`.
     """
     if size == 1:
         return x
@@ -42,9 +42,10 @@ def avg_pool(x: jax.Array, size: int) -> jax.Array:
 
 
 def activate_pool(x: jax.Array, activation: Activation | None, pool: int, pooling: str) -> jax.Array:
-    """Computes pool(activation(x)): f32[B,H,W,C] -> f32[B,H//pool,W//pool,C], or of any rank without pooling.
+    """Computes pool(activation(x)): f32[B,H,W,C] -> f32[B,H//pool,W//pool,C], or any rank without pooling.
 
-    The maximum commutes with a non-decreasing activation, which then touches a quarter of the values.
+    The maximum commutes with a non-decreasing activation, so that is applied after 2x2 pooling, to a quarter of the
+    values.
     """
     apply = activation or (lambda x: x)
     if pooling == "max" and activation in NON_DECREASING:
@@ -53,14 +54,14 @@ def activate_pool(x: jax.Array, activation: Activation | None, pool: int, poolin
 
 
 def xla_max_pool(x: jax.Array, size: int) -> jax.Array:
-    """XLA's own max-pooling."""
+    """Max-pools with XLA's own `reduce_window`."""
     if size == 1:
         return x
     window = (1, size, size, 1)
     return lax.reduce_window(x, np.array(-np.inf, x.dtype), lax.max, window, window, "VALID")
 
 
-# The gradient is a mask: that of reduce_window (select-and-scatter) is a serial loop.
+# The gradient uses a mask, because that of reduce_window (select-and-scatter) is a serial loop on XLA:CPU.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -70,7 +71,7 @@ def max_of(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 
 def _max_of_forward(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    # The gradient compares x with y. Were x computed anew for that, as XLA may choose, it could be rounded differently.
+    # The gradient compares x with y, so XLA must not recompute x, which could round it differently.
     x = lax.optimization_barrier(x)
     y = max_of(x, axes)
     return y, (x, y)
@@ -84,9 +85,10 @@ max_of.defvjp(_max_of_forward, _max_of_backward)
 
 
 def spread(x: jax.Array, y: jax.Array, dy: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Returns the gradient by x of y = x.max(axes).
+    """Returns the gradient of y = x.max(axes) with respect to x, given the gradient `dy` with respect to y.
 
-    A blank background makes ties everywhere. Each gets an equal share, or the gradient would count several times.
+    Ties are common, because the background is blank. Tied entries share the gradient equally; otherwise it would count
+    several times.
     """
     entries = [x]
     for axis in sorted(axes, reverse=True):

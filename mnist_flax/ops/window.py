@@ -1,4 +1,4 @@
-"""How a convolution and the pooling after it walk over an image, and the order of axes that the CPU forms share."""
+"""The strides and padding of a convolution and the pooling after it, and the axis order that the CPU forms share."""
 
 from typing import NamedTuple
 
@@ -8,14 +8,14 @@ Pair = tuple[int, int]
 
 
 class Window(NamedTuple):
-    """How a convolution, and the max-pooling after it, walk over rows and columns."""
+    """The strides and padding of a convolution, and the size of the max-pooling windows after it."""
 
     strides: Pair
     pads: tuple[Pair, Pair]
     pool: int
 
     def output_size(self, axis: int, size: int, kernel_size: int) -> int:
-        """Counts the outputs along one spatial axis that the pooling uses (pooling cuts the remainder)."""
+        """Returns the convolution's output size along one spatial axis, less the remainder that the pooling drops."""
         padded = size + sum(self.pads[axis])
         return max((padded - kernel_size) // self.strides[axis] + 1, 0) // self.pool * self.pool
 
@@ -35,7 +35,7 @@ def batch_first(x: jax.Array) -> jax.Array:
 
 
 def split_windows(x: jax.Array, size: int) -> jax.Array:
-    """Cuts rows and columns that fill no window: f32[H,W,B,C] -> f32[H//size,size,W//size,size,B,C]."""
+    """Splits rows and columns into whole windows: f32[H,W,B,C] -> f32[H//size,size,W//size,size,B,C]."""
     h, w, b, c = x.shape
     rows, columns = h // size, w // size
     return x[: rows * size, : columns * size].reshape(rows, size, columns, size, b, c)

@@ -1,4 +1,4 @@
-"""Winograd's minimal filtering: polynomials are multiplied by their values.
+"""Winograd's minimal filtering: convolution by multiplying the values of polynomials at a few points.
 
 S. Winograd, Arithmetic complexity of computations, 1980; for networks: A. Lavin and S. Gray, Fast algorithms for
 convolutional neural networks, 2015.
@@ -26,14 +26,14 @@ class _Axis(NamedTuple):
     outputs: np.ndarray  # [output_size, points * tiles]
 
 
-# One more point lies at infinity. Eight in all keep the error of float32 at about 2e-6 of the result's scale
-# (root mean square; a plain sum has 2e-7, bfloat16 4e-3); small reciprocal pairs keep it smallest.
+# The finite evaluation points; one more lies at infinity. With all eight, the float32 error is about 2e-6 of the
+# result's scale (root mean square; 2e-7 for a plain sum, 4e-3 for bfloat16). Small reciprocal pairs minimise it.
 _POINTS = (0.0, 1.0, -1.0, 0.5, -2.0, 2.0, -0.5)
 
 
 @functools.cache
 def _winograd_axis(size: int, kernel_size: int, output_size: int, pad: int) -> _Axis:
-    """Chooses the outputs per tile that leave the fewest products, and builds the matrices."""
+    """Chooses the tile size that needs the fewest products, and builds the matrices."""
     choices = range(2, len(_POINTS) + 3 - kernel_size)
     tile = min(choices, key=lambda tile: -(-output_size // tile) * (tile + kernel_size - 1))
     points, tiles = tile + kernel_size - 1, -(-output_size // tile)
@@ -44,7 +44,7 @@ def _winograd_axis(size: int, kernel_size: int, output_size: int, pad: int) -> _
         return np.vstack([powers, np.eye(terms)[-1]])
 
     filtering, weights, data = values(tile), values(kernel_size), np.linalg.inv(values(points)).T
-    # Rows of similar size round best: the product of the three rows of a point is all that is fixed.
+    # Only the product of a point's three rows is fixed, so their norms are balanced, which reduces rounding errors.
     norms = [np.linalg.norm(m, axis=1, keepdims=True) for m in (filtering, weights, data)]
     scale = np.sqrt(norms[0] * norms[1] * norms[2])
     filtering, weights, data = filtering / norms[0] * scale, weights / norms[1] * scale, data / norms[2]
@@ -60,7 +60,10 @@ def _winograd_axis(size: int, kernel_size: int, output_size: int, pad: int) -> _
 
 
 def pays(kernel_shape: Sequence[int], window: Window) -> bool:
-    """Measured with kernels of 3 to 7: 0.3 to 0.8 of the patches' time for 4 to 64 channels, 3 times it for one."""
+    """Returns whether Winograd is faster than patches.
+
+    Measured with kernels of 3 to 7, it takes 0.3 to 0.8 of the time for 4 to 64 channels, but 3 times as long for one.
+    """
     h, w, c, d = kernel_shape
     return window.strides == (1, 1) and min(h, w) >= 2 and max(h, w) <= len(_POINTS) and min(c, d) >= 4
 
@@ -74,18 +77,21 @@ def _winograd_axes(x: jax.Array, kernel: jax.Array, window: Window) -> tuple[_Ax
 
 
 def _transform(rows: np.ndarray, columns: np.ndarray, x: jax.Array) -> jax.Array:
-    """f32[H,W,...] -> f32[p,q,...], by f32[p,H] and f32[q,W]; each is a matrix product on contiguous memory."""
-    # Transposed, and hidden from XLA, which would transpose a constant back: so XLA:CPU takes Eigen's product for it,
-    # which is twice as fast at these shapes as YNNPACK's.
+    """Transforms rows by f32[p,H] and columns by f32[q,W], on contiguous memory: f32[H,W,...] -> f32[p,q,...]."""
+    # Transposed, so that XLA:CPU uses Eigen's product, which is twice as fast as YNNPACK's at these shapes. The barrier
+    # hides the constant from XLA, which would transpose it back.
     transposed = lax.optimization_barrier(jnp.asarray(rows.T, x.dtype))
     first = lax.dot_general(transposed, x, (((0,), (0,)), ((), ())))
-    # A batched product, for an unbatched one would give [q,p,...] and a transposition of it all.
+    # Batched, because an unbatched product would give [q,p,...], and the whole array would have to be transposed.
     repeated = jnp.broadcast_to(jnp.asarray(columns, x.dtype), (rows.shape[0], *columns.shape))
     return lax.dot_general(repeated, first, (((2,), (1,)), ((0,), (0,))))
 
 
 def winograd(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
-    """f32[B,H,W,C] -> f32[n,m,B,D] (rows and columns lead, so that a transform is one product) -> f32[B,n,m,D]."""
+    """Convolves and max-pools: f32[B,H,W,C] -> f32[n,m,B,D] -> f32[B,n,m,D].
+
+    In between, rows and columns come first, so that each transform is one matrix product.
+    """
     y = _winograd_conv(rows_first(x), kernel, window)
     return batch_first(max_of(split_windows(y, window.pool), (1, 3)) if window.pool > 1 else y)
 
@@ -99,7 +105,7 @@ def _winograd_conv(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array
 def _winograd_forward(x: jax.Array, kernel: jax.Array, window: Window) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     rows, columns = _winograd_axes(x, kernel, window)
     batch, c, d = x.shape[2], *kernel.shape[2:]
-    # At every point and in every tile a product over channels; the tiles of a row join the batch as its rows.
+    # One product over the channels for each point and row of tiles; the tiles within a row are folded into the batch.
     data = _transform(rows.inputs, columns.inputs, x).reshape(-1, columns.tiles * batch, c)
     weights = _transform(rows.kernel, columns.kernel, kernel)
     p, q = weights.shape[:2]
@@ -110,15 +116,15 @@ def _winograd_forward(x: jax.Array, kernel: jax.Array, window: Window) -> tuple[
 
 
 def _winograd_backward(window: Window, saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, kernel, data, weights = saved  # of x and kernel only the shapes are used, so neither is kept
+    x, kernel, data, weights = saved  # only the shapes of x and kernel are used, so neither is kept
     rows, columns = _winograd_axes(x, kernel, window)
     batch, c, d = x.shape[2], *kernel.shape[2:]
     p, q = rows.kernel.shape[0], columns.kernel.shape[0]
     # The same products, transposed. Both share the transformed dy.
     dproducts = _transform(rows.outputs.T, columns.outputs.T, dy).reshape(*data.shape[:2], d)
-    # Turned around in memory first, for products that contract their rows go to Eigen, which is slow for many small
-    # ones: 0.8 ms with the copy and the sum, not 1.05, in the second layer of 64 images (jax 0.10). The barrier keeps
-    # XLA from undoing that, and from joining the transform of dy with it.
+    # Transposed in memory first, because XLA gives products that contract their rows to Eigen, which is slow for many
+    # small ones: the second layer takes 0.8 ms with the copy and the sum instead of 1.05 ms (64 images, jax 0.10). The
+    # barrier keeps XLA from undoing the transpose, and from fusing the transform of dy into it.
     turned, dproducts = lax.optimization_barrier((data.transpose(0, 2, 1), dproducts))
     dweights = lax.dot_general(turned, dproducts, (((2,), (1,)), ((0,), (0,)))).reshape(p, rows.tiles, q, c, d).sum(1)
     ddata = lax.dot_general(dproducts, weights, (((2,), (2,)), ((0,), (0,))))

@@ -1,1 +1,1 @@
-"""From any picture to framed digits."""
+"""Finds the digits in a picture and frames them as MNIST does."""

@@ -1,4 +1,4 @@
-"""Pieces of ink: which of them make a digit, and in which order they are read."""
+"""Groups connected pieces of ink into digits, and sorts them in reading order."""
 
 import bisect
 from typing import NamedTuple
@@ -8,11 +8,11 @@ from scipy import ndimage
 
 from mnist_flax.pictures.decode import PictureError
 
-MOST = 10_000  # pieces of ink: more than a page of handwriting has
+MOST = 10_000  # pieces of ink; a page of handwriting has fewer
 
 
 class Blob(NamedTuple):
-    """Connected ink: its numbers in the label image, and its box, whose right and bottom are exclusive."""
+    """One or more pieces of ink: their numbers in the label image, and their bounding box, half-open."""
 
     labels: tuple[int, ...]
     left: int
@@ -32,10 +32,10 @@ class Blob(NamedTuple):
 
 
 def find_blobs(mask: np.ndarray, steps: np.ndarray, pen: float) -> tuple[np.ndarray, list[Blob]]:
-    """Finds the digits in a mask of ink, in no order; `steps` is where shadows end.
+    """Finds the digits in an ink mask, in no particular order; `steps` marks the edges of shadows.
 
     Returns:
-      The number of each pixel's piece, `i32[H,W]`, 0 where there is no ink; and the digits.
+      The label image, `i32[H,W]`: the number of each pixel's piece, 0 where there is no ink; and the digits.
 
     Raises:
       PictureError: there are too many pieces.
@@ -56,8 +56,8 @@ def find_blobs(mask: np.ndarray, steps: np.ndarray, pen: float) -> tuple[np.ndar
 def in_lines(blobs: list[Blob]) -> list[list[Blob]]:
     """Groups blobs into lines, from top to bottom; each is sorted from left to right.
 
-    A blob belongs to a line when its middle lies within the height of the line's nearest member, which tells where a
-    slanting line is. The tallest blobs come first.
+    A blob belongs to a line if its middle is within the vertical extent of the line's nearest member, which also works
+    for slanting lines. The tallest blobs are assigned first.
     """
     lines: list[tuple[list[int], list[Blob]]] = []  # left + right of each member, sorted; and the members
     for blob in sorted(blobs, key=lambda blob: -blob.height):
@@ -76,14 +76,14 @@ def in_lines(blobs: list[Blob]) -> list[list[Blob]]:
 
 
 def of_digit_size(line: list[Blob]) -> list[Blob]:
-    """Leaves out what is much lower than the rest of its line: a dash, a dot, a comma."""
+    """Removes blobs that are much less tall than the rest of their line: dashes, dots, commas."""
     heights = np.array([blob.height for blob in line])
     height = float(np.median(heights[heights >= 0.5 * heights.max()]))
     return [blob for blob in line if blob.height >= 0.4 * height]
 
 
 def _pieces(mask: np.ndarray, pen: float) -> tuple[np.ndarray, list[Blob]]:
-    """Numbers connected ink, small gaps closed."""
+    """Labels the connected pieces of ink, bridging small gaps."""
     reach = max(0, round(pen / 4))
     near = ndimage.maximum_filter(mask.view(np.uint8), 2 * reach + 1) > 0 if reach else mask
     labels, _ = ndimage.label(near, structure=np.ones((3, 3)))
@@ -97,7 +97,7 @@ def _pieces(mask: np.ndarray, pen: float) -> tuple[np.ndarray, list[Blob]]:
 
 
 def _without_specks(blobs: list[Blob], labels: np.ndarray, steps: np.ndarray, pen: float) -> list[Blob]:
-    """Leaves out dots, and what is left of rulings."""
+    """Removes specks, and remains of rulings."""
     if not blobs:
         return []
     areas = np.bincount(labels.ravel())
@@ -118,12 +118,12 @@ def _without_specks(blobs: list[Blob], labels: np.ndarray, steps: np.ndarray, pe
             or _is_blot(labels, steps, blob)
         )
 
-    # If it is all specks, the largest may be the digit.
+    # If everything is a speck, the largest may be the digit.
     return [blob for blob in blobs if not is_speck(blob)] or [max(blobs, key=lambda blob: areas[blob.labels[0]])]
 
 
 def _is_blot(labels: np.ndarray, steps: np.ndarray, blob: Blob) -> bool:
-    """Tells whether a piece is no stroke but as thick as it is long, such as a dot or the corner of a shadow."""
+    """Returns whether a piece is about as thick as it is long, so not a stroke, but a dot or the corner of a shadow."""
     window = np.s_[blob.top : blob.bottom, blob.left : blob.right]
     own = labels[window] == blob.labels[0]
     factor = max(1, min(own.shape) // 30)
@@ -134,14 +134,14 @@ def _is_blot(labels: np.ndarray, steps: np.ndarray, blob: Blob) -> bool:
 
 
 def _join_broken(blobs: list[Blob], pen: float) -> list[Blob]:
-    """Joins the strokes of a digit that do not touch: a piece clearly smaller than its host, above, below or near."""
+    """Joins the separate strokes of a digit: each piece to a clearly taller one above, below or close to it."""
     boxes = np.array([blob[1:] for blob in blobs])
     parts = [blob.labels for blob in blobs]
     whole = np.ones(len(blobs), bool)
     first_height = boxes[:, 3] - boxes[:, 1]
     for piece in np.argsort(first_height, kind="stable"):
         left, top, right, bottom = boxes[piece]
-        if not whole[piece] or bottom - top != first_height[piece]:  # joined, or grown and no piece any more
+        if not whole[piece] or bottom - top != first_height[piece]:  # already joined, or has grown
             continue
         widths, heights = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
         overlap = np.minimum(boxes[:, 2], right) - np.maximum(boxes[:, 0], left)  # in columns; negative: a gap
@@ -167,9 +167,9 @@ def _join_broken(blobs: list[Blob], pen: float) -> list[Blob]:
 
 
 def _cut_touching(blob: Blob, labels: np.ndarray, pen: float, number: int) -> list[Blob]:
-    """Cuts two digits apart that touch: a wide blob with a place near its middle where only one stroke passes.
+    """Splits two digits that touch: a wide blob with a column near its middle that only one stroke crosses.
 
-    The right part gets a number of its own in `labels`, which is `number`.
+    The right half is relabelled `number` in `labels`, in place.
     """
     if blob.width < 1.5 * blob.height:
         return [blob]

@@ -1,4 +1,4 @@
-"""Decoding: the bytes of any picture's file to an upright grey picture of moderate size."""
+"""Decodes image files in common formats to upright greyscale pictures of limited size."""
 
 import io
 import warnings
@@ -12,10 +12,10 @@ from mnist_flax.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff")
-FOREIGN_SUFFIXES = (".heic", ".heif", ".avif")  # pictures too, but Pillow alone cannot read them
+FOREIGN_SUFFIXES = (".heic", ".heif", ".avif")  # also pictures, but Pillow cannot read them without plugins
 
-_SIDE = 1000  # pixels of a picture's longer side at most: enough for a page of digits, and averages much noise away
-_STRIP = 4_000_000  # pixels that are converted at once, which bounds the memory
+_SIDE = 1000  # pixels, the longest allowed side: enough for a page of digits; averaging removes noise
+_STRIP = 4_000_000  # pixels converted at a time, to limit memory use
 _ORIENTATION = 0x0112  # the EXIF tag
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -25,7 +25,7 @@ _UPRIGHT = {
 
 
 class PictureError(UserError):
-    """A picture cannot be read, or holds no ink."""
+    """A picture cannot be read, or contains no ink."""
 
     exit_status = 1
 
@@ -34,8 +34,8 @@ class Picture(NamedTuple):
     """A decoded picture.
 
     Attributes:
-      grey: `u8[H,W]`, upright, transparent parts white, reduced to at most 1,000 pixels a side.
-      scale: pixels of the original to a pixel of `grey`.
+      grey: `u8[H,W]`, upright, at most 1,000 pixels a side; transparent parts are white, or black if the ink is white.
+      scale: the side of a pixel of `grey`, in pixels of the original.
     """
 
     grey: np.ndarray
@@ -43,22 +43,22 @@ class Picture(NamedTuple):
 
 
 def decode(content: bytes) -> Picture:
-    """Decodes a picture's file; of several frames or pages, the first.
+    """Decodes an image file; if it has several frames or pages, only the first.
 
     Raises:
-      PictureError: it is no picture of a format in `FORMATS`, is damaged, or claims more pixels than
-        `PIL.Image.MAX_IMAGE_PIXELS`.
+      PictureError: the file is empty or damaged, is not in one of the `FORMATS`, or has more than
+        `PIL.Image.MAX_IMAGE_PIXELS` pixels according to its header.
     """
     if not content:
         raise PictureError("is empty")
-    Image.init()  # Pillow knows the rarer formats only from then on
+    Image.init()  # registers the less common formats
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about metadata, which do not matter here
+        warnings.simplefilter("ignore")  # warnings about metadata, which is not used
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 size = image.size
-                image.draft("L", (_SIDE, _SIDE))  # JPEG only: large ones are decoded at half their size or less
+                image.draft("L", (_SIDE, _SIDE))  # JPEG only: decodes large images at half their size or less
                 grey = _upright(_to_grey(image), image)
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             raise PictureError(
@@ -68,7 +68,7 @@ def decode(content: bytes) -> Picture:
             foreign = {b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIC", b"avif": "AVIF"}.get(content[8:12])
             hint = f", but {foreign}; save it as JPEG" if foreign and content[4:8] == b"ftyp" else ""
             raise PictureError(f"is no picture of a known format ({', '.join(FORMATS)}){hint}") from error
-        except Exception as error:  # damaged files surface as almost any error of the decoders
+        except Exception as error:  # decoders raise almost anything for a damaged file
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise PictureError(f"is damaged, or not all there ({reason})") from error
     shrink = max(1.0, max(grey.size) / _SIDE)
@@ -79,23 +79,23 @@ def decode(content: bytes) -> Picture:
 
 
 def _upright(grey: Image.Image, image: Image.Image) -> Image.Image:
-    """Turns a picture as the EXIF data of `image` say; damaged data say nothing."""
+    """Applies the EXIF orientation of `image` to `grey`; damaged EXIF data is ignored."""
     try:
         orientation = image.getexif().get(_ORIENTATION)
-    except Exception:  # Pillow raises almost anything over damaged EXIF data
+    except Exception:  # Pillow raises almost anything for damaged EXIF data
         return grey
     turn = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
     return grey if turn is None else grey.transpose(turn)
 
 
 def _to_grey(image: Image.Image) -> Image.Image:
-    """Turns any mode into `L`, strip by strip, and reduces large pictures by a whole factor."""
+    """Converts any mode to `L`, strip by strip, and downsamples large pictures by an integer factor."""
     if image.mode in ("F", "I") or image.mode.startswith("I;16"):
         return _converted(image, _deep_to_bytes(image))
     if not image.has_transparency_data:
         return _converted(image, lambda strip: strip.convert("L"))
     grey = _converted(image, lambda strip: _over(strip, "white"))
-    if grey.getextrema()[0] == grey.getextrema()[1]:  # white ink on nothing
+    if grey.getextrema()[0] == grey.getextrema()[1]:  # white ink on a transparent background
         grey = _converted(image, lambda strip: _over(strip, "black"))
     return grey
 
@@ -106,20 +106,23 @@ def _converted(image: Image.Image, convert: Callable[[Image.Image], Image.Image]
 
 
 def _strips(image: Image.Image, factor: int = 1) -> Iterator[Image.Image]:
-    """Yields an image in strips of rows, whose number is divisible by `factor`."""
+    """Yields horizontal strips of an image. Each has a multiple of `factor` rows, except perhaps the last one."""
     rows = max(1, _STRIP // image.width // factor) * factor
     for top in range(0, image.height, rows):
         yield image.crop((0, top, image.width, min(top + rows, image.height)))
 
 
 def _over(layers: Image.Image, colour: str) -> Image.Image:
-    """Lays an image with transparency over a sheet of one colour."""
+    """Composites an image with transparency over a solid colour."""
     layers = layers.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", layers.size, colour), layers).convert("L")
 
 
 def _deep_to_bytes(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
-    """Returns what turns pixels of more than 8 bits into bytes: counts by the bits in use, others by their range."""
+    """Returns a function that scales pixels of more than 8 bits to 8 bits.
+
+    Non-negative values above 1 are scaled by the number of bits in use, all others by their range.
+    """
     low, high = 0.0, 0.0
     for strip in _strips(image):
         values = np.asarray(strip)

@@ -1,4 +1,4 @@
-"""Files of pictures: which ones a name stands for, their bytes, and where the framed digits are saved."""
+"""Finds and reads picture files, and saves framed digits."""
 
 import glob
 import os
@@ -16,13 +16,13 @@ from mnist_flax.pictures.decode import FOREIGN_SUFFIXES, SUFFIXES, PictureError
 STDIN = "-"
 MOST_BYTES = 256 * 2**20
 
-_LONGEST_STEM = 100  # bytes of a picture's name that are kept when its digits are saved
+_LONGEST_STEM = 100  # bytes of a picture's name that are kept in the names of its saved digits
 
 
 def find_files(names: Sequence[str]) -> Iterator[str]:
-    """Yields the file for each name, and those that folders and patterns stand for, sorted.
+    """Yields the file of each name, with folders and patterns expanded and sorted.
 
-    A name that stands for no file is yielded as it is; opening it reports what is wrong.
+    A name that matches no file is yielded unchanged, so that opening it reports the error.
     """
     for name in names:
         if name == STDIN:
@@ -37,7 +37,7 @@ def find_files(names: Sequence[str]) -> Iterator[str]:
 
 
 def _in_folder(folder: pathlib.Path) -> list[str]:
-    """Returns the pictures in a folder and below, by name, without hidden files.
+    """Returns the pictures in a folder and its subfolders, sorted by name, without hidden files.
 
     Pictures of formats that cannot be read are included: skipping them silently would look like success.
     """
@@ -54,7 +54,7 @@ def read_file(name: str) -> bytes:
     """Returns the bytes of a file, or of standard input.
 
     Raises:
-      PictureError: it cannot be read, or has more than `MOST_BYTES`.
+      PictureError: it cannot be read, or is larger than `MOST_BYTES`.
     """
     if name == STDIN:
         return _bounded(sys.stdin.buffer)
@@ -79,7 +79,7 @@ def _bounded(file: BinaryIO) -> bytes:
 
 
 def save_images(images: Sequence[np.ndarray], folder: pathlib.Path, number: int, name: str) -> None:
-    """Writes framed digits as `<number>-<file's name>-<place>.png`, counted from 1; a long name is shortened.
+    """Writes framed digits as `<number>-<file name>-<place>.png`, with places from 1; long file names are shortened.
 
     Raises:
       ConfigError: the folder cannot be written.

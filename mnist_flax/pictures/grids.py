@@ -1,7 +1,7 @@
-"""Forms and grids: printed lines as dark and as thick as the pen, and the digits that touch them.
+"""Erases the lines of forms and grids, which may be as dark and thick as the pen, and touch the digits.
 
-A ruling is straight and spans what it belongs to: a line of a grid spans the grid, the side of a box spans the box, and
-a line of ruled paper spans the picture. So each connected piece of ink is looked at on its own.
+A ruling is straight and spans the object that it belongs to: a grid line spans the grid, the side of a box spans the
+box, and a line of ruled paper spans the picture. So each connected piece of ink is examined separately.
 """
 
 from collections.abc import Iterator
@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 
-_SMALLEST = 60  # pixels: the shorter side of a picture in which lines can be told from strokes
-_SIDE = 400  # pixels: lines are searched for in a reduced image, at most this large
-_SPAN = 0.62  # share of its piece's width or height that a ruling covers
+_SMALLEST = 60  # pixels: the minimum shorter side at which lines can be distinguished from strokes
+_SIDE = 400  # pixels: lines are detected in a reduced image, at most this large
+_SPAN = 0.62  # the minimum share of its piece's width or height that a ruling covers
 _TURNS = np.tan(np.deg2rad(np.arange(-8, 8.01, 0.5)))
 
 
@@ -21,9 +21,9 @@ class Line(NamedTuple):
 
     Attributes:
       level: whether it is nearly horizontal.
-      slope: of x, or of y for one that is nearly upright.
-      first, last: where it begins and ends across, in pixels from the line through the middle of the mask.
-      share: of its length that is inked.
+      slope: dy/dx, or dx/dy for a nearly vertical line.
+      first, last: the `middle` of its first and last row of pixels; it is `last - first + 1` pixels thick.
+      share: the share of its length that is inked.
     """
 
     level: bool
@@ -34,10 +34,10 @@ class Line(NamedTuple):
 
 
 def without_grids(mask: np.ndarray, pen: float) -> tuple[np.ndarray, np.ndarray]:
-    """Erases printed lines, and leaves whole the strokes that cross them.
+    """Erases printed lines without breaking the strokes that cross them.
 
     Args:
-      mask: `bool[H,W]`, where ink is.
+      mask: `bool[H,W]`, True for ink.
       pen: the width of the strokes in pixels.
 
     Returns:
@@ -60,15 +60,15 @@ def without_grids(mask: np.ndarray, pen: float) -> tuple[np.ndarray, np.ndarray]
         for line in lines:
             _erase(kept[place], ruled[place], piece, line)
     if kept is not mask:
-        kept = ndimage.binary_opening(kept, np.ones((2, 2)))  # crumbs of the lines' edges
+        kept = ndimage.binary_opening(kept, np.ones((2, 2)))  # residue along the edges of the lines
     return kept, ruled
 
 
 def _rulings(piece: np.ndarray, place: tuple[slice, slice], shape: tuple[int, ...], pen: float) -> Iterator[Line]:
-    """Yields the lines of a piece of ink that are rulings and no strokes."""
+    """Yields the lines of a piece of ink that are rulings, not strokes."""
     found = {level: _lines(piece, level) for level in (True, False)}
     level, upright = (_alike(lines, 0.14 * min(piece.shape)) for lines in found.values())
-    # Two lines each way make a box or a grid, three at the border a part of one. No digit has them, thin as they are.
+    # Two lines each way make a box or a grid; three at the border make part of one. No digit has such thin lines.
     if min(len(level), len(upright)) >= 2 or _is_open_box(level, upright, piece.shape, place, shape):
         yield from level + upright
         return
@@ -83,7 +83,7 @@ def _rulings(piece: np.ndarray, place: tuple[slice, slice], shape: tuple[int, ..
             if (
                 (ends == 2 and (alone or crossed))
                 or (thickness < 0.75 * pen and (ends == 2 or (ends == 1 and length > 0.55 * side)))
-                or (line.level and alone and length > 8 * thickness)  # a lone bar is no digit
+                or (line.level and alone and length > 8 * thickness)  # a lone horizontal bar is not a digit
             ):
                 yield line
 
@@ -91,7 +91,7 @@ def _rulings(piece: np.ndarray, place: tuple[slice, slice], shape: tuple[int, ..
 def _is_open_box(
     level: list[Line], upright: list[Line], size: tuple[int, ...], place: tuple[slice, slice], shape: tuple[int, ...]
 ) -> bool:
-    """Tells whether three lines are a box, or a row of boxes, that the picture's border cuts."""
+    """Returns whether three or more lines are a box, or a row of boxes, cut off by the picture's border."""
     if min(len(level), len(upright)) != 1 or len(level) + len(upright) < 3:
         return False
     (side,), axis = (level, 0) if len(level) == 1 else (upright, 1)
@@ -103,7 +103,7 @@ def _is_open_box(
 
 
 def _alike(lines: list[Line], thickest: float) -> list[Line]:
-    """Leaves out what is thick or turned otherwise than the other lines: strokes."""
+    """Removes lines that are thicker than the others or differ in slope: those are strokes."""
     lines = [line for line in lines if line.last - line.first < thickest]
     if len(lines) < 3:
         return lines
@@ -113,7 +113,7 @@ def _alike(lines: list[Line], thickest: float) -> list[Line]:
 
 
 def _lines(piece: np.ndarray, level: bool) -> list[Line]:
-    """Finds the nearly level, or nearly upright, straight lines that span a piece."""
+    """Finds the nearly horizontal (`level`) or nearly vertical straight lines that span a piece."""
     factor = max(1, -(-max(piece.shape) // _SIDE))
     reduced = _reduced(piece if level else piece.T, factor)
     height, width = reduced.shape
@@ -132,11 +132,11 @@ def _lines(piece: np.ndarray, level: bool) -> list[Line]:
             break
         slope = float(_TURNS[turn])
         first, last = _edges(reduced, slope, int(row) - pad)
-        # Two rulings do not cross within their piece.
+        # Two rulings of the same direction do not cross within their piece.
         reach = np.abs(_TURNS - slope)[:, None] * width / 2 + max(2, last - first + 2)
         share[np.abs(offsets - (first + last) / 2) <= reach] = 0
         found.append(Line(level, slope, first * factor, (last + 1) * factor - 1, best))
-    # What spans less than the others is a stroke. Ink all over is no set of lines.
+    # A line that spans less than the others is a stroke. If ink is everywhere, there are no lines.
     found = [line for line in found if line.share >= 0.75 * found[0].share]
     return (
         found
@@ -146,7 +146,7 @@ def _lines(piece: np.ndarray, level: bool) -> list[Line]:
 
 
 def _edges(piece: np.ndarray, slope: float, row: int) -> tuple[int, int]:
-    """Returns the first and last row of a line's ink, as the median over its columns, where the line is at `row`."""
+    """Returns the first and last row of the ink of the line at `row`, each the median over its columns."""
     height, width = piece.shape
     reach = max(4, height // 8)
     columns = np.arange(width)
@@ -158,7 +158,7 @@ def _edges(piece: np.ndarray, slope: float, row: int) -> tuple[int, int]:
     if not inked.any():
         return row, row
     strip = strip[:, inked].copy()
-    strip[reach] = True  # the dilation may have put the line a row beside its ink
+    strip[reach] = True  # because of the dilation, the line may be one row away from its ink
     above = np.argmin(strip[reach::-1], axis=0)
     below = np.argmin(strip[reach:], axis=0)
     above, below = np.where(above == 0, reach, above) - 1, np.where(below == 0, reach, below) - 1
@@ -166,7 +166,7 @@ def _edges(piece: np.ndarray, slope: float, row: int) -> tuple[int, int]:
 
 
 def _reduced(piece: np.ndarray, factor: int) -> np.ndarray:
-    """Reduces a mask by a whole factor; what is set anywhere in a square stays set."""
+    """Downsamples a mask by an integer factor; a square with any pixel set stays set."""
     if factor == 1:
         return piece
     padded = np.pad(piece, [(0, -side % factor) for side in piece.shape])
@@ -174,7 +174,7 @@ def _reduced(piece: np.ndarray, factor: int) -> np.ndarray:
 
 
 def _erase(kept: np.ndarray, ruled: np.ndarray, piece: np.ndarray, line: Line) -> None:
-    """Erases a line from `kept` where no stroke crosses it, and notes it in `ruled`; both are changed in place."""
+    """Erases a line from `kept` where no stroke crosses it, and marks it in `ruled`; both are changed in place."""
     if not line.level:
         kept, ruled, piece = kept.T, ruled.T, piece.T
     height, width = piece.shape
@@ -186,7 +186,7 @@ def _erase(kept: np.ndarray, ruled: np.ndarray, piece: np.ndarray, line: Line) -
     inside = (rows >= 0) & (rows < height)
     rows = np.clip(rows, 0, height - 1)
     strip = kept[rows, columns] & inside
-    # A stroke that goes on at both sides of the line crosses it, also when it slants.
+    # A stroke that continues on both sides of the line crosses it, even if it slants.
     reach = thickness + 1
     above = ndimage.maximum_filter1d(strip[: margin - 1].all(axis=0), reach)
     below = ndimage.maximum_filter1d(strip[-margin + 1 :].all(axis=0), reach)

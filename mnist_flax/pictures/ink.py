@@ -1,4 +1,4 @@
-"""Ink and paper: which pixels are ink, under any light, dark on light or light on dark."""
+"""Separates ink from paper under any light, dark on light or light on dark."""
 
 from typing import NamedTuple
 
@@ -14,9 +14,9 @@ class Ink(NamedTuple):
 
     Attributes:
       strength: `f32[H,W]`, from 0 (paper) to 1 (the pen's full colour).
-      mask: `bool[H,W]`, where ink is.
-      marks: `bool[H,W]`, where anything differs from the paper, however pale.
-      steps: `bool[H,W]`, where the brightness of the paper changes abruptly: edges of shadows and of sheets.
+      mask: `bool[H,W]`, True for ink.
+      marks: `bool[H,W]`, True for anything that differs from the paper, however pale.
+      steps: `bool[H,W]`, True where the brightness of the paper changes abruptly: edges of shadows and of sheets.
     """
 
     strength: np.ndarray
@@ -30,7 +30,7 @@ def find_ink(grey: np.ndarray, sheet: np.ndarray | None = None) -> Ink | None:
 
     Args:
       grey: the picture.
-      sheet: `bool[H,W]`, where a light sheet of paper lies; without it, all of the picture is paper.
+      sheet: `bool[H,W]`, True for a light sheet of paper; without it, the whole picture is paper.
     """
     from skimage.filters import apply_hysteresis_threshold, threshold_otsu
 
@@ -45,10 +45,10 @@ def find_ink(grey: np.ndarray, sheet: np.ndarray | None = None) -> Ink | None:
         marks = contrast > max(_FAINTEST, 5 * noise)
         if marks.sum() < 4:
             return None
-        inked = np.round(contrast[marks])  # a histogram fails on values that are all but equal
+        inked = np.round(contrast[marks])  # a histogram fails on nearly equal values
         strong = float(np.median(inked[inked >= threshold_otsu(inked)]))
         mask = apply_hysteresis_threshold(contrast, max(0.4 * strong, _FAINTEST), max(0.6 * strong, _FAINTEST))
-        # The corners of shadows look like ink, but less so in a window that is no wider than it need be.
+        # The corners of shadows look like ink, but less so if the window is no wider than necessary.
         needed = max(5, round(4 * thick_pen(mask)))
         if needed > 0.7 * window:
             break
@@ -59,7 +59,7 @@ def find_ink(grey: np.ndarray, sheet: np.ndarray | None = None) -> Ink | None:
 
 
 def _contrast(values: np.ndarray, window: int, dark: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the paper, and how much lighter each pixel is, or would be outside the shadow that it is in."""
+    """Returns the paper, and how much lighter than it each pixel is, corrected for shadows."""
     paper = opened(values, window)
     contrast = values - paper
     contrast = np.maximum(contrast - np.median(contrast), 0)
@@ -75,17 +75,17 @@ def _steps(paper: np.ndarray) -> np.ndarray:
     for axis in (0, 1):
         far = np.roll(paper, 4, axis) - np.roll(paper, -4, axis)
         steps |= np.abs(far) > 20
-    steps[:4] = steps[-4:] = steps[:, :4] = steps[:, -4:] = False  # where it rolled over
+    steps[:4] = steps[-4:] = steps[:, :4] = steps[:, -4:] = False  # where np.roll wraps around
     return steps
 
 
 def is_dark_on_light(values: np.ndarray) -> bool:
-    """Returns the polarity of a grey picture, `f32[H,W]`, by five votes.
+    """Returns whether a greyscale picture, `f32[H,W]`, is dark on light, by a majority of five votes.
 
-    Is the border lighter than Otsu's threshold? Without uneven light: is the border lighter than the mean, and
-    do the few pixels that differ most differ towards dark? Do thin dark things stand out more than thin light things,
-    in all, and at their strongest? Each fails on some pictures: the first under a shadow, the next two on a digit
-    without a margin, the last two on thick strokes.
+    Is the border lighter than Otsu's threshold? After removing uneven light: is the border lighter than the mean, and
+    are the brightness values skewed towards dark? Do thin dark details stand out more than thin light ones, in total
+    and at their strongest? Each vote fails on some pictures: the first under a shadow, the next two on a digit without
+    a margin, the last two on thick strokes.
     """
     from skimage.filters import threshold_otsu
 
@@ -109,14 +109,14 @@ def is_dark_on_light(values: np.ndarray) -> bool:
 
 
 def pen_width(mask: np.ndarray) -> float:
-    """Returns the width of the strokes in pixels: on average, a stroke's pixels are a quarter of it from its edge."""
+    """Returns the width of the strokes in pixels: about four times the mean distance of their pixels from the edge."""
     distance, factor = _depth(mask)
     inked = distance > 0
     return max(1.0, (4 * float(distance[inked].mean()) - 1) * factor) if inked.any() else 1.0
 
 
 def thick_pen(mask: np.ndarray) -> float:
-    """Returns the width of the thicker strokes, in pixels, whatever thin lines there are."""
+    """Returns the width of the thicker strokes, in pixels, regardless of thin lines."""
     distance, factor = _depth(mask)
     ridge = (distance > 0) & (distance >= ndimage.maximum_filter(distance, 3))
     if not ridge.any():
@@ -127,7 +127,7 @@ def thick_pen(mask: np.ndarray) -> float:
 
 
 def _depth(mask: np.ndarray) -> tuple[np.ndarray, float]:
-    """Returns how far ink is from its edge, `bool[H,W] -> f64[h,w]`, in pixels of which each stands for `factor`."""
+    """Returns the distance of ink from its edge, `bool[H,W] -> f64[h,w]`, in units of `factor` pixels; and `factor`."""
     factor = max(1, min(mask.shape) // 300)  # the distance transform is slow
     distance = ndimage.distance_transform_edt(np.pad(mask[::factor, ::factor], 1))
     if factor > 1 and distance.max() < 3:  # too coarse for this pen
@@ -136,13 +136,13 @@ def _depth(mask: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def opened(values: np.ndarray, size: int) -> np.ndarray:
-    """Takes away whatever is bright and narrower than `size`, and keeps straight edges of shadows where they are."""
+    """Removes everything that is bright and narrower than `size`; straight edges of shadows stay where they are."""
     padded = np.pad(values, size, mode="edge")
     return np.asarray(ndimage.grey_opening(padded, (size, size))[size:-size, size:-size])
 
 
 def shrunk(values: np.ndarray, side: int) -> np.ndarray:
-    """Shrinks an image by averaging until no side is longer than `side` pixels, `f32[H,W] -> f32[h,w]`."""
+    """Downsamples an image by averaging so that no side exceeds `side` pixels, `f32[H,W] -> f32[h,w]`."""
     image = Image.fromarray(values)
     factor = max(1.0, max(image.size) / side)
     width, height = (max(1, round(length / factor)) for length in image.size)
@@ -150,7 +150,7 @@ def shrunk(values: np.ndarray, side: int) -> np.ndarray:
 
 
 def _denoised(values: np.ndarray) -> tuple[np.ndarray, float]:
-    """Smooths a noisy image, and a dithered one until it is grey; returns it with the noise that is left."""
+    """Smooths a noisy or dithered image; returns it with the standard deviation of the remaining noise."""
     if min(values.shape) <= 60:
         return values, _noise(values)
     if _is_dithered(values):
@@ -163,7 +163,7 @@ def _denoised(values: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def _is_dithered(values: np.ndarray) -> bool:
-    """Tells whether an image is made of dots: many pixels differ much from both neighbours in their row and column."""
+    """Returns whether an image is dithered: many pixels are much lighter, or darker, than all four neighbours."""
     middle = values[1:-1, 1:-1]
     around = np.stack([values[:-2, 1:-1], values[2:, 1:-1], values[1:-1, :-2], values[1:-1, 2:]])
     alone = (middle > around.max(axis=0) + 100) | (middle < around.min(axis=0) - 100)
@@ -172,12 +172,12 @@ def _is_dithered(values: np.ndarray) -> bool:
 
 def _noise(values: np.ndarray) -> float:
     """Returns the standard deviation of the noise: how much neighbours differ where nothing is drawn."""
-    steps = np.abs(np.diff(values, axis=1))  # the median does not see edges
+    steps = np.abs(np.diff(values, axis=1))  # the median ignores edges
     return 1.4826 * float(np.median(steps)) / np.sqrt(2) if steps.size else 0.0
 
 
 def _paper_window(values: np.ndarray) -> int:
-    """Returns how wide a window must be to hold paper everywhere: several times the pen, which is light on dark."""
+    """Returns how wide a window must be to contain paper everywhere: several times the pen width; ink is light."""
     from skimage.filters import threshold_otsu
 
     small = shrunk(values, 200)

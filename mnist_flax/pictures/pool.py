@@ -1,4 +1,4 @@
-"""Many pictures at once: decoding and segmentation in a pool of processes, results in order."""
+"""Reads many pictures in parallel: decodes and segments them in a pool of processes, and keeps their order."""
 
 import collections
 import itertools
@@ -16,18 +16,18 @@ from mnist_flax.pictures.segment import Digit, read_digits
 
 Outcome = list[Digit] | PictureError
 
-_FEW = 8  # pictures: for fewer, starting processes takes longer than reading them
-_AHEAD = 8  # pictures per process that are read ahead of the caller, which bounds the memory
+_FEW = 8  # pictures; reading fewer is faster than starting processes
+_AHEAD = 8  # pictures per process that are read ahead of the caller; limits memory use
 
 
 def read_all(names: Sequence[str], num_workers: int = 0) -> Iterator[tuple[str, Outcome]]:
-    """Reads the digits of many pictures; yields each name, in order, with its digits or what is wrong with it.
+    """Reads the digits of many pictures; yields each name, in order, with its digits or its error.
 
-    Reading begins at once, not with the first result.
+    With processes, reading starts when this is called, not when the first result is requested.
 
     Args:
       names: of files; `files.STDIN` is standard input.
-      num_workers: processes; 0 means one a CPU, or none for a few pictures.
+      num_workers: the number of processes; 0 means one per CPU, or none for a few pictures.
     """
     if not num_workers and len(names) < _FEW:
         return ((name, read_one(name)) for name in names)
@@ -35,7 +35,7 @@ def read_all(names: Sequence[str], num_workers: int = 0) -> Iterator[tuple[str, 
 
 
 def read_one(name: str) -> Outcome:
-    """Reads the digits of one picture; whatever is wrong with it is returned."""
+    """Reads the digits of one picture; an error is returned, not raised."""
     try:
         return read_digits(read_file(name))
     except PictureError as error:
@@ -52,7 +52,7 @@ def _num_cpus() -> int:
 
 
 class _Reader:
-    """A pool of processes, and the pictures that they are at."""
+    """A pool of processes, and the pictures in progress."""
 
     def __init__(self, names: Sequence[str], num_workers: int) -> None:
         self._num_workers = num_workers
@@ -104,7 +104,7 @@ def _start(num_workers: int) -> ProcessPoolExecutor:
 
 
 def _initialize() -> None:
-    """Prepares a process of the pool: Ctrl-C is for its parent, and without that it ends."""
+    """Makes a pool process ignore Ctrl-C, which the parent handles, and exit when the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 

@@ -1,4 +1,4 @@
-"""What the network says about the digits of pictures: in batches across pictures, as JSON, or as a table."""
+"""Classifies the digits of pictures in batches across pictures, and formats the results as JSON or a table."""
 
 import json
 import time
@@ -12,23 +12,23 @@ from mnist_flax.pictures.decode import PictureError
 from mnist_flax.pictures.segment import Digit
 
 CONFIDENT = (
-    0.95  # below this probability a digit is a guess; scripts/bench_predict.py counts what that costs and catches
+    0.95  # below this probability a digit is doubtful; scripts/bench_predict.py counts errors caught and false alarms
 )
 TOP = 3
 
-_PATIENCE = 0.3  # seconds that a picture waits at most for others to fill the batch
+_PATIENCE = 0.3  # the most seconds that a picture waits for others to fill the batch
 
 
 class Reading(NamedTuple):
-    """What the network says about one digit of a picture.
+    """The network's prediction for one digit of a picture.
 
     Attributes:
       digit: the most probable class.
       probability: of that class.
       top: the three most probable classes with their probabilities, best first.
       box: left, top, right, bottom in pixels of the picture; the right and bottom edges are exclusive.
-      doubtful: whether it is a guess, or may be no digit at all.
-      image: `u8[28,28]`, what the network saw.
+      doubtful: whether the prediction is uncertain, or this may not be a digit at all.
+      image: `u8[28,28]`, the input of the network.
     """
 
     digit: int
@@ -43,7 +43,7 @@ Logits = Callable[[np.ndarray], np.ndarray]
 
 
 def doubts(probs: np.ndarray) -> np.ndarray:
-    """Returns which answers are guesses, `f64[N,C] -> bool[N]`: the one place to put a better measure of doubt."""
+    """Returns which predictions are doubtful, `f64[N,C] -> bool[N]`: replace this to use a better measure of doubt."""
     return np.asarray(probs.max(axis=-1) < CONFIDENT)
 
 
@@ -88,12 +88,12 @@ def classify_all(
 
 
 def is_doubtful(readings: Sequence[Reading]) -> bool:
-    """Tells whether a picture holds no digit with any confidence."""
+    """Returns whether all digits of a picture are doubtful."""
     return all(reading.doubtful for reading in readings)
 
 
 def as_json(name: str, readings: Sequence[Reading], class_names: Sequence[str]) -> str:
-    """Returns one line of JSON for a picture; classes that are no digits bring their `label`, such as a letter."""
+    """Returns one line of JSON for a picture; a class that is not a digit, such as a letter, adds its `label`."""
     digits: list[dict[str, Any]] = []
     for reading in readings:
         named = class_names[reading.digit] != str(reading.digit)
@@ -111,7 +111,7 @@ def as_json(name: str, readings: Sequence[Reading], class_names: Sequence[str]) 
 
 
 def as_table(name: str, readings: Sequence[Reading], width: int, class_names: Sequence[str]) -> str:
-    """Returns the lines of the table for a picture, its name in a column of `width` characters."""
+    """Returns the table rows of a picture, with its name in a column of `width` characters."""
     lines = []
     column = max(5, *map(len, class_names))
     for reading in readings:

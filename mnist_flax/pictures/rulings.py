@@ -1,4 +1,4 @@
-"""Ruled and squared paper: printed lines that run from edge to edge, thinner than the pen and often paler."""
+"""Removes the printed lines of ruled and squared paper: edge to edge, thinner than the pen, and often paler."""
 
 import numpy as np
 from scipy import ndimage
@@ -7,13 +7,13 @@ from mnist_flax.pictures.ink import pen_width
 
 
 def without_rulings(mask: np.ndarray, marks: np.ndarray) -> np.ndarray:
-    """Takes printed lines and squares out of the ink, and leaves whole the strokes that cross them.
+    """Erases printed lines and grids from the ink without breaking the strokes that cross them.
 
-    A ruling is straight, nearly level or upright, runs from edge to edge, and is thinner than the pen.
+    A ruling is straight, nearly horizontal or vertical, runs from edge to edge, and is thinner than the pen.
 
     Args:
-      mask: `bool[H,W]`, where ink is.
-      marks: `bool[H,W]`, where anything is, however pale.
+      mask: `bool[H,W]`, True for ink.
+      marks: `bool[H,W]`, True for anything that differs from the paper, however pale.
 
     Returns:
       `bool[H,W]`, the ink without rulings.
@@ -35,27 +35,31 @@ def without_rulings(mask: np.ndarray, marks: np.ndarray) -> np.ndarray:
         part = np.broadcast_to(eighths[1] if level else eighths[0][:, None], mask.shape)
         share = np.bincount(part[band & marks], minlength=8) / np.maximum(1, np.bincount(part[band], minlength=8))
         if share.min(where=np.bincount(part[band], minlength=8) > 8, initial=1.0) < 0.3:
-            continue  # not from edge to edge
+            continue  # does not run from edge to edge
         thinnest = min(thinnest, thickness)
         band = (across >= wide[0] - 13) & (across <= wide[-1] - 11)
         erased = kept & ~band
-        # A stroke that goes on at both sides of the band crosses it.
+        # A stroke that continues on both sides of the band crosses it, and is kept.
         length = int(thickness) + 5
         bridge = ndimage.binary_closing(np.pad(erased, length), np.ones((length, 3) if level else (3, length)))
         kept = erased | (kept & band & bridge[length:-length, length:-length])
     if kept is mask:
         return mask
-    kept = ndimage.binary_opening(kept, np.ones((2, 2)))  # crumbs of the lines' edges
-    # The bar of a 7 that fills its picture, or a lone 1, is no ruling: it is as thick as the rest, or all there is.
+    kept = ndimage.binary_opening(kept, np.ones((2, 2)))  # residue along the edges of the lines
+    # The bar of a 7 that fills its picture, or a lone 1, is not a ruling: it is as thick as the rest, or the only ink.
     return kept if kept.any() and thinnest < 0.8 * pen_width(kept) else mask
 
 
 def _straight_lines(marks: np.ndarray) -> list[tuple[np.ndarray, bool]]:
-    """Finds lines from edge to edge: every pixel's signed distance from the line, `f32[H,W]`; whether it is level."""
+    """Finds straight lines from edge to edge by a Hough transform.
+
+    Returns:
+      For each line, every pixel's signed distance from it, `f32[H,W]`, and whether it is nearly horizontal.
+    """
     from skimage.transform import hough_line, hough_line_peaks
 
     height, width = marks.shape
-    if min(height, width) < 80:  # too small to tell a line from a stroke
+    if min(height, width) < 80:  # too small to distinguish a line from a stroke
         return []
     half = marks[: height // 2 * 2, : width // 2 * 2].reshape(height // 2, 2, width // 2, 2).any((1, 3))
     half = ndimage.binary_dilation(half)
@@ -66,7 +70,7 @@ def _straight_lines(marks: np.ndarray) -> list[tuple[np.ndarray, bool]]:
         votes, angles, distances = hough_line(half, upright + turns)
         reach = _chord(angles[None, :], distances[:, None], half.shape)
         share = np.where(reach > 0.5 * half.shape[1 if upright else 0], votes / np.maximum(reach, 1), 0)
-        share = ndimage.gaussian_filter(np.minimum(share, 1.0), (1, 2))  # its peak is then in the middle of a plateau
+        share = ndimage.gaussian_filter(np.minimum(share, 1.0), (1, 2))  # moves the peak to the middle of a plateau
         apart = max(3, min(half.shape) // 40)
         for _, angle, distance in zip(
             *hough_line_peaks(share, angles, distances, min_distance=apart, min_angle=len(turns), threshold=0.6),
@@ -77,7 +81,7 @@ def _straight_lines(marks: np.ndarray) -> list[tuple[np.ndarray, bool]]:
 
 
 def _chord(angle: np.ndarray, distance: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Returns how much of the line x cos(angle) + y sin(angle) = distance lies in an image of this shape, in pixels."""
+    """Returns the length of the line x cos(angle) + y sin(angle) = distance inside an image, in pixels."""
     cos, sin = np.cos(angle), np.sin(angle)
     with np.errstate(divide="ignore", invalid="ignore"):
         # The line is (distance cos - t sin, distance sin + t cos).

@@ -1,6 +1,6 @@
-"""From any picture to its digits as MNIST would have them.
+"""Finds the digits of a picture, and converts each to the format of MNIST.
 
-No flags, no network and no files here: bytes come in, arrays go out.
+This module uses no flags, network or files: it takes bytes and returns arrays.
 
     bytes -> grey u8[H,W] -> sheet -> ink f32[H,W], 0 where there is paper -> without rulings -> blobs, in reading order
           -> u8[28,28] each
@@ -21,17 +21,17 @@ from mnist_flax.pictures.ink import Ink, find_ink, is_dark_on_light, pen_width, 
 from mnist_flax.pictures.rulings import without_rulings
 from mnist_flax.pictures.sheet import find_sheet
 
-_LEAST_TURN = 3.0  # degrees: what is turned by less is read as it is
+_LEAST_TURN = 3.0  # degrees: a picture rotated by less is not levelled
 
 
 class Digit(NamedTuple):
     """Something that may be a digit.
 
     Attributes:
-      image: `u8[28,28]`, white on black, as MNIST has it.
-      box: left, top, right, bottom in pixels of the picture as one sees it (turned as its EXIF data say); the right and
-        bottom edges are exclusive.
-      suspect: whether its shape or place speaks against a digit, whatever the network says.
+      image: `u8[28,28]`, white on black, as in MNIST.
+      box: left, top, right, bottom in pixels of the picture after applying its EXIF orientation; the right and bottom
+        edges are exclusive.
+      suspect: whether it overlaps erased lines, so that it may not be a digit, whatever the network predicts.
     """
 
     image: np.ndarray
@@ -43,7 +43,7 @@ def read_digits(content: bytes) -> list[Digit]:
     """Finds the digits in a picture's file, in reading order: lines from top to bottom, each from left to right.
 
     Raises:
-      PictureError: it is no picture, or a damaged, huge or blank one.
+      PictureError: the file is not a picture, or is damaged, too large or blank.
     """
     picture = decode(content)
     digits = find_digits(picture.grey)
@@ -60,7 +60,7 @@ def read_digits(content: bytes) -> list[Digit]:
 
 
 def find_digits(grey: np.ndarray) -> list[Digit]:
-    """Finds what may be digits in a grey picture, `u8[H,W]`, in reading order; nothing in a blank one."""
+    """Finds possible digits in a greyscale picture, `u8[H,W]`, in reading order; none in a blank one."""
     if (ready := _as_in_mnist(grey)) is not None:
         return [Digit(ready, (0, 0, IMAGE_SIZE, IMAGE_SIZE))]
     sheet = find_sheet(grey)
@@ -78,7 +78,7 @@ def find_digits(grey: np.ndarray) -> list[Digit]:
 
 
 def _as_in_mnist(grey: np.ndarray) -> np.ndarray | None:
-    """Returns a picture that is one of MNIST's, or made like them, white on black and unchanged; None for any other."""
+    """Returns a picture that is already in MNIST's format, white on black and otherwise unchanged; None for others."""
     if grey.shape != (IMAGE_SIZE, IMAGE_SIZE):
         return None
     image = 255 - grey if is_dark_on_light(grey.astype(np.float32)) else grey
@@ -89,7 +89,7 @@ def _as_in_mnist(grey: np.ndarray) -> np.ndarray | None:
 
 
 def _levelled(ink: Ink, turn: float) -> Ink:
-    """Turns the ink of a sheet that lies turned clockwise by `turn` degrees, so that it is level."""
+    """Rotates the ink of a sheet that is rotated clockwise by `turn` degrees, so that it is level."""
     if abs(turn) < _LEAST_TURN:
         return ink
 
@@ -103,7 +103,7 @@ def _levelled(ink: Ink, turn: float) -> Ink:
 def _turned_back(
     box: tuple[int, int, int, int], levelled: tuple[int, ...], shape: tuple[int, ...], turn: float
 ) -> tuple[int, int, int, int]:
-    """Returns the box, in the picture, of a box in its levelled ink."""
+    """Maps a box in the levelled ink back to the picture: the bounding box of the rotated box."""
     if abs(turn) < _LEAST_TURN:
         return box
     angle = np.deg2rad(turn)
@@ -130,7 +130,7 @@ def _segment(ink: Ink) -> tuple[list[Digit], float]:
 
 
 def _touches(ruled: np.ndarray, box: tuple[int, int, int, int]) -> bool:
-    """Tells whether lines were erased where a digit is, or what may be the rest of a line."""
+    """Returns whether lines were erased at a digit, which may then be the remains of a line."""
     left, top, right, bottom = box
     part = ruled[max(0, top - 2) : bottom + 2, max(0, left - 2) : right + 2]
     return bool(part.mean() > 0.04)
@@ -152,7 +152,7 @@ def _slope(lines: list[list[Blob]]) -> float:
 
 
 def _draw(strength: np.ndarray, labels: np.ndarray, blob: Blob, pen: float) -> Digit:
-    """Draws a blob as MNIST would have it."""
+    """Draws a blob in the format of MNIST."""
     margin = max(1, round(pen / 2))
     top, left = max(0, blob.top - margin), max(0, blob.left - margin)
     window = np.s_[top : blob.bottom + margin, left : blob.right + margin]

@@ -1,4 +1,4 @@
-"""The sheet of paper in a photograph: where it lies on the table, and how it is turned."""
+"""Finds the sheet of paper in a photograph: its position and rotation."""
 
 from typing import NamedTuple
 
@@ -7,16 +7,16 @@ from scipy import ndimage
 
 from mnist_flax.pictures.ink import shrunk
 
-_SIDE = 160  # pixels: sheets are found in a reduced picture
-_RATIO = 1.2  # how much brighter than the table a sheet is, at least
+_SIDE = 160  # pixels: sheets are detected in a downsampled picture
+_RATIO = 1.2  # the minimum ratio of a sheet's brightness to the table's
 
 
 class Sheet(NamedTuple):
     """A sheet of paper.
 
     Attributes:
-      inside: `bool[H,W]`, where it lies, less a margin.
-      turn: its angle in degrees, from -45 to 45, positive if it is turned clockwise.
+      inside: `bool[H,W]`, True on the sheet, except for a margin.
+      turn: its rotation in degrees, from -45 to 45, positive if clockwise.
     """
 
     inside: np.ndarray
@@ -24,7 +24,7 @@ class Sheet(NamedTuple):
 
 
 def find_sheet(grey: np.ndarray) -> Sheet | None:
-    """Finds a light, rectangular sheet with two sides or more in view, `u8[H,W] -> Sheet`; None if there is none."""
+    """Finds a light, rectangular sheet with at least two sides in view, `u8[H,W] -> Sheet`; None if there is none."""
     from skimage.filters import threshold_otsu
 
     if min(grey.shape) < 60:
@@ -46,7 +46,7 @@ def find_sheet(grey: np.ndarray) -> Sheet | None:
 
 
 def _rectangle(region: np.ndarray, shape: tuple[int, ...]) -> Sheet | None:
-    """Fits a rectangle around a region; None if it is none, or fewer than two of its sides are in view."""
+    """Fits a rectangle around a region; None if the region is no rectangle, or shows fewer than two of its sides."""
     y, x = np.nonzero(region & ~ndimage.binary_erosion(region))
     best: tuple[float, float, tuple[float, ...]] | None = None
     for degrees in range(-45, 45):
@@ -71,7 +71,7 @@ def _rectangle(region: np.ndarray, shape: tuple[int, ...]) -> Sheet | None:
     in_view = sum((end & box & ~border).sum() > 0.3 * max(1, int((end & box).sum())) for end in ends)
     if in_view < 2:
         return None
-    # The corners of a sheet seen from aside lie within its rectangle: so the region, not the rectangle.
+    # Seen at an angle, a sheet does not fill the corners of its rectangle, so the region is used instead.
     solid = ndimage.binary_closing(np.pad(region, 12), iterations=10)[12:-12, 12:-12] | region
     solid = ndimage.binary_erosion(ndimage.binary_fill_holes(solid), iterations=2, border_value=1)
     index = [np.arange(full) * side // full for full, side in zip(shape, solid.shape, strict=True)]
@@ -79,6 +79,6 @@ def _rectangle(region: np.ndarray, shape: tuple[int, ...]) -> Sheet | None:
 
 
 def _turned(x: np.ndarray, y: np.ndarray, degrees: float) -> tuple[np.ndarray, np.ndarray]:
-    """Returns coordinates along and across a direction that is turned clockwise by an angle."""
+    """Rotates coordinates: returns those along and across a direction rotated clockwise by `degrees`."""
     angle = np.deg2rad(degrees)
     return x * np.cos(angle) + y * np.sin(angle), -x * np.sin(angle) + y * np.cos(angle)

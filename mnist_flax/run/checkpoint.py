@@ -1,4 +1,4 @@
-"""The checkpoints of a run, read and checked: `checkpoints/<step>/` as `store` writes them."""
+"""Reads and checks the checkpoints of a run: `checkpoints/<step>/`, as `store` writes them."""
 
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -14,10 +14,10 @@ from mnist_flax.run import storage
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.step import TrainState, init_state
 
-SCHEMA = 2  # of what a checkpoint holds; raised when an older program could not read it correctly
+SCHEMA = 2  # of the checkpoint format; incremented when an older program could not read it correctly
 
-# The shape of a record: a dict is an object with at least these entries ("*": any other), a list an array of such
-# values, a tuple (shape, None) a value that may be null, and a type itself.
+# The schema of a record: a dict is an object with at least these keys ("*" stands for any other key), a list is an
+# array whose items all match its one element, a tuple (schema, None) may be null, and a type stands for its values.
 _NUMBER = int | float
 _LINE = {"step": int, "epoch": _NUMBER, "split": str, "seconds": _NUMBER, "*": int | float | None}
 _RECORD = {
@@ -41,7 +41,7 @@ class Run(NamedTuple):
     """A run as it was at one of its checkpoints.
 
     Attributes:
-      config: of the run.
+      config: the run's config.
       state: the arrays.
       record: everything else, as JSON: `schema`, `config`, `fingerprint` of the data, `arrays` (names and shapes),
         `holdout` (loss and accuracy, if they were just measured), and what `RunLog.snapshot` returns.
@@ -53,28 +53,28 @@ class Run(NamedTuple):
 
 
 def leaves(state: Any) -> dict[str, Any]:
-    """Returns the leaves of a tree by their paths, such as `.params['Conv_0']['kernel']`."""
+    """Returns the leaves of a tree keyed by path, such as `.params['Conv_0']['kernel']`."""
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
 
 
 def layout(state: Any) -> dict[str, str]:
-    """Returns type and shape of every leaf by its path, such as `float32(3, 3, 1, 32)`."""
+    """Returns the dtype and shape of every leaf keyed by path, such as `float32(3, 3, 1, 32)`."""
     return {name: f"{leaf.dtype}{leaf.shape}" for name, leaf in leaves(state).items()}
 
 
 def rank(holdout: Mapping[str, float]) -> tuple[float, float]:
-    """Returns what the best checkpoint has the most of: accuracy on held-out rows, and for equal ones a low loss."""
+    """Returns the sort key of a checkpoint, highest for the best: hold-out accuracy, then the lower loss."""
     return holdout["accuracy"], -holdout["loss"]
 
 
 def steps_in(folder: pathlib.Path) -> list[int]:
-    """Returns the steps of the finished checkpoints in a folder, ascending; none if there is no such folder."""
+    """Returns the steps of the finished checkpoints in a folder, ascending; empty if the folder does not exist."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
 
 
 def load_run(workdir: pathlib.Path, which: str = "latest") -> Run:
-    """Reads a checkpoint of a run on any kind and number of devices, without changing anything.
+    """Reads a checkpoint, whatever devices it was saved from, without changing anything on disk.
 
     Args:
       workdir: the run's folder, which a live process may be writing.
@@ -115,22 +115,22 @@ def _choose(workdir: pathlib.Path, folder: pathlib.Path, which: str) -> int:
 
 
 def holdouts(folder: pathlib.Path) -> dict[int, dict[str, float] | None]:
-    """Reads loss and accuracy on held-out rows of every checkpoint, None where they were not measured."""
+    """Reads the hold-out loss and accuracy of every checkpoint; None where they were not measured."""
     found: dict[int, dict[str, float] | None] = {}
     for step in steps_in(folder):
         try:
             found[step] = read_record(folder / str(step))["holdout"]
-        except Exception:  # damaged; whoever restores it reports that
+        except Exception:  # damaged; restoring it reports that
             found[step] = None
     return found
 
 
 def read_run(path: pathlib.Path, workdir: pathlib.Path) -> Run:
-    """Reads a checkpoint's folder.
+    """Reads the checkpoint in a folder.
 
     Raises:
-      WorkdirError: another version of the program wrote it, or its content is not what this program writes.
-      Exception: of other types, if it is damaged.
+      WorkdirError: another version of the program wrote it, or its contents are not what this program writes.
+      Exception: any other type if it is damaged.
     """
     record = read_record(path)
     config = read_config(record, workdir)
@@ -141,8 +141,8 @@ def read_record(path: pathlib.Path) -> dict[str, Any]:
     """Reads and checks the record of a checkpoint.
 
     Raises:
-      WorkdirError: as `read_run`.
-      Exception: of other types, if any file of the checkpoint is not what was saved.
+      WorkdirError: as in `read_run`.
+      Exception: any other type if a file of the checkpoint differs from what was saved.
     """
     record: dict[str, Any] = storage.restore_record(path)
     schema = record.get("schema") if isinstance(record, dict) else None
@@ -167,7 +167,7 @@ def _foreign(path: pathlib.Path, mistake: str) -> WorkdirError:
 
 
 def _mismatches(value: Any, shape: Any, path: str) -> Iterator[str]:
-    """Yields where a JSON value does not have a shape, in the notation of `_RECORD`."""
+    """Yields each place where a JSON value does not match a schema, written as in `_RECORD`."""
     if isinstance(shape, tuple):
         if value is not None:
             yield from _mismatches(value, shape[0], path)
@@ -209,8 +209,8 @@ def read_state(path: pathlib.Path, config: Config, record: Mapping[str, Any]) ->
     """Reads the arrays onto the default device.
 
     Raises:
-      WorkdirError: they are not the arrays that this program would have for this config.
-      Exception: of other types, if they are damaged.
+      WorkdirError: their names, dtypes or shapes are not what this program creates for this config.
+      Exception: any other type if they are damaged.
     """
     shapes = jax.eval_shape(lambda: init_state(config.program, rng.root_key(0)))
     wanted = layout(shapes)
@@ -220,7 +220,7 @@ def read_state(path: pathlib.Path, config: Config, record: Mapping[str, Any]) ->
                 f"{path}: was written by another version of this program or of optax ({name}:"
                 f" {record['arrays'].get(name)} there, {wanted.get(name)} now); use that version, or another --workdir"
             )
-    # Read into host memory: the file then does not depend on the devices that it was saved from, or is read for.
+    # Read into host memory, so that the devices need not match those that the checkpoint was saved from.
     target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
     state: TrainState = storage.restore_state(path, target)
     if int(state.step) != record["step"]:
@@ -229,7 +229,7 @@ def read_state(path: pathlib.Path, config: Config, record: Mapping[str, Any]) ->
 
 
 def check_same_run(record: Mapping[str, Any], config: Config, fingerprint: str, workdir: pathlib.Path) -> None:
-    """Checks that a checkpoint is of the run that `config` and the data describe.
+    """Checks that a checkpoint belongs to the run that `config` and the data define.
 
     Raises:
       WorkdirError: lists each field that differs, with both values.

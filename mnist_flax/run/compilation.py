@@ -1,4 +1,4 @@
-"""Compiled programs, kept on disk from one process to the next."""
+"""JAX's persistent compilation cache: compiled programs are kept on disk for later processes."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ def cache_dir() -> pathlib.Path:
     """Returns where programs are kept: `$JAX_COMPILATION_CACHE_DIR`, or a folder in the user's cache folder.
 
     Raises:
-      OSError: the user has no home folder, so there is no such place.
+      OSError: the user has no home folder, so there is no default location.
     """
     chosen = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -28,8 +28,8 @@ def cache_dir() -> pathlib.Path:
 def keep_programs() -> None:
     """Turns on JAX's persistent compilation cache, for small programs too: later processes start faster.
 
-    JAX's own environment variables take precedence: JAX_ENABLE_COMPILATION_CACHE=false turns it off. A cache that
-    cannot be read or written costs a message and never the run.
+    JAX's own environment variables take precedence: JAX_ENABLE_COMPILATION_CACHE=false turns it off. If the cache
+    cannot be read or written, a message says so and the run goes on.
     """
     try:
         folder = cache_dir()
@@ -38,7 +38,7 @@ def keep_programs() -> None:
         logger.info("compiled programs are not kept: %s", error)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    # By default JAX keeps only what took a second to compile: almost nothing of a small network.
+    # By default JAX caches only programs that took a second or more to compile, which excludes most of a small network.
     for option, value in {
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,

@@ -1,4 +1,4 @@
-"""The standard streams: losing the console never stops a run, and a reader who has seen enough is no error."""
+"""Standard streams: losing the console never stops a run, and a closed pipe (`| head -1`) prints no error."""
 
 import contextlib
 import io
@@ -24,7 +24,7 @@ class OutputError(UserError):
 
 
 class _Stream:
-    """A text stream that hands a failed write to `fail`, after replacing what it writes to by the null device."""
+    """A text stream that, when a write fails, redirects itself to the null device and then calls `fail`."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -48,7 +48,7 @@ class _Stream:
             self._lose(error)
 
     def _lose(self, error: Exception) -> None:
-        with contextlib.suppress(OSError, ValueError):  # so that what is still buffered fails no more
+        with contextlib.suppress(OSError, ValueError):  # so that flushing what is still buffered cannot fail again
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self._stream.fileno())
             os.close(null)
@@ -63,7 +63,7 @@ class Console(_Stream):
 
 
 class Output(_Stream):
-    """Standard output: a program that cannot write its results ends."""
+    """Standard output: a program that cannot write its results exits."""
 
     def fail(self, error: Exception) -> NoReturn:
         """Ends the program."""
@@ -79,12 +79,12 @@ class _Handler(logging.Handler):
 
 
 def open_streams() -> None:
-    """Makes the standard streams safe to use, whatever the parent process has left of them."""
+    """Makes the standard streams safe to use even if the parent process closed some of them."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets this number, which the next file would get: a checkpoint, say
+            os.open(os.devnull, os.O_RDWR)  # takes this number, or the next open file would: a checkpoint, say
     if sys.stdin is None:
         sys.stdin = open(0, closefd=False)  # noqa: SIM115
     for name, descriptor, wrapper in (("stdout", 1, Output), ("stderr", 2, Console)):
@@ -98,7 +98,7 @@ def open_streams() -> None:
 
 
 def log_to_console() -> None:
-    """Sends the messages of this package to standard error."""
+    """Sends this package's log messages to standard error."""
     package = logging.getLogger("mnist_flax")
     package.handlers = [_Handler()]
     package.setLevel(logging.INFO)

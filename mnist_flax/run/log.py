@@ -1,4 +1,4 @@
-"""The log of a run: what its steps and evaluations measured, in metrics.jsonl and TensorBoard."""
+"""The log of a run: metrics of its steps and evaluations, in metrics.jsonl and TensorBoard."""
 
 import json
 import math
@@ -15,22 +15,22 @@ from mnist_flax.run.provenance import versions
 from mnist_flax.run.tensorboard import Events
 
 Record = dict[str, Any]  # one line of metrics.jsonl
-Sums = dict[str, float]  # over the examples of some steps: "loss", "accuracy" (number right), "examples", and any other
+Sums = dict[str, float]  # over the examples of some steps: "loss", "accuracy" (number correct), "examples" and others
 
 
 class RunLog:
     """The log of one run.
 
-    All that it knows goes into every checkpoint, and a resumed run starts from there and writes its files anew: what a
-    killed run wrote after its last checkpoint, or only half wrote, makes no difference.
+    Every checkpoint contains the whole log, and a resumed run rewrites its files from it. So whatever a killed run
+    wrote after its last checkpoint, in full or in part, makes no difference.
 
     Attributes:
       step: finished updates.
-      seconds: of training, over all processes that took part; compiling, evaluating and saving do not count, nor does
-        what a killed process did after its last checkpoint.
-      restarts: how often the training was resumed from a checkpoint.
-      origin: how the run began, as JSON.
-      versions: of the packages; one entry for each time they changed on a restart, the current ones last.
+      seconds: training time, summed over restarts; compiling, evaluating and saving do not count, nor does what a
+        killed process did after its last checkpoint.
+      restarts: how often training was resumed from a checkpoint.
+      origin: how the run started, as JSON.
+      versions: package versions; one entry for each time they changed on a restart, the current ones last.
     """
 
     def __init__(
@@ -44,10 +44,10 @@ class RunLog:
         """Starts from the record of a checkpoint, or from one that holds only an origin.
 
         Args:
-          config: of the run.
-          folder: of the run; None writes no files, because another process does.
+          config: the run's config.
+          folder: the run's folder; None writes no files, because another process does.
           saved: the record.
-          learning_rate: of the update that follows so many finished ones.
+          learning_rate: maps the number of finished updates to the learning rate of the next one.
 
         Raises:
           WorkdirError: the files cannot be written.
@@ -62,8 +62,8 @@ class RunLog:
         if self.versions[-1:] != [versions()]:
             self.versions.append(versions())
         self._records: list[Record] = list(saved.get("log", ()))
-        self._window: list[Sums] = list(saved.get("window", ()))  # of each step since the last train line
-        self._epoch: Sums = dict(saved.get("epoch_sums", {}))  # of the epoch so far
+        self._window: list[Sums] = list(saved.get("window", ()))  # one per step since the last train line
+        self._epoch: Sums = dict(saved.get("epoch_sums", {}))  # over the epoch so far
         self._metrics = folder / workdirs.METRICS if folder else None
         if self._metrics:
             workdirs.write_text(self._metrics, "".join(json.dumps(record) + "\n" for record in self._records))
@@ -72,7 +72,7 @@ class RunLog:
             self._events = Events(folder, self._records, self.seconds)
 
     def snapshot(self) -> dict[str, Any]:
-        """Returns what a checkpoint at this step has to hold for a resumed run to write the same log."""
+        """Returns what a checkpoint must hold so that a resumed run writes the same log."""
         return {
             "step": self.step,
             "seconds": self.seconds,
@@ -88,9 +88,9 @@ class RunLog:
         """Adds the steps that follow the last one.
 
         Args:
-          metrics: of each step, `[n]`: sums over its examples. `loss`, `accuracy` (number right) and `examples` must be
-            there; any other key is logged like them, divided by `examples`.
-          seconds: that the steps took together.
+          metrics: sums over the examples of each step, `[n]`. `loss`, `accuracy` (number correct) and `examples` are
+            required; any other key is logged in the same way, divided by `examples`.
+          seconds: total time of the steps.
 
         Raises:
           NonFiniteLossError: a loss is NaN or infinite.
@@ -114,7 +114,7 @@ class RunLog:
                 self._window = []
 
     def evaluation(self, split: str, *, loss: float, accuracy: float, examples: int, **others: float) -> None:
-        """Adds an evaluation on `holdout` or `test` at this step.
+        """Logs an evaluation on `holdout` or `test` at this step.
 
         Raises:
           NonFiniteLossError: the loss is NaN or infinite.
@@ -128,7 +128,7 @@ class RunLog:
         return means([self._epoch])
 
     def sync(self) -> None:
-        """Waits until metrics.jsonl would survive a power failure.
+        """Flushes metrics.jsonl to disk, so that it survives a power failure.
 
         Raises:
           WorkdirError: it cannot be written.
@@ -150,7 +150,7 @@ def check_finite(value: float, subject: str) -> None:
     """Stops a run that would only corrupt its weights.
 
     Raises:
-      NonFiniteLossError: `value` is NaN or infinite; the message opens with `subject`.
+      NonFiniteLossError: `value` is NaN or infinite; the message starts with `subject`.
     """
     if not math.isfinite(value):
         raise NonFiniteLossError(
@@ -162,8 +162,8 @@ def check_finite(value: float, subject: str) -> None:
 def means(steps: Iterable[Sums]) -> Record:
     """Returns the means over the examples of some steps, each example counted once.
 
-    A metric that only some of the steps have, because it was added when a run was resumed, is the mean over those. One
-    that is not finite is None, because JSON has no such number.
+    A metric that only some of the steps have, because it was added when a run was resumed, is averaged over those. A
+    mean that is not finite becomes None, because JSON has no such number.
     """
     steps = list(steps)
     record: Record = {}

@@ -1,9 +1,9 @@
-"""Several processes as one program: how they find each other, agree, and end together.
+"""Multi-process runs: how the processes join, agree on decisions and exit together.
 
-All run the same command. They compute together on all devices, by the same calls in the same order
-(`jax.distributed`); only the first one, the primary, prints and writes files. What one process knows alone, such as the
-time or a signal, decides nothing until all have agreed on it. When one is gone, none can continue: the others end too,
-and the same commands, with the same number of processes or another, continue from the newest checkpoint.
+All processes run the same command. They compute on all devices together by making the same JAX calls in the same order
+(`jax.distributed`); only process 0, the primary, prints and writes files. The time and signals differ between
+processes, so no process acts on its own: first all agree on one value. If one process dies, none can continue: the
+others exit too, and the same commands, with any number of processes, resume from the newest checkpoint.
 """
 
 import contextlib
@@ -26,25 +26,24 @@ from mnist_flax.run import console, signals
 logger = logging.getLogger(__name__)
 
 JOIN_SECONDS = 120  # how long a process waits for the others to start
-HEARTBEAT_SECONDS = 20  # how long one may be silent before it counts as gone
-LEAVE_SECONDS = 3  # the others cannot outlive the primary, so it waits this long for their last messages
+HEARTBEAT_SECONDS = 20  # a process that sends no heartbeat for this long counts as lost
+LEAVE_SECONDS = 3  # JAX kills the others when the primary exits, so it first gives them this long to print
 
-# What JAX, its collectives and its coordination service say when another process is gone.
+# Words in the errors that JAX, its collectives and its coordination service raise when another process is lost.
 _LOST = re.compile("gloo|nccl|unavailable|deadline.exceeded|cancelled|aborted|coordination", re.IGNORECASE)
 
 
 def join(coordinator: str | None, num_processes: int | None, process_index: int | None) -> None:
-    """Makes this process one of several; to be called before JAX computes anything.
+    """Joins this process to a multi-process run; call it before JAX computes anything.
 
     Args:
-      coordinator: `host:port` on the machine of the first process, the same for all. All three arguments may be None:
-        JAX learns them from SLURM, Open MPI, GKE or Cloud TPU.
-      num_processes: how many there are.
-      process_index: which of them this one is, from 0.
+      coordinator: `host:port` of process 0, the same for all. If all three arguments are None, JAX infers them from
+        SLURM, Open MPI, GKE or Cloud TPU.
+      num_processes: how many processes the run has.
+      process_index: the index of this process, from 0.
 
     Raises:
-      ConfigError: only some of the three are given, or JAX cannot find them out, or the first process cannot be
-        reached.
+      ConfigError: only some of the three are given, JAX cannot infer them, or process 0 cannot be reached.
     """
     given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_index": process_index}
     missing = [name for name, value in given.items() if value is None]
@@ -72,7 +71,9 @@ def join(coordinator: str | None, num_processes: int | None, process_index: int 
 
 
 def _wait_for(coordinator: str, *, is_first: bool) -> None:
-    """Waits until the first process answers: JAX kills one that cannot reach it before we can print anything.
+    """Waits until process 0 accepts connections.
+
+    JAX kills a process that cannot reach the coordinator before we can print anything.
 
     Raises:
       ConfigError: the address is invalid, or nothing answers there.
@@ -95,18 +96,18 @@ def _wait_for(coordinator: str, *, is_first: bool) -> None:
 
 
 def leave() -> None:
-    """Disconnects this process from the others, when all have finished."""
+    """Disconnects this process from the others after all have finished."""
     if jax.process_count() > 1:
         jax.distributed.shutdown()
 
 
 def is_primary() -> bool:
-    """Returns whether this is the process that prints and writes files; a single one is."""
+    """Returns whether this process is the primary, which prints and writes files; a single process always is."""
     return jax.process_index() == 0
 
 
 def agree(*numbers: int) -> tuple[int, ...]:
-    """Returns the maximum of each number over all processes, and waits for all of them."""
+    """Returns the maximum of each number over all processes; blocks until every process has called it."""
     if jax.process_count() == 1:
         return numbers
     from jax.experimental import multihost_utils
@@ -115,16 +116,16 @@ def agree(*numbers: int) -> tuple[int, ...]:
 
 
 def stop_signals() -> Sequence[signal.Signals]:
-    """Returns the signals that ask a run to stop; with several processes, JAX handles SIGTERM (`Store.preemption`)."""
+    """Returns the signals that stop a run, without SIGTERM in multi-process runs (see `Store.preemption`)."""
     return [signum for signum in signals.SIGNALS if signum != signal.SIGTERM or jax.process_count() == 1]
 
 
 @contextlib.contextmanager
 def bound_together() -> Iterator[None]:
-    """Ends this process at once if it is one of several and an error occurs, here or in another one.
+    """In a multi-process run, exits immediately if an error occurs in this process or another.
 
-    The others notice within `HEARTBEAT_SECONDS`, usually at once, and end in the same way. A normal exit would wait for
-    them: in a save that all take part in, or in JAX's shutdown. A kill would lose no less.
+    The others notice within `HEARTBEAT_SECONDS`, usually at once, and exit the same way. A normal exit could hang
+    waiting for them, in a collective save or in JAX's shutdown. Nothing is lost that a kill would not lose.
     """
     try:
         yield
@@ -135,7 +136,7 @@ def bound_together() -> Iterator[None]:
 
 
 def _end(error: BaseException) -> NoReturn:
-    """Prints the error, as `cli.run` would, and ends the process."""
+    """Prints the error as `cli.run` would, and exits."""
     if not isinstance(error, UserError) and isinstance(error, Exception) and _LOST.search(str(error)):
         error = LostPeerError(
             f"another of the {jax.process_count()} processes is gone or out of reach"

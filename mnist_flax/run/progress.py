@@ -1,4 +1,4 @@
-"""How far the training is, on the console: a bar on a terminal, a line now and then elsewhere."""
+"""Training progress on the console: a progress bar on a terminal, otherwise a line from time to time."""
 
 import logging
 import sys
@@ -18,13 +18,13 @@ Values = Mapping[str, Any]  # "loss", "accuracy" and others
 
 
 class Progress:
-    """The progress of M runs that are trained together; M is 1 for a single run."""
+    """Shows the progress of M runs that train together; M is 1 for a single run."""
 
     def __init__(self, config: Config, step: int, *, num_runs: int = 1, quiet: bool = False) -> None:
         """Starts at `step`.
 
         Args:
-          config: of the runs, which have the same number of steps.
+          config: a config of the runs, which all have the same number of steps.
           step: finished updates.
           num_runs: M.
           quiet: show nothing, because another process does.
@@ -33,7 +33,7 @@ class Progress:
         self._num_runs = num_runs
         self._total = num_runs * config.num_train * config.train.epochs
         self._done = num_runs * examples_until(config, step)
-        self._examples, self._seconds = 0, 0.0  # of this process, for its speed
+        self._examples, self._seconds = 0, 0.0  # in this process, to compute its speed
         self._holdouts: Sequence[Values] = ()
         is_terminal = sys.stderr.isatty()
         self._prints_between_epochs = not quiet and not is_terminal
@@ -52,8 +52,8 @@ class Progress:
 
         Args:
           step: finished updates.
-          seconds: that the steps since then took, for all runs together.
-          epochs: of each run, its means over the epoch so far.
+          seconds: time that the steps since then took, for all runs together.
+          epochs: for each run, its means over the epoch so far.
         """
         done = self._num_runs * examples_until(self._config, step)
         examples, self._done = done - self._done, done
@@ -72,8 +72,8 @@ class Progress:
 
         Args:
           step: finished updates.
-          epochs: of each run, its means over the epoch.
-          holdouts: of each run, its evaluation on the rows held out, or None if there are none.
+          epochs: for each run, its means over the epoch.
+          holdouts: for each run, its evaluation on the held-out rows, or None if there are none.
         """
         self._holdouts = [holdout for holdout in holdouts if holdout]
         self._line(step, epochs)

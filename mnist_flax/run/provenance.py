@@ -1,4 +1,4 @@
-"""What a result was made with: versions, device and commit."""
+"""What produced a result: package versions, device and commit."""
 
 import importlib.metadata
 import pathlib
@@ -23,7 +23,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str:
-    """Returns the commit of the code, with `+changes` if files differ from it; empty outside a checkout."""
+    """Returns the commit of the code, with `+changes` if tracked files were modified; empty outside a checkout."""
     folder = pathlib.Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
@@ -39,7 +39,7 @@ def git_commit() -> str:
 
 
 def cpu_name() -> str:
-    """Returns the name of the processor model, or at least its architecture."""
+    """Returns the CPU model name, or its architecture if the name is unknown."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP: heard at once, whatever the main thread is doing."""
+"""Handles Ctrl-C, SIGTERM and SIGHUP at once, whatever the main thread is doing."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, *([HANGUP] if HANGUP else []))
 
 
 class Interrupted(UserError):
-    """The run was asked to stop; everything that was trained is saved."""
+    """The run was asked to stop; all training so far is saved."""
 
     def __init__(self, message: str, signum: int) -> None:
         """Sets the exit status that shells expect after a signal: 128 plus its number."""
@@ -26,7 +26,7 @@ class StopRequest:
     """Whether a signal has asked the run to stop.
 
     Attributes:
-      signum: the number of the first signal, None before it arrives.
+      signum: the number of the first signal; None until one arrives.
     """
 
     def __init__(self) -> None:
@@ -38,15 +38,15 @@ class StopRequest:
         if self.signum is None:
             self.signum = signum
             _print("\nstopping after this step; a second signal ends the program at once\n")
-        elif signum != HANGUP:  # a closed terminal and its shell both send one
+        elif signum != HANGUP:  # the terminal and its shell may both send SIGHUP
             end_process(128 + signum)
 
 
 def end_process(status: int, message: str = "") -> NoReturn:
-    """Ends the process now: no clean-up, no waiting for threads, libraries or other processes.
+    """Exits the process now, without clean-up and without waiting for threads, libraries or other processes.
 
-    The only call of `os._exit`. An exception would not do: a config file may catch it, a callback may lose it, a
-    library that is being imported may crash over it, and JAX waits at a normal exit for processes that are gone.
+    This is the only call of `os._exit`. An exception would not work: a config file may catch it, a callback may
+    swallow it, a library may crash on it while it is imported, and on a normal exit JAX waits for dead processes.
     """
     _print(message)
     os._exit(status)
@@ -61,12 +61,12 @@ def _print(message: str) -> None:
 def listening(receive: Callable[[int], None], signals: Sequence[signal.Signals] = SIGNALS) -> Iterator[None]:
     """Calls `receive` with the number of each signal, in a thread, while the context lasts.
 
-    Python runs a signal handler in the main thread, and only between two of its own instructions: not while XLA
-    compiles, the device is waited for, or another process is. So the handlers do nothing, and a thread reads the file
-    descriptor to which the interpreter writes each signal's number on arrival.
+    Python runs signal handlers in the main thread, between two bytecode instructions: not while XLA compiles, nor while
+    it waits for the device or another process. So the handlers do nothing, and a thread reads the wakeup file
+    descriptor, to which the interpreter writes the number of each signal when it arrives.
 
-    Only the main thread can do this; elsewhere nothing happens. A signal that the parent process chose to ignore, as
-    `nohup` does, stays ignored.
+    Only the main thread can install handlers; in other threads this does nothing. A signal that the parent process set
+    to be ignored, as `nohup` does, stays ignored.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

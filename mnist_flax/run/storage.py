@@ -1,8 +1,8 @@
 """One checkpoint on disk: the only module that knows Orbax.
 
-A checkpoint is a folder with two Orbax items: `state`, the arrays, and `record`, everything else that the run is at
-that step, as JSON. `files.sha256` beside them holds a checksum of every file, in the format of `sha256sum -c`. No file
-is given to Orbax before its checksum is compared: what the libraries below do with a damaged one is hard to foresee.
+A checkpoint is a folder with two Orbax items: `state`, the arrays, and `record`, the rest of the run's state at that
+step, as JSON. `files.sha256` beside them holds the checksum of every file, in the format of `sha256sum -c`. Checksums
+are verified before Orbax reads any file, because the libraries below it behave unpredictably on damaged files.
 """
 
 import contextlib
@@ -18,11 +18,11 @@ from typing import Any
 import jax
 
 CHECKSUMS = "files.sha256"
-_SAVING = threading.Lock()  # Orbax gives concurrent saves, even of different runs, the same number, and confuses them
+_SAVING = threading.Lock()  # Orbax gives concurrent saves the same number, even of different runs, and mixes them up
 
 
 def checksums(folder: pathlib.Path) -> str:
-    """Returns a line for every file in a checkpoint: its SHA-256 and its path."""
+    """Returns one line for each file in a checkpoint: its SHA-256 and its path."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
     return "".join(
         f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.relative_to(folder).as_posix()}\n" for file in files
@@ -33,7 +33,7 @@ def write(folder: pathlib.Path, state: Any, record: dict[str, Any]) -> None:
     """Writes a checkpoint without its checksums; all processes take part, each at the same call.
 
     Raises:
-      Exception: of various types; Orbax and TensorStore report a full disk as a ValueError, for example.
+      Exception: many types; for example, Orbax and TensorStore report a full disk as a ValueError.
     """
     import orbax.checkpoint as ocp
 
@@ -46,7 +46,7 @@ def restore_record(folder: pathlib.Path) -> Any:
     """Reads the record of a checkpoint.
 
     Raises:
-      Exception: of various types, if any file of the checkpoint is not what was saved.
+      Exception: many types, if a file of the checkpoint differs from what was saved.
     """
     import orbax.checkpoint as ocp
 
@@ -60,10 +60,10 @@ def restore_record(folder: pathlib.Path) -> Any:
 
 
 def restore_state(folder: pathlib.Path, target: Any) -> Any:
-    """Reads the arrays of a checkpoint into host memory; `target` has the same tree, shapes and types.
+    """Reads the arrays of a checkpoint into host memory; `target` has the same tree, shapes and dtypes.
 
     Raises:
-      Exception: of various types, if they cannot be read.
+      Exception: many types, if they cannot be read.
     """
     import orbax.checkpoint as ocp
 
@@ -73,15 +73,15 @@ def restore_state(folder: pathlib.Path, target: Any) -> Any:
 
 @contextlib.contextmanager
 def _checkpointer(*, all_processes: bool = False) -> Iterator[Any]:
-    """Opens Orbax, and reports its failures by the raised exception alone.
+    """Opens an Orbax checkpointer whose failures raise an exception but log nothing.
 
     Args:
       all_processes: all processes make the same calls and wait for each other; otherwise this one acts alone.
     """
     import orbax.checkpoint as ocp
 
-    # With named processes Orbax waits through JAX's coordination service. It would use a collective on the devices
-    # otherwise, which would run between the training steps, because saving is in the background.
+    # If the processes are listed, Orbax synchronises them through JAX's coordination service. Otherwise it would run a
+    # collective on the devices, in between the training steps, because saving happens in the background.
     index, count = jax.process_index(), jax.process_count()
     options = ocp.options.MultiprocessingOptions(
         primary_host=0 if all_processes else index,
@@ -106,6 +106,6 @@ def _checkpointer(*, all_processes: bool = False) -> Iterator[Any]:
 
 @functools.cache  # once
 def _silence_closed_loops() -> None:
-    """Hides what Python prints when threads of a failed save find their event loop closed, some time later."""
+    """Hides the errors that Python prints when threads of a failed save later find their event loop closed."""
     report = sys.unraisablehook
     sys.unraisablehook = lambda failure: None if "loop is closed" in str(failure.exc_value) else report(failure)

@@ -1,12 +1,13 @@
-"""Saving and resuming: the checkpoints of a run that is being trained.
+"""Saves, restores and prunes the checkpoints of a run during training.
 
-A checkpoint is written under another name, and renamed when it is complete and on the disk: a folder whose name is a
-number was finished once, and its checksums tell whether it still is what it was.
+A checkpoint is written under a temporary name, flushed to disk, and only then renamed to its step number. So a folder
+whose name is a number was complete when it was renamed, and its checksums show whether it is still intact.
 
 Orbax's `CheckpointManager` (0.12.8) was tried. Its `AnyPreservationPolicy([LatestN(n), BestN(m)])` keeps what `_prune`
 keeps, but the rest is missing: it has no hook between writing and renaming, where checksums and fsync belong; it
 deletes under the checkpoint's own name, so a kill leaves a damaged folder that looks finished; it raises when the
-newest is damaged instead of restoring the one before; and a checkpoint with damaged metrics silently stops being best.
+newest is damaged instead of restoring the previous one; and it silently stops ranking a checkpoint whose metrics are
+damaged.
 """
 
 import concurrent.futures
@@ -33,7 +34,7 @@ _UNFINISHED = ".unfinished"  # the suffix of a checkpoint while it is being writ
 
 
 class Store:
-    """The checkpoints of one run; `open_store` makes it."""
+    """The checkpoints of one run; created by `open_store`."""
 
     def __init__(
         self, config: Config, fingerprint: str, workdir: pathlib.Path, executor: concurrent.futures.Executor
@@ -47,12 +48,12 @@ class Store:
         self._holdouts = checkpoint.holdouts(self._folder)
 
     def save(self, state: TrainState, record: dict[str, Any], *, holdout: dict[str, float] | None = None) -> None:
-        """Saves in the background; the arrays are copied before it returns, so the state may be donated.
+        """Saves in the background; the arrays are copied before this returns, so the state may be donated.
 
         Args:
-          state: after its step.
+          state: the training state; its step becomes the name of the checkpoint.
           record: what `RunLog.snapshot` returns.
-          holdout: loss and accuracy on held-out rows, if they were just measured.
+          holdout: loss and accuracy on hold-out rows, if evaluated at this step.
 
         Raises:
           WorkdirError: the previous save failed.
@@ -64,20 +65,20 @@ class Store:
         self._saving = self._executor.submit(self._write, arrays, record)
 
     def wait(self) -> None:
-        """Returns when everything saved is on the disk.
+        """Waits until the last save is on disk.
 
         Raises:
-          WorkdirError: it cannot be written; the checkpoints that were there before are kept.
+          WorkdirError: that save failed; earlier checkpoints are kept.
         """
         saving, self._saving = self._saving, None
         if saving:
             saving.result()
 
     def preemption(self, call: int) -> int:
-        """Returns SIGTERM if one of several processes received it, otherwise 0; a single process hears its own signals.
+        """Returns SIGTERM if any of several processes received it, otherwise 0; a single process handles its own.
 
         Args:
-          call: the number of this call, from 0, the same in all processes: JAX answers all of them alike.
+          call: counts the calls from 0, equally in all processes, so that JAX gives all of them the same answer.
         """
         if jax.process_count() == 1:
             return 0
@@ -86,16 +87,16 @@ class Store:
         return signal.SIGTERM if multihost.reached_preemption(call) else 0
 
     def restore_latest(self) -> tuple[checkpoint.Run | None, list[str]]:
-        """Restores the newest good checkpoint.
+        """Restores the newest intact checkpoint.
 
-        With several processes the primary chooses, and the others read what it chose.
+        With several processes, the primary chooses the checkpoint and the others load the same one.
 
         Returns:
-          The run as it was there, None if there is no good one, and a message for each damaged one that was skipped.
-          Damaged ones are moved to a folder beside, so that their steps can be saved again.
+          The run as of that checkpoint, or None if no checkpoint is intact; and a message for each damaged checkpoint
+          that was skipped. Damaged checkpoints are moved to a separate folder, so that their steps can be saved again.
 
         Raises:
-          WorkdirError: the newest readable one is of another run.
+          WorkdirError: the newest readable checkpoint belongs to another run.
         """
         found, skipped = self._newest_good() if processes.is_primary() else (None, [])
         (chosen,) = processes.agree(found.record["step"] if found else -1)
@@ -129,9 +130,9 @@ class Store:
         return target
 
     def _write(self, arrays: TrainState, record: dict[str, Any]) -> None:
-        """Writes a checkpoint, and then deletes those that need not be kept.
+        """Writes a checkpoint, then prunes old ones.
 
-        All processes take part in writing the arrays; the rest is left to the primary.
+        All processes take part in writing the arrays; only the primary does the rest.
         """
         step = int(arrays.step)
         unfinished = self._folder / f"{step}{_UNFINISHED}"
@@ -141,7 +142,7 @@ class Store:
         try:
             workdirs.subfolder(self._workdir, workdirs.CHECKPOINTS)
             needed = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)) + 2**16
-            if shutil.disk_usage(self._folder).free < needed:  # better than to fail half way
+            if shutil.disk_usage(self._folder).free < needed:  # better to fail now than halfway
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             storage.write(unfinished, arrays, record)
             workdirs.write_text(unfinished / storage.CHECKSUMS, storage.checksums(unfinished))
@@ -160,23 +161,23 @@ class Store:
             ) from error
 
     def _prune(self) -> None:
-        """Deletes all but the newest and, of those with held-out rows, the best."""
+        """Deletes all checkpoints except the newest and, of those with hold-out metrics, the best."""
         cadence = self._config.checkpoint
         ranked = {step: checkpoint.rank(holdout) for step, holdout in self._holdouts.items() if holdout}
         best = sorted(ranked, key=lambda step: (ranked[step], step), reverse=True)[: cadence.keep_best]
         latest = sorted(self._holdouts)[-cadence.keep_latest :]
         for step in self._holdouts.keys() - {*best, *latest}:
-            # Renamed first: a process that is killed in between leaves nothing that looks like a checkpoint.
+            # Renamed first, so that a process killed during deletion leaves nothing that looks like a checkpoint.
             workdirs.remove((self._folder / str(step)).rename(self._folder / f"{step}{_UNFINISHED}"))
             del self._holdouts[step]
 
 
 @contextlib.contextmanager
 def open_store(config: Config, fingerprint: str, workdir: pathlib.Path) -> Iterator[Store]:
-    """Opens the checkpoints of a run to continue it; on leaving, waits for the save that is in progress.
+    """Opens the checkpoints of a run; on exit, waits for the save in progress.
 
-    What an earlier process left unfinished is deleted. Kept are the newest `checkpoint.keep_latest` and, of those with
-    held-out rows, the best `checkpoint.keep_best`.
+    Deletes checkpoints that an earlier process left unfinished. While training, the newest `checkpoint.keep_latest`
+    checkpoints are kept and, of those with hold-out metrics, the best `checkpoint.keep_best`.
 
     Raises:
       WorkdirError: the last save failed.
@@ -192,7 +193,7 @@ def open_store(config: Config, fingerprint: str, workdir: pathlib.Path) -> Itera
 
 
 def _clean(folder: pathlib.Path) -> None:
-    """Deletes unfinished checkpoints, ours and those that Orbax left under our name."""
+    """Deletes unfinished checkpoints, including the temporary folders that Orbax derives from our names."""
     if folder.is_symlink():
         return
     for leftover in folder.glob(f"*{_UNFINISHED}*"):

@@ -1,4 +1,4 @@
-"""TensorBoard's view of metrics.jsonl."""
+"""Writes the lines of metrics.jsonl as TensorBoard events."""
 
 import pathlib
 import socket
@@ -9,24 +9,25 @@ from typing import Any
 
 from mnist_flax.run import workdir as workdirs
 
-_NOT_SHOWN = {"step", "epoch", "split", "examples", "seconds"}  # every other entry of a line is a curve
+_NOT_SHOWN = {"step", "epoch", "split", "examples", "seconds"}  # every other key of a line becomes a curve
 
 
 class Events:
-    """One event file, complete after every line, and written anew when a run is resumed.
+    """One event file, complete after every line and rewritten when a run is resumed.
 
-    tensorboardX's own writer puts events through a queue to a thread: a killed process loses the last ones, and on a
-    full disk it waits for ever. So only its protocol buffers and checksum are used. The wall time of an event is the
-    start of the process plus the seconds of training, so `relative` on TensorBoard's axis means training time.
+    tensorboardX's own writer queues events for a background thread: a killed process loses the last ones, and on a
+    full disk it hangs. So only its protocol buffers and checksum are used. The wall time of an event is the
+    start time of the process plus the seconds of training since then, so TensorBoard's `relative` axis shows training
+    time.
     """
 
     def __init__(self, workdir: pathlib.Path, records: Sequence[Mapping[str, Any]], seconds: float) -> None:
-        """Replaces the files of earlier processes by one with the same events.
+        """Replaces the event files of earlier processes by one with the same events.
 
         Args:
           workdir: the run's folder.
           records: the lines of metrics.jsonl so far.
-          seconds: of training so far.
+          seconds: training time so far.
 
         Raises:
           WorkdirError: the file cannot be written.
@@ -40,7 +41,7 @@ class Events:
         with workdirs.as_workdir_error(folder):
             for old in folder.glob("*tfevents*"):
                 old.unlink()
-        # The second event makes a running TensorBoard forget what it read from the file before.
+        # The second event makes a running TensorBoard discard what it read from the earlier file.
         first = (
             Event(wall_time=self._origin, file_version="brain.Event:2"),
             Event(wall_time=self._origin, step=0, session_log=SessionLog(status=SessionLog.START)),
@@ -67,7 +68,7 @@ class Events:
 
 
 def _frame(event: Any) -> bytes:
-    """Puts an event between its length and its checksums, as TFRecord files have it."""
+    """Frames an event as a TFRecord: length, checksum of the length, data, checksum of the data."""
     from tensorboardX.record_writer import masked_crc32c
 
     data = event.SerializeToString()

@@ -1,4 +1,4 @@
-"""The trained weights in a file that needs no framework to read."""
+"""Saves the trained weights in a file that can be read without JAX or Flax."""
 
 import json
 import pathlib
@@ -13,9 +13,9 @@ from mnist_flax.run import workdir as workdirs
 
 
 def save_weights(config: Config, workdir: pathlib.Path, variables: Mapping[str, Any]) -> None:
-    """Writes what `forward` needs into `weights.safetensors`.
+    """Writes the variables that `forward` takes to `weights.safetensors`.
 
-    The names are paths such as `params/Conv_0/kernel`; the metadata hold the config as JSON.
+    Tensors are named by their path, such as `params/Conv_0/kernel`; the metadata contains the config as JSON.
 
     Raises:
       WorkdirError: the file cannot be written.

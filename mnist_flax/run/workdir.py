@@ -1,7 +1,8 @@
-"""The folder of a run: its files, its owner, and writes that are complete or do not happen.
+"""The folder of a run: its file names, its lock, and atomic writes.
 
-A run may come from a stranger. No function here that writes follows a symbolic link inside the run's folder: files are
-replaced rather than written through, and `subfolder` accepts only real folders. Write with nothing else.
+A run's folder may come from an untrusted source. So no function here that writes follows a symbolic link inside it:
+links are replaced rather than written through, and `subfolder` accepts only real folders. Always write through these
+functions.
 """
 
 import contextlib
@@ -43,7 +44,7 @@ def check(workdir: pathlib.Path) -> None:
     """
     try:
         with contextlib.suppress(FileNotFoundError):
-            os.stat(workdir)  # `exists` would hide why it cannot be read
+            os.stat(workdir)  # unlike `exists`, `stat` raises the reason why it cannot be read
         if workdir.exists() and not workdir.is_dir():
             raise WorkdirError(f"--workdir={workdir}: is a file; name a folder")
         names = {path.name for path in workdir.iterdir()} if workdir.is_dir() else set()
@@ -57,9 +58,9 @@ def check(workdir: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def claim(workdir: pathlib.Path) -> Iterator[None]:
-    """Makes `workdir` and locks it for this process; removes it again if nothing was written.
+    """Creates `workdir` and locks it for this process; deletes it again if nothing was written.
 
-    The operating system releases the lock when the process ends, however it ends.
+    The operating system releases the lock when the process ends, even if it is killed.
 
     Raises:
       WorkdirError: another process holds the lock, or the folder cannot be written.
@@ -104,7 +105,7 @@ def _now() -> str:
 
 
 def _remove_temporary_files(workdir: pathlib.Path) -> None:
-    """Removes what `write_bytes` left when a process was killed."""
+    """Deletes temporary files that `write_bytes` left when a process was killed."""
     folders = [workdir, *(path for path in workdir.iterdir() if path.is_dir() and not path.is_symlink())]
     for path in (path for folder in folders for path in folder.glob(".*.tmp")):
         with contextlib.suppress(OSError):
@@ -112,7 +113,7 @@ def _remove_temporary_files(workdir: pathlib.Path) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """Returns in one short line why an operation failed."""
+    """Returns a one-line reason for a failed operation."""
     if getattr(error, "errno", None) == errno.ELOOP:
         return "a symbolic link, which is not followed inside a run's folder"
     lines = (getattr(error, "strerror", None) or str(error)).strip().splitlines()
@@ -121,10 +122,10 @@ def reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def as_workdir_error(subject: object, remedy: str = RESUMES) -> Iterator[None]:
-    """Raises an OSError that occurs inside as `<subject>: cannot be written (<reason>); <remedy>`.
+    """Converts an OSError raised inside into `<subject>: cannot be written (<reason>); <remedy>`.
 
     Raises:
-      WorkdirError: instead of the OSError.
+      WorkdirError: in place of the OSError.
     """
     try:
         yield
@@ -148,10 +149,10 @@ def inside(workdir: pathlib.Path, *names: str, remedy: str = RESUMES) -> pathlib
 
 
 def subfolder(workdir: pathlib.Path, *names: str, remedy: str = RESUMES) -> pathlib.Path:
-    """Makes a folder inside a run's folder, if it is missing, and returns it.
+    """Creates a folder inside a run's folder if it is missing, and returns it.
 
     Raises:
-      WorkdirError: it cannot be made, or a symbolic link or a file is in the way.
+      WorkdirError: it cannot be created, or a symbolic link or a file is in the way.
     """
     folder = inside(workdir, *names, remedy=remedy)
     with as_workdir_error(folder, remedy):
@@ -160,10 +161,10 @@ def subfolder(workdir: pathlib.Path, *names: str, remedy: str = RESUMES) -> path
 
 
 def output_folder(workdir: pathlib.Path, output: str | None) -> pathlib.Path:
-    """Returns where a verb writes: the folder given as `--output`, which is made if it is missing, or else `workdir`.
+    """Returns where a verb writes: the `--output` folder, created if it is missing, or else `workdir`.
 
     Raises:
-      WorkdirError: the folder cannot be made.
+      WorkdirError: the folder cannot be created.
     """
     if not output:
         return workdir
@@ -174,9 +175,9 @@ def output_folder(workdir: pathlib.Path, output: str | None) -> pathlib.Path:
 
 
 def write_bytes(path: pathlib.Path, content: bytes, *, remedy: str = RESUMES) -> None:
-    """Writes a file so that a reader finds the old content or the new, complete, even after a power failure.
+    """Writes a file atomically: readers see the old or the new content, complete, even after a power failure.
 
-    A symbolic link at `path` is replaced, not followed. The folder must exist: `subfolder` makes those of a run.
+    A symbolic link at `path` is replaced, not followed. The folder must exist: create it with `subfolder`.
 
     Raises:
       WorkdirError: the disk is full, or the folder cannot be written.
@@ -201,7 +202,7 @@ def write_text(path: pathlib.Path, text: str, *, remedy: str = RESUMES) -> None:
 
 
 def append_bytes(path: pathlib.Path, content: bytes) -> None:
-    """Appends to a file and closes it, so that a later failure can neither lose nor repeat what was written.
+    """Appends to a file and closes it, so that a later failure can neither lose nor duplicate what was written.
 
     Raises:
       WorkdirError: the disk is full, or the file cannot be written or is a symbolic link.
@@ -221,7 +222,7 @@ def remove(path: pathlib.Path) -> None:
 
 
 def sync(path: pathlib.Path) -> None:
-    """Waits until the content of a file or a folder would survive a power failure.
+    """Flushes a file or folder to disk, so that its contents survive a power failure.
 
     Raises:
       WorkdirError: the system cannot write it.

@@ -1,4 +1,4 @@
-"""The recipe in plain Flax, as its own MNIST example writes it: `nn.Conv`, a TrainState, one jitted step a batch.
+"""The recipe in plain Flax, as its own MNIST example writes it: `nn.Conv`, a TrainState, one jitted step per batch.
 
 python -m scripts.peers.flax ...
 """
@@ -37,7 +37,7 @@ class CNN(nn.Module):
 
 
 def optimizer(recipe: Recipe) -> optax.GradientTransformation:
-    """Returns AdamW, which without decay is Adam, with the recipe's rate."""
+    """Returns AdamW (Adam if there is no weight decay) with the learning rate of the recipe."""
     rate = recipe.learning_rate
     schedule: Any = rate
     if recipe.one_cycle:
@@ -85,7 +85,7 @@ class Flax:
         return float(np.mean(jax.device_get(losses)))
 
     def accuracy(self, images: np.ndarray, labels: np.ndarray) -> float:
-        """Judges the network."""
+        """Computes the accuracy."""
         right = 0
         for start in range(0, len(images), 1000):
             logits = self._forward(self._state.params, pixels(images[start : start + 1000]))

@@ -1,7 +1,8 @@
-"""What the programs of `bench_peers.py` share: the recipe, the data, and how they are asked for an epoch.
+"""What the programs of `bench_peers.py` share: the recipe, the data, and the protocol.
 
-Each runs in an environment of its own, so nothing here needs more than numpy. A line on standard input asks for an
-epoch, and is answered by a line of JSON; when the input ends, the test set is judged, and the last answer tells how.
+Each program runs in its own environment, so nothing here needs more than numpy. Each line on standard input requests an
+epoch and is answered by a line of JSON. When the input ends, the program evaluates the test set; the last line of JSON
+has the accuracy.
 """
 
 import argparse
@@ -26,11 +27,11 @@ class Examples(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """What of a config the peers follow.
+    """The part of a config that the peers support.
 
     Attributes:
-      model: the fields of `config.model`; `blocks` gives the convolutions of a `cnn`.
-      augment: the fields of `config.augment`; of the moves that interpolate only PyTorch knows rotate, scale and shear.
+      model: the fields of `config.model`; `blocks` returns the convolutions of a `cnn`.
+      augment: the fields of `config.augment`; only the PyTorch peer supports rotate, scale and shear.
     """
 
     seed: int
@@ -50,7 +51,7 @@ class Recipe(NamedTuple):
 
     @classmethod
     def of(cls, config: dict[str, Any], num_train: int) -> Self:
-        """Takes the recipe from a config of ours, as its JSON has it."""
+        """Extracts the recipe from the JSON form of one of our configs."""
         train, optimizer = config["train"], config["optimizer"]
         return cls(
             seed=config["seed"],
@@ -81,10 +82,10 @@ class Program(Protocol):
     """A network in training."""
 
     def epoch(self) -> float:
-        """Trains one epoch, to its very end, and returns the mean loss."""
+        """Trains one epoch, waits until it has finished, and returns the mean loss."""
 
     def accuracy(self, images: np.ndarray, labels: np.ndarray) -> float:
-        """Judges the network on `u8[N,28,28,1]`, `i32[N]`."""
+        """Computes the accuracy on `u8[N,28,28,1]`, `i32[N]`."""
 
 
 def pixels(images: np.ndarray) -> np.ndarray:
@@ -93,7 +94,7 @@ def pixels(images: np.ndarray) -> np.ndarray:
 
 
 def shifted(images: np.ndarray, shift: int, generator: np.random.Generator) -> np.ndarray:
-    """Moves each picture by up to `shift` pixels in x and y, all of an epoch at once, `f32[N,28,28,1]` to the same."""
+    """Shifts each image by up to `shift` pixels in x and y, a whole epoch at once: f32[N,28,28,1] -> f32[N,28,28,1]."""
     if not shift:
         return images
     padded = np.pad(images[..., 0], ((0, 0), (shift, shift), (shift, shift)))
@@ -112,7 +113,7 @@ def arguments() -> argparse.Namespace:
 
 
 def serve(make: Callable[[argparse.Namespace, Recipe, Examples], Program], packages: Sequence[str]) -> None:
-    """Trains an epoch for each line of standard input, and answers in JSON."""
+    """Trains one epoch for each line of standard input, and answers in JSON."""
     given = arguments()
     with np.load(given.data) as arrays:
         splits = {split: Examples(arrays[f"{split}_image"], arrays[f"{split}_label"]) for split in SPLITS}

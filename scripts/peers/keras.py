@@ -29,7 +29,7 @@ def network(recipe: Recipe) -> keras.Model:
 
 
 def cnn(recipe: Recipe, x: Any, init: dict[str, str]) -> Any:
-    """Applies the layers of a `cnn` but the last; pooling comes before the ReLU, which is faster and means the same."""
+    """Applies all layers of a `cnn` but the last; pooling before the ReLU is faster and gives the same result."""
     norm = recipe.model["batch_norm"]
     for width, kernel, stride, padding, pool in recipe.blocks():
         x = layers.Conv2D(width, kernel, stride, padding.lower(), use_bias=not norm, **init)(x)
@@ -44,7 +44,7 @@ def cnn(recipe: Recipe, x: Any, init: dict[str, str]) -> Any:
 
 
 def resnet(model: dict[str, Any], x: Any, init: dict[str, str]) -> Any:
-    """Applies the layers of a `resnet` but the last."""
+    """Applies all layers of a `resnet` but the last."""
 
     def conv(width: int, kernel: int, stride: int = 1) -> layers.Layer:
         return layers.Conv2D(width, kernel, stride, "same", use_bias=False, **init)
@@ -70,7 +70,7 @@ class Keras:
         self._generator = np.random.default_rng(recipe.seed)
         self._images, self._labels = pixels(train.image), keras.utils.to_categorical(train.label, 10)
         self._model = network(recipe)
-        optimizer = keras.optimizers.AdamW(  # without decay it is Adam
+        optimizer = keras.optimizers.AdamW(  # without weight decay, this is Adam
             learning_rate(recipe), weight_decay=recipe.weight_decay, epsilon=1e-8
         )
         optimizer.exclude_from_weight_decay(var_names=["bias"])
@@ -84,13 +84,13 @@ class Keras:
         return float(history.history["loss"][0])
 
     def accuracy(self, images: np.ndarray, labels: np.ndarray) -> float:
-        """Judges the network."""
+        """Computes the accuracy."""
         logits = self._model.predict(pixels(images), batch_size=1000, verbose=0)
         return float((logits.argmax(1) == labels).mean())
 
 
 def learning_rate(recipe: Recipe) -> float | keras.optimizers.schedules.LearningRateSchedule:
-    """Returns the rate, or its schedule over the run; the rise to the peak is linear, as Keras has it."""
+    """Returns the learning rate or its schedule; the warm-up to the peak is linear, as in Keras."""
     if not recipe.one_cycle:
         return recipe.learning_rate
     rising = round(recipe.peak_at * recipe.num_steps)

@@ -33,7 +33,7 @@ class Ours:
         return float(sums["loss"].sum() / sums["examples"].sum())
 
     def accuracy(self, images: np.ndarray, labels: np.ndarray) -> float:
-        """Evaluates the network."""
+        """Computes the accuracy."""
         state = jax.tree.map(lambda leaf: leaf[0], self._states)
         predictor = make_predictor(self._config, eval_variables(state))
         return evaluate(predictor, splits.Examples(images, labels)).accuracy

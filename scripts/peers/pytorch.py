@@ -1,4 +1,4 @@
-"""The recipe in PyTorch, as its tutorials write it, tuned: all data in memory, fused Adam, no waiting in the loop.
+"""The recipe in PyTorch, as its tutorials write it, tuned: all data in memory, fused Adam, no sync in the loop.
 
 python -m scripts.peers.pytorch --variant=eager|channels_last|compiled ...
 """
@@ -46,7 +46,7 @@ def resnet(model: dict[str, Any]) -> list[nn.Module]:
 
 
 def cnn(recipe: Recipe) -> list[nn.Module]:
-    """Returns the layers of a `cnn`; pooling before the ReLU is the faster order of two that mean the same."""
+    """Returns the layers of a `cnn`; pooling before the ReLU is faster and gives the same result."""
     model, channels, size = recipe.model, 1, 28
     layers: list[nn.Module] = []
     for width, kernel, stride, padding, pool in recipe.blocks():
@@ -81,7 +81,7 @@ def network(recipe: Recipe) -> nn.Sequential:
 
 
 def distorted(images: Tensor, augment: dict[str, Any]) -> Tensor:
-    """Rotates, scales and shears each image of a batch by its own draw: `f32[B,1,28,28] -> f32[B,1,28,28]`."""
+    """Rotates, scales and shears each image of a batch at random: `f32[B,1,28,28] -> f32[B,1,28,28]`."""
     rotate, scale, shear = (augment.get(name, 0) for name in ("rotate", "scale", "shear"))
     if not (rotate or scale or shear):
         return images
@@ -94,7 +94,7 @@ def distorted(images: Tensor, augment: dict[str, Any]) -> Tensor:
 
 
 def as_tensor(images: np.ndarray) -> Tensor:
-    """Wraps images, `f32[N,28,28,1] -> f32[N,1,28,28]`, in the default layout."""
+    """Converts images to a tensor in the default layout: `f32[N,28,28,1] -> f32[N,1,28,28]`."""
     return torch.from_numpy(images).reshape(-1, 1, 28, 28)
 
 
@@ -111,7 +111,7 @@ class PyTorch:
         kernels = [p for p in self._model.parameters() if p.ndim > 1]
         biases = [p for p in self._model.parameters() if p.ndim == 1]
         groups = [{"params": kernels, "weight_decay": recipe.weight_decay}, {"params": biases, "weight_decay": 0.0}]
-        self._optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, fused=True)  # without decay it is Adam
+        self._optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, fused=True)  # Adam without decay
         self._schedule = (
             torch.optim.lr_scheduler.OneCycleLR(
                 self._optimizer,
@@ -124,7 +124,7 @@ class PyTorch:
             if recipe.one_cycle
             else None
         )
-        # The last batch is smaller: a program for each of the two sizes is faster than one for any.
+        # The last batch is smaller; compiling for both sizes is faster than compiling for dynamic shapes.
         self._forward = torch.compile(self._model, dynamic=False) if given.variant == "compiled" else self._model
         self._done = 0
 
@@ -147,7 +147,7 @@ class PyTorch:
         return float(total) / len(images)
 
     def accuracy(self, images: np.ndarray, labels: np.ndarray) -> float:
-        """Judges the network."""
+        """Computes the accuracy."""
         self._model.eval()
         right = 0
         with torch.inference_mode():

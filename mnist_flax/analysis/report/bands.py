@@ -7,21 +7,21 @@ import numpy as np
 
 from mnist_flax.analysis.report import plots
 
-_MIN_ERROR = 1e-5  # in place of 0, which a logarithmic axis cannot show
+_MIN_ERROR = 1e-5  # replaces 0, which a logarithmic axis cannot show
 
 
 def draw(curves: Mapping[str, Any]) -> dict[str, bytes]:
-    """Draws loss and accuracy over the epochs, as SVG files by their names.
+    """Draws loss and accuracy over the epochs; returns the SVG files by name.
 
     Args:
-      curves: for each of `train`, `holdout` and `test` points with `epoch` and, for loss and accuracy, `mean`, `min`
-        and `max`.
+      curves: a list of points for each of `train`, `holdout` and `test`; a point has `epoch`, and `mean`, `min` and
+        `max` of `loss` and `accuracy`.
     """
     return {f"curves_{field}": plots.as_file(_plot(curves, field)) for field in ("loss", "accuracy")}
 
 
 def _plot(curves: Mapping[str, Any], field: str) -> str:
-    """Draws one quantity; accuracy on the scale of the error rate, to resolve 99 to 100 %."""
+    """Draws loss or accuracy; accuracy on a log scale of the error rate, to resolve 99 to 100 %."""
 
     def heights(split: str, name: str) -> np.ndarray:
         values = np.array([point[field][name] for point in curves[split]])

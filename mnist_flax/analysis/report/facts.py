@@ -1,4 +1,4 @@
-"""Every number of a report: the contents of `metrics.json`, which the page shows."""
+"""Every number in a report: the contents of `metrics.json`, which the page displays."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,10 +17,10 @@ from mnist_flax.data.splits import Splits
 from mnist_flax.run.provenance import provenance
 
 GALLERY = 24  # examples in each gallery
-PAIRS = 12  # of confused classes
-PAIR_EXAMPLES = 6  # pictures of each
-TOP = 3  # classes listed with their probabilities
-CURVE_POINTS = 1000  # a longer log is thinned out to this many
+PAIRS = 12  # pairs of confused classes
+PAIR_EXAMPLES = 6  # examples for each pair
+TOP = 3  # most probable classes listed for each example
+CURVE_POINTS = 1000  # a longer training log is thinned to at most this many points
 
 Facts = dict[str, Any]  # ready for JSON
 
@@ -36,7 +36,7 @@ def report_facts(
     summary: Mapping[str, Any] | None,
     evaluated_by: str,
 ) -> Facts:
-    """Computes all numbers of a report; the arguments are those of `write_report`."""
+    """Computes all numbers of a report; see `write_report` for the arguments."""
     probs = np.exp(metrics.log_probabilities(evaluation.logits))
     label = splits.test.label
     confusion = metrics.confusion_matrix(label, probs.argmax(axis=-1), config.num_classes)
@@ -65,7 +65,7 @@ def run_facts(
     step: int,
     summary: Mapping[str, Any] | None,
 ) -> Facts:
-    """Describes what was trained, how far, how long and with what."""
+    """Summarises the run: its size, progress and training time, and the device, versions and commit."""
     made_with = summary or provenance()
     seconds = max((record["seconds"] for record in records), default=0.0)
     return {
@@ -86,7 +86,7 @@ def run_facts(
 
 
 def calibration(evaluation: Evaluation, label: np.ndarray) -> Facts:
-    """Computes the reliability diagram, and a second one without the temperature if there is one."""
+    """Computes the reliability diagram and, if a temperature was fitted, a second one without it."""
     raw = evaluation.logits * evaluation.temperature
     return {
         "num_bins": NUM_BINS,
@@ -96,7 +96,7 @@ def calibration(evaluation: Evaluation, label: np.ndarray) -> Facts:
 
 
 def confused_pairs(confusion: np.ndarray, label: np.ndarray, probs: np.ndarray) -> list[Facts]:
-    """Lists the most frequent pairs of label and wrong prediction, with the most confident examples."""
+    """Lists the most frequent pairs of label and wrong prediction, each with its most confident examples."""
     prediction = probs.argmax(axis=-1)
     errors = confusion - np.diag(np.diag(confusion))
     cells = np.argsort(-errors, axis=None, kind="stable")[:PAIRS]
@@ -119,12 +119,11 @@ def confused_pairs(confusion: np.ndarray, label: np.ndarray, probs: np.ndarray) 
 
 
 def galleries(probs: np.ndarray, label: np.ndarray, dataset: str) -> Facts:
-    """Picks the test images to show, by row in the order of the official file.
+    """Selects the test images to show, as row numbers in the official file.
 
     Returns:
-      `mistakes` (highest loss first), `correct` (spread evenly over classes and file, in the order of the classes),
-      `least_certain` (correct, lowest probability first), `doubtful` (those whose label is known to be doubtful), and
-      `num_mistakes`.
+      `mistakes` (highest loss first), `correct` (spread evenly over the classes and the file, sorted by class),
+      `least_certain` (correct, lowest probability first), `doubtful` (labels known to be doubtful), and `num_mistakes`.
     """
     prediction = probs.argmax(axis=-1)
     of_label = np.take_along_axis(probs, label[:, None], axis=-1)[:, 0]
@@ -155,7 +154,7 @@ def galleries(probs: np.ndarray, label: np.ndarray, dataset: str) -> Facts:
 
 
 def log_curves(records: Sequence[Mapping[str, Any]]) -> Facts:
-    """Groups the log by split and adds smoothed values for `train`."""
+    """Groups the log records by split and adds smoothed values to those of `train`."""
     by_split: Facts = {
         split: [dict(record) for record in records if record["split"] == split]
         for split in ("train", "holdout", "test")
@@ -167,13 +166,13 @@ def log_curves(records: Sequence[Mapping[str, Any]]) -> Facts:
         for record, value in zip(train, smooth, strict=True):
             record[f"smoothed_{field}"] = value
     stride = -(-len(train) // CURVE_POINTS)
-    if stride > 1:  # counted from the end, to keep the last point
+    if stride > 1:  # backwards, to keep the last point
         by_split["train"] = train[::-stride][::-1]
     return {**by_split, "smoothed_over": 2 * reach + 1}
 
 
 def smoothed(values: Sequence[float], reach: int) -> list[float]:
-    """Averages each value with up to `reach` values before and after it, so that the result does not lag behind."""
+    """Computes the centred moving average over up to `reach` values on either side, which does not lag behind."""
     sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
     places = np.arange(len(values))
     first, last = np.maximum(places - reach, 0), np.minimum(places + reach + 1, len(values))
@@ -182,7 +181,7 @@ def smoothed(values: Sequence[float], reach: int) -> list[float]:
 
 
 def changed_fields(config: Config) -> Facts:
-    """Returns the fields that differ from the defaults of the model's family, dotted, with their values."""
+    """Returns the fields that differ from the defaults of the model family, as dotted names with their values."""
     defaults = _dotted(Config(model=type(config.model)()))
     return {name: value for name, value in _dotted(config).items() if value != defaults[name]}
 
@@ -196,7 +195,7 @@ def _dotted(config: Config) -> Facts:
 
 
 def config_source(config: Config, dataset: str) -> str:
-    """Returns a config file that repeats the run, even if the presets change."""
+    """Returns the source of a config file that reproduces the run, even if the presets change."""
     family = config.to_dict()["model"]["name"]
     lines = [f"    config.{name} = {value!r}" for name, value in changed_fields(config).items()]
     return "\n".join(

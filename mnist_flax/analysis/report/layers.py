@@ -1,7 +1,7 @@
-"""What happens inside a network, of any family: its layers, and what each of them sees.
+"""Inspects a network of any family: its layers, and the input of each.
 
-A layer is a linen module that has parameters of its own, or a `fixed_kernel`. Nothing else is assumed about the
-network: `forward` is traced with an interceptor that notes every call of such a module.
+A layer is a linen module with its own parameters or a `fixed_kernel`. Nothing else is assumed about the network:
+`forward` is traced with an interceptor that records every call of such a module.
 """
 
 import math
@@ -19,15 +19,15 @@ from mnist_flax.step import Variables, forward
 
 
 class Layer(NamedTuple):
-    """A module with parameters of its own or a fixed kernel.
+    """A module with its own parameters or a fixed kernel.
 
     Attributes:
       name: its path in the network, such as `Conv_0` or `Block_1/Conv_0`.
       kind: its class, such as `Conv`.
       input_shape: of one example.
       output_shape: of one example.
-      parameters: the number of learned values, running statistics not included.
-      multiply_adds: those of its kernel, for one example.
+      parameters: the number of trainable parameters; running statistics do not count.
+      multiply_adds: the multiply-add operations of its kernel, for one example.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Layer(NamedTuple):
 
 
 class LayerInput(NamedTuple):
-    """What a layer sees, after the activation and pooling before it; or the logits.
+    """The input of a layer, after the preceding activation and pooling; or the logits.
 
     Attributes:
       name: of the layer, or `logits`.
@@ -51,7 +51,7 @@ class LayerInput(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """One call of a layer while the network is traced; `params` are the given ones, not traced."""
+    """One call of a layer while the network is traced; `params` holds the original arrays, not tracers."""
 
     module: nn.Module
     params: dict[str, Any]
@@ -65,7 +65,7 @@ class _Call(NamedTuple):
 
 
 def _trace(program: Program, variables: Variables) -> list[_Call]:
-    """Returns the calls of all layers, in their order, for one image; nothing is computed."""
+    """Returns the calls of all layers, in order, for one image, from abstract evaluation (`jax.eval_shape`)."""
     calls: list[_Call] = []
     image = jax.ShapeDtypeStruct((1, IMAGE_SIZE, IMAGE_SIZE, 1), np.uint8)
     jax.eval_shape(lambda traced, images: _observed(program, traced, images, variables, calls.append), variables, image)
@@ -75,7 +75,7 @@ def _trace(program: Program, variables: Variables) -> list[_Call]:
 def _observed(
     program: Program, traced: Variables, images: Array, variables: Variables, note: Callable[[_Call], None]
 ) -> Array:
-    """Computes the logits, and calls `note` after every call of a layer."""
+    """Computes the logits, and passes every call of a layer to `note`."""
 
     def intercept(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         output = call(*args, **kwargs)
@@ -93,7 +93,7 @@ def _observed(
 
 
 def layers(program: Program, variables: Variables) -> list[Layer]:
-    """Lists the layers in the order in which they are called."""
+    """Lists the layers in call order."""
     return [
         Layer(
             name=call.name,
@@ -108,7 +108,7 @@ def layers(program: Program, variables: Variables) -> list[Layer]:
 
 
 def _multiply_adds(call: _Call) -> int:
-    """Counts the kernel's multiply-adds. A convolution may pool its output, but computes at every place before that."""
+    """Counts the kernel's multiply-adds: for a convolution that also pools, at every position before pooling."""
     kernel, module = call.kernel, call.module
     if kernel is None:
         return 0
@@ -123,12 +123,12 @@ def _multiply_adds(call: _Call) -> int:
 
 
 def layer_inputs(program: Program, variables: Variables, images: np.ndarray) -> list[LayerInput]:
-    """Computes what each layer with a kernel sees for some images, `u8[B,28,28,1]`, from the second on, and the logits.
+    """Computes the input of each layer with a kernel, except the first, and the logits, for images `u8[B,28,28,1]`.
 
-    An input that several layers share, as the two branches of a residual block do, is listed once.
+    An input that several layers share, such as the two branches of a residual block, is listed once.
     """
     names: list[str] = []
-    channels: list[int] = []  # of the maps that the layer before made, 0 if it made none
+    channels: list[int] = []  # of the preceding layer's feature maps, 0 if its output has none
 
     def run(traced: Variables, images: Array) -> list[Array]:
         inputs: list[Array] = []
@@ -146,7 +146,7 @@ def layer_inputs(program: Program, variables: Variables, images: np.ndarray) -> 
         logits = _observed(program, traced, images, variables, note)
         return [*inputs, logits]
 
-    # Unoptimised: compiling takes longer than computing, and this halves it.
+    # Compiled without optimisation: compiling takes longer than running, and this halves the compile time.
     unoptimised = jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
     values = [np.asarray(value, np.float32) for value in unoptimised(variables, images)]
     seen = [_unflatten(value, before) for value, before in zip(values, [*channels, 0], strict=True)]
@@ -154,16 +154,16 @@ def layer_inputs(program: Program, variables: Variables, images: np.ndarray) -> 
 
 
 def _unflatten(values: np.ndarray, channels: int) -> np.ndarray:
-    """Gives flattened square maps, as a dense layer sees them, their shape back: `f32[B,H*W*C] -> f32[B,H,W,C]`."""
+    """Restores the shape of square maps that were flattened for a dense layer: `f32[B,H*W*C] -> f32[B,H,W,C]`."""
     side = math.isqrt(values.shape[-1] // channels) if channels else 0
     is_map = values.ndim == 2 and side > 1 and values.shape[1] == side * side * channels
     return values.reshape(len(values), side, side, channels) if is_map else values
 
 
 def first_filters(program: Program, variables: Variables) -> np.ndarray | None:
-    """Returns the kernel that touches the pixels as pictures of what each output looks for, `f32[W,k,k]`.
+    """Returns the first kernel as one square image per output, `f32[W,k,k]`.
 
-    None if there is none, or it does not apply to the pixels of one grey image.
+    None if no layer has a kernel, or the first kernel does not apply to a square image with one channel.
     """
     kernel = np.asarray(next((call.kernel for call in _trace(program, variables) if call.kernel is not None), 0.0))
     if kernel.ndim == 4 and kernel.shape[2] == 1:

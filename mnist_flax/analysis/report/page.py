@@ -1,4 +1,4 @@
-"""The page: facts and pictures in one HTML file that needs no other."""
+"""Renders the report as one self-contained HTML page."""
 
 import pathlib
 from collections.abc import Mapping
@@ -25,10 +25,10 @@ SECTIONS = {
 
 
 def render_page(facts: Mapping[str, Any], pictures: Mapping[str, Any]) -> str:
-    """Returns the page.
+    """Returns the page as HTML.
 
     Args:
-      facts: every number on it.
+      facts: every number on the page.
       pictures: `plots` (SVG elements by name), `thumbnails` (URIs by test row), `sheets` (URIs by name),
         `activation_pictures` by layer and example, and the `title`.
     """
@@ -52,27 +52,27 @@ def render_page(facts: Mapping[str, Any], pictures: Mapping[str, Any]) -> str:
 
 
 def percent(value: float | None, digits: int = 2) -> str:
-    """Returns a share in percent, with a space that does not break; a dash where there is none."""
+    """Formats a fraction as a percentage, with a no-break space; None becomes a dash."""
     return "-" if value is None else f"{100 * value:.{digits}f}\N{NO-BREAK SPACE}%"
 
 
 def calibration_value(value: float, field: str) -> str:
-    """Returns a measure of calibration: the ECE in percent, the others with four digits."""
+    """Formats a calibration metric: the ECE as a percentage, the others with four decimals."""
     return percent(value) if field == "ece" else f"{value:.4f}"
 
 
 def thousands(value: float) -> str:
-    """Returns a whole number with its thousands separated."""
+    """Formats a number with commas between thousands."""
     return f"{value:,}"
 
 
 def shape(sizes: tuple[int, ...]) -> str:
-    """Returns the shape of an array, such as 26 x 26 x 32."""
+    """Formats the shape of an array, such as 26 x 26 x 32."""
     return " × ".join(map(str, sizes))  # noqa: RUF001
 
 
 def duration(seconds: float) -> str:
-    """Returns a duration in a suitable unit."""
+    """Formats a duration in seconds, minutes or hours."""
     if seconds < 100:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

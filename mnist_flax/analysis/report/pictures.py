@@ -1,4 +1,4 @@
-"""The pictures of a report that are made of pixels: digits, filters and activations, as PNG."""
+"""The bitmap pictures of a report, as PNG: digits, filters and activations."""
 
 import base64
 import io
@@ -20,11 +20,11 @@ from mnist_flax.step import Variables
 POSITIVE = (213, 94, 0)
 NEGATIVE = (0, 114, 178)
 
-CHANNELS = 32  # of a layer that are shown
-STAGES = 12  # layers whose input is shown
-NUM_EXAMPLES = 4  # digits for which it is shown
-TRAINING_IMAGES, VARIANTS = 10, 7  # shown with augmentation, and how often each
-ON_PAGE = ("filters", "augmented")  # sheets that the page shows
+CHANNELS = 32  # channels shown per layer, at most
+STAGES = 12  # layers whose inputs are shown, at most
+NUM_EXAMPLES = 4  # digits whose activations are shown
+TRAINING_IMAGES, VARIANTS = 10, 7  # training images shown, and augmented copies of each
+ON_PAGE = ("filters", "augmented")  # the sheets shown on the page
 
 
 def png(pixels: np.ndarray, scale: int = 1) -> bytes:
@@ -43,7 +43,7 @@ def data_uri(picture: bytes) -> str:
 
 
 def sheet(images: np.ndarray, columns: int, gap: int = 1) -> np.ndarray:
-    """Arranges pictures in rows with gaps between, `[N,h,w,...] -> [H,W,...]`; unused places are 0."""
+    """Arranges pictures in a grid with gaps between them, `[N,h,w,...] -> [H,W,...]`; empty cells are 0."""
     count, height, width = images.shape[:3]
     columns = min(columns, max(count, 1))
     rows = -(-count // columns)
@@ -59,7 +59,7 @@ def colors(values: np.ndarray, limit: float) -> np.ndarray:
 
     Args:
       values: any numbers.
-      limit: the magnitude that is opaque.
+      limit: the magnitude that is drawn fully opaque.
     """
     strength = np.clip(np.abs(values) / (limit or 1.0), 0, 1)
     painted = np.where((values >= 0)[..., None], POSITIVE, NEGATIVE)
@@ -84,7 +84,7 @@ def sheets(
 ) -> dict[str, bytes]:
     """Draws the first filters, augmented training images, and each gallery in the order of `metrics.json`.
 
-    What a run does not have is left out; `facts` gets `augmented`, the rows of the training images.
+    Sheets that do not apply to the run are left out. Adds `augmented`, the rows of the training images, to `facts`.
     """
     drawn = {}
     filters = layers.first_filters(program, variables)
@@ -102,11 +102,11 @@ def sheets(
 
 
 def augmented(config: Config, splits: Splits) -> tuple[np.ndarray, np.ndarray]:
-    """Draws a few training images as training sees them, of every class in turn.
+    """Augments a few training images, spread over the classes, as training does.
 
     Returns:
-      The row of each, and its original followed by `VARIANTS` of it, `u8[N*(1+VARIANTS),28,28,1]`; none without
-      augmentation.
+      Their rows, and each original followed by its `VARIANTS` augmented copies, `u8[N*(1+VARIANTS),28,28,1]`; empty if
+      the run has no augmentation.
     """
     train, _ = batches.rows_of(splits.train.label, config.data)
     if not config.augment.strengths:
@@ -119,7 +119,7 @@ def augmented(config: Config, splits: Splits) -> tuple[np.ndarray, np.ndarray]:
     def draw(images: jax.Array, seed: int) -> jax.Array:
         return augment(config.augment, images, rng.stream(rng.root_key(seed), "augment", 0))
 
-    # Unoptimised: compiling takes longer than computing, and this halves it.
+    # Compiled without optimisation: compiling takes longer than running, and this halves the compile time.
     unoptimised = jax.jit(draw, compiler_options={"xla_backend_optimization_level": 0})
     variants = np.asarray(unoptimised(repeated, config.seed)).reshape(len(rows), VARIANTS, *originals.shape[1:])
     return rows, np.concatenate([originals[:, None], variants], axis=1).reshape(-1, *originals.shape[1:])
@@ -128,16 +128,16 @@ def augmented(config: Config, splits: Splits) -> tuple[np.ndarray, np.ndarray]:
 def draw_layer_inputs(
     program: Program, variables: Variables, facts: dict[str, Any], images: np.ndarray
 ) -> list[list[str]]:
-    """Draws what each layer sees of a few digits: some that are right, and the worst mistake.
+    """Draws the input of each layer for a few digits: some classified correctly, and the worst mistake.
 
     Args:
       program: the network.
       variables: its weights.
-      facts: gets `activations`: the examples, and the name, shape and number of channels shown of each layer.
-      images: of the test set.
+      facts: receives `activations`: the examples, and each layer's name, shape and number of channels shown.
+      images: the test images.
 
     Returns:
-      For each layer a picture for each example; within a layer the same value has the same colour.
+      A picture for each layer and example; within a layer, the same value has the same colour.
     """
     mistakes = facts["galleries"]["mistakes"][:1]
     correct = facts["galleries"]["correct"]

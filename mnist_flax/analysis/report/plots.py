@@ -1,4 +1,4 @@
-"""The plots, drawn by matplotlib as SVG: for files of their own, and for the page, which has a dark mode."""
+"""The plots, drawn by matplotlib as SVG: as separate files, and inline in the page, which has a dark mode."""
 
 import contextlib
 import io
@@ -14,8 +14,8 @@ INK, MUTED, GRID, ON_FILL = "#1c2127", "#5a6472", "#d8dde4", "#1c2128"
 BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"
 ROLES = {INK: "ink", MUTED: "muted", GRID: "grid", ON_FILL: "on-fill", BLUE: "blue", ORANGE: "orange", GREEN: "green"}
 
-WIDTH = 5.2  # inches of 72 units: about the width of a phone, so that text keeps its size there
-MAX_CLASSES_WITH_TEXT = 12  # with more, the cells of the confusion matrix have no numbers in them
+WIDTH = 5.2  # inches (of 72 SVG units); about as wide as a phone, so that the text is not scaled down there
+MAX_CLASSES_WITH_TEXT = 12  # with more, the cells of the confusion matrix show no numbers
 
 TITLES = {
     "loss": "Loss over the epochs, with the learning rate below",
@@ -53,7 +53,7 @@ _STYLE: dict[Any, Any] = {
 def new_figure(height: float, width: float = WIDTH, *, left: float = 0.75, bottom: float = 0.55) -> Iterator[Any]:
     """Yields an empty figure in our style and leaves matplotlib's settings unchanged; all sizes are in inches.
 
-    The margins are given, because matplotlib's automatic layouts draw everything twice, which takes 0.4 s in a report.
+    The margins are fixed, because matplotlib's automatic layouts draw everything twice, which takes 0.4 s per report.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -67,12 +67,12 @@ def new_figure(height: float, width: float = WIDTH, *, left: float = 0.75, botto
 
 
 def _width_of(names: Sequence[str]) -> float:
-    """Returns about how many inches the longest name needs."""
+    """Estimates the width of the longest name, in inches."""
     return 0.1 + 0.085 * max(map(len, names))
 
 
 def to_svg(figure: Any) -> str:
-    """Returns a figure as the text of an SVG file, identical for identical figures."""
+    """Renders a figure as SVG text, which is identical for identical figures."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
@@ -81,16 +81,13 @@ def to_svg(figure: Any) -> str:
 
 
 def as_file(svg: str) -> bytes:
-    """Returns a plot as a file that any program shows, on white."""
+    """Returns a plot as a standalone SVG file with a white background."""
     start = '<g id="figure_1">'
     return svg.replace(start, f'<rect width="100%" height="100%" fill="#ffffff"/>{start}', 1).encode()
 
 
 def inline_svg(svg: str, name: str, title: str) -> str:
-    """Returns a plot as an element of the page.
-
-    It uses the page's colours, its ids are unique, and a screen reader reads its title.
-    """
+    """Returns a plot as an SVG element with the page's colours, unique ids and a title for screen readers."""
     body = svg[svg.index("<svg") :]
     used = set(re.findall(r"(?:url\(|href=\")#([^)\"]+)", body))
 
@@ -111,7 +108,7 @@ def inline_svg(svg: str, name: str, title: str) -> str:
 
 
 def draw_all(facts: Mapping[str, Any]) -> dict[str, str]:
-    """Draws the plots of a report, by name; the curves only if there is a log."""
+    """Draws the plots of a report and returns them by name; learning curves only if there is a log."""
     return {
         **(learning_curves(facts["curves"]) if facts["curves"]["train"] else {}),
         **confusion(facts["confusion"], facts["class_names"]),
@@ -144,7 +141,7 @@ def learning_curves(curves: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _curve(axes: Any, curves: Mapping[str, Any], field: str) -> None:
-    """Draws one quantity of all splits; accuracy on the scale of the error rate, to resolve 99 to 100 %."""
+    """Draws loss or accuracy of all splits; accuracy on a log scale of the error rate, to resolve 99 to 100 %."""
 
     def heights(records: Sequence[Mapping[str, Any]], name: str = field) -> list[float]:
         if field == "loss":
@@ -244,7 +241,7 @@ def _rgb(color: str) -> tuple[float, ...]:
 
 
 def classes(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Draws precision, recall and F1 of each class with their intervals."""
+    """Draws precision, recall and F1 of each class, with intervals."""
     rows = [row for row in rows if row["examples"] or row["predictions"]]
     with new_figure(max(2.5, 0.36 * len(rows) + 1.1), left=0.15 + _width_of([row["name"] for row in rows])) as figure:
         axes = figure.subplots()
@@ -273,7 +270,7 @@ def classes(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def reliability_diagram(calibration: Mapping[str, Any]) -> str:
-    """Draws accuracy over confidence, with the temperature and without it, and the number of examples below."""
+    """Draws accuracy against confidence, with and without the temperature, and the number of examples below."""
     bins, uncalibrated, num_bins = (calibration[name] for name in ("bins", "uncalibrated_bins", "num_bins"))
     with new_figure(4.8) as figure:
         top, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))

@@ -1,4 +1,4 @@
-"""Writes the report of a run: the page, and the pieces beside it."""
+"""Writes the report of a run: the page, and the files next to it."""
 
 import json
 import pathlib
@@ -33,19 +33,19 @@ def write_report(
     """Writes the report of a run.
 
     Args:
-      config: of the run.
+      config: the run's config.
       predictor: its network.
       records: the lines of its log.
       splits: its data.
-      evaluation: of the test set, at `step`; nothing is evaluated again.
+      evaluation: the evaluation on the test set at `step`; it is not repeated.
       step: finished updates.
-      summary: of the run, if it has one.
+      summary: the run's summary, if it has one.
       workdir: the run's folder.
       folder: where to write; if not given, `report` in the run's folder.
-      evaluated_by: `training`, at its end, or `report`.
+      evaluated_by: where `evaluation` comes from: `training` (at its end) or `report`.
 
     Returns:
-      The page.
+      The path of the page.
 
     Raises:
       WorkdirError: the folder cannot be written.
@@ -73,7 +73,7 @@ def write_report(
 def _pieces(
     config: Config, predictor: Predictor, facts: dict[str, Any], splits: Splits, *, title: str
 ) -> dict[str, bytes]:
-    """Returns the files of a report by name; `facts` gets what the pictures show."""
+    """Returns the files of a report by name; adds what the pictures show to `facts`."""
     program, variables, images = predictor.program, predictor.members[0], splits.test.image
     activations = pictures.draw_layer_inputs(program, variables, facts, images)
     files = pictures.sheets(config, program, variables, facts, splits)
@@ -86,7 +86,7 @@ def _pieces(
         "activation_pictures": activations,
         "title": title,
     }
-    html = page.render_page(json.loads(text), shown_pictures)  # from the text, so that metrics.json lacks no number
+    html = page.render_page(json.loads(text), shown_pictures)  # parsed from the text: metrics.json lacks no number
     return {
         **{f"{name}.svg": plots.as_file(svg) for name, svg in svgs.items()},
         **{f"{name}.png": png for name, png in files.items()},
@@ -103,19 +103,19 @@ def report_workdir(
     folder: pathlib.Path | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> pathlib.Path:
-    """Writes the report of a run at one of its checkpoints, finished or not.
+    """Writes the report of a finished or unfinished run at one of its checkpoints.
 
     Args:
-      workdir: of the run.
+      workdir: the run's folder.
       checkpoint: `latest`, `best` (on hold-out rows) or a step.
       folder: where to write; if not given, `report` in the run's folder.
-      overrides: where the data are, fields of `run_data.OVERRIDES`.
+      overrides: config fields that say where the data are, all of them in `run_data.OVERRIDES`.
 
     Returns:
-      The page.
+      The path of the page.
 
     Raises:
-      UserError: the run, the checkpoint or the data cannot be had, or the folder cannot be written.
+      UserError: the run, the checkpoint or the data cannot be loaded, or the folder cannot be written.
     """
     predictor, info = load_predictor(workdir, checkpoint)
     if info.kind != "run":
@@ -150,7 +150,7 @@ def logged(workdir: pathlib.Path, step: int) -> list[dict[str, Any]]:
 
 
 def shown(path: pathlib.Path) -> str:
-    """Returns a folder as the page names it: relative if it is inside the working directory, else its last part."""
+    """Returns the name of a folder on the page: its path inside the working directory, or else its last part."""
     absolute = path.absolute()
     if absolute.is_relative_to(pathlib.Path.cwd()):
         return absolute.relative_to(pathlib.Path.cwd()).as_posix()
