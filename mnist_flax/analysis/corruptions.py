@@ -1,0 +1,337 @@
+"""The fifteen corruptions of MNIST-C (Mu and Gilmer, 2019), as pure functions of an image and its index.
+
+Parameters and quirks are those of the published generator (github.com/google-research/mnist-c, `corruptions.py`); the
+code and the random numbers are our own. Random numbers are a hash of the corruption's name, the image's index and the
+position, so everyone gets the same set, and an image does not depend on the batch that it is in. A corruption draws the
+same numbers at every severity.
+"""
+
+import functools
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Images = NDArray[np.uint8]  # [N,28,28], white on black
+Floats = NDArray[np.float64]
+Draw = Callable[..., Floats]  # draw(*shape) -> [N, *shape], uniform between 0 and 1; each call gives the same numbers
+
+SIZE = 28
+MIDDLE = (SIZE - 1) / 2
+_CHUNK = 500  # images in one call: their intermediate results stay in cache
+
+
+class Corruption(NamedTuple):
+    """A corruption and how strong it can be.
+
+    Attributes:
+      apply: `apply(images, draw, level) -> f64[N,28,28]`, grey levels before rounding.
+      levels: what `apply` takes at severities 1 to 5.
+      published: the severity of MNIST-C.
+      affine: it moves every pixel by one affine map, as training augmentation does.
+    """
+
+    apply: Callable[[Images, Draw, Any], Floats]
+    levels: tuple[Any, ...]
+    published: int
+    affine: bool = False
+
+
+def corrupt(name: str, images: Images, index: NDArray[np.integer[Any]], severity: int = 0) -> Images:
+    """Corrupts images, `u8[N,28,28], int[N] -> u8[N,28,28]`.
+
+    Args:
+      name: a key of `CORRUPTIONS`.
+      images: white on black.
+      index: of each image in its dataset; it chooses the random numbers.
+      severity: 1 to 5; 0 means that of MNIST-C.
+    """
+    corruption = CORRUPTIONS[name]
+    level = corruption.levels[(severity or corruption.published) - 1]
+    result = np.empty_like(images)
+    for start in range(0, len(images), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        draw = functools.partial(hashed_uniform, name, index[part])
+        result[part] = np.rint(np.clip(corruption.apply(images[part], draw, level), 0, 255))
+    return result
+
+
+def hashed_uniform(name: str, index: NDArray[np.integer[Any]], *shape: int) -> Floats:
+    """Hashes a name, indices and positions to numbers between 0 and 1: `[N, *shape]`."""
+    key = _mix(np.uint64(zlib.crc32(name.encode())) << np.uint64(32) | index.astype(np.uint64))
+    position = np.arange(int(np.prod(shape)), dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    bits = (_mix(key[:, None] + position) >> np.uint64(11)).astype(np.float64)
+    return np.asarray((bits + 0.5) * 2.0**-53).reshape(len(index), *shape)
+
+
+def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Applies the output function of SplitMix64 (Steele, Lea and Flood, 2014)."""
+    state = (state ^ state >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ state >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return state ^ state >> np.uint64(31)
+
+
+def _shot_noise(images: Images, draw: Draw, photons: int) -> Floats:
+    """Counts photons: Poisson, by inversion. Counts above `photons` are white, so no larger ones are needed."""
+    from scipy.stats import poisson
+
+    cdf = poisson.cdf(np.arange(photons), np.arange(256)[:, None] / 255 * photons)
+    uniform = draw(SIZE, SIZE)
+    count = sum((uniform > cdf[:, k][images]).astype(np.float64) for k in range(photons))
+    return np.asarray(count / photons * 255)
+
+
+def _impulse_noise(images: Images, draw: Draw, share: float) -> Floats:
+    """Sets a share of the pixels to black or white."""
+    uniform = draw(2, SIZE, SIZE)
+    return np.where(uniform[:, 0] <= share, np.where(uniform[:, 1] <= 0.5, 255.0, 0.0), images)
+
+
+def _glass_blur(images: Images, draw: Draw, level: tuple[float, int, int]) -> Floats:
+    """Swaps neighbours at random, between two blurs. Like the published code, it blurs columns but not rows."""
+    sigma, distance, rounds = level
+    pixels = _blurred(images, (sigma, 0)).astype(np.uint8).reshape(-1, SIZE**2)
+    places = range(SIZE - distance, distance, -1)
+    uniform = draw(rounds, len(places) ** 2, 3).transpose(1, 2, 3, 0).reshape(-1, 3, len(images)).copy()
+    swap = uniform[:, 0] < 0.5
+    moves = (uniform[:, 1:] * 2 * distance).astype(np.int64) - distance
+    row = np.arange(len(images))
+    visits = [(y, x) for _ in range(rounds) for y in places for x in places]
+    for (y, x), is_swapped, (down, right) in zip(visits, swap, moves, strict=True):
+        who, here = row[is_swapped], y * SIZE + x
+        there = here + (down * SIZE + right)[is_swapped]
+        pixels[who, here], pixels[who, there] = pixels[who, there], pixels[who, here]
+    return _blurred(pixels.reshape(images.shape), (sigma, 0))
+
+
+def _blurred(images: NDArray[Any], sigma: tuple[float, float]) -> Floats:
+    from scipy.ndimage import gaussian_filter
+
+    return np.asarray(gaussian_filter(images.astype(np.float64), (0, *sigma), mode="nearest"))
+
+
+def _motion_blur(images: Images, draw: Draw, level: tuple[int, float]) -> Floats:
+    """Trails off in one direction with Gaussian weights, as ImageMagick's motion blur, at -45 to 45 degrees."""
+    radius, sigma = level
+    steps = np.arange(2 * radius + 1)
+    weights = np.exp(-(steps**2) / (2 * sigma**2))
+    weights /= weights.sum()
+    angle = np.deg2rad(draw(1)[:, 0] * 90 - 45)
+    down, right = (np.ceil(np.outer(trig(angle), steps) - 0.5).astype(np.int64) for trig in (np.sin, np.cos))
+    axis, who = np.arange(SIZE), np.arange(len(images))[:, None, None]
+    result = np.zeros(images.shape)
+    for k, weight in enumerate(weights):
+        y = np.clip(axis + down[:, k, None], 0, SIZE - 1)[:, :, None]
+        x = np.clip(axis + right[:, k, None], 0, SIZE - 1)[:, None, :]
+        result += weight * images[who, y, x]
+    return result
+
+
+def _sign(draw: Draw, count: int) -> NDArray[np.int64]:
+    return np.where(draw(count) < 0.5, -1, 1)
+
+
+def _warped(images: Images, matrix: list[list[float]], shift: tuple[float, float] = (0, 0)) -> Floats:
+    """Reads each pixel (x, y), counted from the middle, at `matrix @ (x, y) + shift`: bilinear, black outside."""
+    from scipy.sparse import csr_matrix
+
+    y, x = np.indices((SIZE, SIZE)).reshape(2, -1) - MIDDLE
+    from_x, from_y = np.array(matrix) @ [x, y] + np.array(shift)[:, None] + MIDDLE
+    left, top = np.floor(from_x).astype(int), np.floor(from_y).astype(int)
+    rows, columns, values = [], [], []
+    for across in (0, 1):
+        for below in (0, 1):
+            x_in, y_in = left + across, top + below
+            weight = (1 - abs(from_x - x_in)) * (1 - abs(from_y - y_in))
+            inside = (x_in >= 0) & (x_in < SIZE) & (y_in >= 0) & (y_in < SIZE)
+            rows.append(np.flatnonzero(inside))
+            columns.append((y_in * SIZE + x_in)[inside])
+            values.append(weight[inside])
+    entries = np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))
+    sampling = csr_matrix(entries, shape=(SIZE**2, SIZE**2))
+    return np.asarray(sampling @ images.reshape(-1, SIZE**2).T.astype(np.float64)).T.reshape(images.shape)
+
+
+def _either_way(images: Images, draw: Draw, warp: Callable[[Images, int], Floats]) -> Floats:
+    """Applies a warp in one of two directions, drawn for each image."""
+    sign = _sign(draw, 1)[:, 0]
+    result = np.empty(images.shape)
+    for way in (-1, 1):
+        result[sign == way] = warp(images[sign == way], way)
+    return result
+
+
+def _shear(images: Images, draw: Draw, angle: float) -> Floats:
+    """Slants by an angle in radians, which also stretches a little: as scikit-image defined shear in 2019."""
+    sin, cos = np.sin(angle), np.cos(angle)
+    return _either_way(images, draw, lambda part, way: _warped(part, [[1, -way * sin], [0, cos]]))
+
+
+def _scale(images: Images, draw: Draw, size: float) -> Floats:
+    """Shrinks around the middle."""
+    del draw
+    return _warped(images, [[1 / size, 0], [0, 1 / size]])
+
+
+def _rotate(images: Images, draw: Draw, angle: float) -> Floats:
+    """Turns around the middle by an angle in radians, either way."""
+    sin, cos = np.sin(angle), np.cos(angle)
+    return _either_way(images, draw, lambda part, way: _warped(part, [[cos, -way * sin], [way * sin, cos]]))
+
+
+def _translate(images: Images, draw: Draw, pixels: int) -> Floats:
+    """Moves diagonally by whole pixels."""
+    padded = np.pad(images, ((0, 0), (pixels, pixels), (pixels, pixels)))
+    signs = _sign(draw, 2)
+    y, x = (np.arange(SIZE) + pixels + pixels * signs[:, axis, None] for axis in (1, 0))
+    return padded[np.arange(len(images))[:, None, None], y[:, :, None], x[:, None, :]].astype(np.float64)
+
+
+def _brightness(images: Images, draw: Draw, amount: float) -> Floats:
+    """Adds the same to every pixel."""
+    del draw
+    return np.asarray(images + 255.0 * amount)
+
+
+def _stripe(images: Images, draw: Draw, width: int) -> Floats:
+    """Inverts a stripe at the left and one at the right."""
+    del draw
+    column = np.arange(SIZE)
+    return np.where((column < width) | (column >= SIZE - width), 255.0 - images, images)
+
+
+def _fog(images: Images, draw: Draw, level: tuple[float, float]) -> Floats:
+    """Adds the corner of a cloud, a 256x256 fractal made by the diamond-square algorithm.
+
+    The two finest of its eight levels are made only where they are seen; the cloud's extremes, to which its values are
+    scaled, are those of the other six.
+    """
+    thickness, decay = level
+    uniform = draw(64 * 64 - 1 + 3 * (12**2 + 24**2))
+    cloud, used, amplitude = np.zeros((len(images), 1, 1)), 0, 100.0**2
+    for _ in range(8):
+        if cloud.shape[1] == 64:
+            low, high = (extreme(cloud, axis=(1, 2), keepdims=True) for extreme in (np.min, np.max))
+            cloud = np.roll(cloud, 2, axis=(1, 2))[:, :12, :12]  # periodic: 8 pixels up and left, 36 down and right
+        count = 3 * cloud.shape[1] ** 2
+        noise = amplitude * (2 * uniform[:, used : used + count] - 1)
+        cloud = _refined(cloud, noise.reshape(len(images), 3, *cloud.shape[1:]))
+        used, amplitude = used + count, amplitude / decay**2
+    cloud = np.clip((cloud[:, 8:36, 8:36] - low) / (high - low), 0, 1)
+    brightest = images.max(axis=(1, 2), keepdims=True) / 255
+    return np.asarray((images + 255 * thickness * cloud) * brightest / (brightest + thickness))
+
+
+def _refined(grid: Floats, noise: Floats) -> Floats:
+    """Doubles the resolution of periodic maps, `[N,K,K], [N,3,K,K] -> [N,2K,2K]`: one round of diamond-square."""
+    right, below = np.roll(grid, -1, axis=2), np.roll(grid, -1, axis=1)
+    fine = np.empty((len(grid), 2 * grid.shape[1], 2 * grid.shape[2]))
+    centre = (grid + right + below + np.roll(right, -1, axis=1)) / 4 + noise[:, 0]
+    fine[:, ::2, ::2], fine[:, 1::2, 1::2] = grid, centre
+    fine[:, ::2, 1::2] = (grid + right + centre + np.roll(centre, 1, axis=1)) / 4 + noise[:, 1]
+    fine[:, 1::2, ::2] = (grid + below + centre + np.roll(centre, 1, axis=2)) / 4 + noise[:, 2]
+    return fine
+
+
+def _spatter(images: Images, draw: Draw, level: tuple[float, float, float, float, float]) -> Floats:
+    """Covers parts with dark grey mud."""
+    from scipy.special import ndtri
+
+    mean, sd, smoothing, threshold, edge = level
+    liquid = _blurred(mean + sd * ndtri(draw(SIZE, SIZE)), (smoothing, smoothing))
+    mud = _blurred(liquid > threshold, (edge, edge))
+    mud[mud < 0.8] = 0
+    return np.asarray(images * (1 - mud) + 63 * mud)
+
+
+def _line(column: tuple[float, float], row: tuple[float, float]) -> Floats:
+    """Draws a line that fades to the sides, `f64[28,28]` from 0 to 1, between two points."""
+    y, x = np.indices((SIZE, SIZE))
+    if column[0] == column[1]:
+        return np.zeros((SIZE, SIZE))
+    slope = (row[1] - row[0]) / (column[1] - column[0])
+    distance = np.abs(y - slope * (x - column[0]) - row[0])
+    line = np.clip(np.log(1 - np.clip(distance, 0, 2.3 - 1e-10) / 2.3) + 1, 0, 1)
+    line[:, : max(0, int(np.floor(column[0])))] = 0
+    line[:, int(np.ceil(column[1])) :] = 0
+    return line
+
+
+@functools.cache
+def _dots(start: int, end: int) -> Floats:
+    """Draws a dotted line across the image."""
+    return _line((0, 27), (start, end)) * (np.arange(SIZE) // 2 % 2)
+
+
+@functools.cache
+def _zigzags(start: int, rise: int) -> Floats:
+    """Draws a zigzag from column 2 to 25, with teeth that are 4 pixels wide and 2 high."""
+    first, last, tooth, height = 2, 25, 2.0, 2.0
+    angle = np.arctan(rise / (last - first))
+    length = (last - first) / np.cos(angle)
+    turns = int((length - tooth) // (2 * tooth)) + 1
+    points = [(0.0, 0.0), *(((2 * i + 1) * tooth, (-1) ** i * height) for i in range(turns))]
+    rest = length - 2 * tooth * (length // (2 * tooth))
+    if rest:
+        points.append((length, points[-1][1] / (2 * rest)))
+    along, aside = np.array(points).T
+    x = np.cos(angle) * along - np.sin(angle) * aside + first
+    y = np.sin(angle) * along + np.cos(angle) * aside + start
+    segments = [_line((x[i], x[i + 1]), (y[i], y[i + 1])) for i in range(len(x) - 1)]
+    return np.sum(segments, axis=0)
+
+
+def _dotted_line(images: Images, draw: Draw, count: int) -> Floats:
+    """Draws dotted lines over the image."""
+    rows = (draw(count, 2) * 27).astype(int)
+    return _overlaid(images, [[_dots(*map(int, ends)) for ends in lines] for lines in rows])
+
+
+def _zigzag(images: Images, draw: Draw, count: int) -> Floats:
+    """Draws zigzags over the image."""
+    start_and_rise = (draw(count, 2) * (27, 10)).astype(int) - (0, 5)
+    return _overlaid(images, [[_zigzags(*map(int, ends)) for ends in lines] for lines in start_and_rise])
+
+
+def _overlaid(images: Images, lines: list[list[Floats]]) -> Floats:
+    return np.asarray(images + 255 * np.array([sum(of_image) for of_image in lines]))
+
+
+def _canny_edges(images: Images, draw: Draw, sigma: float) -> Floats:
+    """Keeps the edges alone (Canny, 1986)."""
+    from skimage.feature import canny
+
+    del draw
+    return np.array([canny(image / 255, sigma=sigma) for image in images]) * 255.0
+
+
+# Published levels, except those of the last four, for which MNIST-C has one only.
+CORRUPTIONS: dict[str, Corruption] = {
+    "shot_noise": Corruption(_shot_noise, (60, 25, 12, 5, 3), 5),
+    "impulse_noise": Corruption(_impulse_noise, (0.03, 0.06, 0.09, 0.17, 0.27), 4),
+    "glass_blur": Corruption(_glass_blur, ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)), 1),
+    "motion_blur": Corruption(_motion_blur, ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)), 1),
+    "shear": Corruption(_shear, (0.2, 0.4, 0.6, 0.8, 1.0), 2, affine=True),
+    "scale": Corruption(_scale, (0.9, 0.8, 0.7, 0.6, 0.5), 3, affine=True),
+    "rotate": Corruption(_rotate, (0.2, 0.4, 0.6, 0.8, 1.0), 2, affine=True),
+    "brightness": Corruption(_brightness, (0.1, 0.2, 0.3, 0.4, 0.5), 5),
+    "translate": Corruption(_translate, (1, 2, 3, 4, 5), 3, affine=True),
+    "fog": Corruption(_fog, ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)), 5),
+    "spatter": Corruption(
+        _spatter,
+        (
+            (0.65, 0.3, 4, 0.69, 0.6),
+            (0.65, 0.3, 3, 0.68, 0.6),
+            (0.65, 0.3, 2, 0.68, 0.5),
+            (0.65, 0.3, 1, 0.65, 1.5),
+            (0.67, 0.4, 1, 0.65, 1.5),
+        ),
+        4,
+    ),
+    "stripe": Corruption(_stripe, (3, 5, 7, 9, 11), 3),
+    "dotted_line": Corruption(_dotted_line, (1, 2, 3, 4, 5), 1),
+    "zigzag": Corruption(_zigzag, (1, 2, 3, 4, 5), 1),
+    "canny_edges": Corruption(_canny_edges, (1.0, 1.25, 1.5, 1.75, 2.0), 1),
+}

@@ -1,0 +1,129 @@
+"""Which labels may be wrong: confident learning (Northcutt, Jiang and Chuang, 2021) on out-of-fold predictions.
+
+The cleanlab package does the same, and more; it is licensed under the AGPL and brings pandas, and what is needed of it
+here is short. `tests/test_label_errors.py` says how the two were compared.
+"""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mnist_flax.analysis.statistics import ARRAYS
+from mnist_flax.errors import WorkdirError
+
+NUM_LISTED = 100
+
+Facts = dict[str, Any]  # ready for JSON
+
+
+class ConfidentJoint(NamedTuple):
+    """What confident learning finds, for N examples of C classes.
+
+    Attributes:
+      counts: `i64[C,C]`, examples by given label (row) and by the class they confidently belong to (column).
+      joint: `f64[C,C]`, the estimated share of all examples by given and true label.
+      noise: `f64[C,C]`, the estimated probability of a given label (row) for each true label (column).
+      suspect: `bool[N]`, the examples that confidently belong to another class than their label.
+      margin: `f64[N]`, the probability of the label minus that of the most probable other class.
+    """
+
+    counts: np.ndarray
+    joint: np.ndarray
+    noise: np.ndarray
+    suspect: np.ndarray
+    margin: np.ndarray
+
+    def ranking(self) -> np.ndarray:
+        """Returns all examples, `i64[N]`, the most doubtful label first: suspects, then the others, by margin."""
+        return np.lexsort((self.margin, ~self.suspect))
+
+
+def confident_joint(probs: np.ndarray, label: np.ndarray) -> ConfidentJoint:
+    """Counts which examples confidently belong to which class.
+
+    An example belongs to a class if its probability reaches the mean probability of that class over the examples that
+    are labelled so; to the most probable one, if there are several.
+
+    Args:
+      probs: `f32[N,C]`, predicted by networks that were not trained on the example.
+      label: `i32[N]`, as given.
+    """
+    count, num_classes = probs.shape
+    each, probs = np.arange(count), probs.astype(np.float64)
+    sizes = np.bincount(label, minlength=num_classes)
+    of_label = np.bincount(label, probs[each, label], num_classes)
+    thresholds = np.where(sizes > 0, of_label / np.maximum(sizes, 1), np.inf)
+    confident = np.where(probs >= thresholds, probs, -1.0)
+    belongs = confident.argmax(axis=1)
+    is_counted = confident.max(axis=1) >= 0
+    counts = np.zeros((num_classes, num_classes), np.int64)
+    np.add.at(counts, (label[is_counted], belongs[is_counted]), 1)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    joint = shares * sizes[:, None] / count
+    others = probs.copy()
+    others[each, label] = -1.0
+    return ConfidentJoint(
+        counts=counts,
+        joint=joint,
+        noise=joint / np.maximum(joint.sum(axis=0, keepdims=True), 1e-300),
+        suspect=is_counted & (belongs != label),
+        margin=probs[each, label] - others.max(axis=1),
+    )
+
+
+def precision_recall(ranking: np.ndarray, wrong: np.ndarray, k: int) -> tuple[float, float]:
+    """Returns which share of the first k is wrong, and which share of the wrong is among them.
+
+    Args:
+      ranking: `i64[N]`, as `ConfidentJoint.ranking` returns it.
+      wrong: `bool[N]`, which labels are known to be wrong.
+      k: how many are looked at.
+    """
+    found = int(wrong[ranking[:k]].sum())
+    return found / k, found / int(wrong.sum())
+
+
+def label_facts(workdir: pathlib.Path) -> Facts:
+    """Finds doubtful labels in the out-of-fold predictions of a population.
+
+    Returns:
+      `suspects`: how many there are; `noise`: the estimated noise matrix; `listed`: the most doubtful, ready for JSON.
+
+    Raises:
+      WorkdirError: the population has none.
+    """
+    try:
+        with np.load(workdir / ARRAYS, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ("rows", "out_of_fold_probs", "out_of_fold_label")}
+    except (OSError, ValueError, KeyError) as error:
+        raise WorkdirError(f"{workdir / ARRAYS}: holds no out-of-fold predictions ({error})") from error
+    probs, label, rows = arrays["out_of_fold_probs"], arrays["out_of_fold_label"], arrays["rows"]
+    found = confident_joint(probs, label)
+    return {
+        "examples": len(label),
+        "suspects": int(found.suspect.sum()),
+        "estimated_wrong": float(1 - np.trace(found.joint)),
+        "noise": found.noise.tolist(),
+        "listed": [
+            {
+                "row": int(rows[i]),
+                "label": int(label[i]),
+                "prediction": int(probs[i].argmax()),
+                "probability_of_label": float(probs[i, label[i]]),
+                "probability_of_prediction": float(probs[i].max()),
+                "suspect": bool(found.suspect[i]),
+            }
+            for i in found.ranking()[:NUM_LISTED]
+        ],
+    }
+
+
+def label_table(facts: Mapping[str, Any]) -> str:
+    """Returns the facts as text to read."""
+    worst = ", ".join(f"{entry['row']} ({entry['label']}? {entry['prediction']})" for entry in facts["listed"][:8])
+    return (
+        f"labels: {facts['suspects']} of {facts['examples']} may be wrong ({facts['estimated_wrong']:.2%} estimated);"
+        f" most doubtful, as row (label? prediction): {worst}"
+    )

@@ -1,0 +1,179 @@
+"""What is no digit: how well a network's doubt tells digits from pictures of other things."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from mnist_flax import metrics
+from mnist_flax.analysis.corruptions import hashed_uniform
+from mnist_flax.analysis.evaluation import Predictor, combine_members, member_logits
+from mnist_flax.config import Config, replace
+from mnist_flax.data.framing import frame
+from mnist_flax.data.load import load_splits
+from mnist_flax.data.splits import Examples
+from mnist_flax.errors import DataError
+
+FALSE_ALARMS = 0.01  # the share of hold-out digits that the threshold calls doubtful
+COUNT = 2_000  # pictures of each kind, at most
+TURNABLE = (2, 3, 4, 5, 7)  # digits that are none when turned by a quarter
+LETTERS = "ACDEFHJKLMNPQRTUVWXYadehkmnprtuvwxy"  # the others look like digits: BGIOSZ, bcfgijloqsz
+FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSerif", "DejaVuSansMono")
+
+Facts = dict[str, Any]  # ready for JSON
+
+
+def doubt_scores(predictor: Predictor, images: np.ndarray) -> dict[str, np.ndarray]:
+    """Computes measures of doubt, `u8[N,28,28,1] -> f64[N]` each; the larger, the less the picture is a digit.
+
+    Returns:
+      `max_probability`: 1 minus the probability of the answer. `energy`: minus the log of the summed exponentials of
+      the logits (Liu et al., 2020) of the image itself, without views, averaged over the members. Of a committee also
+      `disagreement`: how much the answer tells about the member, in nats (Smith and Gal, 2018).
+    """
+    logits = member_logits(predictor, images)
+    # The mean over views is a log probability, whose energy is 0.
+    one_view = logits if predictor.views == 1 else member_logits(dataclasses.replace(predictor, views=1), images)
+    log_probs = metrics.log_probabilities(combine_members(logits, predictor.temperature))
+    scores = {
+        "max_probability": -np.expm1(log_probs.max(axis=-1)),
+        "energy": -np.mean(np.logaddexp.reduce(one_view.astype(np.float64), axis=-1), axis=0),
+    }
+    if len(logits) > 1:
+        each, together = metrics.log_probabilities(logits), metrics.log_mean_probabilities(logits)
+        scores["disagreement"] = _entropy(together) - np.mean(_entropy(each), axis=0)
+    return scores
+
+
+def _entropy(log_probs: np.ndarray) -> np.ndarray:
+    return np.asarray(-np.sum(np.exp(log_probs) * log_probs, axis=-1))
+
+
+def strangers(test: Examples, config: Config) -> dict[str, np.ndarray]:
+    """Returns pictures that are no digits, `u8[K,28,28,1]`, by kind; the same ones every time.
+
+    Args:
+      test: digits, some of which are turned by a quarter or cut in half.
+      config: says where Fashion-MNIST is looked for; nothing is downloaded.
+    """
+    from scipy.ndimage import gaussian_filter
+
+    images, label = np.asarray(test.image)[:COUNT], np.asarray(test.label)[:COUNT]
+    noise = hashed_uniform("noise", np.arange(COUNT), 28, 28)
+    smooth = gaussian_filter(noise, (0, 2, 2))
+    low, high = (extreme(smooth, axis=(1, 2), keepdims=True) for extreme in (np.min, np.max))
+    cut = images.copy()
+    cut[:, :14] = 0
+    found = {
+        "fashion_mnist": _fashion(config),
+        "uniform_noise": _grey(noise),
+        "smooth_noise": _grey((smooth - low) / (high - low)),
+        "rotated_digits": np.rot90(images[np.isin(label, TURNABLE)], axes=(1, 2)),
+        "cut_digits": cut,
+        "letters": letters(),
+    }
+    return {name: pictures for name, pictures in found.items() if pictures is not None and len(pictures)}
+
+
+def _grey(shares: np.ndarray) -> np.ndarray:
+    return np.rint(255 * shares).astype(np.uint8)[..., None]
+
+
+def _fashion(config: Config) -> np.ndarray | None:
+    """Returns clothes, or None if they are not on this machine."""
+    if config.data.name == "fashion_mnist":
+        return None
+    rows = dict.fromkeys(("data__num_train", "data__holdout", "data__folds", "data__fold"), 0)
+    for source in ("tfds", "raw"):
+        try:
+            used = replace(config, data__name="fashion_mnist", data__source=source, data__on_missing="error", **rows)
+            return np.asarray(load_splits(used).test.image)[:COUNT]
+        except DataError:
+            continue
+    return None
+
+
+def letters() -> np.ndarray:
+    """Draws letters in matplotlib's fonts at five angles, framed as digits are, `u8[K,28,28,1]`."""
+    import matplotlib
+    from PIL import Image, ImageDraw, ImageFont
+
+    folder = pathlib.Path(matplotlib.get_data_path(), "fonts", "ttf")
+    drawn = []
+    for name in FONTS:
+        font = ImageFont.truetype(str(folder / f"{name}.ttf"), 64)
+        for letter in LETTERS:
+            canvas = Image.new("L", (128, 128))
+            ImageDraw.Draw(canvas).text((64, 64), letter, fill=255, font=font, anchor="mm")
+            for angle in (-10, -5, 0, 5, 10):
+                drawn.append(frame(np.asarray(canvas.rotate(angle, Image.Resampling.BILINEAR))))
+    return np.stack(drawn)[..., None]
+
+
+def detection(digits: np.ndarray, others: np.ndarray) -> Facts:
+    """Says how well a measure of doubt separates digits, `f64[N]`, from others, `f64[K]`.
+
+    Returns:
+      `auroc`: the chance that a digit has less doubt than another picture. `fpr95`: the share of other pictures that
+      pass if 95 % of the digits do.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    truth = np.repeat([0, 1], [len(digits), len(others)])
+    threshold = np.quantile(digits, 0.95, method="higher")
+    auroc = float(roc_auc_score(truth, np.concatenate([digits, others])))
+    return {"auroc": auroc, "fpr95": float(np.mean(others <= threshold))}
+
+
+def novelty_facts(predictor: Predictor, test: Examples, held_out: Examples | None, config: Config) -> Facts:
+    """Measures every kind of doubt on everything that is no digit.
+
+    Args:
+      predictor: a network or a committee.
+      test: digits that were not trained on.
+      held_out: others, on which thresholds are chosen; without them there are no thresholds.
+      config: says where Fashion-MNIST is looked for.
+
+    Returns:
+      `scores`: for each measure, `detection` for each kind of stranger, their means, the `threshold` above which 1 % of
+      the hold-out digits lie, and the shares of test digits and of strangers above it. `best`: the measure with the
+      highest mean AUROC.
+    """
+    digits = doubt_scores(predictor, np.asarray(test.image))
+    kinds = {name: doubt_scores(predictor, pictures) for name, pictures in strangers(test, config).items()}
+    chosen_on = doubt_scores(predictor, np.asarray(held_out.image)) if held_out is not None else None
+    scores: Facts = {}
+    for measure, of_digits in digits.items():
+        found = {kind: detection(of_digits, of_kind[measure]) for kind, of_kind in kinds.items()}
+        threshold = float(np.quantile(chosen_on[measure], 1 - FALSE_ALARMS)) if chosen_on else None
+        scores[measure] = {
+            "kinds": found,
+            "mean_auroc": float(np.mean([of_kind["auroc"] for of_kind in found.values()])),
+            "mean_fpr95": float(np.mean([of_kind["fpr95"] for of_kind in found.values()])),
+            "threshold": threshold,
+            "false_alarms": None if threshold is None else float(np.mean(of_digits > threshold)),
+        }
+        if threshold is not None:
+            for kind, of_kind in kinds.items():
+                found[kind]["caught"] = float(np.mean(of_kind[measure] > threshold))
+    best = max(scores, key=lambda measure: float(scores[measure]["mean_auroc"]))
+    return {"best": best, "pictures": {kind: len(of[best]) for kind, of in kinds.items()}, "scores": scores}
+
+
+def novelty_table(facts: Mapping[str, Any]) -> str:
+    """Returns the facts as text to read: AUROC, and the share that passes if 95 % of the digits do."""
+    measures = list(facts["scores"])
+    lines = ["what is no digit: AUROC, and the share that passes when 95 % of the digits pass"]
+    lines.append(f"{'':<16}" + "".join(f"{measure:>20}" for measure in measures))
+    for kind in facts["pictures"]:
+        cells = [facts["scores"][measure]["kinds"][kind] for measure in measures]
+        lines.append(f"{kind:<16}" + "".join(f"{cell['auroc']:>12.4f}{cell['fpr95']:>8.1%}" for cell in cells))
+    best = facts["scores"][facts["best"]]
+    if best["threshold"] is not None:
+        lines.append(
+            f"best: {facts['best']}; above {best['threshold']:.4g}, {FALSE_ALARMS:.0%} of the hold-out digits and"
+            f" {best['false_alarms']:.2%} of the test digits"
+        )
+    return "\n".join(lines)

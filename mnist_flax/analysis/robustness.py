@@ -1,0 +1,270 @@
+"""How a network does on corrupted digits: accuracy, loss and calibration under each corruption of MNIST-C."""
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mnist_flax import metrics
+from mnist_flax.analysis import label_errors, novelty
+from mnist_flax.analysis.calibration import calibration_scores
+from mnist_flax.analysis.comparison import SIGNIFICANCE, mcnemar
+from mnist_flax.analysis.corruptions import CORRUPTIONS, corrupt
+from mnist_flax.analysis.evaluation import Predictor, RunInfo, load_predictor, predict_logits
+from mnist_flax.analysis.run_data import load_data, select_examples
+from mnist_flax.config import Config
+from mnist_flax.data.splits import Examples, Splits
+from mnist_flax.errors import ConfigError, DataError, WorkdirError
+from mnist_flax.run import workdir as workdirs
+
+ROBUSTNESS = "robustness.json"
+OFFICIAL = "mnist_c"  # the folder of the published arrays, inside the folder of official files
+
+Facts = dict[str, Any]  # ready for JSON
+
+
+class Corrupted(NamedTuple):
+    """A test set under every corruption.
+
+    Attributes:
+      images: `u8[N,28,28,1]` by corruption.
+      label: `i32[N]`.
+      official: the corruptions whose images are the published arrays; the others are made here.
+    """
+
+    images: Mapping[str, np.ndarray]
+    label: np.ndarray
+    official: frozenset[str]
+
+
+def corrupt_all(test: Examples, severity: int = 0, folder: pathlib.Path | None = None) -> Corrupted:
+    """Returns a test set under every corruption.
+
+    Args:
+      test: the clean test set.
+      severity: 1 to 5; 0 means that of MNIST-C, different for each corruption.
+      folder: of the published arrays, used where they are there and `severity` is 0.
+
+    Raises:
+      DataError: published arrays are damaged, or not of this test set.
+    """
+    clean, label = np.asarray(test.image)[..., 0], np.asarray(test.label)
+    index = np.arange(len(clean))
+    found = {name: folder / name for name in CORRUPTIONS if folder and not severity and (folder / name).is_dir()}
+
+    def images(name: str) -> np.ndarray:
+        return read_official(found[name], label) if name in found else corrupt(name, clean, index, severity)[..., None]
+
+    with ThreadPoolExecutor(2) as pool:
+        return Corrupted(dict(zip(CORRUPTIONS, pool.map(images, CORRUPTIONS), strict=True)), label, frozenset(found))
+
+
+def read_official(folder: pathlib.Path, label: np.ndarray) -> np.ndarray:
+    """Reads the published test images of one corruption, `u8[N,28,28,1]`.
+
+    Raises:
+      DataError: the files are missing or damaged, or not of the test set with these labels.
+    """
+    try:
+        images, labels = (np.load(folder / f"test_{kind}.npy", allow_pickle=False) for kind in ("images", "labels"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder}: cannot be read ({error}); restore it, or remove the folder") from error
+    if images.shape != (len(label), 28, 28, 1) or images.dtype != np.uint8 or not np.array_equal(labels, label):
+        raise DataError(f"{folder}: holds other examples than the test set; restore it, or remove the folder")
+    return np.asarray(images)
+
+
+def official_folder(config: Config) -> pathlib.Path | None:
+    """Returns the folder of the published arrays, or None if there is none."""
+    raw_dir = config.data.raw_dir or os.environ.get("MNIST_FLAX_RAW_DIR", "")
+    folder = pathlib.Path(raw_dir).expanduser() / OFFICIAL
+    return folder if raw_dir and config.data.name == "mnist" and folder.is_dir() else None
+
+
+def predict_all(predictor: Predictor, test: Examples, corrupted: Corrupted) -> dict[str, np.ndarray]:
+    """Returns the logits `f32[N,C]` for the clean test set (`clean`) and for each corruption."""
+    images = {"clean": np.asarray(test.image), **corrupted.images}
+    return {name: predict_logits(predictor, of_name) for name, of_name in images.items()}
+
+
+def robustness_facts(logits: Mapping[str, np.ndarray], corrupted: Corrupted) -> Facts:
+    """Turns logits, as `predict_all` returns them, into scores with 95 % intervals."""
+    right = {name: of_name.argmax(axis=-1) == corrupted.label for name, of_name in logits.items()}
+
+    def scores(name: str) -> Facts:
+        correct, count = int(right[name].sum()), len(corrupted.label)
+        calibrated = calibration_scores(logits[name], corrupted.label)
+        interval = metrics.wilson_interval(correct, count).tolist()
+        return {"accuracy": correct / count, "accuracy_interval": interval, "correct": correct, **calibrated}
+
+    rows = {
+        name: {**scores(name), "affine": kind.affine, "source": "official" if name in corrupted.official else "own"}
+        for name, kind in CORRUPTIONS.items()
+    }
+
+    def mean_over(names: list[str]) -> Facts:
+        accuracy, interval = mean_with_interval(np.mean([right[name] for name in names], axis=0))
+        of_names = {f"mean_{field}": float(np.mean([rows[name][field] for name in names])) for field in ("loss", "ece")}
+        return {"mean_accuracy": accuracy, "mean_accuracy_interval": interval, **of_names, "names": names}
+
+    together = mean_over(list(CORRUPTIONS))
+    together.pop("names")
+    return {
+        **together,
+        "examples": len(corrupted.label),
+        "clean": scores("clean"),
+        "in_family": mean_over([name for name, kind in CORRUPTIONS.items() if kind.affine]),
+        "never_seen": mean_over([name for name, kind in CORRUPTIONS.items() if not kind.affine]),
+        "corruptions": rows,
+    }
+
+
+def mean_with_interval(values: np.ndarray) -> tuple[float, list[float]]:
+    """Returns the mean of numbers, one an image, and its 95 % interval, which assumes many images."""
+    mean, half = float(np.mean(values)), 1.96 * float(np.std(values)) / len(values) ** 0.5
+    return mean, [mean - half, mean + half]
+
+
+def compare_robustness(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], label: np.ndarray) -> Facts:
+    """Compares the logits of two networks on the same corrupted images, by McNemar's test and by their means.
+
+    Returns:
+      The test for each corruption, whose p-values are not corrected for there being fifteen; the difference of the
+      means (B - A) with its interval; and a `verdict`: `a`, `b`, or None if the interval contains 0.
+    """
+    right_a, right_b = ({name: logits.argmax(axis=-1) == label for name, logits in of.items()} for of in (a, b))
+    per_image = [np.mean([right[name] for name in CORRUPTIONS], axis=0) for right in (right_a, right_b)]
+    difference, interval = mean_with_interval(per_image[1] - per_image[0])
+    return {
+        "difference": difference,
+        "interval": interval,
+        "verdict": "b" if interval[0] > 0 else "a" if interval[1] < 0 else None,
+        "corruptions": {name: mcnemar(right_a[name], right_b[name]) for name in CORRUPTIONS},
+    }
+
+
+class Outcome(NamedTuple):
+    """What is written about a network.
+
+    Attributes:
+      facts: the contents of `robustness.json`.
+      predictor: the network.
+      config: describes the data.
+      splits: the data, for the pictures of the page.
+    """
+
+    facts: Facts
+    predictor: Predictor
+    config: Config
+    splits: Splits
+
+
+def robustness_of_workdir(
+    workdir: pathlib.Path,
+    *,
+    checkpoint: str = "latest",
+    severity: int = 0,
+    compare: pathlib.Path | None = None,
+    overrides: Mapping[str, Any],
+) -> Outcome:
+    """Evaluates a run, or a population as one network, on corrupted digits and on what is no digit.
+
+    Args:
+      workdir: of the run or the population.
+      checkpoint: `latest`, `best` (on hold-out rows) or a step.
+      severity: 1 to 5, or 0 for that of MNIST-C.
+      compare: the folder of another run or population, which is compared on the same images.
+      overrides: fields of the config, some of `run_data.OVERRIDES`.
+
+    Raises:
+      UserError: a run, a checkpoint or the data cannot be had, or do not fit each other.
+    """
+    predictor, info = load_predictor(workdir, checkpoint)
+    other = load_predictor(compare, checkpoint) if compare else None
+    config, splits = load_data(info.config, info.fingerprint, overrides)
+    if other and other[1].fingerprint != info.fingerprint:
+        raise WorkdirError(f"--compare={compare}: was trained on other data than {workdir}, so its test set differs")
+    corrupted = corrupt_all(splits.test, severity, official_folder(config))
+    logits = predict_all(predictor, splits.test, corrupted)
+    facts = {
+        "dataset": splits.name,
+        "dataset_fingerprint": splits.fingerprint,
+        "trained_on": info.config.data.name,
+        "augment": info.config.augment.to_dict(),
+        "members": len(predictor.members),
+        "checkpoint": checkpoint,
+        "step": max(info.steps),
+        "temperature": predictor.temperature,
+        "severity": severity or "published",
+        **robustness_facts(logits, corrupted),
+        "no_digit": novelty.novelty_facts(predictor, splits.test, _held_out(config, info, splits), config),
+    }
+    if info.kind == "folds":
+        facts["labels"] = label_errors.label_facts(workdir)
+    if other:
+        theirs = predict_all(other[0], splits.test, corrupted)
+        facts["compare"] = {"with": str(compare), **compare_robustness(logits, theirs, corrupted.label)}
+    return Outcome(facts, predictor, config, splits)
+
+
+def _held_out(config: Config, info: RunInfo, splits: Splits) -> Examples | None:
+    """Returns the rows that no member was trained on, or None if there are none."""
+    if info.kind == "folds":
+        return None
+    try:
+        return select_examples(config, splits, "holdout")
+    except ConfigError:
+        return None
+
+
+def save_robustness(outcome: Outcome, page: str, folder: pathlib.Path) -> None:
+    """Writes `robustness.json` and `robustness.html` into a folder.
+
+    Raises:
+      WorkdirError: a file cannot be written.
+    """
+    workdirs.write_text(folder / "robustness.html", page, remedy=workdirs.NAME_OUTPUT)
+    content = json.dumps(outcome.facts, indent=1, allow_nan=False) + "\n"
+    workdirs.write_text(folder / ROBUSTNESS, content, remedy=workdirs.NAME_OUTPUT)
+
+
+def robustness_table(facts: Mapping[str, Any]) -> str:
+    """Returns the facts as text to read."""
+    against = facts.get("compare")
+    lines = [
+        f"{facts['dataset']}, {facts['examples']} test images under each corruption, severity {facts['severity']}",
+        f"{'':<16}{'accuracy':>9}  {'95 % interval':<18}{'loss':>8}{'ECE':>8}"
+        + "   only B - only A right" * bool(against),
+        _row("clean", facts["clean"]),
+    ]
+    for name, row in facts["corruptions"].items():
+        line = _row(name, row, "affine" if row["affine"] else "")
+        if against:
+            test = against["corruptions"][name]
+            line += f"  {test['only_b_right'] - test['only_a_right']:+6d}  p = {test['p']:.2g}"
+        lines.append(line)
+    lines.append("")
+    for title, part in (("mean of 15", facts), ("affine", facts["in_family"]), ("the others", facts["never_seen"])):
+        names = ("accuracy", "accuracy_interval", "loss", "ece")
+        lines.append(_row(title, {name: part[f"mean_{name}"] for name in names}))
+    if against:
+        low, high = (100 * end for end in against["interval"])
+        verdict = {"a": "A is better", "b": "B is better", None: "no significant difference"}[against["verdict"]]
+        lines.append(
+            f"B = {against['with']}: mean {100 * against['difference']:+.2f} points, {1 - SIGNIFICANCE:.0%} interval"
+            f" {low:+.2f} to {high:+.2f}: {verdict}"
+        )
+    lines += ["", novelty.novelty_table(facts["no_digit"])]
+    if "labels" in facts:
+        lines += ["", label_errors.label_table(facts["labels"])]
+    return "\n".join(lines)
+
+
+def _row(name: str, row: Mapping[str, Any], note: str = "") -> str:
+    low, high = row["accuracy_interval"]
+    interval = f"{100 * low:.2f} to {100 * high:.2f}"
+    return f"{name:<16}{row['accuracy']:>9.2%}  {interval:<18}{row['loss']:>8.4f}{row['ece']:>8.4f}  {note:<6}".rstrip()

@@ -1,0 +1,46 @@
+"""The network that cleans its image first."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from mnist_flax.config import Config
+from mnist_flax.data.embedded import embedded_digits
+from mnist_flax.models.cleaned import CleanedCNNConfig, cleaned, despeckled
+from mnist_flax.models.cnn import CNNConfig
+
+
+def test_cleaning_is_a_rank_filter_and_a_top_hat() -> None:
+    x = np.random.default_rng(0).random((5, 28, 28), np.float32)
+    low, high = (ndimage.rank_filter(x, rank, footprint=np.ones((1, 3, 3)), mode="nearest") for rank in (2, -3))
+    specks = np.clip(x, low, high)
+    np.testing.assert_array_equal(despeckled(jnp.asarray(x[..., None]))[..., 0], specks)
+    opened = ndimage.grey_opening(specks, (1, 9, 9), mode="nearest")
+    ink = specks - opened
+    expected = ink / ink.max(axis=(1, 2), keepdims=True)
+    np.testing.assert_allclose(cleaned(jnp.asarray(x[..., None]))[..., 0], expected, atol=1e-6)
+
+
+def test_clean_digits_hardly_change_and_a_grey_background_goes() -> None:
+    digits = np.asarray(embedded_digits()[1].image)[:40].astype(np.float32) / 255
+    once = np.asarray(cleaned(jnp.asarray(digits)))
+    assert np.abs(once - digits).mean() < 0.06
+    np.testing.assert_allclose(cleaned(jnp.asarray(0.4 + digits / 2)), once, atol=0.01)
+    for grey in (0.0, 1.0):
+        assert not np.asarray(cleaned(jnp.full((1, 28, 28, 1), grey))).any()
+
+
+def test_the_parameters_are_those_of_the_plain_network() -> None:
+    x = jnp.zeros((1, 28, 28, 1))
+    trees = [family().module(10).init(jax.random.key(0), x) for family in (CNNConfig, CleanedCNNConfig)]
+    assert jax.tree.structure(trees[0]) == jax.tree.structure(trees[1])
+    assert CleanedCNNConfig().seen_size(28) == 28 != CNNConfig().seen_size(28)
+
+
+@pytest.mark.parametrize("name", ["cnn", "cleaned_cnn"])
+def test_the_family_survives_the_config(name: str) -> None:
+    config = Config.from_dict({"model": {"name": name}})
+    assert config.to_dict()["model"]["name"] == name
+    assert Config.from_json(config.to_json()) == config

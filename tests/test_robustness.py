@@ -1,0 +1,171 @@
+"""Robustness of a run and of a committee: scores, published arrays, comparison, what is no digit, files and page."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import small_population
+from sklearn.metrics import accuracy_score, log_loss
+
+from mnist_flax.analysis import novelty, robustness
+from mnist_flax.analysis.corruptions import CORRUPTIONS
+from mnist_flax.analysis.evaluation import load_predictor
+from mnist_flax.config import Config, replace
+from mnist_flax.data.load import load_splits
+from mnist_flax.data.splits import Examples
+from mnist_flax.errors import DataError, WorkdirError
+from mnist_flax.metrics import log_probabilities
+
+
+@pytest.fixture(scope="module")
+def test() -> Examples:
+    return load_splits(small_population.CONFIG).test
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "mnist_flax.robustness", *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, check=False, timeout=200)
+
+
+def test_scores_are_those_of_scikit_learn(test: Examples) -> None:
+    predictor, _ = load_predictor(small_population.seeds())
+    corrupted = robustness.corrupt_all(test)
+    logits = robustness.predict_all(predictor, test, corrupted)
+    facts = robustness.robustness_facts(logits, corrupted)
+    assert list(facts["corruptions"]) == list(CORRUPTIONS)
+    for name, row in [("clean", facts["clean"]), *facts["corruptions"].items()]:
+        probs = np.exp(log_probabilities(logits[name]))
+        assert row["accuracy"] == accuracy_score(test.label, probs.argmax(axis=1))
+        assert row["loss"] == pytest.approx(log_loss(test.label, probs, labels=range(10)))
+        assert row["accuracy_interval"][0] <= row["accuracy"] <= row["accuracy_interval"][1]
+    accuracies = {name: row["accuracy"] for name, row in facts["corruptions"].items()}
+    assert facts["mean_accuracy"] == pytest.approx(np.mean(list(accuracies.values())))
+    affine = ["shear", "scale", "rotate", "translate"]
+    assert facts["in_family"]["mean_accuracy"] == pytest.approx(np.mean([accuracies.pop(name) for name in affine]))
+    assert facts["never_seen"]["mean_accuracy"] == pytest.approx(np.mean(list(accuracies.values())))
+    assert facts["mean_accuracy_interval"][0] < facts["mean_accuracy"] < facts["mean_accuracy_interval"][1]
+
+
+def test_published_arrays_are_used_if_they_are_there(test: Examples, tmp_path: pathlib.Path) -> None:
+    images = np.full((len(test.label), 28, 28, 1), 7, np.uint8)
+    (tmp_path / "fog").mkdir()
+    np.save(tmp_path / "fog" / "test_images.npy", images)
+    np.save(tmp_path / "fog" / "test_labels.npy", test.label.astype(np.int64))
+    corrupted = robustness.corrupt_all(test, folder=tmp_path)
+    assert corrupted.official == {"fog"}
+    np.testing.assert_array_equal(corrupted.images["fog"], images)
+    assert not robustness.corrupt_all(test, severity=2, folder=tmp_path).official
+    np.save(tmp_path / "fog" / "test_labels.npy", test.label[::-1])
+    with pytest.raises(DataError, match="other examples"):
+        robustness.corrupt_all(test, folder=tmp_path)
+    (tmp_path / "fog" / "test_labels.npy").unlink()
+    with pytest.raises(DataError, match="cannot be read"):
+        robustness.corrupt_all(test, folder=tmp_path)
+
+
+def test_published_arrays_are_looked_for_where_the_data_are(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MNIST_FLAX_RAW_DIR", str(tmp_path))
+    assert robustness.official_folder(Config()) is None
+    (tmp_path / "mnist_c").mkdir()
+    assert robustness.official_folder(Config()) == tmp_path / "mnist_c"
+    assert robustness.official_folder(replace(Config(), data__name="kmnist")) is None
+
+
+def test_comparison_finds_the_better_network(test: Examples) -> None:
+    label = np.asarray(test.label)
+    good = {name: np.eye(10)[label] for name in CORRUPTIONS}
+    bad = {name: np.eye(10)[np.where(np.arange(len(label)) < 100, 0, label)] for name in CORRUPTIONS}
+    result = robustness.compare_robustness(bad, good, label)
+    assert result["verdict"] == "b"
+    wrong = int(np.sum(label[:100] != 0))
+    assert result["difference"] == pytest.approx(wrong / len(label))
+    assert result["corruptions"]["fog"]["only_b_right"] == wrong
+    assert robustness.compare_robustness(good, bad, label)["verdict"] == "a"
+    assert robustness.compare_robustness(good, good, label)["verdict"] is None
+
+
+def test_detection_on_a_hand_made_case() -> None:
+    digits, others = np.arange(100.0), np.array([200.0, 50.5, 96.5])
+    result = novelty.detection(digits, others)
+    assert result["auroc"] == pytest.approx((100 + 51 + 97) / 300)
+    assert result["fpr95"] == pytest.approx(1 / 3)  # the digits up to 95 pass, and so does 50.5
+
+
+def test_strangers_are_no_digits_and_the_same_every_time(test: Examples, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MNIST_FLAX_RAW_DIR", raising=False)
+    monkeypatch.setattr(novelty, "_fashion", lambda config: None)
+    first, second = (novelty.strangers(test, small_population.CONFIG) for _ in range(2))
+    assert list(first) == ["uniform_noise", "smooth_noise", "rotated_digits", "cut_digits", "letters"]
+    for kind, pictures in first.items():
+        np.testing.assert_array_equal(pictures, second[kind])
+        assert pictures.shape[1:] == (28, 28, 1)
+        assert pictures.dtype == np.uint8
+        assert (pictures.max(axis=(1, 2, 3)) > 0).mean() > 0.95
+    assert len(first["letters"]) == len(novelty.LETTERS) * len(novelty.FONTS) * 5
+
+
+def test_doubt_of_a_committee_and_its_threshold(test: Examples, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(novelty, "_fashion", lambda config: None)
+    predictor, info = load_predictor(small_population.seeds())
+    facts = novelty.novelty_facts(predictor, test, test, info.config)
+    assert set(facts["scores"]) == {"max_probability", "energy", "disagreement"}
+    for of in facts["scores"].values():
+        assert of["false_alarms"] == pytest.approx(0.01, abs=0.006)
+    assert facts["scores"][facts["best"]]["mean_auroc"] == max(of["mean_auroc"] for of in facts["scores"].values())
+    alone = novelty.novelty_facts(
+        load_predictor(small_population.seeds() / "members" / "seed-3")[0], test, None, info.config
+    )
+    assert set(alone["scores"]) == {"max_probability", "energy"}
+    assert alone["scores"]["energy"]["threshold"] is None
+
+
+def test_energy_does_not_depend_on_views(test: Examples) -> None:
+    predictor, _ = load_predictor(small_population.seeds())
+    images = np.asarray(test.image)[:50]
+    one, five = (novelty.doubt_scores(dataclasses.replace(predictor, views=views), images) for views in (1, 5))
+    np.testing.assert_array_equal(one["energy"], five["energy"])
+    assert one["energy"].std() > 0.01
+    assert np.abs(one["max_probability"] - five["max_probability"]).max() > 0
+
+
+def test_the_command_writes_facts_and_a_page_for_folds_too(tmp_path: pathlib.Path) -> None:
+    workdir = shutil.copytree(small_population.folds(), tmp_path / "folds")
+    done = command(
+        f"--workdir={workdir}", f"--compare={small_population.seeds()}", f"--output={tmp_path / 'out'}", "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((tmp_path / "out" / "robustness.json").read_text())
+    assert json.loads(done.stdout) == facts
+    assert facts["members"] == 3
+    assert facts["severity"] == "published"
+    assert facts["labels"]["examples"] == 220
+    assert facts["compare"]["verdict"] in ("a", "b", None)
+    page = (tmp_path / "out" / "robustness.html").read_text()
+    assert page.count("data:image/png") >= 15 * 5 + 40
+    assert "http" not in page
+    assert not (workdir / "robustness.json").exists()
+
+
+def test_the_command_refuses_what_makes_no_sense(tmp_path: pathlib.Path) -> None:
+    for arguments, message in [
+        ([], "--workdir is missing"),
+        ([f"--workdir={tmp_path}"], "error"),
+        (["--severity=6"], "severity"),
+        (["fog"], "is no flag"),
+    ]:
+        done = command(*arguments)
+        assert done.returncode
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_another_dataset_cannot_be_compared(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(WorkdirError):
+        robustness.robustness_of_workdir(tmp_path, overrides={})
