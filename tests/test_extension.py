@@ -116,9 +116,9 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         for name, array in ((f"{split}-images-idx3", images), (f"{split}-labels-idx1", labels)):
             header = struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
             (folder / "raw" / "bars" / f"{name}-ubyte.gz").write_bytes(gzip.compress(header + array.tobytes()))
-    picture = np.full((80, 80), 255, np.uint8)
-    picture[30:38, 10:70] = 0
-    Image.fromarray(picture).save(folder / "bar.png")
+    picture = np.full((100, 80), 255, np.uint8)
+    picture[10:20, 10:70] = picture[10:90, 60:70] = 0  # strokes of a seven
+    Image.fromarray(picture).save(folder / "seven.png")
     return folder
 
 
@@ -148,6 +148,6 @@ def test_entries_from_outside_serve_in_every_verb(lab: pathlib.Path) -> None:
     use(lab, "report", "--workdir=run", "--config.data.raw_dir=raw")
     assert "bars, test: " in use(lab, "evaluate", "--workdir=run", "--config.data.raw_dir=raw")
     (line,) = (
-        line for line in use(lab, "predict", "--workdir=run", "--json", "bar.png").splitlines() if "digits" in line
+        line for line in use(lab, "predict", "--workdir=run", "--json", "seven.png").splitlines() if "digits" in line
     )
     assert len(json.loads(line)["digits"]) == 1

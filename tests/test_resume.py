@@ -169,5 +169,5 @@ def test_more_epochs_go_on_where_the_schedule_does_not_depend_on_them(tmp_path: 
     fit(longer, tmp_path / "in two")
     assert summary(tmp_path / "in two")["epochs"] == 3
     assert outcome(tmp_path / "in two") == outcome(tmp_path / "at once")
-    with pytest.raises(WorkdirError, match=r"at step 21 already, past the end of this one, which has 14"):
+    with pytest.raises(WorkdirError, match=r"already at step 21, past the end of this one, which has 14"):
         fit(SMALL, tmp_path / "in two")
