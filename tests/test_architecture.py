@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
+pytestmark = pytest.mark.smoke
+
 # A module imports only from lower layers and its own. A folder is one entry, unless some of its modules are listed.
 LAYERS = [
     ["errors"],

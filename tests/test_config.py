@@ -11,6 +11,8 @@ from mnist_flax.errors import ConfigError
 from mnist_flax.models.cnn import CNNConfig
 from mnist_flax.models.resnet import ResNetConfig
 
+pytestmark = pytest.mark.smoke
+
 
 def test_defaults_survive_the_config_dict_and_json() -> None:
     config = Config()

@@ -130,6 +130,7 @@ def use(lab: pathlib.Path, *arguments: str) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.smoke
 def test_entries_from_outside_serve_in_every_verb(lab: pathlib.Path) -> None:
     train = ("main", "--config=preset.py", "--config.data.raw_dir=raw", "--workdir=run")
     use(lab, *train, "--config.train.epochs=2")

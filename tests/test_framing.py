@@ -3,10 +3,13 @@
 import gzip
 
 import numpy as np
+import pytest
 from idx_files import real_folder
 
 from mnist_flax.data.embedded import embedded_digits
 from mnist_flax.data.framing import BOX_SIZE, CENTRE, frame
+
+pytestmark = pytest.mark.smoke
 
 
 def offsets(images: np.ndarray) -> np.ndarray:

@@ -11,6 +11,8 @@ from mnist_flax.errors import ConfigError
 from mnist_flax.memory import check_memory
 from mnist_flax.train import fit
 
+pytestmark = pytest.mark.smoke
+
 
 @pytest.mark.parametrize(
     ("fields", "message"),

@@ -9,6 +9,8 @@ from sklearn import metrics as sklearn_metrics
 from mnist_flax import metrics
 from mnist_flax.losses import cross_entropy
 
+pytestmark = pytest.mark.smoke
+
 
 def made_up(num_examples: int = 500, num_classes: int = 7) -> tuple[np.ndarray, np.ndarray]:
     """Logits of a network that is often right, and labels; the last class never occurs, and the one before is rare."""

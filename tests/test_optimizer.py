@@ -11,6 +11,8 @@ import pytest
 from mnist_flax.config import Config, replace
 from mnist_flax.optimizer import optimizer, schedule
 
+pytestmark = pytest.mark.smoke
+
 # 100 steps an epoch, 4 epochs.
 BASE = replace(Config(), data__num_train=1000, train__batch_size=10, train__epochs=4, optimizer__learning_rate=0.1)
 

@@ -17,6 +17,8 @@ from mnist_flax.data.batches import Batch
 from mnist_flax.drivers import jit_init_state
 from mnist_flax.models.cnn import CNNConfig
 
+pytestmark = pytest.mark.smoke
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden_presets"
 PRESETS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))

@@ -11,6 +11,8 @@ from mnist_flax.data.registry import DATASETS, IDX_FILES, Dataset
 from mnist_flax.data.splits import make_splits
 from mnist_flax.errors import DataError
 
+pytestmark = pytest.mark.smoke
+
 
 @pytest.mark.parametrize("name", NAMES)
 def test_registry_agrees_with_tfds(tmp_path: Path, name: str) -> None:

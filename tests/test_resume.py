@@ -86,6 +86,7 @@ def test_a_resumed_run_ends_bit_for_bit_like_a_quiet_one(
     assert outcome(tmp_path) == quiet[driver]
 
 
+@pytest.mark.smoke
 def test_saving_changes_nothing(quiet: dict[str, dict[str, Any]], tmp_path: pathlib.Path) -> None:
     fit(replace(SMALL, checkpoint__every_steps=1), tmp_path)
     assert outcome(tmp_path) == quiet["scan"]

@@ -3,8 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from mnist_flax import rng
+
+pytestmark = pytest.mark.smoke
 
 
 def data(key: jax.Array) -> tuple[int, ...]:

@@ -108,6 +108,7 @@ def test_training_loses_nothing_by_the_crop(examples: Examples, batch_norm: bool
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("fields", [{"name": "adam"}, {"name": "adamw"}, {"name": "sgd", "learning_rate": 0.1}])
 def test_a_batch_is_memorised(examples: Examples, fields: dict[str, Any]) -> None:
     config = replace(SMALL, **{f"optimizer__{name}": value for name, value in fields.items()})
