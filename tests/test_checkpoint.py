@@ -385,7 +385,12 @@ def test_checkpoint_deleted_while_it_is_read_is_not_damage(
     assert int(load_run(workdir).state.step) == 12
     saved.clear()
     gone = workdir / workdirs.CHECKPOINTS / "9"
-    monkeypatch.setattr(storage, "restore_state", lambda *_: (shutil.rmtree(gone), 1 / 0))
+
+    def prune_and_fail(*_: Any) -> None:
+        shutil.rmtree(gone)
+        raise OSError("gone")
+
+    monkeypatch.setattr(storage, "restore_state", prune_and_fail)
     with pytest.raises(WorkdirError, match="has no checkpoint '9'; kept are the steps: 12"):
         load_run(workdir, "9")
 

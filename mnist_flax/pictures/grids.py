@@ -170,7 +170,8 @@ def _reduced(piece: np.ndarray, factor: int) -> np.ndarray:
     if factor == 1:
         return piece
     padded = np.pad(piece, [(0, -side % factor) for side in piece.shape])
-    return padded.reshape(padded.shape[0] // factor, factor, padded.shape[1] // factor, factor).any((1, 3))
+    blocks = padded.reshape(padded.shape[0] // factor, factor, padded.shape[1] // factor, factor)
+    return np.asarray(blocks.any((1, 3)))
 
 
 def _erase(kept: np.ndarray, ruled: np.ndarray, piece: np.ndarray, line: Line) -> None:
