@@ -61,7 +61,7 @@ def test_a_preset_means_what_it_meant(name: str) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_says_what_it_is_what_it_reaches_and_how_to_run_it(name: str) -> None:
     _, doc = load(name)
-    assert "Measured: " in doc
+    assert "Measured: " in doc, "its docstring needs a line that starts with Measured:"
     assert f"scripts/train --config=configs/{name}.py" in doc
     assert "@@" not in doc, "a figure is missing"
 
