@@ -19,8 +19,9 @@ class OptimizerConfig:
       learning_rate: the peak of the schedule.
       b1, b2, eps: decay rates and stabiliser of Adam and its relatives.
       momentum, nesterov: of SGD, and `momentum` also of Muon.
+      adam_fraction: `muon` leaves all but the convolution kernels to AdamW, at this fraction of the learning rate.
       weight_decay: applied to kernels, not to biases or norms. L2 (added to the gradient) for `adam` and `sgd`,
-        decoupled for the others.
+        decoupled for the others. With `muon`, to convolution kernels only.
       clip_norm: largest global norm of the gradient; 0 turns clipping off.
       schedule: a key of `SCHEDULES`.
       warmup_epochs: linear warm-up from 0 before any schedule but `one_cycle`, which has its own.
@@ -38,6 +39,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     momentum: float = 0.9
     nesterov: bool = False
+    adam_fraction: float = 0.25
     weight_decay: float = 0.0
     clip_norm: float = 0.0
     schedule: str = "constant"
@@ -60,6 +62,7 @@ class OptimizerConfig:
         for name in ("weight_decay", "clip_norm"):
             yield from within(f"optimizer.{name}", getattr(self, name), 0)
         yield from within("optimizer.end_fraction", self.end_fraction, 0, 1)
+        yield from within("optimizer.adam_fraction", self.adam_fraction, 0)
         for name in ("start_fraction", "peak_at"):
             yield from within(f"optimizer.{name}", getattr(self, name), 0, 1, open_low=True, open_high=True)
         yield from within("optimizer.warmup_epochs", self.warmup_epochs, 0, epochs)
@@ -161,17 +164,16 @@ def _with_l2(o: OptimizerConfig, rule: optax.GradientTransformation) -> optax.Gr
 
 
 def _muon(o: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
-    """Jordan et al. (2024): orthogonalised momentum for kernels, AdamW for all other weights.
+    """Jordan et al. (2024): orthogonalised momentum for convolution kernels, AdamW for all other weights.
 
-    A convolution's kernel counts as a matrix from its patches to its output channels. Without being told so, optax
-    would give all but 2-D leaves to Adam, at Muon's learning rate.
+    A convolution's kernel counts as a matrix from its patches to its output channels.
     """
     from optax.contrib import MuonDimensionNumbers, muon
 
     def dimensions(params: optax.Params) -> optax.Params:
         def of_leaf(leaf: jax.Array) -> MuonDimensionNumbers | None:
             last = leaf.ndim - 1
-            return MuonDimensionNumbers(tuple(range(last)), last) if last else None
+            return MuonDimensionNumbers(tuple(range(last)), last) if leaf.ndim > 2 else None
 
         return jax.tree.map(of_leaf, params)
 
@@ -183,6 +185,7 @@ def _muon(o: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformat
         weight_decay_mask=is_decayed,
         adam_b1=o.b1,
         adam_b2=o.b2,
+        adam_learning_rate=lambda step: o.adam_fraction * rate(step),
         muon_weight_dimension_numbers=dimensions,
     )
 
@@ -199,7 +202,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
         lambda o, rate: _with_l2(o, optax.sgd(rate, o.momentum or None, o.nesterov)),
         ("momentum", "nesterov", "weight_decay"),
     ),
-    "muon": Optimizer(_muon, ("b1", "b2", "eps", "momentum", "weight_decay")),
+    "muon": Optimizer(_muon, ("b1", "b2", "eps", "momentum", "adam_fraction", "weight_decay")),
 }
 
 
