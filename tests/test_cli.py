@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import forked
 import pytest
 
 from mnist_flax import cli, preset
@@ -18,14 +19,7 @@ TINY = "--config=configs/tiny.py"
 
 
 def run(*arguments: str, module: str = "mnist_flax.main", cwd: pathlib.Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
+    return forked.run("-m", module, *arguments, cwd=cwd)
 
 
 @pytest.mark.parametrize(

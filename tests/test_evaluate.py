@@ -4,9 +4,9 @@ import json
 import pathlib
 import shutil
 import subprocess
-import sys
 from typing import Any
 
+import forked
 import jax
 import numpy as np
 import pytest
@@ -45,8 +45,7 @@ def workdir(tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "mnist_flax.evaluate", *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, check=False, timeout=120)
+    return forked.run("-m", "mnist_flax.evaluate", *map(str, arguments))
 
 
 @pytest.mark.parametrize("examples", [1, 6, 7, 8, 23])

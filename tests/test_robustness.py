@@ -5,8 +5,8 @@ import json
 import pathlib
 import shutil
 import subprocess
-import sys
 
+import forked
 import numpy as np
 import pytest
 import small_population
@@ -28,8 +28,7 @@ def test() -> Examples:
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "mnist_flax.robustness", *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, check=False, timeout=200)
+    return forked.run("-m", "mnist_flax.robustness", *map(str, arguments))
 
 
 def test_scores_are_those_of_scikit_learn(test: Examples) -> None:
