@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mnist_flax.analysis import statistics
-from mnist_flax.analysis.evaluation import POPULATION, evaluate, load_predictor
+from mnist_flax.analysis.evaluation import POPULATION, Facts, evaluate, load_predictor
 from mnist_flax.analysis.run_data import load_data
-from mnist_flax.analysis.statistics import Facts
 from mnist_flax.errors import WorkdirError
 
 SIGNIFICANCE = 0.05  # a difference is significant if chance alone produces one as large less often than this

@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mnist_flax.analysis.statistics import ARRAYS
+from mnist_flax.analysis.evaluation import Facts
+from mnist_flax.analysis.statistics import ARRAYS, label_entries, worst_labels
 from mnist_flax.errors import WorkdirError
 
 NUM_LISTED = 100
-
-Facts = dict[str, Any]  # ready for JSON
 
 
 class ConfidentJoint(NamedTuple):
@@ -74,13 +73,7 @@ def confident_joint(probs: np.ndarray, label: np.ndarray) -> ConfidentJoint:
 
 
 def precision_recall(ranking: np.ndarray, wrong: np.ndarray, k: int) -> tuple[float, float]:
-    """Returns which share of the first k is wrong, and which share of the wrong is among them.
-
-    Args:
-      ranking: `i64[N]`, as `ConfidentJoint.ranking` returns it.
-      wrong: `bool[N]`, which labels are known to be wrong.
-      k: how many are looked at.
-    """
+    """Returns which share of the first k is wrong, and which share of the wrong is among them."""
     found = int(wrong[ranking[:k]].sum())
     return found / k, found / int(wrong.sum())
 
@@ -101,29 +94,19 @@ def label_facts(workdir: pathlib.Path) -> Facts:
         raise WorkdirError(f"{workdir / ARRAYS}: holds no out-of-fold predictions ({error})") from error
     probs, label, rows = arrays["out_of_fold_probs"], arrays["out_of_fold_label"], arrays["rows"]
     found = confident_joint(probs, label)
+    listed = found.ranking()[:NUM_LISTED]
     return {
         "examples": len(label),
         "suspects": int(found.suspect.sum()),
         "estimated_wrong": float(1 - np.trace(found.joint)),
         "noise": found.noise.tolist(),
-        "listed": [
-            {
-                "row": int(rows[i]),
-                "label": int(label[i]),
-                "prediction": int(probs[i].argmax()),
-                "probability_of_label": float(probs[i, label[i]]),
-                "probability_of_prediction": float(probs[i].max()),
-                "suspect": bool(found.suspect[i]),
-            }
-            for i in found.ranking()[:NUM_LISTED]
-        ],
+        "listed": label_entries(rows[listed], label[listed], probs[listed], suspect=found.suspect[listed]),
     }
 
 
 def label_table(facts: Mapping[str, Any]) -> str:
     """Returns the facts as text to read."""
-    worst = ", ".join(f"{entry['row']} ({entry['label']}? {entry['prediction']})" for entry in facts["listed"][:8])
     return (
         f"labels: {facts['suspects']} of {facts['examples']} may be wrong ({facts['estimated_wrong']:.2%} estimated);"
-        f" most doubtful, as row (label? prediction): {worst}"
+        f" most doubtful, as {worst_labels(facts['listed'])}"
     )

@@ -14,7 +14,7 @@ from mnist_flax.analysis import label_errors, novelty
 from mnist_flax.analysis.calibration import calibration_scores
 from mnist_flax.analysis.comparison import SIGNIFICANCE, mcnemar
 from mnist_flax.analysis.corruptions import CORRUPTIONS, corrupt
-from mnist_flax.analysis.evaluation import Predictor, RunInfo, load_predictor, predict_logits
+from mnist_flax.analysis.evaluation import Facts, Predictor, RunInfo, load_predictor, predict_logits
 from mnist_flax.analysis.run_data import load_data, select_examples
 from mnist_flax.config import Config
 from mnist_flax.data.splits import Examples, Splits
@@ -23,8 +23,6 @@ from mnist_flax.run import workdir as workdirs
 
 ROBUSTNESS = "robustness.json"
 OFFICIAL = "mnist_c"  # the folder of the published arrays, inside the folder of official files
-
-Facts = dict[str, Any]  # ready for JSON
 
 
 class Corrupted(NamedTuple):

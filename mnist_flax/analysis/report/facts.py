@@ -7,7 +7,7 @@ import numpy as np
 
 from mnist_flax import metrics
 from mnist_flax.analysis.calibration import NUM_BINS, reliability_rows
-from mnist_flax.analysis.evaluation import Evaluation
+from mnist_flax.analysis.evaluation import Evaluation, Facts
 from mnist_flax.analysis.report.layers import Layer
 from mnist_flax.analysis.scores import scores
 from mnist_flax.config import Config
@@ -21,8 +21,6 @@ PAIRS = 12  # pairs of confused classes
 PAIR_EXAMPLES = 6  # examples for each pair
 TOP = 3  # most probable classes listed for each example
 CURVE_POINTS = 1000  # a longer training log is thinned to at most this many points
-
-Facts = dict[str, Any]  # ready for JSON
 
 
 def report_facts(
