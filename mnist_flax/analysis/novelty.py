@@ -52,9 +52,8 @@ def _entropy(log_probs: np.ndarray) -> np.ndarray:
 def strangers(test: Examples, config: Config) -> dict[str, np.ndarray]:
     """Returns pictures that are not digits, `u8[K,28,28,1]`, by kind; the same ones every time.
 
-    Args:
-      test: digits, some of which are turned by a quarter or cut in half.
-      config: says where Fashion-MNIST is looked for; nothing is downloaded.
+    They include digits of `test` turned by a quarter or cut in half. `config` says where Fashion-MNIST is looked for;
+    nothing is downloaded.
     """
     from scipy.ndimage import gaussian_filter
 
@@ -126,13 +125,9 @@ def detection(digits: np.ndarray, others: np.ndarray) -> Facts:
 
 
 def novelty_facts(predictor: Predictor, test: Examples, held_out: Examples | None, config: Config) -> Facts:
-    """Measures every kind of doubt on everything that is no digit.
+    """Measures every kind of doubt on everything that is not a digit.
 
-    Args:
-      predictor: a network or a committee.
-      test: digits that were not trained on.
-      held_out: others, on which thresholds are chosen; without them there are no thresholds.
-      config: says where Fashion-MNIST is looked for.
+    Neither `test` nor `held_out`, on which the thresholds are chosen, were trained on.
 
     Returns:
       `scores`: for each measure, `detection` for each kind of stranger, their means, the `threshold` above which 1 % of

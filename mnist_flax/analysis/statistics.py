@@ -103,10 +103,7 @@ def label_entries(rows: np.ndarray, label: np.ndarray, probs: np.ndarray, **more
 def doubtful_labels(logits: np.ndarray, labels: np.ndarray, rows: np.ndarray, fold: np.ndarray) -> list[Facts]:
     """Lists the examples whose label is least probable to a network that was not trained on them.
 
-    Args:
-      logits: `f32[R,C]`, out of fold.
-      labels, rows, fold: `i32[R]`, the given labels, the row numbers in the official file, and the fold that held out
-        each row.
+    `logits` are `f32[R,C]`; `labels`, `rows` (of the official file) and `fold` (which held them out) are `i32[R]`.
     """
     probs = np.exp(metrics.log_probabilities(logits))
     of_label = np.take_along_axis(probs, labels[:, None], axis=-1)[:, 0]

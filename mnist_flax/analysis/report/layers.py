@@ -24,9 +24,8 @@ class Layer(NamedTuple):
     Attributes:
       name: its path in the network, such as `Conv_0` or `Block_1/Conv_0`.
       kind: its class, such as `Conv`.
-      input_shape: of one example.
-      output_shape: of one example.
-      parameters: the number of trainable parameters; running statistics do not count.
+      input_shape, output_shape: of one example.
+      parameters: how many are trainable; running statistics do not count.
       multiply_adds: the multiply-add operations of its kernel, for one example.
     """
 
@@ -39,12 +38,7 @@ class Layer(NamedTuple):
 
 
 class LayerInput(NamedTuple):
-    """The input of a layer, after the preceding activation and pooling; or the logits.
-
-    Attributes:
-      name: of the layer, or `logits`.
-      values: `f32[B,H,W,C]` or `f32[B,D]`.
-    """
+    """The input of a layer, after the preceding activation and pooling, `f32[B,H,W,C]` or `f32[B,D]`; or the logits."""
 
     name: str
     values: np.ndarray

@@ -128,9 +128,7 @@ def learning_curves(curves: Mapping[str, Any]) -> dict[str, str]:
             top.legend(loc="upper right" if field == "loss" else "lower right")
             top.set_xlim(left=0)
             top.locator_params(axis="x", integer=True)
-            epochs, rates = zip(
-                *((record["epoch"], record["learning_rate"]) for record in curves["train"]), strict=True
-            )
+            epochs, rates = ([record[name] for record in curves["train"]] for name in ("epoch", "learning_rate"))
             below.plot(epochs, rates, color=MUTED, marker=_dots(epochs))
             below.set_title("Learning rate", loc="left")
             below.set_ylim(bottom=0)
@@ -170,18 +168,12 @@ def _curve(axes: Any, curves: Mapping[str, Any], field: str) -> None:
 
 def decimal_ticks(axes: Any, field: str) -> None:
     """Labels a logarithmic axis at 1, 2 and 5 with plain numbers; for accuracy the axis is the error rate."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
     low, high = sorted(axes.get_ylim())
-    ticks = [m * 10.0**k for k in range(-7, 4) for m in (1, 2, 5)]
-    ticks = [tick for tick in ticks if low <= tick <= high]
+    ticks = [tick for k in range(-7, 4) for m in (1, 2, 5) if low <= (tick := m * 10.0**k) <= high]
     if len(ticks) > 8:
         ticks = [tick for tick in ticks if f"{tick:e}"[0] == "1"]
-    axes.yaxis.set_major_locator(FixedLocator(ticks))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(
-        FuncFormatter(lambda y, _: f"{y:.6g}" if field == "loss" else f"{100 * (1 - y):.6g} %")
-    )
+    axes.set_yticks(ticks, [f"{y:.6g}" if field == "loss" else f"{100 * (1 - y):.6g} %" for y in ticks])
+    axes.minorticks_off()
 
 
 def _dots(records: Sequence[Any]) -> str:
@@ -193,16 +185,15 @@ def confusion(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> dict[str
     counts = np.asarray(matrix)
     rates = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     return {
-        "confusion_counts": _matrix(counts, rates, [[f"{n:d}" if n else "" for n in row] for row in counts], names),
-        "confusion_rates": _matrix(
-            counts, rates, [[f"{100 * r:.1f}" if r else "" for r in row] for row in rates], names
-        ),
+        "confusion_counts": _matrix(counts, rates, [[str(n) for n in row] for row in counts], names),
+        "confusion_rates": _matrix(counts, rates, [[f"{100 * r:.1f}" for r in row] for row in rates], names),
     }
 
 
 def _matrix(counts: np.ndarray, rates: np.ndarray, texts: Sequence[Sequence[str]], names: Sequence[str]) -> str:
     """Draws a square for each nonzero cell: blue on the diagonal, orange elsewhere."""
     from matplotlib.collections import PatchCollection
+    from matplotlib.colors import to_rgba
     from matplotlib.patches import Rectangle
 
     size = len(counts)
@@ -217,7 +208,7 @@ def _matrix(counts: np.ndarray, rates: np.ndarray, texts: Sequence[Sequence[str]
             # The square root makes single mistakes visible beside frequent ones.
             strength = rates[i, j] if i == j else 0.1 + 0.9 * np.sqrt(errors[i, j] / errors.max())
             cells.append(Rectangle((j - 0.5, i - 0.5), 1, 1))
-            colors.append((*_rgb(BLUE if i == j else ORANGE), 0.8 * strength))
+            colors.append(to_rgba(BLUE if i == j else ORANGE, 0.8 * strength))
             if size <= MAX_CLASSES_WITH_TEXT:
                 color = ON_FILL if strength > 0.65 else INK
                 axes.text(j, i, texts[i][j], ha="center", va="center", color=color, fontsize=10)
@@ -236,10 +227,6 @@ def _matrix(counts: np.ndarray, rates: np.ndarray, texts: Sequence[Sequence[str]
         return to_svg(figure)
 
 
-def _rgb(color: str) -> tuple[float, ...]:
-    return tuple(int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
-
-
 def classes(rows: Sequence[Mapping[str, Any]]) -> str:
     """Draws precision, recall and F1 of each class, with intervals."""
     rows = [row for row in rows if row["examples"] or row["predictions"]]
@@ -250,16 +237,9 @@ def classes(rows: Sequence[Mapping[str, Any]]) -> str:
             known = [(i, row) for i, row in enumerate(rows) if row[field] is not None]
             x = np.array([row[field] for _, row in known])
             ends = np.array([row[f"{field}_interval"] for _, row in known]).reshape(-1, 2).T
-            axes.errorbar(
-                x,
-                [i + offset for i, _ in known],
-                xerr=np.abs(ends - x),
-                fmt=marker,
-                color=color,
-                markersize=4.5,
-                elinewidth=1.3,
-                label="F1" if field == "f1" else field,
-            )
+            look = {"fmt": marker, "color": color, "markersize": 4.5, "elinewidth": 1.3}
+            label = "F1" if field == "f1" else field
+            axes.errorbar(x, [i + offset for i, _ in known], xerr=np.abs(ends - x), label=label, **look)
         axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.4g} %")
