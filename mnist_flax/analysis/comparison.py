@@ -15,27 +15,17 @@ SIGNIFICANCE = 0.05  # a difference is significant if chance alone produces one 
 
 
 class Result(NamedTuple):
-    """The part of a run or population that a comparison needs.
+    """The part of a run or population that a comparison needs."""
 
-    Attributes:
-      name: its folder.
-      kind: `run`, `seeds` or `folds`.
-      dataset: the name of the dataset.
-      fingerprint: that of the dataset.
-      pairing: the seed or the fold of each member; two populations are paired if these are equal.
-      accuracies: the accuracy of each member: on its held-out rows for folds, otherwise on the test set.
-      labels: `i32[N]`, the labels of the examples.
-      predictions: `i32[N]`, those of the run, of the committee (seeds), or out of fold (folds).
-    """
-
-    name: str
-    kind: str
-    dataset: str
-    fingerprint: str
-    pairing: tuple[int, ...]
+    name: str  # its folder
+    kind: str  # `run`, `seeds` or `folds`
+    dataset: str  # the name of the dataset
+    fingerprint: str  # that of the dataset
+    pairing: tuple[int, ...]  # the seed or the fold of each member; two populations are paired if these are equal
+    # the accuracy of each member: on its held-out rows for folds, otherwise on the test set
     accuracies: tuple[float, ...]
-    labels: np.ndarray
-    predictions: np.ndarray
+    labels: np.ndarray  # `i32[N]`, the labels of the examples
+    predictions: np.ndarray  # `i32[N]`, those of the run, of the committee (seeds), or out of fold (folds)
 
 
 def load_result(workdir: pathlib.Path) -> Result:

@@ -27,19 +27,13 @@ _CHUNK = 500  # images in one call: their intermediate results stay in cache
 
 
 class Corruption(NamedTuple):
-    """A corruption and how strong it can be.
+    """A corruption and how strong it can be."""
 
-    Attributes:
-      apply: `apply(images, draw, level) -> f64[N,28,28]`, grey levels before rounding.
-      levels: what `apply` takes at severities 1 to 5.
-      published: the severity of MNIST-C.
-      affine: it moves every pixel by one affine map, as training augmentation does.
-    """
-
+    # `apply(images, draw, level) -> f64[N,28,28]`, grey levels before rounding
     apply: Callable[[Images, Draw, Any], Floats]
-    levels: tuple[Any, ...]
-    published: int
-    affine: bool = False
+    levels: tuple[Any, ...]  # what `apply` takes at severities 1 to 5
+    published: int  # the severity of MNIST-C
+    affine: bool = False  # it moves every pixel by one affine map, as training augmentation does
 
 
 def corrupt(name: str, images: Images, index: NDArray[np.integer[Any]], severity: int = 0) -> Images:

@@ -29,22 +29,16 @@ VIEW_SHIFTS = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))  # by how many pixels e
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Predictor:
-    """A trained network or committee, and how to apply it to images.
+    """A trained network or committee, and how to apply it to images."""
 
-    Attributes:
-      program: the network, and how to apply it.
-      members: the variables of each network; several form a committee, whose probabilities are averaged.
-      views: 1, or 5 to average the probabilities of an image and its shifts by one pixel up, down, left and right.
-      temperature: what the logits are divided by, after averaging.
-      batch_size: images per call, rounded up to a multiple of the number of devices.
-      num_devices: devices to split a batch over, capped at those available; 0 means all accelerators, or one CPU.
-    """
-
-    program: Program
+    program: Program  # the network, and how to apply it
+    # the variables of each network; several form a committee, whose probabilities are averaged
     members: tuple[Variables, ...]
+    # 1, or 5 to average the probabilities of an image and its shifts by one pixel up, down, left and right
     views: int = 1
-    temperature: float = 1.0
-    batch_size: int = 2000
+    temperature: float = 1.0  # what the logits are divided by, after averaging
+    batch_size: int = 2000  # images per call, rounded up to a multiple of the number of devices
+    # devices to split a batch over, capped at those available; 0 means all accelerators, or one CPU
     num_devices: int = 0
 
 
@@ -104,19 +98,12 @@ def combine_members(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
 
 
 class Evaluation(NamedTuple):
-    """The result of classifying N examples.
+    """The result of classifying N examples."""
 
-    Attributes:
-      loss: the mean cross-entropy in nats, without label smoothing.
-      accuracy: the share of examples whose most probable class is the label.
-      examples: N.
-      logits: `f32[N,C]`, already divided by the temperature.
-    """
-
-    loss: float
-    accuracy: float
-    examples: int
-    logits: np.ndarray
+    loss: float  # the mean cross-entropy in nats, without label smoothing
+    accuracy: float  # the share of examples whose most probable class is the label
+    examples: int  # N
+    logits: np.ndarray  # `f32[N,C]`, already divided by the temperature
     temperature: float = 1.0
 
     def scores(self) -> Facts:
@@ -144,21 +131,13 @@ def evaluate(predictor: Predictor, examples: Examples) -> Evaluation:
 
 
 class RunInfo(NamedTuple):
-    """Where a predictor comes from.
+    """Where a predictor comes from."""
 
-    Attributes:
-      kind: `run`, or `seeds` or `folds` for a population.
-      config: that of the run, or of the first member.
-      fingerprint: that of the training data.
-      steps: finished updates of each member.
-      runs: the run, or all members.
-    """
-
-    kind: str
-    config: Config
-    fingerprint: str
-    steps: tuple[int, ...]
-    runs: tuple[Run, ...]
+    kind: str  # `run`, or `seeds` or `folds` for a population
+    config: Config  # that of the run, or of the first member
+    fingerprint: str  # that of the training data
+    steps: tuple[int, ...]  # finished updates of each member
+    runs: tuple[Run, ...]  # the run, or all members
 
 
 def load_predictor(workdir: pathlib.Path, checkpoint: str = "latest") -> tuple[Predictor, RunInfo]:

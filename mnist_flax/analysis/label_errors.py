@@ -18,21 +18,13 @@ NUM_LISTED = 100
 
 
 class ConfidentJoint(NamedTuple):
-    """What confident learning finds, for N examples of C classes.
+    """What confident learning finds, for N examples of C classes."""
 
-    Attributes:
-      counts: `i64[C,C]`, examples by given label (row) and by the class they confidently belong to (column).
-      joint: `f64[C,C]`, the estimated share of all examples by given and true label.
-      noise: `f64[C,C]`, the estimated probability of a given label (row) for each true label (column).
-      suspect: `bool[N]`, the examples that confidently belong to another class than their label.
-      margin: `f64[N]`, the probability of the label minus that of the most probable other class.
-    """
-
-    counts: np.ndarray
-    joint: np.ndarray
-    noise: np.ndarray
-    suspect: np.ndarray
-    margin: np.ndarray
+    counts: np.ndarray  # `i64[C,C]`, examples by given label (row) and by the class they confidently belong to (column)
+    joint: np.ndarray  # `f64[C,C]`, the estimated share of all examples by given and true label
+    noise: np.ndarray  # `f64[C,C]`, the estimated probability of a given label (row) for each true label (column)
+    suspect: np.ndarray  # `bool[N]`, the examples that confidently belong to another class than their label
+    margin: np.ndarray  # `f64[N]`, the probability of the label minus that of the most probable other class
 
     def ranking(self) -> np.ndarray:
         """Returns all examples, `i64[N]`, the most doubtful label first: suspects, then the others, by margin."""

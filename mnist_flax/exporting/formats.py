@@ -29,16 +29,12 @@ NUM_IMAGES = 1_000
 
 
 class Format(NamedTuple):
-    """A way to write a predictor to `model.<name of the format>`.
+    """A way to write a predictor to `model.<name of the format>`."""
 
-    Attributes:
-      packages: the optional packages that it imports.
-      write: returns the contents of each file, keyed by suffix; the metadata are stored if the format supports it.
-      load: opens the file as a function `u8[N,28,28,1] -> {"logits", "probabilities"}`.
-    """
-
-    packages: tuple[str, ...]
+    packages: tuple[str, ...]  # the optional packages that it imports
+    # returns the contents of each file, keyed by suffix; the metadata are stored if the format supports it
     write: Callable[[Predictor, dict[str, str]], dict[str, bytes]]
+    # opens the file as a function `u8[N,28,28,1] -> {"logits", "probabilities"}`
     load: Callable[[pathlib.Path], Callable[[np.ndarray], Mapping[str, np.ndarray]]]
 
 
