@@ -160,12 +160,9 @@ def mcnemar(a_right: np.ndarray, b_right: np.ndarray) -> Facts:
 def t_test(a: Sequence[float], b: Sequence[float], *, paired: bool) -> Facts:
     """Tests whether the means of two populations differ.
 
-    Args:
-      a: the accuracy of each member, at least two.
-      b: the same for B.
-      paired: whether members at the same index share a seed or a fold. If so, the test is Student's paired one (1908),
-        otherwise Welch's (1947), which allows unequal variances. The training sets of folds overlap, so p is a little
-        too small.
+    `a` and `b` are the accuracies of two or more members. If members at the same index share a seed or a fold, they are
+    `paired`, and the test is Student's (1908), otherwise Welch's (1947), which allows unequal variances. The training
+    sets of folds overlap, so p is a little too small.
 
     Returns:
       `difference` (B - A), its 95 % `interval`, `t`, `df` and `p`.

@@ -37,13 +37,9 @@ class Corruption(NamedTuple):
 
 
 def corrupt(name: str, images: Images, index: NDArray[np.integer[Any]], severity: int = 0) -> Images:
-    """Corrupts images, `u8[N,28,28], int[N] -> u8[N,28,28]`.
+    """Corrupts images, `u8[N,28,28], int[N] -> u8[N,28,28]`, white on black.
 
-    Args:
-      name: a key of `CORRUPTIONS`.
-      images: white on black.
-      index: of each image in its dataset; it chooses the random numbers.
-      severity: 1 to 5; 0 means that of MNIST-C.
+    The `index` of each image in its dataset chooses the random numbers. Severity is 1 to 5; 0 means that of MNIST-C.
     """
     corruption = CORRUPTIONS[name]
     level = corruption.levels[(severity or corruption.published) - 1]

@@ -35,11 +35,8 @@ def confident_joint(probs: np.ndarray, label: np.ndarray) -> ConfidentJoint:
     """Counts which examples confidently belong to which class.
 
     An example belongs to a class if its probability reaches the mean probability of that class over the examples that
-    are labelled so; to the most probable one, if there are several.
-
-    Args:
-      probs: `f32[N,C]`, predicted by networks that were not trained on the example.
-      label: `i32[N]`, as given.
+    are labelled so; to the most probable one, if there are several. `probs`, `f32[N,C]`, are predicted by networks that
+    were not trained on the example.
     """
     count, num_classes = probs.shape
     each, probs = np.arange(count), probs.astype(np.float64)

@@ -155,12 +155,8 @@ def robustness_of_workdir(
 ) -> Outcome:
     """Evaluates a run, or a population as one network, on corrupted digits and on what is not a digit.
 
-    Args:
-      workdir: the folder of the run or population.
-      checkpoint: `latest`, `best` (on hold-out rows) or a step.
-      severity: 1 to 5, or 0 for that of MNIST-C.
-      compare: the folder of another run or population, which is compared on the same images.
-      overrides: fields of the config, some of `run_data.OVERRIDES`.
+    Another run or population (`compare`) is compared on the same images. Severity 0 is that of MNIST-C. See
+    `load_predictor` for the checkpoints and `load_data` for the overrides.
 
     Raises:
       UserError: a run, a checkpoint or the data cannot be loaded, or do not match.

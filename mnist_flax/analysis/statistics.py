@@ -20,7 +20,7 @@ from mnist_flax.analysis.evaluation import (
     predict_logits,
     stored_temperature,
 )
-from mnist_flax.analysis.report import bands
+from mnist_flax.analysis.report import plots
 from mnist_flax.config import Config
 from mnist_flax.data import batches
 from mnist_flax.data.splits import Examples, Splits
@@ -221,7 +221,7 @@ def save_population_result(result: Facts, arrays: Mapping[str, np.ndarray], work
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
     workdirs.write_bytes(workdir / ARRAYS, buffer.getvalue())
-    for name, svg in bands.draw(result["curves"]).items():
+    for name, svg in plots.population_curves(result["curves"]).items():
         workdirs.write_bytes(workdir / f"{name}.svg", svg)
     workdirs.write_text(workdir / POPULATION, json.dumps(result, indent=1, allow_nan=False) + "\n")
 

@@ -52,15 +52,8 @@ def write_demo(
 ) -> pathlib.Path:
     """Writes the demo page of a run, or of a population as a committee.
 
-    Args:
-      workdir: the folder of the run or population.
-      checkpoint: `latest`, `best` (on hold-out rows) or a step. If the run also has an earlier checkpoint, the page
-        compares the two.
-      output: the file to write; default: `demo.html` in the run's folder.
-      overrides: config fields that locate the data, as for `load_data`.
-
-    Returns:
-      The path of the page.
+    If a run also has an earlier checkpoint, the page compares the two. See `load_predictor` for the checkpoints and
+    `load_data` for the overrides. The default output is `demo.html` in the workdir; the path is returned.
 
     Raises:
       UserError: the run or its data cannot be read, its network cannot be exported, or the page cannot be written.
@@ -87,18 +80,10 @@ def write_page(
     title: str,
     path: pathlib.Path,
 ) -> None:
-    """Writes the demo page of a predictor.
-
-    Args:
-      checkpoints: the network of `predictor`, and optionally another one to compare it with.
-      predictor: the network that classifies the drawings.
-      evaluation: its evaluation on the test set.
-      splits: the data.
-      title: the title of the page.
-      path: the file to write.
+    """Writes the demo page of a predictor, whose network is the first of one or two `checkpoints` to compare.
 
     Raises:
-      WorkdirError: it cannot be written.
+      WorkdirError: the file cannot be written.
     """
     import jax
     import jinja2

@@ -79,12 +79,8 @@ def export_workdir(
 ) -> Exported:
     """Writes a run, or a population as a committee, in a format, and a model card beside it.
 
-    Args:
-      workdir: the folder of the run or the population.
-      format_name: a key of `FORMATS`.
-      checkpoint: `latest`, `best` (on hold-out rows) or a step.
-      folder: where to write; default: `export/` in the workdir.
-      overrides: config fields that locate the run's data.
+    See `load_predictor` for the checkpoints and `load_data` for the overrides. The default folder is `export/` in the
+    workdir.
 
     Raises:
       UserError: a package is missing, the run cannot be read, the network cannot be expressed in the format, or the
@@ -120,10 +116,7 @@ def images_to_compare(info: RunInfo, overrides: Mapping[str, Any]) -> tuple[np.n
 
 
 def check_outputs(format_name: str, contents: Mapping[str, bytes], predictor: Predictor, images: np.ndarray) -> float:
-    """Runs an exported file in batches of several sizes and compares its outputs with the network's.
-
-    Returns:
-      The largest difference of a logit or a probability.
+    """Runs a file in batches of several sizes; returns the largest difference of a logit or probability.
 
     Raises:
       ExportError: the difference is above `TOLERANCE`, or not a number.

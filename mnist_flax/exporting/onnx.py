@@ -155,10 +155,6 @@ def _onnx_type(dtype: str) -> int:
 def to_onnx(graph: Graph, metadata: dict[str, str]) -> bytes:
     """Returns a checked ONNX model, `images` u8[N,28,28,1] -> `probabilities`, `logits` f32[N,C].
 
-    Args:
-      graph: the graph of a predictor.
-      metadata: key-value pairs to store in the file.
-
     Raises:
       ExportError: the graph contains something that ONNX cannot express.
     """

@@ -25,12 +25,10 @@ SECTIONS = {
 
 
 def render_page(facts: Mapping[str, Any], pictures: Mapping[str, Any]) -> str:
-    """Returns the page as HTML.
+    """Returns the page as HTML, with every number from `facts`.
 
-    Args:
-      facts: every number on the page.
-      pictures: `plots` (SVG elements by name), `thumbnails` (URIs by test row), `sheets` (URIs by name),
-        `activation_pictures` by layer and example, and the `title`.
+    `pictures` are `plots` (SVG elements by name), `thumbnails` (URIs by test row), `sheets` (URIs by name) and
+    `activation_pictures` by layer and example, and the `title`.
     """
     template = load_template(TEMPLATE, score=calibration_value, thousands=thousands, shape=shape, duration=duration)
     missing = {

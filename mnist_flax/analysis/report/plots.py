@@ -17,6 +17,7 @@ ROLES = {INK: "ink", MUTED: "muted", GRID: "grid", ON_FILL: "on-fill", BLUE: "bl
 WIDTH = 5.2  # inches (of 72 SVG units); about as wide as a phone, so that the text is not scaled down there
 MAX_CLASSES_WITH_TEXT = 12  # with more, the cells of the confusion matrix show no numbers
 
+_TITLES = {"loss": "Loss (cross-entropy, nats)", "accuracy": "Accuracy"}
 TITLES = {
     "loss": "Loss over the epochs, with the learning rate below",
     "accuracy": "Accuracy over the epochs, with the learning rate below",
@@ -27,25 +28,17 @@ TITLES = {
 }
 
 _STYLE: dict[Any, Any] = {
-    "axes.axisbelow": True,
-    "axes.edgecolor": MUTED,
-    "axes.grid": True,
-    "axes.labelcolor": INK,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
+    **dict.fromkeys(("axes.labelcolor", "text.color", "xtick.labelcolor", "ytick.labelcolor"), INK),
+    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), MUTED),
+    **dict.fromkeys(("axes.axisbelow", "axes.grid"), True),
+    **dict.fromkeys(("axes.spines.right", "axes.spines.top", "legend.frameon"), False),
     "axes.titlesize": 11.5,
     "font.size": 10.5,
     "grid.color": GRID,
     "grid.linewidth": 0.8,
-    "legend.frameon": False,
     "lines.linewidth": 1.8,
     "svg.fonttype": "none",
     "svg.hashsalt": "mnist_flax",
-    "text.color": INK,
-    "xtick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.color": MUTED,
-    "ytick.labelcolor": INK,
 }
 
 
@@ -120,7 +113,7 @@ def draw_all(facts: Mapping[str, Any]) -> dict[str, str]:
 def learning_curves(curves: Mapping[str, Any]) -> dict[str, str]:
     """Draws loss and accuracy over the epochs, with the learning rate below."""
     plots = {}
-    for field, title in (("loss", "Loss (cross-entropy, nats)"), ("accuracy", "Accuracy")):
+    for field, title in _TITLES.items():
         with new_figure(4.4) as figure:
             top, below = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1))
             _curve(top, curves, field)
@@ -146,24 +139,63 @@ def _curve(axes: Any, curves: Mapping[str, Any], field: str) -> None:
             return [record[name] for record in records]
         return [max(1 - record[name], 0.5 / record["examples"]) for record in records]
 
-    train, holdout, test = curves["train"], curves["holdout"], curves["test"]
-    epochs = [record["epoch"] for record in train]
-    if curves["smoothed_over"] > 1:
-        axes.plot(epochs, heights(train), color=BLUE, alpha=0.5, linewidth=1, label="train, as logged")
-        axes.plot(epochs, heights(train, f"smoothed_{field}"), color=BLUE, label="train, smoothed")
-    else:
-        axes.plot(epochs, heights(train), color=BLUE, marker=_dots(train), label="train")
-    if holdout:
-        x = [record["epoch"] for record in holdout]
-        axes.plot(x, heights(holdout), color=ORANGE, marker="s", markersize=4.5, linestyle="--", label="hold-out")
-    if test:
-        x = [record["epoch"] for record in test]
-        axes.plot(x, heights(test), color=GREEN, marker="*", markersize=12, linestyle="none", label="test, at the end")
+    train, is_smoothed = curves["train"], curves["smoothed_over"] > 1
+    logged = {"alpha": 0.5, "linewidth": 1, "label": "train, as logged"}
+    looks = {
+        "train": {"color": BLUE} | (logged if is_smoothed else {"marker": _dots(train), "label": "train"}),
+        "holdout": {"color": ORANGE, "marker": "s", "markersize": 4.5, "linestyle": "--", "label": "hold-out"},
+        "test": {"color": GREEN, "marker": "*", "markersize": 12, "linestyle": "none", "label": "test, at the end"},
+    }
+    for split, look in looks.items():
+        epochs = [record["epoch"] for record in curves[split]]
+        if epochs:
+            axes.plot(epochs, heights(curves[split]), **look)
+        if split == "train" and is_smoothed:
+            axes.plot(epochs, heights(train, f"smoothed_{field}"), color=BLUE, label="train, smoothed")
     axes.set_yscale("log")
     axes.margins(y=0.09)
     decimal_ticks(axes, field)
     if field == "accuracy":
         axes.invert_yaxis()
+
+
+def population_curves(curves: Mapping[str, Any]) -> dict[str, bytes]:
+    """Draws loss and accuracy of a population over the epochs, the mean as a line and the range as a band.
+
+    A point of `train`, `holdout` and `test` has `epoch`, and `mean`, `min` and `max` of `loss` and `accuracy`. Returns
+    the SVG files by name.
+    """
+    return {f"curves_{field}": as_file(_bands(curves, field)) for field in ("loss", "accuracy")}
+
+
+def _bands(curves: Mapping[str, Any], field: str) -> str:
+    """Draws loss or accuracy; accuracy on a log scale of the error rate, to resolve 99 to 100 %."""
+
+    def columns(split: str) -> tuple[list[float], np.ndarray, np.ndarray, np.ndarray]:
+        values = np.array([[point[field][name] for name in ("mean", "min", "max")] for point in curves[split]])
+        mean, low, high = (values if field == "loss" else np.maximum(1 - values, 1e-5)).T  # a log axis shows no 0
+        return [point["epoch"] for point in curves[split]], mean, low, high
+
+    with new_figure(3.8) as figure:
+        axes = figure.subplots()
+        for split, name, color, dashes in (("train", "train", BLUE, "-"), ("holdout", "hold-out", ORANGE, "--")):
+            if curves[split]:
+                epochs, mean, low, high = columns(split)
+                axes.fill_between(epochs, low, high, color=color, alpha=0.2, lw=0)
+                axes.plot(epochs, mean, dashes, color=color, label=name)
+        if curves["test"]:
+            epochs, mean, low, high = columns("test")
+            ends = np.abs([low - mean, high - mean])
+            axes.errorbar(epochs, mean, yerr=ends, fmt="*", color=GREEN, markersize=10, label="test, at the end")
+        axes.set_yscale("log")
+        decimal_ticks(axes, field)
+        if field == "accuracy":
+            axes.invert_yaxis()
+        axes.set_title(_TITLES[field], loc="left")
+        axes.set_xlabel("Epoch (lines: mean of the members; bands: their range)")
+        if axes.get_legend_handles_labels()[0]:  # runs of other lengths may share no point
+            axes.legend()
+        return to_svg(figure)
 
 
 def decimal_ticks(axes: Any, field: str) -> None:
@@ -258,10 +290,8 @@ def reliability_diagram(calibration: Mapping[str, Any]) -> str:
         middles = [(row["from"] + row["to"]) / 2 for row in bins]
         top.bar(middles, [row["accuracy"] for row in bins], width=1 / num_bins, color=BLUE, alpha=0.18)
         name = "with temperature" if uncalibrated else "network"
-        for rows, color, marker, label in (
-            (uncalibrated, ORANGE, "s", "without temperature"),
-            (bins, BLUE, "o", name),
-        ):
+        looks = ((uncalibrated, ORANGE, "s", "without temperature"), (bins, BLUE, "o", name))
+        for rows, color, marker, label in looks:
             x, y = (np.array([row[field] for row in rows]) for field in ("confidence", "accuracy"))
             ends = np.array([row["accuracy_interval"] for row in rows]).reshape(-1, 2).T
             if len(rows):
