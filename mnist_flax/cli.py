@@ -71,11 +71,7 @@ def config_file() -> str:
 
 
 def config() -> Any:
-    """Returns the `Config` that the flags describe.
-
-    Raises:
-      ConfigError: `--config` is missing, or one of its fields is invalid.
-    """
+    """Returns the `Config` that the flags describe."""
     if FLAGS.config is None:
         raise ConfigError("--config is missing: name a preset or a file, such as --config=configs/default.py")
     from mnist_flax import preset  # only now: --help and a wrong flag need not wait for JAX, which the models import
@@ -115,11 +111,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
 
 def _parse(arguments: Sequence[str]) -> Sequence[str]:
-    """Parses the command line strictly.
-
-    Raises:
-      ConfigError: a flag is unknown, or its value cannot be parsed.
-    """
+    """Parses the command line strictly."""
     takes_config = "override" in FLAGS
     arguments = _with_overrides(arguments) if takes_config else arguments
     if any(re.fullmatch(r"--?help(short|full|xml)?", argument) for argument in arguments):

@@ -123,9 +123,6 @@ class Config:
 
         Args:
           values: nested as this class is; what is left out keeps its default. `model.name` chooses the family.
-
-        Raises:
-          ConfigError: a field is unknown, or its value has the wrong type or is out of range.
         """
         return _build(cls, values, "config")
 
@@ -139,11 +136,7 @@ class Config:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Reads what `to_json` wrote.
-
-        Raises:
-          ConfigError: the text is not JSON, or not a config.
-        """
+        """Reads what `to_json` wrote."""
         try:
             values = json.loads(text)
         except ValueError as error:
@@ -168,9 +161,6 @@ def default_config_dict(model: str = "cnn") -> ConfigDict:
 
     Args:
       model: the family, a key of `MODELS`.
-
-    Raises:
-      ConfigError: there is no such family.
     """
     for message in among("model.name", model, MODELS):
         raise ConfigError(message)
@@ -178,11 +168,7 @@ def default_config_dict(model: str = "cnn") -> ConfigDict:
 
 
 def replace(config: Config, **fields: Any) -> Config:
-    """Returns a config with some fields changed, named with two underscores for a dot: `train__epochs=3`.
-
-    Raises:
-      ConfigError: as `Config.from_dict`.
-    """
+    """Returns a config with some fields changed, named with two underscores for a dot: `train__epochs=3`."""
     values = config.to_dict()
     for name, value in fields.items():
         section, _, field = name.rpartition("__")

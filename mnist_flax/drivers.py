@@ -53,11 +53,7 @@ class Job(NamedTuple):
 
 
 def job_mesh(program: Program, num_runs: int, num_devices: int) -> Mesh:
-    """Returns the mesh to train on: a single run splits each batch over its devices, several runs are split by run.
-
-    Raises:
-      ConfigError: there are too few devices, or the batch size of a single run is not divisible by their number.
-    """
+    """Returns the mesh to train on: a single run splits each batch over its devices, several runs are split by run."""
     mesh = sharding.make_mesh(num_devices)
     if num_runs == 1:
         sharding.check_batch_size(mesh, program.batch_size)

@@ -24,9 +24,6 @@ def check_memory(config: Config) -> None:
     """Checks that weights, a training batch and an evaluation batch can fit into memory; nothing is allocated.
 
     The estimates are lower bounds: what passes can still be too large, what is refused cannot fit.
-
-    Raises:
-      ConfigError: one of them cannot.
     """
     if max(_sizes(config)) <= HARMLESS_SIZE:
         return

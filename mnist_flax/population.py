@@ -50,11 +50,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def comparison_text(folders: Sequence[str]) -> str:
-    """Compares two results.
-
-    Raises:
-      ConfigError: the number of folders is not two, or a training flag is given.
-    """
+    """Compares two results."""
     for name in ("config", "seeds", "folds", "workdir"):
         if FLAGS[name].present:
             raise ConfigError(f"--{name}: cannot be combined with --compare; leave it out")

@@ -26,11 +26,7 @@ FOLDER = _IN_WHEEL if _IN_WHEEL.is_dir() else _PACKAGE.parent / "configs"  # whe
 
 
 def find_preset(name: str) -> pathlib.Path:
-    """Returns the file that `--config` names: a path, or the name of a preset of this project, such as `default`.
-
-    Raises:
-      ConfigError: there is no such file.
-    """
+    """Returns the file that `--config` names: a path, or the name of a preset of this project, such as `default`."""
     path = pathlib.Path(name)
     known = {file.stem: file for file in sorted(FOLDER.glob("*.py"))}
     try:
@@ -50,9 +46,6 @@ def load_config(path: pathlib.Path, overrides: Iterable[str] = ()) -> Config:
     Args:
       path: the preset file.
       overrides: field values that replace those of the preset, such as `train.epochs=3`.
-
-    Raises:
-      ConfigError: the preset fails, or one of its fields or overrides is invalid.
     """
     values = execute(path)
     try:
@@ -68,11 +61,7 @@ def load_config(path: pathlib.Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def execute(path: pathlib.Path) -> dict[str, Any]:
-    """Runs a preset, and returns the result of its `get_config()` as nested dicts.
-
-    Raises:
-      ConfigError: it fails, or does not return a config.
-    """
+    """Runs a preset, and returns the result of its `get_config()` as nested dicts."""
     module = types.ModuleType(f"preset_{path.stem}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # where dataclasses look up the types of their fields
@@ -138,11 +127,7 @@ def _place(path: pathlib.Path, message: str) -> str:
 
 
 def _override(fields: dict[str, Any], override: str) -> None:
-    """Applies one override to the fields, in place.
-
-    Raises:
-      ConfigError: there is no such field, or the value cannot be parsed.
-    """
+    """Applies one override to the fields, in place."""
     field, _, text = override.partition("=")
     parent, node, path = fields, fields, "config"
     for name in field.split("."):

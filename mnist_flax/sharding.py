@@ -23,9 +23,6 @@ def make_mesh(num_devices: int = 0) -> Mesh:
     Args:
       num_devices: in total, over all processes; 0 means all accelerators or, on CPUs, one device in each process,
         because the devices of a CPU share its cores.
-
-    Raises:
-      ConfigError: there are fewer devices, or the number is not divisible by the number of processes.
     """
     devices, num_processes = jax.devices(), jax.process_count()
     default = num_processes if devices[0].platform == "cpu" else len(devices)
@@ -54,11 +51,7 @@ def split(mesh: Mesh, axis: int = 0) -> NamedSharding:
 
 
 def check_batch_size(mesh: Mesh, batch_size: int) -> None:
-    """Checks that a batch can be split evenly over the devices.
-
-    Raises:
-      ConfigError: it cannot; the message names the nearest valid sizes.
-    """
+    """Checks that a batch can be split evenly over the devices."""
     below = batch_size // mesh.size * mesh.size
     if below != batch_size:
         nearest = " or ".join(str(size) for size in (below, below + mesh.size) if size)

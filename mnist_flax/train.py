@@ -46,10 +46,6 @@ def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = No
     Returns:
       The state at the end.
 
-    Raises:
-      UserError: the data, the workdir or the config does not allow it; or the loss is no longer finite.
-      Interrupted: a signal asked to stop; the state is saved.
-
     Several processes call this with the same arguments after `processes.join`; the primary claims the folder, logs and
     writes.
     """
@@ -77,9 +73,6 @@ def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, fol
 
     Returns:
       What is saved as `population.json`.
-
-    Raises:
-      UserError, Interrupted: as for `fit`.
     """
     workdirs.check(workdir)
     if (workdir / workdirs.CHECKPOINTS).exists():
@@ -112,9 +105,6 @@ def member_configs(config: Config, *, seeds: int = 0, folds: int = 0) -> dict[st
       config: of all; the first member has its seed, the others those that follow.
       seeds: M, the number of members; or
       folds: K, each member holding out another part of the training rows, instead of `data.holdout`.
-
-    Raises:
-      ConfigError: there are not as many seeds, or the rows cannot be divided so.
     """
     if folds:
         shared = {"data__folds": folds, "data__holdout": 0, "train__report": False, "train__demo": False}
@@ -136,9 +126,6 @@ def fit_all(
       configs: of each run, by its folder.
       splits: the data of all.
       fork: as for `fit`.
-
-    Raises:
-      UserError, Interrupted: as for `fit`.
     """
     with stop_request(processes.stop_signals()) as request, contextlib.ExitStack() as stack, processes.bound_together():
         members = [open_member(config, workdir, splits, fork, stack) for workdir, config in configs.items()]
@@ -153,12 +140,7 @@ def fit_all(
 
 
 def train_all(members: Sequence[Member], examples: Examples, request: StopRequest) -> None:
-    """Makes all the updates that are left; runs that are behind the others catch up first.
-
-    Raises:
-      NonFiniteLossError: nothing is saved after the last good checkpoints.
-      Interrupted: a signal asked to stop; all runs are saved.
-    """
+    """Makes all the updates that are left; runs that are behind the others catch up first."""
     while behind := [member for member in members if member.step < member.config.num_steps]:
         first = min(behind, key=lambda member: member.step)
         alike = [member for member in behind if member.config.program == first.config.program]
@@ -168,11 +150,7 @@ def train_all(members: Sequence[Member], examples: Examples, request: StopReques
 
 
 def train_group(members: Sequence[Member], examples: Examples, *, until: int, request: StopRequest) -> None:
-    """Trains runs of one program that are all at one step up to another step.
-
-    Raises:
-      NonFiniteLossError, Interrupted: as for `train_all`.
-    """
+    """Trains runs of one program that are all at one step up to another step."""
     config, step = members[0].config, members[0].step
     started = time.perf_counter()
     states, advance = compile_steps(members, examples)
@@ -237,11 +215,7 @@ def compile_steps(members: Sequence[Member], examples: Examples) -> tuple[TrainS
 
 
 def log_steps(members: Sequence[Member], metrics: Mapping[str, np.ndarray], seconds: float) -> None:
-    """Logs the metrics `[M,n]` of some steps; each run counts its share of the time.
-
-    Raises:
-      NonFiniteLossError: names the run.
-    """
+    """Logs the metrics `[M,n]` of some steps; each run counts its share of the time."""
     for i, member in enumerate(members):
         try:
             member.log.steps({name: column[i] for name, column in metrics.items()}, seconds / len(members))
@@ -250,12 +224,7 @@ def log_steps(members: Sequence[Member], metrics: Mapping[str, np.ndarray], seco
 
 
 def keep_states(members: Sequence[Member], states: TrainState, step: int) -> None:
-    """Gives each run its own state, on the host.
-
-    Raises:
-      NonFiniteLossError: a weight, a running statistic or an average is NaN or infinite, so the next loss would be,
-        although the last one was not.
-    """
+    """Gives each run its own state, on the host."""
     on_host = jax.device_get(states)
     for i, member in enumerate(members):
         member.state = jax.tree.map(lambda leaf, i=i: np.array(leaf[i]), on_host)

@@ -67,9 +67,6 @@ def rows_of(labels: np.ndarray, data: DataConfig) -> tuple[np.ndarray, np.ndarra
 
     Returns:
       `i32[R]` training rows and `i32[H]` hold-out rows, disjoint, each ascending.
-
-    Raises:
-      ConfigError: a class has fewer rows than there are folds.
     """
     if not data.folds:
         return split_rows(labels, data.num_train, data.holdout)
@@ -82,9 +79,6 @@ def fold_rows(labels: np.ndarray, rows: np.ndarray, folds: int) -> list[np.ndarr
     """Splits rows at random into K stratified folds: `i32[R] -> K times i32[R/K]`.
 
     If R is not divisible by K, the first folds have one more row.
-
-    Raises:
-      ConfigError: a class has fewer rows than there are folds.
     """
     from sklearn.model_selection import StratifiedKFold
 

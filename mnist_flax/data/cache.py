@@ -18,11 +18,7 @@ FINGERPRINT_FILE = "fingerprint.txt"  # written into each copy that we prepare
 
 
 def load_prepared(name: str, data_dir: Path) -> tuple[Splits | None, list[str]]:
-    """Loads the first usable prepared copy, if any, and lists why those before it are unusable.
-
-    Raises:
-      DataError: a copy is readable but contains a different dataset.
-    """
+    """Loads the first usable prepared copy, if any, and lists why those before it are unusable."""
     flaws: list[str] = []
     for parent in (data_dir, data_dir / "mnist_flax"):
         copy = tfds_copy.copy_dir(name, parent)

@@ -21,11 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_splits(config: Config) -> Splits:
-    """Loads the dataset that `config.data` names, from the sources that it allows (see `DataConfig`).
-
-    Raises:
-      DataError: no source has it, or a copy of it is damaged; the message names the place and the remedy.
-    """
+    """Loads the dataset that `config.data` names, from the sources that it allows (see `DataConfig`)."""
     data = config.data
     if not DATASETS[data.name].files:
         return make_splits(data.name, *embedded_digits(), "embedded")
@@ -109,11 +105,7 @@ _LOADERS: dict[str, Callable[[DataConfig], Splits]] = {
 
 
 def _data_dir(data: DataConfig) -> Path:
-    """Returns the TFDS folder.
-
-    Raises:
-      DataError: it is in the user's home folder, and there is none.
-    """
+    """Returns the TFDS folder."""
     folder = os.path.expanduser(data.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
     if folder.startswith("~"):
         raise DataError(f"{folder}: there is no such home folder; name another folder with --config.data.data_dir=DIR")

@@ -36,10 +36,6 @@ def prepare(name: str, data_dir: Path, raw_dir: Path | None) -> Splits:
       name: a key of `DATASETS`.
       data_dir: the TFDS folder.
       raw_dir: a folder of official files, already checked; None downloads them.
-
-    Raises:
-      UnavailableError: the files cannot be downloaded.
-      DataError: the folder cannot be written or is full, or a file is damaged. Nothing new is left behind.
     """
     own = data_dir / "mnist_flax"
     dataset = DATASETS[name]

@@ -3,7 +3,7 @@
 import json
 import math
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.provenance import versions
 from mnist_flax.run.tensorboard import Events
 
-Record = dict[str, Any]  # one line of metrics.jsonl
+Record = dict[str, Any]  # a JSON object, such as a line of metrics.jsonl
 Sums = dict[str, float]  # over the examples of some steps: "loss", "accuracy" (number correct), "examples" and others
 
 
@@ -34,30 +34,19 @@ class RunLog:
     """
 
     def __init__(
-        self,
-        config: Config,
-        folder: pathlib.Path | None,
-        saved: Mapping[str, Any],
-        *,
-        learning_rate: Callable[[int], Any],
+        self, config: Config, folder: pathlib.Path | None, saved: Record, *, learning_rate: Callable[[int], Any]
     ) -> None:
         """Starts from the record of a checkpoint, or from one that holds only an origin.
 
-        Args:
-          config: the run's config.
-          folder: the run's folder; None writes no files, because another process does.
-          saved: the record.
-          learning_rate: maps the number of finished updates to the learning rate of the next one.
-
-        Raises:
-          WorkdirError: the files cannot be written.
+        If `folder` is None, no files are written, because another process does that. `learning_rate` maps the number
+        of finished updates to the learning rate of the next one.
         """
         self._config = config
         self._learning_rate = learning_rate
         self.step: int = saved.get("step", 0)
         self.seconds: float = saved.get("seconds", 0.0)
         self.restarts: int = saved.get("restarts", -1) + 1
-        self.origin: Mapping[str, Any] = saved["origin"]
+        self.origin: Record = saved["origin"]
         self.versions: list[dict[str, str]] = list(saved.get("versions", ()))
         if self.versions[-1:] != [versions()]:
             self.versions.append(versions())
@@ -67,9 +56,8 @@ class RunLog:
         self._metrics = folder / workdirs.METRICS if folder else None
         if self._metrics:
             workdirs.write_text(self._metrics, "".join(json.dumps(record) + "\n" for record in self._records))
-        self._events = None
-        if folder and config.train.tensorboard:
-            self._events = Events(folder, self._records, self.seconds)
+        has_events = folder and config.train.tensorboard
+        self._events = Events(folder, self._records, self.seconds) if has_events else None
 
     def snapshot(self) -> dict[str, Any]:
         """Returns what a checkpoint must hold so that a resumed run writes the same log."""
@@ -85,16 +73,10 @@ class RunLog:
         }
 
     def steps(self, metrics: Mapping[str, np.ndarray], seconds: float) -> None:
-        """Adds the steps that follow the last one.
+        """Adds the steps that follow the last one, and the time that they took together.
 
-        Args:
-          metrics: sums over the examples of each step, `[n]`. `loss`, `accuracy` (number correct) and `examples` are
-            required; any other key is logged in the same way, divided by `examples`.
-          seconds: total time of the steps.
-
-        Raises:
-          NonFiniteLossError: a loss is NaN or infinite.
-          WorkdirError: a file cannot be written.
+        `metrics` are sums over the examples of each step, `[n]`. `loss`, `accuracy` (number correct) and `examples` are
+        required; any other key is logged in the same way, divided by `examples`.
         """
         self.seconds += seconds
         steps_per_epoch = self._config.steps_per_epoch
@@ -113,26 +95,17 @@ class RunLog:
                 self._write("train", means(self._window) | rate)
                 self._window = []
 
-    def evaluation(self, split: str, *, loss: float, accuracy: float, examples: int, **others: float) -> None:
-        """Logs an evaluation on `holdout` or `test` at this step.
-
-        Raises:
-          NonFiniteLossError: the loss is NaN or infinite.
-          WorkdirError: a file cannot be written.
-        """
-        check_finite(loss, f"the loss on the {split} examples after step {self.step}")
-        self._write(split, {"loss": loss, "accuracy": accuracy, "examples": examples, **others})
+    def evaluation(self, split: str, **scores: float) -> None:
+        """Logs an evaluation on `holdout` or `test` at this step: `loss`, `accuracy`, `examples` and others."""
+        check_finite(scores["loss"], f"the loss on the {split} examples after step {self.step}")
+        self._write(split, scores)
 
     def epoch(self) -> Record:
         """Returns the means over the epoch so far."""
         return means([self._epoch])
 
     def sync(self) -> None:
-        """Flushes metrics.jsonl to disk, so that it survives a power failure.
-
-        Raises:
-          WorkdirError: it cannot be written.
-        """
+        """Flushes metrics.jsonl to disk, so that it survives a power failure."""
         if self._metrics:
             workdirs.sync(self._metrics)
 
@@ -147,11 +120,7 @@ class RunLog:
 
 
 def check_finite(value: float, subject: str) -> None:
-    """Stops a run that would only corrupt its weights.
-
-    Raises:
-      NonFiniteLossError: `value` is NaN or infinite; the message starts with `subject`.
-    """
+    """Stops a run that would only corrupt its weights."""
     if not math.isfinite(value):
         raise NonFiniteLossError(
             f"{subject} is {value}: training stopped, the last good checkpoint is kept; lower"
@@ -159,13 +128,12 @@ def check_finite(value: float, subject: str) -> None:
         )
 
 
-def means(steps: Iterable[Sums]) -> Record:
+def means(steps: Sequence[Sums]) -> Record:
     """Returns the means over the examples of some steps, each example counted once.
 
     A metric that only some of the steps have, because it was added when a run was resumed, is averaged over those. A
     mean that is not finite becomes None, because JSON has no such number.
     """
-    steps = list(steps)
     record: Record = {}
     for name in dict.fromkeys(name for step in steps for name in step):
         having = [step for step in steps if name in step]

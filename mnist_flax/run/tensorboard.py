@@ -22,16 +22,7 @@ class Events:
     """
 
     def __init__(self, workdir: pathlib.Path, records: Sequence[Mapping[str, Any]], seconds: float) -> None:
-        """Replaces the event files of earlier processes by one with the same events.
-
-        Args:
-          workdir: the run's folder.
-          records: the lines of metrics.jsonl so far.
-          seconds: training time so far.
-
-        Raises:
-          WorkdirError: the file cannot be written.
-        """
+        """Replaces the event files of earlier processes by one with the lines so far; `seconds` were trained."""
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         folder = workdirs.subfolder(workdir, workdirs.TENSORBOARD)
@@ -41,20 +32,13 @@ class Events:
         with workdirs.as_workdir_error(folder):
             for old in folder.glob("*tfevents*"):
                 old.unlink()
-        # The second event makes a running TensorBoard discard what it read from the earlier file.
-        first = (
-            Event(wall_time=self._origin, file_version="brain.Event:2"),
-            Event(wall_time=self._origin, step=0, session_log=SessionLog(status=SessionLog.START)),
-        )
-        content = b"".join(map(_frame, first)) + b"".join(map(self._event, records))
-        workdirs.append_bytes(self._path, content)
+        version = Event(wall_time=self._origin, file_version="brain.Event:2")
+        # This makes a running TensorBoard discard what it read from the earlier file.
+        start = Event(wall_time=self._origin, step=0, session_log=SessionLog(status=SessionLog.START))
+        workdirs.append_bytes(self._path, _frame(version) + _frame(start) + b"".join(map(self._event, records)))
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Adds a line of metrics.jsonl.
-
-        Raises:
-          WorkdirError: the file cannot be written.
-        """
+        """Adds a line of metrics.jsonl."""
         workdirs.append_bytes(self._path, self._event(record))
 
     def _event(self, record: Mapping[str, Any]) -> bytes:
@@ -72,6 +56,5 @@ def _frame(event: Any) -> bytes:
     from tensorboardX.record_writer import masked_crc32c
 
     data = event.SerializeToString()
-    length = struct.pack("<Q", len(data))
-    checksums = [struct.pack("<I", masked_crc32c(part)) for part in (length, data)]
-    return length + checksums[0] + data + checksums[1]
+    parts = (struct.pack("<Q", len(data)), data)
+    return b"".join(part + struct.pack("<I", masked_crc32c(part)) for part in parts)
