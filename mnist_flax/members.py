@@ -39,18 +39,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class Member:
-    """A run that is open for training.
-
-    Attributes:
-      config: of the run.
-      workdir: its folder.
-      rows: `i32[R]`, the row numbers to train on.
-      holdout: the examples held out.
-      store: its checkpoints.
-      state: at `log.step`.
-      log: its log.
-      is_finished: nothing is left to do.
-    """
+    """A run that is open for training on `rows`, `i32[R]`; its state is that after `log.step` updates."""
 
     config: Config
     workdir: pathlib.Path
@@ -97,12 +86,11 @@ def open_member(
 
 def is_complete(config: Config, step: int, workdir: pathlib.Path) -> bool:
     """Returns whether nothing is left to do after a checkpoint. The summary is what a run writes last."""
-    summary = workdirs.read_json(workdir / workdirs.SUMMARY)
-    wanted = {"steps": int, "epochs": int, "test_accuracy": float}
-    if step < config.num_steps or not isinstance(summary, dict) or summary.get("steps") != step:
+    found = workdirs.read_json(workdir / workdirs.SUMMARY)
+    summary = found if isinstance(found, dict) else {}  # if it is damaged, it is written again
+    are_numbers = isinstance(summary.get("epochs"), int) and isinstance(summary.get("test_accuracy"), float)
+    if step < config.num_steps or summary.get("steps") != step or not are_numbers:
         return False
-    if not all(isinstance(summary.get(name), kind) for name, kind in wanted.items()):
-        return False  # damaged: it is written again
     logger.info(
         "%s is finished: %s epochs, test accuracy %.2f %%. To train further, raise --config.train.epochs (with a"
         " schedule that does not depend on it); to train again, name another --workdir.",
@@ -143,10 +131,8 @@ def check_origin(origin: Mapping[str, Any], fork: pathlib.Path | None, workdir: 
             " another --workdir"
         )
     there, here = origin["versions"], versions()
-    changed = [
-        f"{name} {there.get(name)} -> {here.get(name)}" for name in there | here if there.get(name) != here.get(name)
-    ]
-    if changed:
+    differing = [name for name in there | here if there.get(name) != here.get(name)]
+    if changed := [f"{name} {there.get(name)} -> {here.get(name)}" for name in differing]:
         logger.warning("this run began with other versions, so its last bits may differ: %s", ", ".join(changed))
 
 

@@ -6,7 +6,6 @@ and the field or the error.
 
 import ast
 import contextlib
-import linecache
 import pathlib
 import sys
 import traceback
@@ -41,12 +40,7 @@ def find_preset(name: str) -> pathlib.Path:
 
 
 def load_config(path: pathlib.Path, overrides: Iterable[str] = ()) -> Config:
-    """Runs a preset and returns its Config.
-
-    Args:
-      path: the preset file.
-      overrides: field values that replace those of the preset, such as `train.epochs=3`.
-    """
+    """Runs a preset and returns its Config, with some fields overridden, such as `train.epochs=3`."""
     values = execute(path)
     try:
         config = Config.from_dict(values)
@@ -85,29 +79,12 @@ def execute(path: pathlib.Path) -> dict[str, Any]:
 
 def _describe(error: BaseException, path: pathlib.Path) -> str:
     """Returns the line, source and message of an exception raised in a preset."""
-    frames = list(traceback.walk_tb(error.__traceback__))
-    lines = [(number, frame) for frame, number in frames if frame.f_code.co_filename == str(path)]
-    message = " ".join(str(error).split())[:300]
     if isinstance(error, SyntaxError):
         return f"line {error.lineno}: {type(error).__name__}: {error.msg}"
+    message = " ".join(str(error).split())[:300]
     message = message if isinstance(error, ConfigError) else f"{type(error).__name__}: {message}".rstrip(": ")
-    if not lines:
-        return message
-    number = lines[-1][0]
-    place = f"line {number}: {linecache.getline(str(path), number).strip()}"
-    for frame in (frame for frame, _ in frames if isinstance(frame.f_locals.get("self"), ConfigDict)):
-        refused = dict(frame.f_locals)
-        key = refused.get("key", refused.get("attribute"))
-        if "value" in refused and isinstance(key, str):
-            return f"{place}: {_refusal(refused['self'], key, refused['value'])}"
-    return f"{place}: {message}"
-
-
-def _refusal(fields: ConfigDict, key: str, value: Any) -> str:
-    """Returns why a locked ConfigDict rejected a value; its own message would list all fields and their values."""
-    if key not in fields:
-        return f"{key}: no such field; {nearest(key, fields)}"
-    return f"{key} = {value!r:.60}: must be of type {type(fields[key]).__name__}, not {type(value).__name__}"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    return f"line {frames[-1].lineno}: {frames[-1].line}: {message}" if frames else message
 
 
 def _place(path: pathlib.Path, message: str) -> str:

@@ -35,7 +35,7 @@ DISPATCH_SECONDS = 0.5
 
 
 def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = None) -> TrainState:
-    """Trains a run to its end, from wherever it is.
+    """Trains a run to its end, from wherever it is, and returns its last state.
 
     Args:
       config: of the run. If its dataset cannot be had, that of the substitute is used (`adapt_to_dataset`).
@@ -43,11 +43,7 @@ def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = No
       fork: the folder of another run, whose latest weights a new run starts from, at step 0 and with a fresh optimiser.
         A resumed run does not read it again.
 
-    Returns:
-      The state at the end.
-
-    Several processes call this with the same arguments after `processes.join`; the primary claims the folder, logs and
-    writes.
+    Several processes call this with the same arguments after `processes.join`; only the primary writes.
     """
     workdirs.check(workdir)
     if (workdir / workdirs.MEMBERS).exists():
@@ -63,17 +59,7 @@ def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = No
 
 
 def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, folds: int = 0) -> dict[str, Any]:
-    """Trains the members of a population to their end, from wherever they are, and sums up their results.
-
-    Args:
-      config: of the members.
-      workdir: the population's folder; created if it is missing, resumed if it holds members.
-      seeds: M, the number of members; or
-      folds: K.
-
-    Returns:
-      What is saved as `population.json`.
-    """
+    """Trains M seeds, or K folds, to their end, from wherever they are, and returns what `population.json` holds."""
     workdirs.check(workdir)
     if (workdir / workdirs.CHECKPOINTS).exists():
         raise WorkdirError(f"--workdir={workdir}: holds a run, not a population; name another folder")
@@ -97,36 +83,25 @@ def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, fol
 
 
 def member_configs(config: Config, *, seeds: int = 0, folds: int = 0) -> dict[str, Config]:
-    """Returns the config of each member of a population, by its name.
+    """Returns the configs of M seeds, or of K folds, by the names of the members.
 
-    A report and a demo page of each would cost more than the training; their verbs write one on request.
-
-    Args:
-      config: of all; the first member has its seed, the others those that follow.
-      seeds: M, the number of members; or
-      folds: K, each member holding out another part of the training rows, instead of `data.holdout`.
+    The first member has the seed of `config`, the others those that follow. Each fold holds out another part of the
+    training rows, instead of `data.holdout`. Members get no report and no demo page, which would cost more than the
+    training; their verbs write one on request.
     """
-    if folds:
-        shared = {"data__folds": folds, "data__holdout": 0, "train__report": False, "train__demo": False}
-        return {
-            f"fold-{fold}": replace(config, seed=config.seed + fold, data__fold=fold, **shared) for fold in range(folds)
-        }
+    config = replace(config, train__report=False, train__demo=False)
+    if not folds:
+        return {f"seed-{seed}": replace(config, seed=seed) for seed in range(config.seed, config.seed + seeds)}
     return {
-        f"seed-{seed}": replace(config, seed=seed, train__report=False, train__demo=False)
-        for seed in range(config.seed, config.seed + seeds)
+        f"fold-{k}": replace(config, seed=config.seed + k, data__folds=folds, data__fold=k, data__holdout=0)
+        for k in range(folds)
     }
 
 
 def fit_all(
     configs: Mapping[pathlib.Path, Config], splits: Splits, *, fork: pathlib.Path | None = None
 ) -> list[Member]:
-    """Trains every run to its end, those of equal programs together.
-
-    Args:
-      configs: of each run, by its folder.
-      splits: the data of all.
-      fork: as for `fit`.
-    """
+    """Trains every run, given by folder and config, to its end; those of equal programs train together."""
     with stop_request(processes.stop_signals()) as request, contextlib.ExitStack() as stack, processes.bound_together():
         members = [open_member(config, workdir, splits, fork, stack) for workdir, config in configs.items()]
         unfinished = [member for member in members if not member.is_finished]
@@ -155,7 +130,7 @@ def train_group(members: Sequence[Member], examples: Examples, *, until: int, re
     started = time.perf_counter()
     states, advance = compile_steps(members, examples)
     logger.info("compiled in %.1f s", time.perf_counter() - started)
-    (signum,) = processes.agree(request.signum or 0)
+    (signum,) = processes.agree(request.signum)
     if signum:
         raise stopped(config, step, signum)
 
@@ -187,7 +162,7 @@ def train_group(members: Sequence[Member], examples: Examples, *, until: int, re
             if step % config.steps_per_epoch == 0:
                 scores = [evaluate_holdout(member) for member in members]
                 progress.epoch_line(step, [member.log.epoch() for member in members], scores)
-            (signum,) = processes.agree(signum or request.signum or 0)
+            (signum,) = processes.agree(signum or request.signum)
             if is_save_due(config, step) or timed_save or signum:
                 for member, of_member in zip(members, scores, strict=True):
                     member.store.save(member.state, member.log.snapshot(), holdout=of_member)
@@ -201,15 +176,9 @@ def train_group(members: Sequence[Member], examples: Examples, *, until: int, re
 
 def compile_steps(members: Sequence[Member], examples: Examples) -> tuple[TrainState, drivers.Advance]:
     """Stacks the states of the runs, and compiles the driver that advances them."""
-    train = members[0].config.train
-    job = drivers.Job(
-        members[0].config.program,
-        [member.config.seed for member in members],
-        [member.rows for member in members],
-        examples,
-        train.num_devices,
-        train.epochs_per_dispatch,
-    )
+    program, train = members[0].config.program, members[0].config.train
+    seeds, rows = [member.config.seed for member in members], [member.rows for member in members]
+    job = drivers.Job(program, seeds, rows, examples, train.num_devices, train.epochs_per_dispatch)
     states = drivers.stack([member.state for member in members], job)
     return states, drivers.driver(train.driver, job, states)
 
@@ -241,10 +210,7 @@ def stopped(config: Config, step: int, signum: int) -> Interrupted:
 def next_num_steps(config: Config, num_steps: int, rate: float) -> int:
     """Returns how many steps the next call makes, at most: up to twice as many, until it takes `DISPATCH_SECONDS`.
 
-    Args:
-      config: of the run; if it says how many epochs a call makes, the number stays.
-      num_steps: of the last call.
-      rate: measured, in steps a second.
+    `rate` is in steps a second. If the config says how many epochs a call makes, the number stays.
     """
     if config.train.epochs_per_dispatch:
         return num_steps

@@ -7,11 +7,10 @@ from pathlib import Path
 
 from mnist_flax import config as config_lib
 from mnist_flax.config import Config
-from mnist_flax.data.cache import load_prepared
 from mnist_flax.data.download import UnavailableError, check_files
 from mnist_flax.data.embedded import embedded_digits
 from mnist_flax.data.idx import read_files
-from mnist_flax.data.prepare import prepare
+from mnist_flax.data.prepare import load_prepared, prepare
 from mnist_flax.data.registry import DATASETS
 from mnist_flax.data.splits import Splits, check_fingerprint, make_splits
 from mnist_flax.errors import DataError

@@ -47,9 +47,14 @@ def join(coordinator: str | None, num_processes: int | None, process_index: int 
     if coordinator is not None:
         _wait_for(coordinator, is_first=process_index == 0)
         logger.info("waiting for %d processes at %s, up to %d s", num_processes, coordinator, JOIN_SECONDS)
-    limits = {"initialization_timeout": JOIN_SECONDS, "heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
     try:
-        jax.distributed.initialize(coordinator, num_processes, process_index, **limits)
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process_index,
+            initialization_timeout=JOIN_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        )
     except ValueError as error:
         raise ConfigError(
             f"--distributed: found no cluster to join ({str(error).splitlines()[0]}); give --coordinator=HOST:PORT,"
