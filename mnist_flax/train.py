@@ -4,6 +4,7 @@ A single run is a population of one: there is one loop, and it does not know how
 """
 
 import contextlib
+import itertools
 import logging
 import pathlib
 import time
@@ -134,12 +135,11 @@ def train_group(members: Sequence[Member], examples: Examples, *, until: int, re
     if signum:
         raise stopped(config, step, signum)
 
+    progress = Progress(config, step, num_runs=len(members), quiet=not processes.is_primary())
     num_steps = config.num_steps if config.train.epochs_per_dispatch else 1  # of the next call, at most
     last_save = mark = time.perf_counter()
-    call = 0
-    with contextlib.closing(
-        Progress(config, step, num_runs=len(members), quiet=not processes.is_primary())
-    ) as progress:
+    calls = itertools.count()
+    with contextlib.closing(progress):
         while step < until:
             target = min(step + num_steps, next_stop(config, step), until)
             with jax.transfer_guard("disallow"):
@@ -152,12 +152,15 @@ def train_group(members: Sequence[Member], examples: Examples, *, until: int, re
             is_late = 0 < config.checkpoint.every_seconds <= mark - last_save
             # Processes have different clocks and receive different signals, but must all do the same.
             num_steps, timed_save, signum = processes.agree(
-                next_num_steps(config, num_steps, rate), is_late, request.signum or members[0].store.preemption(call)
+                next_num_steps(config, num_steps, rate),
+                is_late,
+                request.signum or members[0].store.preemption(next(calls)),
             )
-            call += 1
             if step not in (until, next_stop(config, step - 1)) and not timed_save and not signum:
                 continue
-            keep_states(members, states, step)
+
+            # The host has something to do: it evaluates at the end of an epoch, and saves when a checkpoint is due.
+            unstack(members, states, step)
             scores: list[dict[str, Any] | None] = [None] * len(members)
             if step % config.steps_per_epoch == 0:
                 scores = [evaluate_holdout(member) for member in members]
@@ -192,8 +195,8 @@ def log_steps(members: Sequence[Member], metrics: Mapping[str, np.ndarray], seco
             raise NonFiniteLossError(f"{member.workdir}: {error}") from error
 
 
-def keep_states(members: Sequence[Member], states: TrainState, step: int) -> None:
-    """Gives each run its own state, on the host."""
+def unstack(members: Sequence[Member], states: TrainState, step: int) -> None:
+    """Gives each run its own state, on the host; a weight that is not finite stops the program."""
     on_host = jax.device_get(states)
     for i, member in enumerate(members):
         member.state = jax.tree.map(lambda leaf, i=i: np.array(leaf[i]), on_host)
@@ -229,10 +232,5 @@ def next_stop(config: Config, step: int) -> int:
 
 def is_save_due(config: Config, step: int) -> bool:
     """Returns whether the cadence by epochs or steps, or the end of the run, asks for a checkpoint at `step`."""
-    epoch, rest = divmod(step, config.steps_per_epoch)
-    every_epochs, every_steps = config.checkpoint.every_epochs, config.checkpoint.every_steps
-    return (
-        step == config.num_steps
-        or (every_epochs > 0 and rest == 0 and epoch % every_epochs == 0)
-        or (every_steps > 0 and step % every_steps == 0)
-    )
+    cadences = (config.checkpoint.every_epochs * config.steps_per_epoch, config.checkpoint.every_steps)
+    return step == config.num_steps or any(every and step % every == 0 for every in cadences)
