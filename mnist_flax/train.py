@@ -151,10 +151,9 @@ def train_group(members: Sequence[Member], examples: Examples, *, until: int, re
             progress.update(step, seconds, [member.log.epoch() for member in members])
             is_late = 0 < config.checkpoint.every_seconds <= mark - last_save
             # Processes have different clocks and receive different signals, but must all do the same.
+            preempted = members[0].store.preemption(next(calls))
             num_steps, timed_save, signum = processes.agree(
-                next_num_steps(config, num_steps, rate),
-                is_late,
-                request.signum or members[0].store.preemption(next(calls)),
+                next_num_steps(config, num_steps, rate), is_late, request.signum or preempted
             )
             if step not in (until, next_stop(config, step - 1)) and not timed_save and not signum:
                 continue
