@@ -134,10 +134,9 @@ class Config:
     def from_json(cls, text: str) -> Self:
         """Reads what `to_json` wrote."""
         try:
-            values = json.loads(text)
+            return cls.from_dict(json.loads(text))
         except ValueError as error:
             raise ConfigError(f"the saved config is not JSON: {error}") from error
-        return cls.from_dict(values)
 
     def to_json(self) -> str:
         """Returns the config as indented JSON."""

@@ -23,7 +23,6 @@ def check_files(dataset: Dataset, folder: Path) -> None:
 
 
 def _check_file(path: Path, file: DataFile) -> None:
-    """Checks one file."""
     remedy = f"; fetch it from {file.url}" if file.url else ""
     try:
         if not path.is_file():
@@ -49,11 +48,7 @@ def _owner(size: int) -> str:
 
 
 def download_files(dataset: Dataset, folder: Path) -> None:
-    """Downloads the files of a dataset into a folder.
-
-    Raises:
-      OSError: the folder cannot be written.
-    """
+    """Downloads the files of a dataset into a folder."""
     for file in dataset.files:
         logger.info("downloading %s (%.1f MB)", file.url, file.size / 1e6)
         _download(file, folder / file.name)

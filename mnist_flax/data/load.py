@@ -49,7 +49,6 @@ def load_splits(config: Config) -> Splits:
 
 
 def _from_tfds(data: DataConfig) -> Splits:
-    """Loads a prepared copy."""
     if not DATASETS[data.name].tfds_version:
         raise UnavailableError("no prepared copy: TFDS does not have this dataset")
     splits, flaws = load_prepared(data.name, _data_dir(data))
@@ -90,17 +89,14 @@ def _from_raw(data: DataConfig) -> Splits:
 
 
 def _from_download(data: DataConfig) -> Splits:
-    """Downloads and loads the official files."""
     if not DATASETS[data.name].tfds_version:
         raise UnavailableError("no download: this dataset is only read from a folder")
     return load_prepared(data.name, _data_dir(data))[0] or prepare(data.name, _data_dir(data), None)
 
 
-_LOADERS: dict[str, Callable[[DataConfig], Splits]] = {
-    "tfds": _from_tfds,
-    "raw": _from_raw,
-    "download": _from_download,
-}
+# In the order in which `auto` tries them.
+_LOADERS: dict[str, Callable[[DataConfig], Splits]]
+_LOADERS = {"tfds": _from_tfds, "raw": _from_raw, "download": _from_download}
 
 
 def _data_dir(data: DataConfig) -> Path:

@@ -211,11 +211,8 @@ def _read_cache(cache: Path, name: str, key: str) -> Splits | None:
 
 def _write_cache(cache: Path, key: str, splits: Splits) -> None:
     """Caches the decoded arrays; the file is replaced atomically."""
-    arrays = {
-        f"{split}_{field}": array
-        for split in ("train", "test")
-        for field, array in getattr(splits, split)._asdict().items()
-    }
+    names = ("train_image", "train_label", "test_image", "test_label")
+    arrays = dict(zip(names, (*splits.train, *splits.test), strict=True))
     temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
