@@ -267,11 +267,19 @@ def test_saved_images_have_short_names(tmp_path: pathlib.Path) -> None:
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_names_of_any_script_are_printed_in_any_locale(model: Model, tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize(
+    "locale",
+    [{"PYTHONIOENCODING": "latin-1"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}],
+    ids=["latin-1", "ASCII"],
+)
+def test_names_of_any_script_are_printed_in_any_locale(
+    model: Model, tmp_path: pathlib.Path, locale: dict[str, str]
+) -> None:
     model.picture(3).save(tmp_path / "\u4e09.png")
+    model.picture(3).save(tmp_path / "\udcff.png")
     done = subprocess.run(
         [sys.executable, "-m", "mnist_flax.predict", f"--workdir={model.workdir}", str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "latin-1"}, capture_output=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **locale}, capture_output=True, check=False,
     )  # fmt: skip
     assert b"Traceback" not in done.stderr
     assert done.returncode == 0

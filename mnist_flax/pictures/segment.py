@@ -131,14 +131,25 @@ def _touches(ruled: np.ndarray, blob: Blob) -> bool:
 
 
 def _slope(lines: list[list[Blob]]) -> float:
-    """Returns the slope of the longest line in degrees; 0 if it has too few digits or is not straight."""
-    line = max(lines, key=len, default=[])
-    if len(line) < 3:
+    """Returns the slope of the digits in degrees; 0 if they are too few or not in a straight line.
+
+    A line may slant so much that each digit seems to begin another line, so first all digits are taken as one.
+    """
+    together = [blob for line in lines for blob in line] if len(lines) > 1 else []
+    slope = _fitted_slope(together, 2)
+    if abs(slope) > 35:
+        slope = 0.0
+    return slope or _fitted_slope(max(lines, key=len, default=[]), 3)
+
+
+def _fitted_slope(line: list[Blob], fewest: int) -> float:
+    """Returns the slope of a straight line of digits in degrees; 0 if they are too few or in no straight line."""
+    if len(line) < fewest:
         return 0.0
     x = np.array([blob.left + blob.right for blob in line]) / 2
     y = np.array([blob.top + blob.bottom for blob in line]) / 2
     height = float(np.median([blob.height for blob in line]))
-    if np.ptp(x) < 1.5 * height:
+    if np.ptp(x) < (1.5 if len(line) > 2 else 1.0) * height:
         return 0.0
     fit = np.polyfit(x, y, 1)
     is_straight = np.abs(y - np.polyval(fit, x)).max() < 0.25 * height

@@ -39,11 +39,15 @@ _NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 def check(workdir: pathlib.Path) -> None:
     """Checks, without writing anything, that `workdir` is free for a run or holds one."""
     try:
+        os.path.abspath(workdir).encode()  # checkpoints cannot be written to a path that is not UTF-8
         with contextlib.suppress(FileNotFoundError):
             os.stat(workdir)  # unlike `exists`, `stat` raises the reason why it cannot be read
         if workdir.exists() and not workdir.is_dir():
             raise WorkdirError(f"--workdir={workdir}: is a file; name a folder")
         names = {path.name for path in workdir.iterdir()} if workdir.is_dir() else set()
+    except UnicodeEncodeError as error:
+        remedy = "name a folder whose path is valid UTF-8, or set PYTHONUTF8=1 if this one is"
+        raise WorkdirError(f"--workdir={workdir}: checkpoints cannot be written to this path; {remedy}") from error
     except (OSError, ValueError) as error:  # such as a name that is too long, or contains a zero byte
         raise WorkdirError(f"--workdir={workdir}: cannot be read ({reason(error)}); name another folder") from error
     if names and not names & {CONFIG, _LOCK}:
