@@ -25,6 +25,9 @@ KINDS = ("seeds", "folds")  # of populations
 VIEW_SHIFTS = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))  # by how many pixels each view is shifted down and right
 
 
+DOUBTFUL_BELOW = 0.95  # where no hold-out rows say better
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Predictor:
     """A trained network or committee, and how to apply it to images.
@@ -34,6 +37,7 @@ class Predictor:
       members: the variables of each network; several form a committee, whose probabilities are averaged.
       views: 1, or 5 to average the probabilities of an image and its shifts by one pixel up, down, left and right.
       temperature: what the logits are divided by, after averaging.
+      doubtful_below: an answer with a smaller probability is doubtful.
       batch_size: images per call, rounded up to a multiple of the number of devices.
       num_devices: devices to split a batch over, capped at those available; 0 means all accelerators, or one CPU.
     """
@@ -42,19 +46,20 @@ class Predictor:
     members: tuple[Variables, ...]
     views: int = 1
     temperature: float = 1.0
+    doubtful_below: float = DOUBTFUL_BELOW
     batch_size: int = 2000
     num_devices: int = 0
 
 
-def make_predictor(config: Config, *members: Variables, temperature: float = 1.0) -> Predictor:
-    """Returns a predictor with the program, views, batch size and devices of a config."""
+def make_predictor(config: Config, *members: Variables, **fitted: float) -> Predictor:
+    """Returns a predictor with the program, views, batch size and devices of a config, and what was `fitted`."""
     return Predictor(
         program=config.program,
         members=members,
         views=config.eval.views,
-        temperature=temperature,
         batch_size=config.eval.batch_size,
         num_devices=config.train.num_devices,
+        **fitted,
     )
 
 
@@ -172,7 +177,8 @@ def load_predictor(workdir: pathlib.Path, checkpoint: str = "latest") -> tuple[P
       checkpoint: `latest`, `best` (on hold-out rows) or a step; for a population, this checkpoint of every member.
 
     Returns:
-      The predictor; its temperature is the one fitted at the end of training if this is the last checkpoint, else 1.
+      The predictor; its temperature and the probability below which it doubts are those fitted at the end of training
+      if this is the last checkpoint, else the defaults.
 
     Raises:
       WorkdirError: there is no such checkpoint, it is damaged, or the members differ in config or data.
@@ -189,7 +195,7 @@ def load_predictor(workdir: pathlib.Path, checkpoint: str = "latest") -> tuple[P
     steps = tuple(int(run.state.step) for run in runs)
     is_last = set(steps) == {result.get("steps", config.num_steps)}
     variables = [eval_variables(run.state) for run in runs]
-    predictor = make_predictor(config, *variables, temperature=stored_temperature(result) if is_last else 1.0)
+    predictor = make_predictor(config, *variables, **(stored_fit(result) if is_last else {}))
     kind = str(result["kind"]) if is_population else "run"
     return predictor, RunInfo(kind, config, fingerprint, steps, runs)
 
@@ -212,7 +218,11 @@ def _member_folders(workdir: pathlib.Path, result: dict[str, Any]) -> list[pathl
     )
 
 
-def stored_temperature(result: Any) -> float:
-    """Returns the temperature in a summary or `population.json`; 1 if it is missing or invalid."""
-    value = result.get("temperature", 1.0) if isinstance(result, dict) else 1.0
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) and value > 0 else 1.0
+def stored_fit(result: Any) -> dict[str, float]:
+    """Returns what was fitted, from a summary or `population.json`: the defaults for what is missing or invalid."""
+    fitted = {"temperature": 1.0, "doubtful_below": DOUBTFUL_BELOW}
+    for name, default in fitted.items():
+        value = result.get(name) if isinstance(result, dict) else None
+        valid = isinstance(value, int | float) and math.isfinite(value) and value > 0
+        fitted[name] = float(value) if valid else default
+    return fitted

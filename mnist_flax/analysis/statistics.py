@@ -17,7 +17,7 @@ from mnist_flax.analysis.evaluation import (
     make_predictor,
     member_logits,
     predict_logits,
-    stored_temperature,
+    stored_fit,
 )
 from mnist_flax.analysis.report import bands
 from mnist_flax.config import Config
@@ -167,11 +167,11 @@ def population_result(
     summaries = [workdirs.read_json(folder / name / workdirs.SUMMARY) for name in members]
     rows = []
     for name, config, summary, of_member in zip(members, configs, summaries, logits, strict=True):
-        temperature = stored_temperature(summary)
+        temperature = stored_fit(summary)["temperature"]
         fold = {"fold": config.data.fold} if is_folds else {}
         scores = score(combine_members(of_member[None], temperature), label)
         rows.append({"name": name, "seed": config.seed, **fold, **scores, "temperature": temperature})
-    temperature = 1.0 if is_folds else shared_temperature(committee, configs[0], splits)
+    fitted = committee if is_folds else calibrated_committee(committee, configs[0], splits)
     result: Facts = {
         "kind": "folds" if is_folds else "seeds",
         "dataset": splits.name,
@@ -180,8 +180,9 @@ def population_result(
         "steps": configs[0].num_steps,
         "members": rows,
         **spreads(rows),
-        "committee": score(combine_members(logits, temperature), label),
-        "temperature": temperature,
+        "committee": score(combine_members(logits, fitted.temperature), label),
+        "temperature": fitted.temperature,
+        "doubtful_below": fitted.doubtful_below,
         "agreement": agreement(logits, label),
     }
     arrays = {"test_probs": np.exp(metrics.log_probabilities(logits)).astype(np.float32), "test_label": label}
@@ -193,10 +194,10 @@ def population_result(
     return result | provenance(), arrays
 
 
-def shared_temperature(committee: Predictor, config: Config, splits: Splits) -> float:
-    """Fits the temperature of a committee on the rows that all its members held out."""
+def calibrated_committee(committee: Predictor, config: Config, splits: Splits) -> Predictor:
+    """Calibrates a committee on the rows that all its members held out."""
     _, rows = batches.rows_of(splits.train.label, config.data)
-    return calibration.calibrate(committee, Examples(splits.train.image[rows], splits.train.label[rows])).temperature
+    return calibration.calibrate(committee, Examples(splits.train.image[rows], splits.train.label[rows]))
 
 
 def out_of_fold_result(
