@@ -53,8 +53,12 @@ def spread_of(values: Sequence[float]) -> Spread:
 
 def spreads(rows: Sequence[Mapping[str, float]]) -> Facts:
     """Computes `mean`, `sd` and `interval` of accuracy and loss over the members."""
-    of = {name: spread_of([row[name] for row in rows])._asdict() for name in ("accuracy", "loss")}
-    return {part: {name: spread[part] for name, spread in of.items()} for part in Spread._fields}
+    of = {name: spread_of([row[name] for row in rows]) for name in ("accuracy", "loss")}
+    return {
+        "mean": {name: spread.mean for name, spread in of.items()},
+        "sd": {name: spread.sd for name, spread in of.items()},
+        "interval": {name: list(spread.interval) for name, spread in of.items()},
+    }
 
 
 def score(logits: np.ndarray, labels: np.ndarray) -> Facts:
