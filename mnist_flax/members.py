@@ -198,6 +198,7 @@ def finish(member: Member, splits: Splits) -> None:
         "test_loss": evaluation.loss,
         "test_examples": evaluation.examples,
         "temperature": predictor.temperature,
+        "doubtful_below": predictor.doubtful_below,
         "train_seconds": log.seconds,
         "images_per_second": config.num_train * config.train.epochs / log.seconds,
         "restarts": log.restarts,

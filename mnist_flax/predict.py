@@ -4,7 +4,9 @@
 
 A PICTURE is a file (PNG, JPEG, GIF, BMP, WebP, TIFF), a folder (searched recursively), a pattern such as 'scans/*.png',
 or - for standard input. A picture may contain several digits; they are read line by line, from left to right. A
-question mark marks a doubtful digit. The exit status is 1 if any picture could not be read.
+question mark marks a doubtful digit: its probability is lower than that of 99 % of the hold-out rows (so 1 % of digits
+like those are false alarms; without hold-out rows: lower than 95 %), or it overlaps a printed line. The exit status is
+1 if any picture could not be read.
 """
 
 import dataclasses
@@ -49,7 +51,9 @@ def main(argv: Sequence[str]) -> None:
         column = max(5, *map(len, class_names))
         print(f"{'file':<{width}}  {'digit':>{column}}  probability  top {reading.TOP}", flush=True)
     failed = 0
-    answers = reading.classify_all(outcomes, functools.partial(predict_logits, predictor), _BATCH_SIZE)
+    answers = reading.classify_all(
+        outcomes, functools.partial(predict_logits, predictor), _BATCH_SIZE, predictor.doubtful_below
+    )
     for number, (name, answer) in enumerate(answers, 1):
         if not isinstance(answer, list):
             failed += 1

@@ -258,8 +258,8 @@ def test_the_json_and_the_weights_hold_the_whole_graph(tmp_path: pathlib.Path) -
         for node in content["nodes"]
     )
     copy = Graph(nodes, constants, content["outputs"])
-    found, wanted = (run_program(either, tmp_path, IMAGES)["logits"] for either in (copy, graph))
-    np.testing.assert_array_equal(found, wanted, strict=True)
+    first, second = (run_program(either, tmp_path, IMAGES)["logits"] for either in (copy, graph))
+    np.testing.assert_array_equal(first, second, strict=True)
 
 
 def restore_attrs(node: dict[str, Any], restore: Callable[[Any], Any]) -> dict[str, Any]:

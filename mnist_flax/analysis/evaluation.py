@@ -25,6 +25,7 @@ Facts = dict[str, Any]  # ready for JSON
 POPULATION = "population.json"
 KINDS = ("seeds", "folds")  # of populations
 VIEW_SHIFTS = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))  # by how many pixels each view is shifted down and right
+DOUBTFUL_BELOW = 0.95  # where there are no hold-out rows to choose it by
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,20 +38,21 @@ class Predictor:
     # 1, or 5 to average the probabilities of an image and its shifts by one pixel up, down, left and right
     views: int = 1
     temperature: float = 1.0  # what the logits are divided by, after averaging
+    doubtful_below: float = DOUBTFUL_BELOW  # an answer with a smaller probability is doubtful
     batch_size: int = 2000  # images per call, rounded up to a multiple of the number of devices
     # devices to split a batch over, capped at those available; 0 means all accelerators, or one CPU
     num_devices: int = 0
 
 
-def make_predictor(config: Config, *members: Variables, temperature: float = 1.0) -> Predictor:
-    """Returns a predictor with the program, views, batch size and devices of a config."""
+def make_predictor(config: Config, *members: Variables, **fitted: float) -> Predictor:
+    """Returns a predictor with the program, views, batch size and devices of a config, and what was `fitted`."""
     return Predictor(
         program=config.program,
         members=members,
         views=config.eval.views,
-        temperature=temperature,
         batch_size=config.eval.batch_size,
         num_devices=config.train.num_devices,
+        **fitted,
     )
 
 
@@ -143,7 +145,8 @@ class RunInfo(NamedTuple):
 def load_predictor(workdir: pathlib.Path, checkpoint: str = "latest") -> tuple[Predictor, RunInfo]:
     """Loads a checkpoint (`latest`, `best` on hold-out rows, or a step) of a run, or of all members of a population.
 
-    The temperature is the one fitted at the end of training if this is the last checkpoint, else 1.
+    The temperature, and the probability below which an answer is doubtful, are those fitted at the end of training if
+    this is the last checkpoint, else the defaults.
 
     Raises:
       WorkdirError: there is no such checkpoint, it is damaged, or the members differ in config or data.
@@ -160,7 +163,7 @@ def load_predictor(workdir: pathlib.Path, checkpoint: str = "latest") -> tuple[P
     steps = tuple(int(run.state.step) for run in runs)
     is_last = set(steps) == {result.get("steps", config.num_steps)}
     variables = [eval_variables(run.state) for run in runs]
-    predictor = make_predictor(config, *variables, temperature=stored_temperature(result) if is_last else 1.0)
+    predictor = make_predictor(config, *variables, **(stored_fit(result) if is_last else {}))
     kind = str(result["kind"]) if is_population else "run"
     return predictor, RunInfo(kind, config, fingerprint, steps, runs)
 
@@ -183,7 +186,10 @@ def _member_folders(workdir: pathlib.Path, result: dict[str, Any]) -> list[pathl
     )
 
 
-def stored_temperature(result: Any) -> float:
-    """Returns the temperature in a summary or `population.json`; 1 if it is missing or invalid."""
-    value = result.get("temperature", 1.0) if isinstance(result, dict) else 1.0
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) and value > 0 else 1.0
+def stored_fit(result: Any) -> dict[str, float]:
+    """Returns what was fitted, from a summary or `population.json`: the defaults for what is missing or invalid."""
+    fitted = {"temperature": 1.0, "doubtful_below": DOUBTFUL_BELOW}
+    for name, default in fitted.items():
+        value = result.get(name) if isinstance(result, dict) else None
+        fitted[name] = float(value) if isinstance(value, int | float) and 0 < value < math.inf else default
+    return fitted

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from mnist_flax import metrics
+from mnist_flax.analysis.calibration import FALSE_ALARMS
 from mnist_flax.analysis.corruptions import hashed_uniform
 from mnist_flax.analysis.evaluation import Facts, Predictor, combine_members, member_logits
 from mnist_flax.config import Config, replace
@@ -16,7 +17,6 @@ from mnist_flax.data.load import load_splits
 from mnist_flax.data.splits import Examples
 from mnist_flax.errors import DataError
 
-FALSE_ALARMS = 0.01  # the share of hold-out digits that the threshold calls doubtful
 COUNT = 2_000  # pictures of each kind, at most
 TURNABLE = (2, 3, 4, 5, 7)  # digits that are not digits when turned by a quarter
 LETTERS = "ACDEFHJKLMNPQRTUVWXYadehkmnprtuvwxy"  # the others look like digits: BGIOSZ, bcfgijloqsz

@@ -34,7 +34,7 @@ def load_data(config: Config, fingerprint: str, overrides: Mapping[str, Any]) ->
 
     The paths recorded in the run are ignored, because the run may come from a stranger or from another machine.
 
-    `config` and `fingerprint` are those of the run. `overrides` holds values for some of `OVERRIDES`; source and folders
+    `config` and `fingerprint` are those of the run. `overrides` holds values for some `OVERRIDES`; source and folders
     default to those of a new config.
 
     Returns:

@@ -18,7 +18,7 @@ from mnist_flax.analysis.evaluation import (
     make_predictor,
     member_logits,
     predict_logits,
-    stored_temperature,
+    stored_fit,
 )
 from mnist_flax.analysis.report import plots
 from mnist_flax.config import Config
@@ -153,13 +153,13 @@ def population_result(
     summaries = [workdirs.read_json(folder / name / workdirs.SUMMARY) for name in members]
     rows = []
     for name, config, summary, of_member in zip(members, configs, summaries, logits, strict=True):
-        temperature = stored_temperature(summary)
+        temperature = stored_fit(summary)["temperature"]
         fold = {"fold": config.data.fold} if is_folds else {}
         scores = score(combine_members(of_member[None], temperature), label)
         rows.append({"name": name, "seed": config.seed, **fold, **scores, "temperature": temperature})
     _, held_out = batches.rows_of(splits.train.label, configs[0].data)
     by_all = Examples(splits.train.image[held_out], splits.train.label[held_out])
-    temperature = 1.0 if is_folds else calibration.calibrate(committee, by_all).temperature
+    fitted = committee if is_folds else calibration.calibrate(committee, by_all)
     result: Facts = {
         "kind": "folds" if is_folds else "seeds",
         "dataset": splits.name,
@@ -168,8 +168,9 @@ def population_result(
         "steps": configs[0].num_steps,
         "members": rows,
         **spreads(rows),
-        "committee": score(combine_members(logits, temperature), label),
-        "temperature": temperature,
+        "committee": score(combine_members(logits, fitted.temperature), label),
+        "temperature": fitted.temperature,
+        "doubtful_below": fitted.doubtful_below,
         "agreement": agreement(logits, label),
     }
     arrays = {"test_probs": np.exp(metrics.log_probabilities(logits)).astype(np.float32), "test_label": label}

@@ -11,8 +11,6 @@ from mnist_flax import metrics
 from mnist_flax.pictures.decode import PictureError
 from mnist_flax.pictures.segment import Digit
 
-# Below this probability a digit is doubtful; scripts/bench_predict.py counts errors caught and false alarms.
-CONFIDENT = 0.95
 TOP = 3
 
 _PATIENCE = 0.3  # the most seconds that a picture waits for others to fill the batch
@@ -33,25 +31,25 @@ class Reading(NamedTuple):
 Logits = Callable[[np.ndarray], np.ndarray]  # u8[N,28,28,1] -> f32[N,C]
 
 
-def doubts(probs: np.ndarray) -> np.ndarray:
-    """Returns which predictions are doubtful, `f64[N,C] -> bool[N]`: replace this to use a better measure of doubt."""
-    return np.asarray(probs.max(axis=-1) < CONFIDENT)
-
-
-def classify(digits: Sequence[Digit], predict_logits: Logits) -> list[Reading]:
-    """Classifies the digits of one picture or of several."""
+def classify(digits: Sequence[Digit], predict_logits: Logits, doubtful_below: float) -> list[Reading]:
+    """Classifies the digits of one picture or of several; an answer below the given probability is doubtful."""
     if not digits:
         return []
     probs = np.exp(metrics.log_probabilities(predict_logits(np.stack([digit.image for digit in digits])[..., None])))
     readings = []
-    for digit, row, doubtful in zip(digits, probs, doubts(probs), strict=True):
+    for digit, row in zip(digits, probs, strict=True):
         top = [(int(label), float(row[label])) for label in np.argsort(-row, kind="stable")[:TOP]]
-        readings.append(Reading(*top[0], top, digit.box, bool(doubtful or digit.suspect), digit.image))
+        readings.append(
+            Reading(*top[0], top, digit.box, bool(row.max() < doubtful_below or digit.suspect), digit.image)
+        )
     return readings
 
 
 def classify_all(
-    pictures: Iterable[tuple[str, list[Digit] | PictureError]], predict_logits: Logits, batch_size: int
+    pictures: Iterable[tuple[str, list[Digit] | PictureError]],
+    predict_logits: Logits,
+    batch_size: int,
+    doubtful_below: float,
 ) -> Iterator[tuple[str, list[Reading] | PictureError]]:
     """Classifies the digits of many pictures, in batches across pictures; yields the pictures in order."""
     waiting: list[tuple[str, list[Digit] | PictureError]] = []
@@ -59,7 +57,7 @@ def classify_all(
 
     def flush() -> Iterator[tuple[str, list[Reading] | PictureError]]:
         found = [digit for _, digits in waiting if isinstance(digits, list) for digit in digits]
-        readings = iter(classify(found, predict_logits))
+        readings = iter(classify(found, predict_logits, doubtful_below))
         for name, digits in waiting:
             yield name, [next(readings) for _ in digits] if isinstance(digits, list) else digits
         waiting.clear()
