@@ -34,10 +34,8 @@ def load_data(config: Config, fingerprint: str, overrides: Mapping[str, Any]) ->
 
     The paths recorded in the run are ignored, because the run may come from a stranger or from another machine.
 
-    Args:
-      config: the run's config.
-      fingerprint: that of the data that it was trained on.
-      overrides: values for some of `OVERRIDES`; source and folders default to those of a new config.
+    `config` and `fingerprint` are those of the run. `overrides` holds values for some `OVERRIDES`; source and folders
+    default to those of a new config.
 
     Returns:
       The config that describes the data, and the data.

@@ -143,10 +143,7 @@ def population_result(
     Each member is scored at its own temperature, as in its summary, and the committee at a temperature fitted on the
     rows that all members held out (1 for folds). The arrays hold probabilities at temperature 1.
 
-    Args:
-      members: the config and the final variables of each member, by name.
-      splits: the data.
-      folder: contains a folder for each member.
+    `members` holds the config and the final variables of each; `folder` a folder for each.
 
     Returns:
       The contents of `population.json`, and the arrays of `population.npz`: `test_probs` `f32[M,N,C]` and `test_label`
