@@ -28,14 +28,23 @@ import pytest
 from idx_files import Published
 
 from mnist_flax.data import load
+from mnist_flax.data.embedded import embedded_digits
 from mnist_flax.data.splits import Examples
 
 gc.set_threshold(100_000)  # as the command line does: tracing creates many objects that stay
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_legacy_prng_key", "error")
-load.embedded_digits = functools.cache(load.embedded_digits)  # framed once, not in each run
+load.embedded_digits = functools.cache(embedded_digits)  # type: ignore[attr-defined]  # framed once, not in each run
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# Files with few but long tests come first, so that at the end no worker is left alone with one.
+LONG = ("test_processes", "test_faults", "test_extension", "test_sharding", "test_resume", "test_parity")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Moves the tests of `LONG` to the front."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
 
 
 @pytest.fixture
