@@ -1,6 +1,5 @@
 """Strict settings for all tests, and shared fixtures."""
 
-import functools
 import gc
 import logging
 import os
@@ -27,14 +26,11 @@ import numpy as np
 import pytest
 from idx_files import Published
 
-from mnist_flax.data import load
-from mnist_flax.data.embedded import embedded_digits
 from mnist_flax.data.splits import Examples
 
 gc.set_threshold(100_000)  # as the command line does: tracing creates many objects that stay
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_legacy_prng_key", "error")
-load.embedded_digits = functools.cache(embedded_digits)  # type: ignore[attr-defined]  # framed once, not in each run
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

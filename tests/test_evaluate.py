@@ -265,7 +265,7 @@ def test_command_prints_before_it_fails_to_write(workdir: pathlib.Path) -> None:
         (["--config.data.name=emnist/letters"], "has 37 classes"),
         (["--config.data.nam=kmnist"], "Did you mean: config.data.name"),
         (["--split=tset"], "train|holdout|test"),
-        (["here"], "'here': is no flag"),
+        (["here"], "'here': is not a flag"),
         (["--workdir="], "--workdir is missing"),
     ],
 )

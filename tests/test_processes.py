@@ -146,7 +146,7 @@ def test_signal_to_one_stops_all_at_the_same_step(tmp_path: pathlib.Path) -> Non
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--num_processes=2"], "--num_processes: has a meaning only with --distributed"),
+        (["--num_processes=2"], "--num_processes: is used only with --distributed"),
         (["--distributed", "--num_processes=2", "--process_index=0"], "--coordinator is missing: give all of"),
         (
             ["--distributed", "--coordinator=127.0.0.1:1", "--num_processes=2", "--process_index=2"],

@@ -157,7 +157,7 @@ def test_the_command_refuses_what_makes_no_sense(tmp_path: pathlib.Path) -> None
         ([], "--workdir is missing"),
         ([f"--workdir={tmp_path}"], "error"),
         (["--severity=6"], "severity"),
-        (["fog"], "is no flag"),
+        (["fog"], "is not a flag"),
     ]:
         done = command(*arguments)
         assert done.returncode
