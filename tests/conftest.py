@@ -34,6 +34,14 @@ jax.config.update("jax_legacy_prng_key", "error")
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
+# Files with few but long tests come first, so that at the end no worker is left alone with one.
+LONG = ("test_processes", "test_faults", "test_extension", "test_sharding", "test_resume", "test_parity")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Moves the tests of `LONG` to the front."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
 
 @pytest.fixture
 def root() -> pathlib.Path:

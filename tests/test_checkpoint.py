@@ -1,7 +1,5 @@
 """Checkpoints: which are kept, which are accepted as intact, and who can read them."""
 
-import json
-import logging
 import pathlib
 import resource
 import shutil
@@ -15,71 +13,41 @@ import jax
 import numpy as np
 import pytest
 from safetensors import safe_open
+from saved_runs import (
+    FINGERPRINT,
+    at,
+    empty,
+    flip,
+    initial_state,
+    record,
+    restored,
+    same,
+    save,
+    save_two,
+    truncate,
+    zero,
+)
 from small_run import SMALL, run, steps
 
-from mnist_flax import rng
 from mnist_flax.config import Config, replace
-from mnist_flax.drivers import jit_init_state
 from mnist_flax.errors import WorkdirError
-from mnist_flax.run import checkpoint, storage
+from mnist_flax.run import checkpoint
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.checkpoint import load_run
 from mnist_flax.run.store import Store, open_store
 from mnist_flax.run.weights import save_weights
 from mnist_flax.step import TrainState, eval_variables
 
-FINGERPRINT = "f" * 64
-
 
 @pytest.fixture(scope="module")
 def state() -> TrainState:
-    return jit_init_state(SMALL.program, rng.root_key(0))
-
-
-def at(state: TrainState, step: int) -> TrainState:
-    """A state whose leaves all depend on its step."""
-    moved = jax.tree.map(lambda leaf: leaf + np.asarray(step, leaf.dtype), state)
-    return moved.replace(step=jax.numpy.int32(step))
-
-
-def record(step: int) -> dict[str, Any]:
-    """What a log of that many steps returns as its snapshot."""
-    return {
-        "step": step,
-        "seconds": 0.5,
-        "restarts": 0,
-        "origin": {"fork": None, "versions": {"python": "3.11.7"}},
-        "versions": [{"python": "3.11.7"}],
-        "log": [{"step": 1, "epoch": 1 / 7, "split": "train", "loss": 2.0, "grad_norm": None, "seconds": 0.1}],
-        "window": [{"loss": 0.1, "accuracy": 2, "examples": 3}],
-        "epoch_sums": {"loss": 0.1, "accuracy": 2, "examples": 3},
-    }
-
-
-def save(store: Store, state: TrainState, step: int, accuracy: float | None = None) -> None:
-    holdout = None if accuracy is None else {"loss": 1.0 - accuracy, "accuracy": accuracy, "examples": 20}
-    store.save(at(state, step), record(step), holdout=holdout)
-
-
-def same(left: Any, right: Any) -> bool:
-    equal = jax.tree.map(lambda a, b: a.dtype == b.dtype and np.array_equal(a, b), left, right)
-    return all(jax.tree.leaves(equal))
+    return initial_state()
 
 
 @pytest.fixture
-def workdir(tmp_path: pathlib.Path, state: TrainState) -> pathlib.Path:
+def workdir(tmp_path: pathlib.Path) -> pathlib.Path:
     """A run with checkpoints at 3 and 6."""
-    with open_store(SMALL, FINGERPRINT, tmp_path) as store:
-        save(store, state, 3, 0.5)
-        save(store, state, 6)
-    return tmp_path
-
-
-def restored(workdir: pathlib.Path, config: Config = SMALL) -> tuple[int | None, list[str]]:
-    """The step of what is restored, and what was skipped."""
-    with open_store(config, FINGERPRINT, workdir) as store:
-        found, skipped = store.restore_latest()
-    return (int(found.state.step) if found else None), skipped
+    return save_two(tmp_path)
 
 
 def test_what_was_saved_comes_back_bit_for_bit(tmp_path: pathlib.Path, state: TrainState) -> None:
@@ -99,9 +67,6 @@ def test_what_was_saved_comes_back_bit_for_bit(tmp_path: pathlib.Path, state: Tr
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(found.state))
     assert same(load_run(tmp_path).state, keys)
     assert load_run(tmp_path).config.to_dict() == SMALL.to_dict()
-
-
-# Retention ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -150,27 +115,6 @@ def test_what_dead_runs_left_is_cleaned_away(workdir: pathlib.Path, state: Train
         shutil.copytree(folder / "6", folder / name)
     assert restored(workdir) == (6, [])
     assert steps(workdir) == [3, 6]
-
-
-# Damage ---------------------------------------------------------------------------------------------------------------
-
-
-def truncate(file: pathlib.Path) -> None:
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-
-
-def empty(file: pathlib.Path) -> None:
-    file.write_bytes(b"")
-
-
-def zero(file: pathlib.Path) -> None:
-    file.write_bytes(bytes(file.stat().st_size))
-
-
-def flip(file: pathlib.Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
 
 
 @pytest.mark.parametrize("harm", [pathlib.Path.unlink, truncate, empty, zero, flip])
@@ -223,186 +167,6 @@ def test_damaged_checkpoint_is_not_loaded_to_look_at(workdir: pathlib.Path) -> N
         load_run(workdir)
     assert int(load_run(workdir, "best").state.step) == 3
     assert steps(workdir) == [3, 6]  # nothing is moved by looking
-
-
-# No silent change -----------------------------------------------------------------------------------------------------
-
-
-def test_another_config_or_other_data_are_refused_field_by_field(workdir: pathlib.Path) -> None:
-    config = replace(SMALL, seed=1, optimizer__learning_rate=0.5, model__dense=(9, 9), train__epochs=3)
-    with (
-        pytest.raises(WorkdirError, match="holds a run that differs from this one") as error,
-        open_store(config, "e" * 64, workdir) as store,
-    ):
-        store.restore_latest()
-    for line in (
-        "  config.seed: 0 there, 1 now",
-        "  config.optimizer.learning_rate: 0.001 there, 0.5 now",
-        "  config.model.dense: (8,) there, (9, 9) now",
-        f"  fingerprint of the data: {'f' * 64} there, {'e' * 64} now",
-        f"name another --workdir; with --fork={workdir} it starts from that run's weights.",
-    ):
-        assert line in str(error.value)
-    assert "epochs" not in str(error.value)  # a constant learning rate does not ask how many there are
-    assert steps(workdir) == [3, 6]
-
-
-def test_epochs_may_not_change_under_a_schedule_that_depends_on_them(tmp_path: pathlib.Path, state: TrainState) -> None:
-    config = replace(SMALL, optimizer__schedule="cosine")
-    with open_store(config, FINGERPRINT, tmp_path) as store:
-        save(store, state, 3)
-    with pytest.raises(WorkdirError, match=r"config.train.epochs: 2 there, 3 now"):
-        restored(tmp_path, replace(config, train__epochs=3))
-
-
-def test_what_changes_no_result_may_change(workdir: pathlib.Path) -> None:
-    config = replace(
-        SMALL, train__driver="stream", train__log_every_steps=1, checkpoint__every_steps=5, data__source="tfds"
-    )
-    assert restored(workdir, config) == (6, [])
-
-
-@pytest.fixture
-def rewrite(workdir: pathlib.Path) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Changes the record of the newest checkpoint, as another version of the program would have written it."""
-    newest = workdir / workdirs.CHECKPOINTS / "6"
-    path = newest / "record" / "metadata"
-
-    def change(fields: dict[str, Any]) -> None:
-        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-        (newest / "files.sha256").write_text(storage.checksums(newest))
-
-    yield change
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"schema": 1}, r"was written by an older version .+ \(schema 1 there, 2 now\); use that version to continue"),
-        ({"schema": 3, "config": "?"}, r"was written by a newer version of this program \(schema 3 there, 2 now\)"),
-        ({"config": {"model": {"depth": 3}}}, r"another version of this program \(config.model.depth: no such field"),
-        ({"arrays": {".step": "int64()"}}, r"of optax \(.step: int64\(\) there, int32\(\) now\)"),
-    ],
-)
-def test_another_version_is_refused_and_nothing_moved(
-    workdir: pathlib.Path, rewrite: Callable[[dict[str, Any]], None], fields: dict[str, Any], message: str
-) -> None:
-    rewrite(fields)
-    with pytest.raises(WorkdirError, match=message):
-        load_run(workdir)
-    with pytest.raises(WorkdirError, match=message):
-        restored(workdir)
-    assert steps(workdir) == [3, 6]
-
-
-# Foreign and live folders ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"schema": "2"}, "record.schema = '2': must be int"),
-        ({"schema": True}, "record.schema = True: must be int"),
-        ({"config": [1]}, "record.config = [1]: must be an object"),
-        ({"holdout": 3}, "record.holdout = 3: must be an object"),
-        ({"holdout": {"loss": 1.0}}, "record.holdout.accuracy is missing"),
-        ({"step": 7}, "record.step = 7: must be 6"),
-        ({"seconds": "x"}, "record.seconds = 'x': must be int or float"),
-        ({"restarts": None}, "record.restarts = None: must be int"),
-        ({"origin": {"versions": {}}}, "record.origin.fork is missing"),
-        ({"origin": {"fork": None, "versions": {"jax": 1}}}, "record.origin.versions.jax = 1: must be str"),
-        ({"versions": {}}, "record.versions = {}: must be an array"),
-        ({"log": [3]}, "record.log[0] = 3: must be an object"),
-        ({"log": [record(6)["log"][0] | {"step": 2**70}]}, "record.log[0].step = 1180591620717411303424: is too large"),
-        ({"log": [record(6)["log"][0] | {"loss": "x"}]}, "record.log[0].loss = 'x': must be int or float or None"),
-        ({"window": [[1.0, 2, 3]]}, "record.window[0] = [1.0, 2, 3]: must be an object"),
-        ({"window": [{}]}, "record.window[0].loss is missing"),
-        ({"epoch_sums": {"loss": None}}, "record.epoch_sums.loss = None: must be int or float"),
-        ({"arrays": {".step": 3}}, "record.arrays..step = 3: must be str"),
-    ],
-)
-def test_record_of_wrong_types_is_one_message(
-    workdir: pathlib.Path, rewrite: Callable[[dict[str, Any]], None], fields: dict[str, Any], message: str
-) -> None:
-    rewrite(fields)
-    for read in (load_run, restored):
-        with pytest.raises(WorkdirError, match="6: holds what this program would not write") as error:
-            read(workdir)
-        assert message in str(error.value)
-    assert int(load_run(workdir, "best").state.step) == 3
-    assert steps(workdir) == [3, 6]
-
-
-def test_checkpoint_that_became_a_link_is_pruned_and_its_target_kept(
-    workdir: pathlib.Path, tmp_path_factory: pytest.TempPathFactory, state: TrainState
-) -> None:
-    moved = tmp_path_factory.mktemp("elsewhere") / "3"
-    path = workdir / workdirs.CHECKPOINTS / "3"
-    shutil.move(path, moved)
-    path.symlink_to(moved)
-    with open_store(replace(SMALL, checkpoint__keep_best=0), FINGERPRINT, workdir) as store:
-        save(store, state, 9)
-    assert steps(workdir) == [6, 9]
-    assert (moved / "state").is_dir()
-
-
-@pytest.mark.parametrize("name", [workdirs.CHECKPOINTS, workdirs.DAMAGED])
-def test_no_checkpoint_is_written_through_a_link(
-    workdir: pathlib.Path, tmp_path_factory: pytest.TempPathFactory, state: TrainState, name: str
-) -> None:
-    outside = tmp_path_factory.mktemp("outside") / "folder"
-    if name == workdirs.CHECKPOINTS:
-        shutil.move(workdir / name, outside)
-    else:
-        outside.mkdir()
-        truncate(workdir / workdirs.CHECKPOINTS / "6" / "record" / "metadata")
-    (workdir / name).symlink_to(outside)
-    before = sorted(outside.rglob("*"))
-    with (
-        pytest.raises(WorkdirError, match="symbolic link"),
-        open_store(SMALL, FINGERPRINT, workdir) as store,
-    ):
-        store.restore_latest()
-        save(store, state, 9)
-    assert sorted(outside.rglob("*")) == before
-
-
-def test_checkpoint_deleted_while_it_is_read_is_not_damage(
-    workdir: pathlib.Path, state: TrainState, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read = storage.restore_state
-    saved: list[pathlib.Path] = []
-
-    def live_run(folder: pathlib.Path, target: Any) -> Any:
-        if not saved:  # a run saves two more, and deletes the one that is being read
-            saved.append(folder)
-            with open_store(replace(SMALL, checkpoint__keep_best=0), FINGERPRINT, workdir) as store:
-                for step in (9, 12):
-                    save(store, state, step)
-        return read(folder, target)
-
-    monkeypatch.setattr(storage, "restore_state", live_run)
-    assert int(load_run(workdir).state.step) == 12
-    saved.clear()
-    gone = workdir / workdirs.CHECKPOINTS / "9"
-
-    def prune_and_fail(*_: Any) -> None:
-        shutil.rmtree(gone)
-        raise OSError("gone")
-
-    monkeypatch.setattr(storage, "restore_state", prune_and_fail)
-    with pytest.raises(WorkdirError, match="has no checkpoint '9'; kept are the steps: 12"):
-        load_run(workdir, "9")
-
-
-def test_failed_read_leaves_the_log_level_of_absl(workdir: pathlib.Path) -> None:
-    newest = workdir / workdirs.CHECKPOINTS / "6"
-    (newest / "record" / "metadata").write_text("{")
-    (newest / "files.sha256").write_text(storage.checksums(newest))
-    level = logging.getLogger("absl").level
-    with pytest.raises(WorkdirError, match="damaged"):
-        load_run(workdir)
-    assert logging.getLogger("absl").level == level != logging.CRITICAL
 
 
 # A full disk ----------------------------------------------------------------------------------------------------------
@@ -498,7 +262,7 @@ from mnist_flax.run.store import open_store
 from mnist_flax.config import Config
 from mnist_flax.drivers import jit_init_state
 sys.path.insert(0, "tests")
-from test_checkpoint import record
+from saved_runs import record
 config = Config.from_json(sys.argv[2])
 state = jit_init_state(config.program, rng.root_key(0))
 mesh = NamedSharding(Mesh(jax.devices(), ("data",)), PartitionSpec())

@@ -1,6 +1,5 @@
 """Whatever happens to a run, the same command continues it, or explains in one message why it cannot."""
 
-import ast
 import fcntl
 import json
 import os
@@ -13,15 +12,13 @@ import sys
 import termios
 from typing import Any
 
-import jax
-import numpy as np
 import pytest
 from killed_run import MOMENTS
-from small_run import ROOT, SMALL, config_file, environment, outcome, run, start, steps, summary
+from small_run import SMALL, config_file, environment, outcome, run, start, steps, summary
 
-from mnist_flax import drivers, members, train
+from mnist_flax import train
 from mnist_flax.config import Config, replace
-from mnist_flax.errors import NonFiniteLossError, UserError, WorkdirError
+from mnist_flax.errors import WorkdirError
 from mnist_flax.run import checkpoint
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.store import Store
@@ -248,110 +245,6 @@ def half_way(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     workdir = tmp_path_factory.mktemp("half way") / "run"
     fit(replace(CONFIG, train__epochs=1), workdir)
     return workdir
-
-
-# Numbers that are not finite ------------------------------------------------------------------------------------------
-
-
-def test_diverged_run_stops_and_its_checkpoint_stays_good(tmp_path: pathlib.Path) -> None:
-    config = replace(SMALL, optimizer__name="sgd", optimizer__learning_rate=1e30, checkpoint__every_steps=1)
-    for _ in range(2):
-        with pytest.raises(NonFiniteLossError, match=r"(the loss of|the largest weight after) step \d+ is") as error:
-            fit(config, tmp_path)
-        assert error.value.exit_status == 3
-        if (tmp_path / workdirs.CHECKPOINTS).exists():
-            state = checkpoint.load_run(tmp_path).state
-            assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state.params)))
-
-
-def test_non_finite_weights_are_not_saved(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make = drivers.scan_steps
-
-    def corrupting(*arguments: Any) -> drivers.Advance:
-        advance = make(*arguments)
-
-        def advance_and_corrupt(states: Any, num_steps: int) -> Any:
-            states, metrics = advance(states, num_steps)
-            if int(states.step[0]) == 10:
-                params = jax.tree.map(lambda leaf: leaf.at[(0,) * leaf.ndim].set(np.nan), states.params)
-                states = states.replace(params=params)
-            return states, metrics
-
-        return advance_and_corrupt
-
-    monkeypatch.setattr(drivers, "scan_steps", corrupting)
-    monkeypatch.setattr(jax, "transfer_guard", lambda _: pytest.MonkeyPatch.context())
-    config = replace(SMALL, checkpoint__every_steps=5)
-    for _ in range(2):
-        with pytest.raises(NonFiniteLossError, match="the largest weight after step 10 is nan"):
-            fit(config, tmp_path)
-        assert steps(tmp_path)[-1] == 7
-
-
-# Forks ----------------------------------------------------------------------------------------------------------------
-
-
-def test_fork_starts_with_the_weights_of_another_run(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    old, new = tmp_path / "old", tmp_path / "new"
-    fit(SMALL, old)
-    source = checkpoint.load_run(old).state
-    config = replace(SMALL, optimizer__learning_rate=1e-4, seed=3)
-    state, origin = members.begin(config, old)
-    for name in ("params", "batch_stats", "ema"):
-        there, here = (jax.tree.leaves(jax.device_get(getattr(s, name))) for s in (source, state))
-        assert there and all(np.array_equal(a, b) for a, b in zip(there, here, strict=True))
-    assert int(state.step) == 0
-    assert all(not np.asarray(leaf).any() for leaf in jax.tree.leaves(state.opt_state))
-    fit(config, new, fork=old)
-    assert summary(new)["fork"] == origin["fork"] == {"workdir": str(old), "step": 14}
-    assert summary(old)["fork"] is None
-    # On resume the source is not needed any more, and another run cannot become a fork.
-    shutil.rmtree(old)
-    fit(replace(config, train__epochs=3), new, fork=old)
-    assert summary(new)["fork"]["step"] == 14
-    fit(SMALL, old)
-    with pytest.raises(WorkdirError, match=r"--fork=.+ holds a run that began without it"):
-        fit(SMALL, old, fork=new)
-
-
-def test_fork_that_does_not_fit_writes_nothing(tmp_path: pathlib.Path) -> None:
-    old, new = tmp_path / "old", tmp_path / "new"
-    with pytest.raises(WorkdirError, match="holds no checkpoints/"):
-        fit(SMALL, new, fork=old)
-    fit(SMALL, old)
-    with pytest.raises(WorkdirError, match=r"Dense_1.+float32\(8, 10\) there, float32\(5, 10\) here"):
-        fit(replace(SMALL, model__dense=(5,)), new, fork=old)
-    assert not new.exists()
-
-
-# Bad input ------------------------------------------------------------------------------------------------------------
-
-
-def test_workdir_that_is_a_file_is_one_message(tmp_path: pathlib.Path) -> None:
-    config = config_file(SMALL, tmp_path / "config.py")
-    done = run("-m", "mnist_flax.main", f"--config={config}", f"--workdir={config}")
-    assert (done.returncode, done.stderr) == (2, f"error: --workdir={config}: is a file; name a folder\n")
-
-
-def test_error_before_the_first_step_leaves_no_folder(tmp_path: pathlib.Path) -> None:
-    for wrong in ({"data__source": "tfds", "data__name": "kmnist", "data__data_dir": str(tmp_path / "none")},):
-        config = replace(Config(), data__on_missing="error", **wrong)
-        with pytest.raises(UserError):
-            fit(config, tmp_path / "run")
-        assert not list(tmp_path.iterdir())
-
-
-def test_nothing_is_pickled() -> None:
-    """Opening a stranger's workdir executes nothing."""
-    for path in (ROOT / "mnist_flax").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
-                assert ast.literal_eval(node.value) is False, path
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
-                assert not names & {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}, path
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-                assert node.func.id not in ("eval", "exec") or path.name == "preset.py", path
 
 
 # Torture --------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """The CPU forms of convolution and pooling equal lax's, value and gradient, and other platforms use lax itself."""
 
 import functools
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax import lax
+from nearness import assert_near, normal
 
 from mnist_flax.ops import conv as ops
-from mnist_flax.ops import norm, winograd
+from mnist_flax.ops import winograd
 from mnist_flax.ops.pool import avg_pool, max_pool
 from mnist_flax.ops.window import Window
 
@@ -24,19 +24,6 @@ Padding = str | list[tuple[int, int]]
 
 # Derandomised: a failure is the same on every machine. Each example compiles two programs, so there are few of them.
 few_examples = functools.partial(settings, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-
-# Both sides round f32 sums of up to 1,000 terms (1e-6 of the result's scale); Winograd's transforms add at most 4e-5
-# at the largest of many entries (see winograd._POINTS). A wrong coefficient or a shifted window is off by 1e-1.
-TOLERANCE = 2e-4
-
-
-def assert_near(actual: jax.Array, expected: jax.Array, tolerance: float = TOLERANCE) -> None:
-    """Differs by less than the tolerance times the size of the expected values."""
-    assert actual.shape == expected.shape
-    assert actual.dtype == expected.dtype
-    actual64, expected64 = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    scale = max(float(np.abs(expected64).max(initial=0)), 1e-6)
-    np.testing.assert_allclose(actual64 / scale, expected64 / scale, rtol=0, atol=tolerance)
 
 
 def conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding, pool: int = 1) -> jax.Array:
@@ -47,11 +34,6 @@ def conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Pad
 
 def lax_conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding) -> jax.Array:
     return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=NHWC)
-
-
-def normal(seed: int, *shape: int) -> jax.Array:
-    """Normal values that bfloat16 holds exactly; drawn by NumPy, for JAX would compile a program for every shape."""
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(jnp.bfloat16).astype(np.float32))
 
 
 def value_and_gradients(f: Callable[..., jax.Array], *args: jax.Array) -> tuple[jax.Array, ...]:
@@ -294,109 +276,3 @@ def test_exports_for_several_platforms_at_once(net: tuple[Callable[..., jax.Arra
     exported = jax.export.export(jax.jit(apply), platforms=("cpu", "cuda"))(variables, x)
     assert_near(exported.call(variables, x), jax.jit(apply)(variables, x))
     assert jax.eval_shape(apply, variables, x).shape == (8, 16)
-
-
-# Batch norm.
-
-
-def plain_norm(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, mask: jax.Array | None, activation: Any, pool: int, pooling: str
-) -> tuple[jax.Array, ...]:
-    """The textbook: statistics of the examples, normalisation, activation, pooling."""
-    rows = jnp.ones(x.shape[0], bool) if mask is None else mask
-    where, axes = jnp.expand_dims(rows, range(1, x.ndim)), tuple(range(x.ndim - 1))
-    mean = x.mean(axes, where=where)
-    var = x.var(axes, where=where)
-    y = (x - jnp.expand_dims(mean, axes)) / jnp.sqrt(jnp.expand_dims(var, axes) + 1e-5)
-    y = y * jnp.expand_dims(scale, axes) + jnp.expand_dims(bias, axes)
-    y = activation(y) if activation else y
-    if pool > 1:
-        y = {"max": nn.max_pool, "avg": nn.avg_pool}[pooling](y, (pool, pool), (pool, pool))
-    return y, mean, var
-
-
-NORMS = [
-    (None, 1, "max", False),
-    (nn.relu, 2, "max", True),
-    (nn.tanh, 3, "max", True),
-    (nn.gelu, 2, "max", False),
-    (nn.elu, 2, "avg", True),
-]
-
-
-@pytest.mark.parametrize(("activation", "pool", "pooling", "masked"), NORMS)
-def test_batch_norm_equals_the_plain_formula(activation: Any, pool: int, pooling: str, masked: bool) -> None:
-    """Values and gradients; a scale of every sign, and rows and columns that fill no window."""
-    x = jnp.asarray(np.random.default_rng(0).normal(1, 2, (5, 7, 8, 6)).astype(np.float32))  # no ties
-    scale, bias = jnp.array([1.0, -1.5, 0.5, -0.1, 2.0, 1.0]), normal(2, 6)
-    mask = jnp.array([True, True, False, True, False]) if masked else None
-    after = {"activation": activation, "pool": pool, "pooling": pooling}
-
-    def loss(f: Callable[..., tuple[jax.Array, ...]]) -> Callable[..., tuple[jax.Array, tuple[jax.Array, ...]]]:
-        def weighed(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-            outputs = f(x, scale, bias, mask, **after)
-            return sum(((normal(9, *out.shape) * out).sum() for out in outputs), jnp.zeros(())), outputs
-
-        return jax.jit(jax.grad(weighed, (0, 1, 2), has_aux=True))
-
-    actual, expected = (loss(f)(x, scale, bias) for f in (norm.norm_activate_pool, plain_norm))
-    jax.tree.map(lambda a, b: assert_near(a, b, 2e-5), actual, expected)
-
-
-def test_batch_norm_of_a_flat_channel_is_finite() -> None:
-    """A blank channel has no variance, and every window ties."""
-    x, one = jnp.full((2, 4, 4, 1), 3.0), jnp.ones(1)
-    f = functools.partial(norm.norm_activate_pool, activation=nn.relu, pool=2)
-    value, gradient = jax.jit(jax.value_and_grad(lambda x: f(x, one, one)[0].sum()))(x)
-    assert value == 8.0
-    assert_near(gradient, jnp.zeros_like(x))
-
-
-def test_batch_norm_vectors_loops_and_types() -> None:
-    """f32[B,C] too; under vmap, in lax.map and in bfloat16 the same as alone."""
-    x, scale, bias = normal(0, 3, 8, 5), normal(1, 5), normal(2, 5)
-    mask = jnp.arange(8) < 6
-
-    @jax.jit
-    def gradient(x: jax.Array) -> jax.Array:
-        return jax.grad(lambda x: (norm.norm_activate_pool(x, scale, bias, mask, activation=nn.relu)[0] ** 2).sum())(x)
-
-    alone = jnp.stack([gradient(row) for row in x])
-    assert_near(jax.jit(jax.vmap(gradient))(x), alone, 1e-5)
-    assert_near(jax.jit(lambda x: lax.map(gradient, x))(x), alone, 1e-5)
-    batch_norm = jax.jit(norm.batch_norm)
-    y, mean, _ = batch_norm(x[0].astype(jnp.bfloat16), scale, bias)
-    assert y.dtype == jnp.bfloat16
-    assert mean.dtype == jnp.float32
-    assert_near(y.astype(jnp.float32), batch_norm(x[0], scale, bias)[0], 2.0**-8)
-
-
-def test_batch_norm_takes_statistics_over_all_devices() -> None:
-    x, scale, bias, mask = normal(0, 8, 4, 4, 3), normal(1, 3), normal(2, 3), jnp.arange(8) < 7
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-
-    @jax.jit
-    def outputs(x: jax.Array, mask: jax.Array) -> tuple[jax.Array, ...]:
-        f = functools.partial(norm.norm_activate_pool, activation=nn.relu, pool=2)
-        return (*f(x, scale, bias, mask), jax.grad(lambda x: (f(x, scale, bias, mask)[0] ** 2).sum())(x))
-
-    for actual, expected in zip(
-        outputs(jax.device_put(x, split), jax.device_put(mask, split)), outputs(x, mask), strict=True
-    ):
-        assert_near(actual, expected, 1e-5)
-
-
-def test_nothing_is_transposed_between_layers() -> None:
-    """Two convolutions with batch norm compile to no copy of a map in another order of axes."""
-    x = normal(0, 16, 12, 12, 8)
-    kernels = [normal(i, 3, 3, 8, 8) for i in (1, 2)]
-
-    def loss(kernels: list[jax.Array], x: jax.Array) -> jax.Array:
-        for kernel in kernels:
-            x = norm.norm_activate_pool(ops.conv(x, kernel), jnp.ones(8), jnp.zeros(8), activation=nn.relu)[0]
-        return (x**2).mean()
-
-    text = jax.jit(jax.grad(loss)).lower(kernels, x).compile().as_text() or ""
-    turned = [line for line in text.splitlines() if re.search(r"f32\[16,12,12,8\]\S* (copy|transpose)\(", line)]
-    assert len(turned) <= 1, turned  # the images, once

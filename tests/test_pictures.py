@@ -1,52 +1,13 @@
 """Pictures: from any file to digits as in MNIST. The digits here are drawn with lines, so no dataset is needed."""
 
-import io
-from typing import Any
-
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from drawings import Array, difference, draw, encode, only
+from PIL import Image
 
 from mnist_flax.pictures import decode as decode_lib
-from mnist_flax.pictures import segment as pictures
 from mnist_flax.pictures.decode import PictureError, decode
 from mnist_flax.pictures.segment import find_digits, read_digits
-
-Array = np.ndarray
-
-# Strokes in a box of 100x100; the last number of a digit's entry is how many strokes do not touch the others.
-STROKES: dict[str, list[list[tuple[int, int]]]] = {
-    "1": [[(50, 0), (50, 100)]],
-    "4": [[(30, 0), (20, 55), (80, 55)], [(65, 20), (65, 100)]],
-    "7": [[(20, 5), (80, 5), (40, 100)]],
-    "L": [[(25, 0), (25, 100), (75, 100)]],  # no digit, but not symmetric in any way
-    "5": [[(45, 22), (30, 45), (70, 60), (60, 95), (25, 95)], [(45, 2), (80, 2)]],
-}
-
-
-def draw(name: str, size: int = 100, width: int = 10) -> Array:
-    """Draws black on white, with a margin of half the size: u8[2*size,2*size]."""
-    image = Image.new("L", (2 * size, 2 * size), 255)
-    for line in STROKES[name]:
-        points = [(size / 2 + x * size / 100, size / 2 + y * size / 100) for x, y in line]
-        ImageDraw.Draw(image).line(points, fill=0, width=width, joint="curve")
-    return np.asarray(image)
-
-
-def encode(image: Image.Image | Array, kind: str = "PNG", **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def only(content: bytes) -> pictures.Digit:
-    (digit,) = read_digits(content)
-    return digit
-
-
-def difference(one: Array, other: Array) -> float:
-    """The mean difference of grey values; two unlike digits differ by 30 and more."""
-    return float(np.abs(one.astype(float) - other).mean())
 
 
 @pytest.fixture(scope="module")
@@ -255,112 +216,3 @@ def test_round_trip_through_a_larger_picture(wanted: Array) -> None:
     assert difference(digit.image, wanted) < 3
     large = np.asarray(Image.fromarray(wanted).resize((280, 280), Image.Resampling.BICUBIC))
     assert difference(only(encode(255 - large)).image, wanted) < 12
-
-
-# What is no picture ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("value", [0, 128, 255])
-@pytest.mark.parametrize("shape", [(1, 1), (1, 50), (28, 28), (300, 200)])
-def test_blank(value: int, shape: tuple[int, int]) -> None:
-    with pytest.raises(PictureError, match="blank"):
-        read_digits(encode(np.full(shape, value, np.uint8)))
-
-
-def test_blank_with_a_gradient() -> None:
-    with pytest.raises(PictureError, match="blank"):
-        read_digits(encode(np.broadcast_to(np.linspace(100, 250, 300), (200, 300)).astype(np.uint8)))
-
-
-def test_bomb(monkeypatch: pytest.MonkeyPatch) -> None:
-    for limit in (30_000, 10_000):  # Pillow only warns up to twice its limit
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-        with pytest.raises(PictureError, match=f"more than {limit:,} pixels.*make it smaller"):
-            read_digits(encode(draw("L")))
-
-
-@pytest.mark.parametrize("kind", decode_lib.FORMATS)
-def test_truncated(kind: str) -> None:
-    content = encode(Image.effect_noise((200, 200), 50), kind)
-    with pytest.raises(PictureError, match=r"damaged|no picture"):
-        read_digits(content[: len(content) // 2])
-
-
-def test_not_a_picture() -> None:
-    for content, reason in {
-        b"": "is empty",
-        b"Dear diary": "no picture of a known format",
-        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n": "no picture of a known format",
-        b"\0\0\0\x18ftypheic\0\0\0\0": "HEIC; save it as JPEG",
-    }.items():
-        with pytest.raises(PictureError, match=reason):
-            read_digits(content)
-
-
-def test_large_jpeg_is_reduced_when_decoded() -> None:
-    picture = decode(encode(np.full((2400, 3600), 200, np.uint8), "JPEG"))
-    assert max(picture.grey.shape) <= 1000
-    assert picture.scale == pytest.approx(3600 / picture.grey.shape[1], rel=0.01)
-
-
-# What outside trials broke ---------------------------------------------------------------------------
-
-
-def test_damaged_exif_data_are_ignored(wanted: Array) -> None:
-    content = encode(draw("L"), "JPEG", quality=95, exif=b"Exif\0\0" + b"\x37\x11junk" * 9)
-    assert difference(only(content).image, wanted) < 3
-
-
-def test_dithered_photograph_is_read(wanted: Array) -> None:
-    grey = 70 + draw("L", 200, 20) * 0.6
-    image = Image.fromarray(grey.astype(np.uint8)).convert("1")
-    assert difference(only(encode(image)).image, wanted) < 25
-
-
-@pytest.mark.parametrize("width", [3, 8])
-def test_dark_grid_is_no_digit(width: int) -> None:
-    """Lines as dark as the pen, and nearly as thick; one of them crosses the digit."""
-    grey = draw("L", 200, 20).copy()
-    for place in range(30, 400, 110):
-        grey[place : place + width] = 0
-        grey[:, place : place + width] = 0
-    assert len(read_digits(encode(grey))) == 1
-
-
-def test_sheet_on_a_table_is_found_and_levelled(wanted: Array) -> None:
-    sheet = Image.fromarray(draw("L", 200, 20)).rotate(-20, Image.Resampling.BICUBIC, expand=True, fillcolor=60)
-    photo = Image.new("L", (700, 650), 60)
-    photo.paste(sheet, (80, 60))
-    assert difference(only(encode(photo)).image, wanted) < 14
-
-
-def test_hard_shadow_is_no_ink(wanted: Array) -> None:
-    grey = draw("L", 200, 20).astype(float)
-    y, x = np.mgrid[0:400, 0:400]
-    photo = (20 + 0.85 * grey) * np.where(x + 0.4 * y > 300, 0.5, 1.0)
-    assert difference(only(encode(photo.astype(np.uint8))).image, wanted) < 12
-
-
-def test_page_of_thousands_of_marks_is_read() -> None:
-    page = np.full((1000, 1000), 255, np.uint8)
-    for row in range(4, 990, 14):
-        for column in range(4, 990, 14):
-            page[row : row + 9, column : column + 2] = 0
-    assert len(read_digits(encode(page))) == 71 * 71
-
-
-@pytest.mark.slow
-def test_mutated_pictures_are_read_or_refused() -> None:
-    random = np.random.default_rng(0)
-    whole = [encode(draw(name), kind) for name in STROKES for kind in decode_lib.FORMATS]
-    for _ in range(400):
-        content = bytearray(whole[random.integers(len(whole))])
-        for place in random.integers(0, len(content), random.integers(1, 12)):
-            content[place] = random.integers(256)
-        if random.random() < 0.3:
-            del content[random.integers(1, len(content)) :]
-        try:
-            digits = read_digits(bytes(content))
-        except PictureError:
-            continue
-        assert all(digit.image.shape == (28, 28) and digit.image.dtype == np.uint8 for digit in digits)

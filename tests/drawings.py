@@ -1,0 +1,46 @@
+"""Digits drawn with lines, as files of any format, and how much two framed digits differ."""
+
+import io
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from mnist_flax.pictures import segment as pictures
+from mnist_flax.pictures.segment import read_digits
+
+Array = np.ndarray
+
+# Strokes in a box of 100x100; the last number of a digit's entry is how many strokes do not touch the others.
+STROKES: dict[str, list[list[tuple[int, int]]]] = {
+    "1": [[(50, 0), (50, 100)]],
+    "4": [[(30, 0), (20, 55), (80, 55)], [(65, 20), (65, 100)]],
+    "7": [[(20, 5), (80, 5), (40, 100)]],
+    "L": [[(25, 0), (25, 100), (75, 100)]],  # no digit, but not symmetric in any way
+    "5": [[(45, 22), (30, 45), (70, 60), (60, 95), (25, 95)], [(45, 2), (80, 2)]],
+}
+
+
+def draw(name: str, size: int = 100, width: int = 10) -> Array:
+    """Draws black on white, with a margin of half the size: u8[2*size,2*size]."""
+    image = Image.new("L", (2 * size, 2 * size), 255)
+    for line in STROKES[name]:
+        points = [(size / 2 + x * size / 100, size / 2 + y * size / 100) for x, y in line]
+        ImageDraw.Draw(image).line(points, fill=0, width=width, joint="curve")
+    return np.asarray(image)
+
+
+def encode(image: Image.Image | Array, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def only(content: bytes) -> pictures.Digit:
+    (digit,) = read_digits(content)
+    return digit
+
+
+def difference(one: Array, other: Array) -> float:
+    """The mean difference of grey values; two unlike digits differ by 30 and more."""
+    return float(np.abs(one.astype(float) - other).mean())

@@ -1,0 +1,121 @@
+"""The report's numbers: galleries, curves and calibration, by hand and on made-up predictions."""
+
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+from report_page import Page, gallery_items, made_up
+
+from mnist_flax import metrics
+from mnist_flax.analysis.report import facts, pictures, plots
+from mnist_flax.analysis.report.write import shown
+from mnist_flax.config import Config
+from mnist_flax.data.registry import DATASETS
+
+
+def test_report_of_training_evaluates_nothing_again(tmp_path: pathlib.Path) -> None:
+    numbers, text = made_up(tmp_path / "run", "digits", examples=100)
+    assert numbers["test"]["evaluated_by"] == "training" and 'class="notice"' in text
+    assert "evaluated the test set" not in text
+    assert "not MNIST" in text  # stamped on whatever is made of the embedded digits
+
+
+def test_doubtful_labels_are_marked_on_mnist_only(tmp_path: pathlib.Path) -> None:
+    numbers, text = made_up(tmp_path / "mnist", "mnist")
+    assert [item["row"] for item in numbers["galleries"]["doubtful"]] == list(DATASETS["mnist"].doubtful_test_rows)
+    for item in gallery_items(numbers):
+        assert item["doubtful"] == (item["row"] in DATASETS["mnist"].doubtful_test_rows)
+    marked = sum(item["doubtful"] for item in gallery_items(numbers))
+    assert text.count("label doubtful") == text.count('<li class="doubtful">') == marked >= 15
+    assert "Northcutt" in text
+    other, text = made_up(tmp_path / "fashion", "fashion_mnist", examples=200)
+    assert not any(item["doubtful"] for item in gallery_items(other)) and "Northcutt" not in text
+    assert "Ankle boot" in text
+
+
+def test_page_fits_many_classes(tmp_path: pathlib.Path) -> None:
+    numbers, text = made_up(tmp_path / "run", "emnist/byclass")
+    parsed = Page(text)
+    assert numbers["class_names"][10] == "A" and len(numbers["test"]["per_class"]) == 62
+    assert len(text) < 1_000_000
+    assert parsed.values("class").count("scroll wide") == 1  # too wide for a phone, so it scrolls in its own box
+
+
+def test_report_without_mistakes() -> None:
+    label = np.arange(40, dtype=np.int32) % 10
+    probs = np.full((40, 10), 0.001)
+    probs[np.arange(40), label] = 0.991
+    found = facts.galleries(probs, label, "digits")
+    assert found["num_mistakes"] == 0 and not found["mistakes"] and len(found["correct"]) == 24
+    assert facts.confused_pairs(np.diag([4] * 10), label, probs) == []
+    text = plots.confusion(np.diag([4] * 10).tolist(), DATASETS["digits"].class_names)["confusion_counts"]
+    assert text.count(">4</text>") >= 10
+
+
+def test_galleries_are_sorted_and_pairs_counted() -> None:
+    # Rows 0 to 4: right and sure, right but barely, wrong and sure, wrong but barely, wrong in another way.
+    label = np.array([0, 0, 0, 0, 1])
+    probs = np.array([[0.9, 0.1, 0.0], [0.4, 0.3, 0.3], [0.05, 0.95, 0.0], [0.4, 0.6, 0.0], [0.2, 0.1, 0.7]])
+    found = facts.galleries(probs, label, "digits")
+    assert [item["row"] for item in found["mistakes"]] == [2, 4, 3]
+    assert [item["row"] for item in found["least_certain"]] == [1, 0]
+    assert found["mistakes"][0] | {"top": []} == {
+        "row": 2, "label": 0, "prediction": 1, "probability_of_label": 0.05, "top": [], "doubtful": False,
+    }  # fmt: skip
+    assert found["mistakes"][0]["top"] == [[1, 0.95], [0, 0.05], [2, 0.0]]
+    pairs = facts.confused_pairs(metrics.confusion_matrix(label, probs.argmax(axis=-1), 3), label, probs)
+    assert pairs[0] == {"label": 0, "prediction": 1, "count": 2, "share_of_label": 0.5, "rows": [2, 3]}
+    assert [(pair["label"], pair["prediction"]) for pair in pairs] == [(0, 1), (1, 2)]
+
+
+@pytest.mark.parametrize(("step", "finished"), [(3, False), (6, True)])
+def test_earlier_checkpoint_does_not_count_as_finished(step: int, finished: bool) -> None:
+    summary = {"steps": 6, "device": "a", "versions": {"python": "3"}, "git_commit": ""}
+    run = facts.run_facts(Config(), [], [], step, summary)
+    assert run["finished"] is finished and run["versions_of"] == "training"
+
+
+def test_smoothing_by_hand() -> None:
+    assert facts.smoothed([1.0, 2.0, 6.0, 4.0], 1) == [1.5, 3.0, 4.0, 5.0]
+    assert facts.smoothed([1.0, 2.0], 0) == [1.0, 2.0]
+
+
+def test_curves_of_a_long_log_keep_its_end() -> None:
+    records = [{"step": i, "split": "train", "loss": float(i), "accuracy": 0.5, "examples": 9} for i in range(1, 4001)]
+    curves = facts.log_curves(records)
+    assert len(curves["train"]) == 1000 and curves["train"][-1]["step"] == 4000
+    assert curves["smoothed_over"] == 401
+
+
+def test_plots_leave_matplotlib_unchanged() -> None:
+    import matplotlib
+
+    before = matplotlib.rcParams.copy()  # looking at single ones would choose a backend
+    first, second = (plots.confusion([[3, 1], [0, 4]], "01") for _ in range(2))
+    assert first == second  # the same for the same numbers, to the byte
+    assert dict.__eq__(matplotlib.rcParams, before)
+    assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_calibration_is_shown_with_and_without_temperature(tmp_path: pathlib.Path) -> None:
+    numbers, text = made_up(tmp_path / "run", "kmnist", examples=2000, temperature=1.8)
+    assert numbers["test"]["temperature"] == 1.8
+    assert numbers["test"]["uncalibrated"]["loss"] != numbers["test"]["loss"]
+    assert numbers["calibration"]["uncalibrated_bins"] != numbers["calibration"]["bins"]
+    assert "without temperature" in text and "temperature of 1.800" in text
+
+
+def test_pictures_by_hand() -> None:
+    painted = pictures.colors(np.array([1.0, -2.0, 0.0]), 2.0)
+    assert painted.tolist() == [[*pictures.POSITIVE, 128], [*pictures.NEGATIVE, 255], [*pictures.POSITIVE, 0]]
+    tiles = pictures.sheet(np.arange(1, 4)[:, None, None] * np.ones((1, 2, 2), int), 2)
+    assert tiles.tolist() == [[1, 1, 0, 2, 2], [1, 1, 0, 2, 2], [0] * 5, [3, 3, 0, 0, 0], [3, 3, 0, 0, 0]]
+
+
+def test_path_is_shown_without_its_place_on_this_machine(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert shown(pathlib.Path("runs/default")) == "runs/default"
+    assert shown(pathlib.Path("/somewhere/else/runs/default")) == "default"

@@ -1,0 +1,162 @@
+"""The report's pictures of networks: every layer of every family, its weights and what it sees."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from report_page import Page, made_up, made_up_split
+
+from mnist_flax.analysis.report import layers, pictures
+from mnist_flax.config import Config, replace
+from mnist_flax.drivers import jit_forward, jit_init_state
+from mnist_flax.models import MODELS
+from mnist_flax.models.base import ModelConfig
+from mnist_flax.step import eval_variables, init_state
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model__widths": (), "model__pools": (1,), "model__dense": (20,), "model__activation": "tanh"},
+        {"model__dense": (), "model__pooling": "avg", "model__batch_norm": True},
+    ],
+    ids=["perceptron", "batch norm"],
+)
+def test_report_of_other_networks_without_a_log(tmp_path: pathlib.Path, fields: dict[str, Any]) -> None:
+    numbers, text = made_up(tmp_path / "run", "mnist", **fields)
+    Page(text)
+    assert 'id="curves"' not in text and not (tmp_path / "run" / "report" / "loss.svg").exists()
+    assert numbers["activations"]["stages"][-1]["name"] == "logits"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"model__widths": (), "model__pools": (1,)}, {"model__batch_norm": True, "model__pooling": "avg"}],
+    ids=["default", "perceptron", "batch norm"],
+)
+def test_activations_equal_the_networks(fields: dict[str, Any]) -> None:
+    config = replace(Config(), **{"model__widths": (4, 5, 6), "model__dense": (7,), **fields})
+    model: Any = config.model
+    state = jit_init_state(config.program, jax.random.key(0))
+    variables = eval_variables(state)
+    images = np.random.default_rng(0).integers(0, 256, (3, 28, 28, 1), dtype=np.uint8)
+    found = layers.layer_inputs(config.program, variables, images)
+    np.testing.assert_allclose(found[-1].values, jit_forward(config.program, variables, images), rtol=1e-4, atol=1e-5)
+    names = ["Conv_1", "Conv_2", "Dense_0"] * bool(model.widths) + ["Dense_1", "logits"]
+    assert [stage.name for stage in found] == names
+    if model.widths:
+        side = 13 if model.batch_norm else 12  # without batch norm two rows and columns are cropped
+        assert [stage.values.shape for stage in found[:3]] == [(3, side, side, 4), (3, 5, 5, 5), (3, 3, 3, 6)]
+    assert all(stage.values.min() >= 0 for stage in found[:-1])  # after the ReLU
+    # The last stage before the logits is what the last layer turns into them.
+    last = variables["params"][f"Dense_{len(model.dense)}"]
+    np.testing.assert_allclose(
+        found[-2].values @ np.asarray(last["kernel"]) + np.asarray(last["bias"]), found[-1].values, rtol=1e-4, atol=1e-5
+    )
+    rows = layers.layers(config.program, variables)
+    assert sum(row.parameters for row in rows) == sum(leaf.size for leaf in jax.tree.leaves(state.params))
+
+
+class ToyBlock(nn.Module):
+    """A residual block whose branch has a stride and whose shortcut is a projection of the same input."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = nn.relu(nn.Conv(6, (3, 3), strides=2, padding="SAME")(x))
+        y = nn.Conv(6, (3, 3), padding="SAME")(y)
+        return nn.relu(y + nn.Conv(6, (1, 1), strides=2)(x))
+
+
+class Toy(nn.Module):
+    """A network of a family that the package does not know."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        x = nn.relu(nn.Conv(4, (5, 5), padding="VALID")(x))
+        x = ToyBlock()(x)
+        return nn.Dense(self.num_classes)(x.mean((1, 2)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToyConfig(ModelConfig):
+    """The config of `Toy`."""
+
+    def module(self, num_classes: int, *, train: bool = False) -> nn.Module:
+        """Builds it."""
+        return Toy(num_classes)
+
+
+def test_network_of_an_unknown_family_is_shown(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODELS, "toy", ToyConfig)
+    numbers, text = made_up(tmp_path / "run", "kmnist", examples=300, model=ToyConfig())
+    Page(text)
+    assert [(row["name"], tuple(row["output_shape"]), row["multiply_adds"]) for row in numbers["network"]] == [
+        ("Conv_0", (24, 24, 4), 24 * 24 * 25 * 4),
+        ("ToyBlock_0/Conv_0", (12, 12, 6), 12 * 12 * 9 * 4 * 6),
+        ("ToyBlock_0/Conv_1", (12, 12, 6), 12 * 12 * 9 * 6 * 6),
+        ("ToyBlock_0/Conv_2", (12, 12, 6), 12 * 12 * 4 * 6),
+        ("Dense_0", (10,), 60),
+    ]
+    # The two convolutions that see the same are shown once.
+    assert [(stage["name"], tuple(stage["shape"])) for stage in numbers["activations"]["stages"]] == [
+        ("ToyBlock_0/Conv_0", (24, 24, 4)),
+        ("ToyBlock_0/Conv_1", (12, 12, 6)),
+        ("Dense_0", (6,)),
+        ("logits", (10,)),
+    ]
+    with Image.open(tmp_path / "run" / "report" / "filters.png") as filters:
+        assert filters.size == (12 * (4 * 5 + 3), 12 * 5)
+    assert "default_config_dict('toy')" in numbers["config_file"]
+
+
+def test_resnet_is_shown(tmp_path: pathlib.Path) -> None:
+    config = Config(model=MODELS["resnet"]())
+    variables = eval_variables(jit_init_state(config.program, jax.random.key(0)))
+    rows = layers.layers(config.program, variables)
+    assert sum(row.parameters for row in rows) == sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    assert {"Conv_0", "BatchNorm_0", "Dense_0"} <= {row.name for row in rows}
+    filters = layers.first_filters(config.program, variables)
+    assert filters is not None and filters.shape[1:] == (3, 3)
+
+
+def test_training_images_are_shown_with_their_augmentation(tmp_path: pathlib.Path) -> None:
+    numbers, text = made_up(tmp_path / "run", "kmnist", examples=300, augment__rotate=30.0, data__num_train=200)
+    assert 'id="trained-on"' in text and len(numbers["augmented"]) == pictures.TRAINING_IMAGES
+    with Image.open(tmp_path / "run" / "report" / "augmented.png") as image:
+        drawn = np.asarray(image)[::2, ::2]
+    first = drawn[:28, :28]
+    assert drawn.shape == (10 * 30 - 2, 8 * 30 - 2)
+    _, split = made_up_split(10, 300)
+    np.testing.assert_array_equal(first, split.image[numbers["augmented"][0], :, :, 0])
+    assert not np.array_equal(first, drawn[:28, 30:58])
+
+
+def test_layers_by_hand() -> None:
+    config = Config()
+    shapes = jax.eval_shape(lambda: init_state(config.program, jax.random.key(0)))  # all that is looked at
+    rows = {row.name: row for row in layers.layers(config.program, eval_variables(shapes))}
+    assert list(rows) == ["Conv_0", "Conv_1", "Conv_2", "Dense_0", "Dense_1"]
+    assert rows["Conv_1"] == layers.Layer(
+        "Conv_1", "Conv", (12, 12, 32), (5, 5, 64), 9 * 32 * 64 + 64, 10 * 10 * 9 * 32 * 64
+    )
+    assert rows["Dense_1"].multiply_adds == 640 and rows["Dense_1"].parameters == 650
+
+
+def test_first_filters_are_the_weights() -> None:
+    config = replace(Config(), model__widths=(), model__pools=(1,), model__dense=(5,))
+    variables = eval_variables(jit_init_state(config.program, jax.random.key(0)))
+    filters = layers.first_filters(config.program, variables)
+    assert filters is not None and filters.shape == (5, 28, 28)
+    assert filters[2, 1, 3] == variables["params"]["Dense_0"]["kernel"][28 + 3, 2]
+    config = replace(Config(), model__widths=(4,), model__pools=(1,))
+    variables = eval_variables(jit_init_state(config.program, jax.random.key(0)))
+    filters = layers.first_filters(config.program, variables)
+    assert filters is not None
+    np.testing.assert_array_equal(filters[1], variables["params"]["Conv_0"]["kernel"][:, :, 0, 1])
