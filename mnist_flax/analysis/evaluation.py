@@ -221,8 +221,8 @@ def _member_folders(workdir: pathlib.Path, result: dict[str, Any]) -> list[pathl
 def stored_fit(result: Any) -> dict[str, float]:
     """Returns what was fitted, from a summary or `population.json`: the defaults for what is missing or invalid."""
     fitted = {"temperature": 1.0, "doubtful_below": DOUBTFUL_BELOW}
-    for name, default in fitted.items():
+    for name in fitted:
         value = result.get(name) if isinstance(result, dict) else None
-        valid = isinstance(value, int | float) and math.isfinite(value) and value > 0
-        fitted[name] = float(value) if valid else default
+        if isinstance(value, int | float) and math.isfinite(value) and value > 0:
+            fitted[name] = float(value)
     return fitted
