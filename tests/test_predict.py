@@ -8,6 +8,7 @@ import subprocess
 import sys
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 from PIL import Image
@@ -46,15 +47,8 @@ class Model:
 
     def run(self, *arguments: str, stdin: bytes = b"", cwd: pathlib.Path = ROOT) -> tuple[int, str, str]:
         """Runs the verb: exit status, standard output, standard error."""
-        done = subprocess.run(
-            [sys.executable, "-m", "mnist_flax.predict", *arguments],
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            cwd=cwd,
-            input=stdin,
-            capture_output=True,
-            check=False,
-        )
-        return done.returncode, done.stdout.decode(), done.stderr.decode()
+        done = forked.run("-m", "mnist_flax.predict", *arguments, cwd=cwd, stdin=stdin)
+        return done.returncode, done.stdout, done.stderr
 
     def read(self, *names: str, **options: Any) -> tuple[int, list[dict[str, Any]]]:
         """Runs it with --json: exit status and objects."""
@@ -172,10 +166,7 @@ def test_mistakes_of_the_user(model: Model, folder: pathlib.Path, arguments: lis
 
 
 def test_help_names_the_flags() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "mnist_flax.predict", "--help"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = forked.run("-m", "mnist_flax.predict", "--help")
     assert done.returncode == 0
     assert "--save_preprocessed" in done.stdout
 
@@ -277,11 +268,19 @@ def test_saved_images_have_short_names(tmp_path: pathlib.Path) -> None:
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_names_of_any_script_are_printed_in_any_locale(model: Model, tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize(
+    "locale",
+    [{"PYTHONIOENCODING": "latin-1"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}],
+    ids=["latin-1", "ASCII"],
+)
+def test_names_of_any_script_are_printed_in_any_locale(
+    model: Model, tmp_path: pathlib.Path, locale: dict[str, str]
+) -> None:
     model.picture(3).save(tmp_path / "\u4e09.png")
+    model.picture(3).save(tmp_path / "\udcff.png")
     done = subprocess.run(
         [sys.executable, "-m", "mnist_flax.predict", f"--workdir={model.workdir}", str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "latin-1"}, capture_output=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **locale}, capture_output=True, check=False,
     )  # fmt: skip
     assert b"Traceback" not in done.stderr
     assert done.returncode == 0

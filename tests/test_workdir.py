@@ -110,6 +110,12 @@ def test_path_that_cannot_be_written_is_one_message(path: str) -> None:
         pass
 
 
+def test_path_that_is_not_utf8_is_one_message_before_training(tmp_path: pathlib.Path) -> None:
+    workdir = tmp_path / "\udcff" / "run"
+    with pytest.raises(WorkdirError, match="cannot be written to this path; name a folder whose path is valid UTF-8"):
+        workdirs.check(workdir)
+
+
 def test_failing_claim_removes_the_folders_that_it_made(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "new" / ("long" * 100)
     with pytest.raises(WorkdirError), workdirs.claim(path):

@@ -17,14 +17,8 @@ NUM_BINS = 15  # bins of the reliability diagram (as in Guo et al., 2017)
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """Finds the temperature that minimises the cross-entropy of `logits / temperature` (Guo et al., 2017).
 
-    It changes the probabilities but never the most probable class.
-
-    Args:
-      logits: `f32[N,C]`, of examples that were not trained on.
-      labels: `i32[N]`.
-
-    Returns:
-      The temperature; 1 if there are no examples, or no mistakes among them, because the minimum would then be at 0.
+    It changes the probabilities but never the most probable class. It is 1 if there are no examples, or no mistakes
+    among them, because the minimum would then be at 0. The examples should not have been trained on.
     """
     if np.all(logits.argmax(axis=-1) == labels):
         return 1.0

@@ -17,28 +17,17 @@ _TURNS = np.tan(np.deg2rad(np.arange(-8, 8.01, 0.5)))
 
 
 class Line(NamedTuple):
-    """A ruling in a mask: y = middle + slope * (x - width / 2), or the same with x and y exchanged.
+    """A ruling in a mask: y = middle + slope * (x - width / 2), or the same with x and y exchanged."""
 
-    Attributes:
-      level: whether it is nearly horizontal.
-      slope: dy/dx, or dx/dy for a nearly vertical line.
-      first, last: the `middle` of its first and last row of pixels; it is `last - first + 1` pixels thick.
-      share: the share of its length that is inked.
-    """
-
-    level: bool
-    slope: float
-    first: float
-    last: float
-    share: float
+    level: bool  # whether it is nearly horizontal
+    slope: float  # dy/dx, or dx/dy for a nearly vertical line
+    first: float  # the `middle` of its first row of pixels
+    last: float  # that of its last row: it is `last - first + 1` pixels thick
+    share: float  # how much of its length is inked
 
 
 def without_grids(mask: np.ndarray, pen: float) -> tuple[np.ndarray, np.ndarray]:
-    """Erases printed lines without breaking the strokes that cross them.
-
-    Args:
-      mask: `bool[H,W]`, True for ink.
-      pen: the width of the strokes in pixels.
+    """Erases printed lines from ink, `bool[H,W]`, without breaking the strokes that cross them.
 
     Returns:
       The ink without rulings, and where rulings were, `bool[H,W]` each.
@@ -57,8 +46,9 @@ def without_grids(mask: np.ndarray, pen: float) -> tuple[np.ndarray, np.ndarray]
             continue
         if kept is mask:
             kept = mask.copy()
+        strokes = kept[place] & ~_near(piece.shape, lines)
         for line in lines:
-            _erase(kept[place], ruled[place], piece, line)
+            _erase(kept[place], ruled[place], strokes, line)
     if kept is not mask:
         kept = ndimage.binary_opening(kept, np.ones((2, 2)))  # residue along the edges of the lines
     return kept, ruled
@@ -66,7 +56,10 @@ def without_grids(mask: np.ndarray, pen: float) -> tuple[np.ndarray, np.ndarray]
 
 def _rulings(piece: np.ndarray, place: tuple[slice, slice], shape: tuple[int, ...], pen: float) -> Iterator[Line]:
     """Yields the lines of a piece of ink that are rulings, not strokes."""
-    found = {level: _lines(piece, level) for level in (True, False)}
+    found = {True: _lines(piece, True)}
+    found[False] = _lines(piece, False, abs(_slope(found[True])))
+    if not found[True]:
+        found[True] = _lines(piece, True, abs(_slope(found[False])))
     level, upright = (_alike(lines, 0.14 * min(piece.shape)) for lines in found.values())
     # Two lines each way make a box or a grid; three at the border make part of one. No digit has such thin lines.
     if min(len(level), len(upright)) >= 2 or _is_open_box(level, upright, piece.shape, place, shape):
@@ -112,10 +105,20 @@ def _alike(lines: list[Line], thickest: float) -> list[Line]:
     return [line for line in lines if line.last - line.first <= 1.7 * thickness + 2 and abs(line.slope - slope) < 0.08]
 
 
-def _lines(piece: np.ndarray, level: bool) -> list[Line]:
-    """Finds the nearly horizontal (`level`) or nearly vertical straight lines that span a piece."""
+def _slope(lines: list[Line]) -> float:
+    """Returns the median slope of lines of the same direction, 0 if there are none."""
+    return float(np.median([line.slope for line in lines])) if lines else 0.0
+
+
+def _lines(piece: np.ndarray, level: bool, tilt: float = 0.0) -> list[Line]:
+    """Finds the nearly horizontal (`level`) or nearly vertical straight lines that span a piece.
+
+    `tilt` is the slope of the lines across: a tilted grid is higher than its vertical lines are long.
+    """
+    from skimage.measure import block_reduce
+
     factor = max(1, -(-max(piece.shape) // _SIDE))
-    reduced = _reduced(piece if level else piece.T, factor)
+    reduced = block_reduce(piece if level else piece.T, factor, np.any)  # a square with any pixel set stays set
     height, width = reduced.shape
     y, x = np.nonzero(ndimage.binary_dilation(reduced, np.ones((3, 1))))
     x = x - width / 2
@@ -123,26 +126,41 @@ def _lines(piece: np.ndarray, level: bool) -> list[Line]:
     rows = np.stack([
         np.bincount(np.round(y - slope * x).astype(int) + pad, minlength=height + 2 * pad) for slope in _TURNS
     ])  # fmt: skip
-    share, offsets = rows / width, np.arange(rows.shape[1])[None, :] - pad
+    span = max(0.4 * width, width - tilt * height)
+    share, offsets = rows / span, np.arange(rows.shape[1])[None, :] - pad
     found: list[Line] = []
     while len(found) < 200:
         turn, row = np.unravel_index(np.argmax(share), share.shape)
         best = float(share[turn, row])
         if best < _SPAN:
             break
-        slope = float(_TURNS[turn])
-        first, last = _edges(reduced, slope, int(row) - pad)
+        slope, middle = _fitted(reduced, float(_TURNS[turn]), int(row) - pad)
+        first, last = _edges(reduced, slope, middle)
         # Two rulings of the same direction do not cross within their piece.
         reach = np.abs(_TURNS - slope)[:, None] * width / 2 + max(2, last - first + 2)
         share[np.abs(offsets - (first + last) / 2) <= reach] = 0
         found.append(Line(level, slope, first * factor, (last + 1) * factor - 1, best))
     # A line that spans less than the others is a stroke. If ink is everywhere, there are no lines.
     found = [line for line in found if line.share >= 0.75 * found[0].share]
-    return (
-        found
-        if sum(line.last - line.first + factor for line in found) < 0.5 * height * factor or len(found) == 1
-        else []
-    )
+    inked = sum(line.last - line.first + factor for line in found)
+    return found if inked < 0.5 * height * factor or len(found) == 1 else []
+
+
+def _fitted(piece: np.ndarray, slope: float, row: int) -> tuple[float, int]:
+    """Returns the slope and the row of a line more precisely: a fit to the ink within a few rows of it."""
+    height, width = piece.shape
+    columns = np.arange(width)
+    for reach in (4, 2):
+        across = np.arange(-reach, reach + 1)[:, None]
+        rows = np.round(row + slope * (columns - width / 2)).astype(int) + across
+        ink = piece[np.clip(rows, 0, height - 1), columns] & (rows >= 0) & (rows < height)
+        on_line = ink.any(axis=0) & ~ink.all(axis=0)  # not where a stroke crosses
+        if on_line.sum() < 0.3 * width:
+            return slope, row
+        centres = ((rows * ink).sum(axis=0) / np.maximum(1, ink.sum(axis=0)))[on_line]
+        slope, middle = np.polyfit(columns[on_line] - width / 2, centres, 1)
+        row = round(middle)
+    return float(slope), row
 
 
 def _edges(piece: np.ndarray, slope: float, row: int) -> tuple[int, int]:
@@ -165,35 +183,42 @@ def _edges(piece: np.ndarray, slope: float, row: int) -> tuple[int, int]:
     return row - int(np.median(above)), row + int(np.median(below))
 
 
-def _reduced(piece: np.ndarray, factor: int) -> np.ndarray:
-    """Downsamples a mask by an integer factor; a square with any pixel set stays set."""
-    if factor == 1:
-        return piece
-    padded = np.pad(piece, [(0, -side % factor) for side in piece.shape])
-    blocks = padded.reshape(padded.shape[0] // factor, factor, padded.shape[1] // factor, factor)
-    return np.asarray(blocks.any((1, 3)))
+def _near(shape: tuple[int, ...], lines: list[Line]) -> np.ndarray:
+    """Returns the pixels of lines, `bool[H,W]`, whatever crosses them."""
+    near = np.zeros(shape, bool)
+    for line in lines:
+        inside, rows, columns = _band(shape if line.level else shape[::-1], line, 0)
+        places = rows[inside], np.broadcast_to(columns, rows.shape)[inside]
+        near[places if line.level else places[::-1]] = True
+    return near
 
 
-def _erase(kept: np.ndarray, ruled: np.ndarray, piece: np.ndarray, line: Line) -> None:
-    """Erases a line from `kept` where no stroke crosses it, and marks it in `ruled`; both are changed in place."""
-    if not line.level:
-        kept, ruled, piece = kept.T, ruled.T, piece.T
-    height, width = piece.shape
-    thickness = int(line.last - line.first) + 2
-    margin = 2 + thickness // 4
+def _band(shape: tuple[int, ...], line: Line, margin: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the rows of a line and `margin` more on each side: which are inside, the rows, and their columns."""
+    height, width = shape
     columns = np.arange(width)
     top = np.round(line.first + line.slope * (columns - width / 2)).astype(int) - 1
-    rows = top + np.arange(-margin, thickness + margin + 1)[:, None]
-    inside = (rows >= 0) & (rows < height)
-    rows = np.clip(rows, 0, height - 1)
-    strip = kept[rows, columns] & inside
+    rows = top + np.arange(-margin, int(line.last - line.first) + 3 + margin)[:, None]
+    return (rows >= 0) & (rows < height), np.clip(rows, 0, height - 1), columns
+
+
+def _erase(kept: np.ndarray, ruled: np.ndarray, strokes: np.ndarray, line: Line) -> None:
+    """Erases a line from `kept` where no stroke crosses it, and marks it in `ruled`; both are changed in place.
+
+    `strokes` is the ink outside all lines, because a line that crosses another is no stroke.
+    """
+    if not line.level:
+        kept, ruled, strokes = kept.T, ruled.T, strokes.T
+    thickness = int(line.last - line.first) + 2
+    margin = 2 + thickness // 4
+    inside, rows, columns = _band(kept.shape, line, margin)
+    strip = strokes[rows, columns] & inside
     # A stroke that continues on both sides of the line crosses it, even if it slants.
     reach = thickness + 1
     above = ndimage.maximum_filter1d(strip[: margin - 1].all(axis=0), reach)
     below = ndimage.maximum_filter1d(strip[-margin + 1 :].all(axis=0), reach)
-    crossing = above & below
-    band = inside[margin : -margin or None] & ~crossing
-    band_rows = rows[margin : -margin or None]
+    band = inside[margin:-margin] & ~(above & below)
+    band_rows = rows[margin:-margin]
     places = band_rows[band], np.broadcast_to(columns, band.shape)[band]
     kept[places] = False
     ruled[places] = True

@@ -17,36 +17,22 @@ _PATIENCE = 0.3  # the most seconds that a picture waits for others to fill the 
 
 
 class Reading(NamedTuple):
-    """The network's prediction for one digit of a picture.
+    """The network's prediction for one digit of a picture."""
 
-    Attributes:
-      digit: the most probable class.
-      probability: of that class.
-      top: the three most probable classes with their probabilities, best first.
-      box: left, top, right, bottom in pixels of the picture; the right and bottom edges are exclusive.
-      doubtful: whether the prediction is uncertain, or this may not be a digit at all.
-      image: `u8[28,28]`, the input of the network.
-    """
-
-    digit: int
-    probability: float
-    top: list[tuple[int, float]]
+    digit: int  # the most probable class
+    probability: float  # that of this class
+    top: list[tuple[int, float]]  # the three most probable classes with their probabilities, best first
+    # left, top, right, bottom in pixels of the picture; the right and bottom edges are exclusive
     box: tuple[int, int, int, int]
-    doubtful: bool
-    image: np.ndarray
+    doubtful: bool  # whether the prediction is uncertain, or this may not be a digit at all
+    image: np.ndarray  # `u8[28,28]`, the input of the network
 
 
-Logits = Callable[[np.ndarray], np.ndarray]
+Logits = Callable[[np.ndarray], np.ndarray]  # u8[N,28,28,1] -> f32[N,C]
 
 
 def classify(digits: Sequence[Digit], predict_logits: Logits, doubtful_below: float) -> list[Reading]:
-    """Classifies digits.
-
-    Args:
-      digits: of one picture or of several.
-      predict_logits: `u8[N,28,28,1] -> f32[N,C]`.
-      doubtful_below: an answer with a smaller probability is doubtful.
-    """
+    """Classifies the digits of one picture or of several; an answer below the given probability is doubtful."""
     if not digits:
         return []
     probs = np.exp(metrics.log_probabilities(predict_logits(np.stack([digit.image for digit in digits])[..., None])))
@@ -94,16 +80,12 @@ def as_json(name: str, readings: Sequence[Reading], class_names: Sequence[str]) 
     """Returns one line of JSON for a picture; a class that is not a digit, such as a letter, adds its `label`."""
     digits: list[dict[str, Any]] = []
     for reading in readings:
-        named = class_names[reading.digit] != str(reading.digit)
+        label = class_names[reading.digit]
+        top = [[label, round(probability, 6)] for label, probability in reading.top]
+        named = {"digit": reading.digit} | ({"label": label} if label != str(reading.digit) else {})
+        probability = round(reading.probability, 6)
         digits.append(
-            {
-                "digit": reading.digit,
-                **({"label": class_names[reading.digit]} if named else {}),
-                "probability": round(reading.probability, 6),
-                "top": [[label, round(probability, 6)] for label, probability in reading.top],
-                "box": list(reading.box),
-                "doubtful": reading.doubtful,
-            }
+            named | {"probability": probability, "top": top, "box": list(reading.box), "doubtful": reading.doubtful}
         )
     return json.dumps({"file": name, "digits": digits, "doubtful": is_doubtful(readings)})
 
