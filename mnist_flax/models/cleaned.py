@@ -44,11 +44,11 @@ def cleaned(x: Array) -> Array:
     x = despeckled(x)
     background = _extreme(_extreme(x, jnp.minimum, jnp.inf), jnp.maximum, -jnp.inf)
     ink = x - background
-    ink = smoothed(ink)
+    ink = blurred(ink)
     return ink / jnp.maximum(ink.max((1, 2, 3), keepdims=True), FAINTEST)
 
 
-def smoothed(x: Array) -> Array:
+def blurred(x: Array) -> Array:
     """Averages each pixel's 3x3 neighbourhood with the weights 1, 2, 1 along each axis; black outside."""
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     x = x[:, :-2] + 2 * x[:, 1:-1] + x[:, 2:]
