@@ -1,6 +1,7 @@
 """For pens and cameras as well as the test set: a network that cleans its image first, with dropout in every layer.
 
-No corruption of MNIST-C is trained on but the affine ones; `docs/trust.md` says what it scores on the others.
+Trained with affine distortion and pieces of strokes beside the digit, and no corruption of MNIST-C but the affine
+ones; `docs/trust.md` says what it scores on the others.
 
 Measured: not yet.
 

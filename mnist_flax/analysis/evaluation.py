@@ -189,7 +189,8 @@ def _member_folders(workdir: pathlib.Path, result: dict[str, Any]) -> list[pathl
 def stored_fit(result: Any) -> dict[str, float]:
     """Returns what was fitted, from a summary or `population.json`: the defaults for what is missing or invalid."""
     fitted = {"temperature": 1.0, "doubtful_below": DOUBTFUL_BELOW}
-    for name, default in fitted.items():
+    for name in fitted:
         value = result.get(name) if isinstance(result, dict) else None
-        fitted[name] = float(value) if isinstance(value, int | float) and 0 < value < math.inf else default
+        if isinstance(value, int | float) and 0 < value < math.inf:
+            fitted[name] = float(value)
     return fitted
