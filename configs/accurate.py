@@ -25,12 +25,13 @@ def get_config() -> ConfigDict:
     config.augment.rotate = 10.0
     config.augment.scale = 0.1
     config.augment.shear = 5.0
-    config.optimizer.name = "adamw"
-    config.optimizer.learning_rate = 5e-3
+    config.optimizer.name = "muon"
+    config.optimizer.learning_rate = 0.02
+    config.optimizer.momentum = 0.95
     config.optimizer.weight_decay = 1e-2
     config.optimizer.schedule = "one_cycle"
     config.train.batch_size = 128
-    config.train.epochs = 18
+    config.train.epochs = 12
     config.eval.batch_size = 500  # five views each
     config.eval.views = 5
     return config

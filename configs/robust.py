@@ -19,10 +19,13 @@ def get_config() -> ConfigDict:
     config.model.widths = (48, 96, 96)
     config.model.conv_dropout = 0.2
     config.model.dropout = 0.4
+    config.model.dense = (128,)
     config.model.init = "he_normal"
-    config.augment.shift = 2
-    config.augment.rotate = 10.0
-    config.augment.scale = 0.1
+    config.augment.shear = 10.0
+    config.augment.rotate = 20.0
+    config.augment.scale = 0.25
+    config.augment.shift = 3
+    config.augment.clutter = 10
     config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 4e-3
     config.optimizer.weight_decay = 1e-4

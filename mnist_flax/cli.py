@@ -1,6 +1,7 @@
 """What all commands share: turns flags into a Config, and user errors into one message and an exit status."""
 
 import contextlib
+import functools
 import gc
 import pathlib
 import re
@@ -18,7 +19,7 @@ from mnist_flax.run import console, signals
 
 FLAGS = flags.FLAGS
 
-_VERBS = {
+VERBS = {
     "main": "train a network, or continue a run",
     "evaluate": "evaluate a run on a whole split",
     "report": "write the report of a run",
@@ -27,40 +28,30 @@ _VERBS = {
     "export": "write a run as ONNX, StableHLO or npz",
     "demo": "write a page to draw digits on",
     "robustness": "evaluate a run under corruptions",
-    "sweep": "search for better settings on held-out rows",
 }
-
-
-def verbs() -> dict[str, str]:
-    """Returns the commands of this version, with a description of each."""
-    folder = pathlib.Path(__file__).parent
-    return {verb: text for verb, text in _VERBS.items() if (folder / f"{verb}.py").exists()}
 
 
 def main() -> None:
     """Runs `mnist-flax VERB [flags]`, exactly as `python -m mnist_flax.VERB [flags]`."""
     verb = sys.argv[1] if len(sys.argv) > 1 else ""
-    if verb in verbs():
+    if verb in VERBS:
         del sys.argv[1]
         runpy.run_module(f"mnist_flax.{verb}", run_name="__main__", alter_sys=True)
     lines = ["usage: mnist-flax VERB [flags]; mnist-flax VERB --help lists the flags", ""]
-    lines += [f"  {name:<12}{text}" for name, text in verbs().items()]
+    lines += [f"  {name:<12}{text}" for name, text in VERBS.items()]
     if verb in ("--help", "-h", "help"):
         print("\n".join(lines))
         sys.exit(0)
     if verb:
-        lines = [f"error: {verb!r}: no such verb; {nearest(verb, verbs())}"]
+        lines = [f"error: {verb!r}: no such verb; {nearest(verb, VERBS)}"]
     print("\n".join(lines), file=sys.stderr)
     sys.exit(2)
 
 
 def define_config() -> None:
     """Defines `--config=FILE.py` and the overrides `--config.section.field=value`."""
-    flags.DEFINE_string(
-        "config",
-        None,
-        "a preset such as default, or a file; --config.section.field=value overrides one of its fields",
-    )
+    text = "a preset such as default, or a file; --config.section.field=value overrides one of its fields"
+    flags.DEFINE_string("config", None, text)
     flags.DEFINE_multi_string("override", [], "section.field=value: what --config.section.field=value becomes")
     FLAGS.register_key_flag_for_module(sys.argv[0], FLAGS["config"])  # so that --help shows it
 
@@ -71,11 +62,7 @@ def config_file() -> str:
 
 
 def config() -> Any:
-    """Returns the `Config` that the flags describe.
-
-    Raises:
-      ConfigError: `--config` is missing, or one of its fields is invalid.
-    """
+    """Returns the `Config` that the flags describe."""
     if FLAGS.config is None:
         raise ConfigError("--config is missing: name a preset or a file, such as --config=configs/default.py")
     from mnist_flax import preset  # only now: --help and a wrong flag need not wait for JAX, which the models import
@@ -83,14 +70,25 @@ def config() -> Any:
     return preset.load_config(preset.find_preset(FLAGS.config), FLAGS.override)
 
 
-def define_output() -> None:
-    """Defines `--output=DIR`, for commands that write to the folder of a run (`workdir.output_folder`)."""
-    flags.DEFINE_string("output", None, "write into this folder; if not given, into the run's folder")
-    FLAGS.register_key_flag_for_module(sys.argv[0], FLAGS["output"])
+def define_run(subject: str = "the folder of a run or a population", output: str | None = None) -> None:
+    """Defines `--workdir`, `--checkpoint` and, with the text of its help, `--output`, for commands that read a run."""
+    flags.DEFINE_string("workdir", None, subject)
+    flags.DEFINE_string("checkpoint", "latest", "latest, best (on hold-out rows) or a step")
+    if output:
+        flags.DEFINE_string("output", None, output)
+    for name in ("workdir", "checkpoint", "output")[: 2 + bool(output)]:
+        FLAGS.register_key_flag_for_module(sys.argv[0], FLAGS[name])  # so that --help shows it
 
 
-def run(main: Callable[[Sequence[str]], None]) -> None:
-    """Parses the flags, calls `main` with the remaining arguments, and exits.
+def workdir() -> pathlib.Path:
+    """Returns the folder that `--workdir` names."""
+    if not FLAGS.workdir:
+        raise ConfigError("--workdir is missing: name the folder of a run, such as --workdir=runs/default")
+    return pathlib.Path(FLAGS.workdir)
+
+
+def run(main: Callable[[Sequence[str]], None], *, takes_files: bool = False) -> None:
+    """Parses the flags, calls `main` with the program's name and the files that are named beside them, and exits.
 
     A `UserError` ends the program with its message and exit status; any other exception is a bug, and prints
     its traceback. A signal ends the program immediately, unless a loop handles it (`signals.stop_request`).
@@ -104,7 +102,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     try:
         try:
             with signals.listening(lambda signum: signals.end_process(128 + signum, "stopped\n")):
-                app.run(main, flags_parser=_parse)
+                app.run(main, flags_parser=functools.partial(_parse, takes_files=takes_files))
         except SystemExit:
             sys.stdout.flush()
             raise
@@ -114,14 +112,10 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         sys.exit(console.print_error(error))
 
 
-def _parse(arguments: Sequence[str]) -> Sequence[str]:
-    """Parses the command line strictly.
-
-    Raises:
-      ConfigError: a flag is unknown, or its value cannot be parsed.
-    """
-    takes_config = "override" in FLAGS
-    arguments = _with_overrides(arguments) if takes_config else arguments
+def _parse(arguments: Sequence[str], *, takes_files: bool) -> Sequence[str]:
+    """Parses the command line strictly."""
+    if "override" in FLAGS:
+        arguments = _with_overrides(arguments)
     if any(re.fullmatch(r"--?help(short|full|xml)?", argument) for argument in arguments):
         try:
             FLAGS(arguments)
@@ -131,7 +125,7 @@ def _parse(arguments: Sequence[str]) -> Sequence[str]:
         rest: Sequence[str] = FLAGS(arguments)
     except flags.Error as error:
         raise ConfigError(str(error).strip().splitlines()[0]) from error
-    if len(rest) > 1 and takes_config:
+    if rest[1:] and not takes_files:
         raise ConfigError(f"{rest[1]!r}: is not a flag; a flag starts with two dashes")
     return rest
 

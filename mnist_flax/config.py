@@ -119,14 +119,7 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: Any) -> Self:
-        """Checks names and types and builds the config.
-
-        Args:
-          values: nested as this class is; what is left out keeps its default. `model.name` chooses the family.
-
-        Raises:
-          ConfigError: a field is unknown, or its value has the wrong type or is out of range.
-        """
+        """Builds the config from nested values, strictly; what is left out keeps its default."""
         return _build(cls, values, "config")
 
     def to_dict(self) -> dict[str, Any]:
@@ -139,16 +132,11 @@ class Config:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Reads what `to_json` wrote.
-
-        Raises:
-          ConfigError: the text is not JSON, or not a config.
-        """
+        """Reads what `to_json` wrote."""
         try:
-            values = json.loads(text)
+            return cls.from_dict(json.loads(text))
         except ValueError as error:
             raise ConfigError(f"the saved config is not JSON: {error}") from error
-        return cls.from_dict(values)
 
     def to_json(self) -> str:
         """Returns the config as indented JSON."""
@@ -164,25 +152,17 @@ def _section_dict(section: Any) -> dict[str, Any]:
 
 
 def default_config_dict(model: str = "cnn") -> ConfigDict:
-    """Returns all defaults as a locked ConfigDict: what a `get_config()` starts from.
+    """Returns all defaults of a model family as a ConfigDict: what a `get_config()` starts from.
 
-    Args:
-      model: the family, a key of `MODELS`.
-
-    Raises:
-      ConfigError: there is no such family.
+    It accepts any field and value; `Config.from_dict` checks them all.
     """
     for message in among("model.name", model, MODELS):
         raise ConfigError(message)
-    return ConfigDict(Config(model=MODELS[model]()).to_dict()).lock()
+    return ConfigDict(Config(model=MODELS[model]()).to_dict(), type_safe=False)
 
 
 def replace(config: Config, **fields: Any) -> Config:
-    """Returns a config with some fields changed, named with two underscores for a dot: `train__epochs=3`.
-
-    Raises:
-      ConfigError: as `Config.from_dict`.
-    """
+    """Returns a config with some fields changed, named with two underscores for a dot: `train__epochs=3`."""
     values = config.to_dict()
     for name, value in fields.items():
         section, _, field = name.rpartition("__")
@@ -192,27 +172,22 @@ def replace(config: Config, **fields: Any) -> Config:
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Returns the fields that differ and whose difference changes a run's result, dotted, with both values."""
-    old_fields, new_fields = dict(_result_fields(old)), dict(_result_fields(new))
-    names = [*old_fields, *(name for name in new_fields if name not in old_fields)]
-    changed = {
-        name: (old_fields.get(name), new_fields.get(name))
-        for name in names
-        if old_fields.get(name) != new_fields.get(name)
-    }
+    there, now = _result_fields(old), _result_fields(new)
+    changed = {name: (there.get(name), now.get(name)) for name in there | now if there.get(name) != now.get(name)}
     if not SCHEDULES[new.optimizer.schedule].needs_end:
         changed.pop("train.epochs", None)
     return changed
 
 
-def _result_fields(config: Config) -> Iterator[tuple[str, Any]]:
-    """Yields the dotted name and value of every field that changes a result."""
-    yield "seed", config.seed
-    for name, values in config.to_dict().items():
-        if not isinstance(values, dict):
-            continue
-        section = getattr(config, name)
-        hidden = {field.name for field in dataclasses.fields(section) if not field.metadata.get("changes_result", True)}
-        yield from ((f"{name}.{field}", value) for field, value in values.items() if field not in hidden)
+def _result_fields(config: Config) -> dict[str, Any]:
+    """Returns the value of every field that changes a result, by its dotted name."""
+    found: dict[str, Any] = {"seed": config.seed}
+    for section, values in config.to_dict().items():
+        if isinstance(values, dict):
+            fields = dataclasses.fields(getattr(config, section))
+            hidden = {field.name for field in fields if not field.metadata.get("changes_result", True)}
+            found |= {f"{section}.{name}": value for name, value in values.items() if name not in hidden}
+    return found
 
 
 def _build(cls: type, values: Any, path: str) -> Any:

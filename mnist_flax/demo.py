@@ -12,32 +12,20 @@ from absl import flags
 
 from mnist_flax import cli
 from mnist_flax.analysis import run_data
-from mnist_flax.errors import ConfigError
 
 FLAGS = flags.FLAGS
 
 
-def define_flags() -> None:
-    """Defines the flags of this verb."""
-    flags.DEFINE_string("workdir", None, "the folder of a run or a population")
-    flags.DEFINE_string("checkpoint", "latest", "latest, best (on hold-out rows) or a step")
-    flags.DEFINE_string("output", None, "the file to write; if not given, demo.html in --workdir")
-    run_data.define_data_flags()
-
-
-def main(argv: Sequence[str]) -> None:
+def main(_: Sequence[str]) -> None:
     """Writes the page that the flags describe."""
-    if argv[1:]:
-        raise ConfigError(f"{argv[1]!r}: is no flag; a flag starts with two dashes")
-    if not FLAGS.workdir:
-        raise ConfigError("--workdir is missing: name the folder of a run, such as --workdir=runs/default")
-    from mnist_flax.exporting.demo import write_demo  # only now: --help need not wait for JAX
+    from mnist_flax.exporting.demo import write_demo  # only now: --help need not wait for it
 
+    workdir, overrides = cli.workdir(), run_data.given_overrides()
     output = pathlib.Path(FLAGS.output) if FLAGS.output else None
-    overrides = run_data.given_overrides()
-    print(write_demo(pathlib.Path(FLAGS.workdir), FLAGS.checkpoint, output=output, overrides=overrides))
+    print(write_demo(workdir, FLAGS.checkpoint, output=output, overrides=overrides))
 
 
 if __name__ == "__main__":
-    define_flags()
+    cli.define_run(output="the file to write; default: demo.html in --workdir")
+    run_data.define_data_flags()
     cli.run(main)

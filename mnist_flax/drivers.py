@@ -23,6 +23,7 @@ from mnist_flax.config import Program
 from mnist_flax.data import batches
 from mnist_flax.data.batches import Batch
 from mnist_flax.data.splits import Examples
+from mnist_flax.errors import ConfigError
 from mnist_flax.step import TrainState, forward, init_state, train_step, train_steps
 
 Advance = Callable[[TrainState, int], tuple[TrainState, dict[str, np.ndarray]]]
@@ -35,13 +36,8 @@ jit_forward = jax.jit(forward, static_argnames="program")
 class Job(NamedTuple):
     """M runs of one program, and what they train on.
 
-    Attributes:
-      program: shared by all runs.
-      seeds: one per run.
-      rows: for each run, the row numbers to train on, `i32[R]`.
-      examples: the training split, on the host.
-      num_devices: `config.train.num_devices`.
-      epochs_per_dispatch: `config.train.epochs_per_dispatch`.
+    Each run has its seed and the row numbers that it trains on, `i32[R]`, of the same examples, which are on the host.
+    The other two fields are those of `TrainConfig`.
     """
 
     program: Program
@@ -53,16 +49,18 @@ class Job(NamedTuple):
 
 
 def job_mesh(program: Program, num_runs: int, num_devices: int) -> Mesh:
-    """Returns the mesh to train on: a single run splits each batch over its devices, several runs are split by run.
-
-    Raises:
-      ConfigError: there are too few devices, or the batch size of a single run is not divisible by their number.
-    """
+    """Returns the mesh to train on: a single run splits each batch over its devices, several runs are split by run."""
     mesh = sharding.make_mesh(num_devices)
-    if num_runs == 1:
-        sharding.check_batch_size(mesh, program.batch_size)
-        return mesh
-    return sharding.make_mesh(max(count for count in range(1, mesh.size + 1) if num_runs % count == 0))
+    if num_runs > 1:
+        return sharding.make_mesh(max(count for count in range(1, mesh.size + 1) if num_runs % count == 0))
+    below = program.batch_size // mesh.size * mesh.size
+    if below != program.batch_size:
+        nearest = " or ".join(str(size) for size in (below, below + mesh.size) if size)
+        raise ConfigError(
+            f"config.train.batch_size = {program.batch_size}: cannot be split evenly over {mesh.size} devices; use"
+            f" {nearest}, or another config.train.num_devices"
+        )
+    return mesh
 
 
 def stack(states: Sequence[TrainState], job: Job) -> TrainState:
@@ -164,10 +162,8 @@ def stream_steps(job: Job, states: TrainState) -> Advance:
         return jax.tree.map(lambda leaf: leaf[None], state), metrics
 
     batch = {
-        "image": jax.ShapeDtypeStruct(
-            (program.batch_size, *job.examples.image.shape[1:]), job.examples.image.dtype, sharding=by_batch
-        ),
-        "label": jax.ShapeDtypeStruct((program.batch_size,), job.examples.label.dtype, sharding=by_batch),
+        name: jax.ShapeDtypeStruct((program.batch_size, *array.shape[1:]), array.dtype, sharding=by_batch)
+        for name, array in job.examples._asdict().items()
     }
     compiled = jax.jit(one_step, donate_argnums=0, out_shardings=everywhere).lower(states, batch, key).compile()
 

@@ -1,8 +1,12 @@
-"""Errors meant for the user: one message, no traceback, and a nonzero exit status."""
+"""Errors meant for the user: one message, no traceback, and a nonzero exit status.
+
+A message says what is wrong (the field, file or flag), its value, and the remedy. `cli.run` prints it. Nothing in
+between has to catch these errors, so docstrings do not repeat who raises them.
+"""
 
 
 class UserError(Exception):
-    """An error that the user can fix; the message says what is wrong, its value, and the remedy."""
+    """An error that the user can fix."""
 
     exit_status = 2
 

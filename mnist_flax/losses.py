@@ -1,27 +1,20 @@
 """Losses: one entry each turns logits and labels into a loss for every example."""
 
-from typing import Protocol
+from collections.abc import Callable
 
 import jax
 import optax
 from jax import Array
 
 
-class Loss(Protocol):
-    """A loss for every example, `f32[B,C], i32[B] -> f32[B]`."""
-
-    def __call__(self, logits: Array, labels: Array, *, label_smoothing: float) -> Array:
-        """Computes the losses; `label_smoothing` spreads this share of each label evenly over all classes."""
-
-
 def cross_entropy(logits: Array, labels: Array, *, label_smoothing: float = 0.0) -> Array:
     """Computes the categorical cross-entropy in nats, `f32[B,C], i32[B] -> f32[B]`.
 
-    Label smoothing is that of Szegedy et al. (2016). A label outside 0..C-1 is a one-hot row of zeros and, without
-    smoothing, has a loss of 0.
+    Label smoothing spreads a share of each label evenly over all classes (Szegedy et al., 2016). A label outside 0..C-1
+    is a one-hot row of zeros and, without smoothing, has a loss of 0.
     """
     targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
     return optax.softmax_cross_entropy(logits, targets)
 
 
-LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy}
+LOSSES: dict[str, Callable[..., Array]] = {"cross_entropy": cross_entropy}  # label_smoothing is given by its name

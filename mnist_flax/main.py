@@ -23,16 +23,15 @@ FLAGS = flags.FLAGS
 CLUSTER = ("coordinator", "num_processes", "process_index")  # flags that need --distributed
 
 
-def main(argv: Sequence[str]) -> None:
+def main(_: Sequence[str]) -> None:
     """Trains the run that the flags describe."""
-    del argv
     config = cli.config()
     workdir = FLAGS.workdir or pathlib.Path("runs", pathlib.Path(cli.config_file()).stem)
     for name in CLUSTER:
         if FLAGS[name].present and not FLAGS.distributed:
-            raise ConfigError(f"--{name}: has a meaning only with --distributed; add that, or leave it out")
+            raise ConfigError(f"--{name}: is used only with --distributed; add that, or leave it out")
     from mnist_flax import train  # only now: --help and a wrong flag need not wait for JAX
-    from mnist_flax.run import compilation, processes  # only now: --help and a wrong flag need not wait for JAX
+    from mnist_flax.run import compilation, processes
 
     compilation.keep_programs()
     if FLAGS.distributed:
@@ -45,12 +44,10 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     cli.define_config()
-    flags.DEFINE_string("workdir", None, "the run's folder; if not given, runs/ and the config file's name")
-    flags.DEFINE_string(
-        "fork", None, "the folder of a run: start a new one in --workdir with that one's latest weights"
-    )
+    flags.DEFINE_string("workdir", None, "the run's folder; default: runs/ and the config file's name")
+    flags.DEFINE_string("fork", None, "the folder of a run whose latest weights a new run in --workdir starts with")
     flags.DEFINE_boolean("distributed", False, "be one of several processes that train one network together")
-    flags.DEFINE_string("coordinator", None, "HOST:PORT where the first process is reached; if not given, found out")
-    flags.DEFINE_integer("num_processes", None, "how many there are; if not given, found out", lower_bound=1)
-    flags.DEFINE_integer("process_index", None, "which of them this is; if not given, found out", lower_bound=0)
+    flags.DEFINE_string("coordinator", None, "HOST:PORT where the first process is reached; default: detected")
+    flags.DEFINE_integer("num_processes", None, "how many there are; default: detected", lower_bound=1)
+    flags.DEFINE_integer("process_index", None, "which of them this is; default: detected", lower_bound=0)
     cli.run(main)

@@ -39,18 +39,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class Member:
-    """A run that is open for training.
-
-    Attributes:
-      config: of the run.
-      workdir: its folder.
-      rows: `i32[R]`, the row numbers to train on.
-      holdout: the examples held out.
-      store: its checkpoints.
-      state: at `log.step`.
-      log: its log.
-      is_finished: nothing is left to do.
-    """
+    """A run that is open for training on `rows`, `i32[R]`; its state is that after `log.step` updates."""
 
     config: Config
     workdir: pathlib.Path
@@ -70,11 +59,7 @@ class Member:
 def open_member(
     config: Config, workdir: pathlib.Path, splits: Splits, fork: pathlib.Path | None, stack: contextlib.ExitStack
 ) -> Member:
-    """Claims a run's folder and restores its newest checkpoint, or begins the run.
-
-    Raises:
-      UserError: the folder cannot be used, or holds another run.
-    """
+    """Claims a run's folder and restores its newest checkpoint, or begins the run."""
     is_primary = processes.is_primary()
     if is_primary:
         stack.enter_context(workdirs.claim(workdir))
@@ -101,12 +86,11 @@ def open_member(
 
 def is_complete(config: Config, step: int, workdir: pathlib.Path) -> bool:
     """Returns whether nothing is left to do after a checkpoint. The summary is what a run writes last."""
-    summary = workdirs.read_json(workdir / workdirs.SUMMARY)
-    wanted = {"steps": int, "epochs": int, "test_accuracy": float}
-    if step < config.num_steps or not isinstance(summary, dict) or summary.get("steps") != step:
+    found = workdirs.read_json(workdir / workdirs.SUMMARY)
+    summary = found if isinstance(found, dict) else {}  # if it is damaged, it is written again
+    are_numbers = isinstance(summary.get("epochs"), int) and isinstance(summary.get("test_accuracy"), float)
+    if step < config.num_steps or summary.get("steps") != step or not are_numbers:
         return False
-    if not all(isinstance(summary.get(name), kind) for name, kind in wanted.items()):
-        return False  # damaged: it is written again
     logger.info(
         "%s is finished: %s epochs, test accuracy %.2f %%. To train further, raise --config.train.epochs (with a"
         " schedule that does not depend on it); to train again, name another --workdir.",
@@ -116,11 +100,7 @@ def is_complete(config: Config, step: int, workdir: pathlib.Path) -> bool:
 
 
 def begin(config: Config, fork: pathlib.Path | None) -> tuple[TrainState, dict[str, Any]]:
-    """Returns the first state of a new run, and how it begins, as JSON.
-
-    Raises:
-      WorkdirError: there is no checkpoint to fork, or its weights do not fit this config's network.
-    """
+    """Returns the first state of a new run, and how it begins, as JSON."""
     state = drivers.jit_init_state(config.program, rng.root_key(config.seed))
     origin: dict[str, Any] = {"fork": None, "versions": versions()}
     if fork is None:
@@ -144,21 +124,15 @@ def begin(config: Config, fork: pathlib.Path | None) -> tuple[TrainState, dict[s
 
 
 def check_origin(origin: Mapping[str, Any], fork: pathlib.Path | None, workdir: pathlib.Path) -> None:
-    """Compares how a run began with how this command would begin it, and warns of other versions.
-
-    Raises:
-      WorkdirError: `fork` is given, and the run began without it.
-    """
+    """Compares how a run began with how this command would begin it, and warns of other versions."""
     if fork and not origin["fork"]:
         raise WorkdirError(
             f"--fork={fork}: {workdir} holds a run that began without it; leave it out to continue that run, or name"
             " another --workdir"
         )
     there, here = origin["versions"], versions()
-    changed = [
-        f"{name} {there.get(name)} -> {here.get(name)}" for name in there | here if there.get(name) != here.get(name)
-    ]
-    if changed:
+    differing = [name for name in there | here if there.get(name) != here.get(name)]
+    if changed := [f"{name} {there.get(name)} -> {here.get(name)}" for name in differing]:
         logger.warning("this run began with other versions, so its last bits may differ: %s", ", ".join(changed))
 
 
@@ -201,9 +175,6 @@ def finish(member: Member, splits: Splits) -> None:
     """Evaluates on the test set, once and whole, and writes the weights, the report and, last, the summary.
 
     A run that dies before its summary is written does all of this again when it is resumed, with the same result.
-
-    Raises:
-      WorkdirError: something cannot be written, the last checkpoint included, which is written meanwhile.
     """
     config, workdir, log = member.config, member.workdir, member.log
     variables = eval_variables(member.state)
@@ -227,6 +198,7 @@ def finish(member: Member, splits: Splits) -> None:
         "test_loss": evaluation.loss,
         "test_examples": evaluation.examples,
         "temperature": predictor.temperature,
+        "doubtful_below": predictor.doubtful_below,
         "train_seconds": log.seconds,
         "images_per_second": config.num_train * config.train.epochs / log.seconds,
         "restarts": log.restarts,
@@ -261,11 +233,7 @@ def finish(member: Member, splits: Splits) -> None:
 def write_demo_page(
     predictor: Predictor, evaluation: Evaluation, splits: Splits, workdir: pathlib.Path, step: int
 ) -> None:
-    """Writes the page to draw digits on, unless the network contains an operation that it does not know.
-
-    Raises:
-      WorkdirError: it cannot be written.
-    """
+    """Writes the page to draw digits on, unless the network contains an operation that it does not know."""
     try:
         checkpoint = demo.Checkpoint(f"step {step:,} (end)", graph_of(predictor))
     except ExportError as error:

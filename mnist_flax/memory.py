@@ -24,11 +24,9 @@ def check_memory(config: Config) -> None:
     """Checks that weights, a training batch and an evaluation batch can fit into memory; nothing is allocated.
 
     The estimates are lower bounds: what passes can still be too large, what is refused cannot fit.
-
-    Raises:
-      ConfigError: one of them cannot.
     """
-    if max(_sizes(config)) <= HARMLESS_SIZE:
+    sizes = [config.train.batch_size, config.eval.batch_size, *jax.tree.leaves(dataclasses.astuple(config.model))]
+    if max(size for size in sizes if type(size) is int) <= HARMLESS_SIZE:
         return
     available = available_bytes()
     state = jax.eval_shape(lambda: init_state(config.program, rng.root_key(0)))
@@ -44,14 +42,8 @@ def check_memory(config: Config) -> None:
     }
     for subject, needed in needs.items():
         if needed > available:
-            raise ConfigError(f"{subject} {_readable(needed)}, but there are {_readable(available)}; make it smaller")
-
-
-def _sizes(config: Config) -> Iterator[int]:
-    """Yields the batch sizes, and every number in the model's config."""
-    yield from (config.train.batch_size, config.eval.batch_size)
-    for value in dataclasses.astuple(config.model):
-        yield from (item for item in (value if isinstance(value, tuple) else (value,)) if type(item) is int)
+            readable = [f"{size / 2**30:,.1f} GiB" for size in (needed, available)]
+            raise ConfigError(f"{subject} {readable[0]}, but there are {readable[1]}; make it smaller")
 
 
 def _product_bytes(program: Program, state: TrainState) -> Iterator[int]:
@@ -79,7 +71,3 @@ def available_bytes() -> int:
     if "bytes_limit" in stats:
         return int(stats["bytes_limit"])
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _readable(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:,.1f} GiB"

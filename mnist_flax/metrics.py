@@ -133,13 +133,8 @@ def wilson_interval(successes: np.ndarray | int, trials: np.ndarray | int, level
 def f1_interval(right: np.ndarray | int, involved: np.ndarray | int, level: float = 0.95) -> np.ndarray:
     """Computes the interval of an F1 score, `[...], [...] -> f64[...,2]` ("Wilson indirect"; Lam et al., 2023).
 
-    Of all examples that have the class as label or prediction, a share J has it as both. J is a proportion, so Wilson's
-    interval applies, and F1 = 2 J / (1 + J) increases with J, so its ends map to the ends of F1's interval.
-
-    Args:
-      right: the number of examples whose label and prediction are the class.
-      involved: the number of examples whose label or prediction (or both) is the class.
-      level: the coverage probability.
+    Of the `involved` examples, which have the class as label or prediction, a share J has it as both (`right`). J is a
+    proportion, so Wilson's interval applies, and F1 = 2 J / (1 + J) increases with J, so its ends map to F1's.
     """
     ends = wilson_interval(right, involved, level)
     return 2 * ends / (1 + ends)

@@ -86,12 +86,10 @@ class RunLength(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """A learning rate over a run.
+    """A learning rate over a run, as a function of the number of finished updates.
 
-    Attributes:
-      make: builds the schedule, which maps the number of finished updates to a learning rate.
-      fields: the fields of `OptimizerConfig` that it reads, `learning_rate` aside.
-      needs_end: whether it depends on where the run ends; if not, a finished run can be trained further.
+    `fields` are those of `OptimizerConfig` that it reads, `learning_rate` aside. A finished run can be trained further
+    unless the schedule depends on where the run ends (`needs_end`).
     """
 
     make: Callable[[OptimizerConfig, RunLength], optax.Schedule]
@@ -147,12 +145,7 @@ def is_decayed(params: optax.Params) -> optax.Params:
 
 
 class Optimizer(NamedTuple):
-    """An update rule.
-
-    Attributes:
-      make: builds the optax transformation from the config and the learning-rate schedule.
-      fields: the fields of `OptimizerConfig` that it reads, `learning_rate` aside.
-    """
+    """An update rule at a scheduled learning rate; `fields` are those of `OptimizerConfig` that it reads besides."""
 
     make: Callable[[OptimizerConfig, optax.Schedule], optax.GradientTransformation]
     fields: tuple[str, ...]

@@ -19,19 +19,8 @@ from mnist_flax.errors import ConfigError
 FLAGS = flags.FLAGS
 
 
-def define_flags() -> None:
-    """Defines the flags of this command."""
-    cli.define_config()
-    flags.DEFINE_string("workdir", None, "the population's folder; if not given, runs/<config>-seeds<M> or -folds<K>")
-    flags.DEFINE_integer("seeds", None, "train M members: with the config's seed and those that follow", lower_bound=2)
-    flags.DEFINE_integer("folds", None, "split the training rows in K parts; each member holds out one", lower_bound=2)
-    flags.DEFINE_list("compare", None, "A,B: two folders of runs or populations; is B better than A?")
-    flags.DEFINE_boolean("json", False, "print the result as JSON, as it is saved")
-
-
-def main(argv: Sequence[str]) -> None:
+def main(_: Sequence[str]) -> None:
     """Trains a population or compares two results, depending on the flags."""
-    del argv
     if FLAGS.compare:
         print(comparison_text(FLAGS.compare))
         return
@@ -50,11 +39,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def comparison_text(folders: Sequence[str]) -> str:
-    """Compares two results.
-
-    Raises:
-      ConfigError: the number of folders is not two, or a training flag is given.
-    """
+    """Compares the results in two folders."""
     for name in ("config", "seeds", "folds", "workdir"):
         if FLAGS[name].present:
             raise ConfigError(f"--{name}: cannot be combined with --compare; leave it out")
@@ -67,5 +52,10 @@ def comparison_text(folders: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    define_flags()
+    cli.define_config()
+    flags.DEFINE_string("workdir", None, "the population's folder; default: runs/<config>-seeds<M> or -folds<K>")
+    flags.DEFINE_integer("seeds", None, "train M members: with the config's seed and those that follow", lower_bound=2)
+    flags.DEFINE_integer("folds", None, "split the training rows in K parts; each member holds out one", lower_bound=2)
+    flags.DEFINE_list("compare", None, "A,B: two folders of runs or populations; is B better than A?")
+    flags.DEFINE_boolean("json", False, "print the result as JSON, as it is saved")
     cli.run(main)

@@ -4,7 +4,9 @@
 
 A PICTURE is a file (PNG, JPEG, GIF, BMP, WebP, TIFF), a folder (searched recursively), a pattern such as 'scans/*.png',
 or - for standard input. A picture may contain several digits; they are read line by line, from left to right. A
-question mark marks a doubtful digit. The exit status is 1 if any picture could not be read.
+question mark marks a doubtful digit: its probability is lower than that of 99 % of the hold-out rows (so 1 % of digits
+like those are false alarms; without hold-out rows: lower than 95 %), or it overlaps a printed line. The exit status is
+1 if any picture could not be read.
 """
 
 import dataclasses
@@ -31,19 +33,17 @@ class PicturesError(UserError):
 def main(argv: Sequence[str]) -> None:
     """Reads the digits in the pictures given on the command line."""
     values = flags.FLAGS
-    names = argv[1:]
-    if not names:
+    if not argv[1:]:
         raise ConfigError("no picture is named: name files, folders or patterns, or - for standard input")
-    if not values.workdir:
-        raise ConfigError("--workdir is missing: name the folder of a run, such as --workdir=runs/default")
+    workdir = cli.workdir()
     from mnist_flax.pictures import files, pool, reading
 
-    found = list(files.find_files(names))
+    found = list(files.find_files(argv[1:]))
     outcomes = pool.read_all(found)  # starts processes, so before JAX is imported
     from mnist_flax.analysis.evaluation import load_predictor, predict_logits
     from mnist_flax.data.registry import DATASETS
 
-    predictor, info = load_predictor(pathlib.Path(values.workdir), values.checkpoint)
+    predictor, info = load_predictor(workdir, values.checkpoint)
     predictor = dataclasses.replace(predictor, batch_size=_BATCH_SIZE)
     class_names = DATASETS[info.config.data.name].class_names
     width = max(4, *map(len, found))
@@ -51,7 +51,9 @@ def main(argv: Sequence[str]) -> None:
         column = max(5, *map(len, class_names))
         print(f"{'file':<{width}}  {'digit':>{column}}  probability  top {reading.TOP}", flush=True)
     failed = 0
-    answers = reading.classify_all(outcomes, functools.partial(predict_logits, predictor), _BATCH_SIZE)
+    answers = reading.classify_all(
+        outcomes, functools.partial(predict_logits, predictor), _BATCH_SIZE, predictor.doubtful_below
+    )
     for number, (name, answer) in enumerate(answers, 1):
         if not isinstance(answer, list):
             failed += 1
@@ -70,8 +72,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "the folder of a run or of a population")
-    flags.DEFINE_string("checkpoint", "latest", "latest, best (on hold-out rows) or a step")
+    cli.define_run()
     flags.DEFINE_boolean("json", False, "print one JSON object per picture instead of a table")
     flags.DEFINE_string("save_preprocessed", None, "a folder to write what the network saw to, 28x28 PNG files")
-    cli.run(main)
+    cli.run(main, takes_files=True)

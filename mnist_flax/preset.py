@@ -6,7 +6,6 @@ and the field or the error.
 
 import ast
 import contextlib
-import linecache
 import pathlib
 import sys
 import traceback
@@ -26,11 +25,7 @@ FOLDER = _IN_WHEEL if _IN_WHEEL.is_dir() else _PACKAGE.parent / "configs"  # whe
 
 
 def find_preset(name: str) -> pathlib.Path:
-    """Returns the file that `--config` names: a path, or the name of a preset of this project, such as `default`.
-
-    Raises:
-      ConfigError: there is no such file.
-    """
+    """Returns the file that `--config` names: a path, or the name of a preset of this project, such as `default`."""
     path = pathlib.Path(name)
     known = {file.stem: file for file in sorted(FOLDER.glob("*.py"))}
     try:
@@ -45,15 +40,7 @@ def find_preset(name: str) -> pathlib.Path:
 
 
 def load_config(path: pathlib.Path, overrides: Iterable[str] = ()) -> Config:
-    """Runs a preset and returns its Config.
-
-    Args:
-      path: the preset file.
-      overrides: field values that replace those of the preset, such as `train.epochs=3`.
-
-    Raises:
-      ConfigError: the preset fails, or one of its fields or overrides is invalid.
-    """
+    """Runs a preset and returns its Config, with some fields overridden, such as `train.epochs=3`."""
     values = execute(path)
     try:
         config = Config.from_dict(values)
@@ -68,11 +55,7 @@ def load_config(path: pathlib.Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def execute(path: pathlib.Path) -> dict[str, Any]:
-    """Runs a preset, and returns the result of its `get_config()` as nested dicts.
-
-    Raises:
-      ConfigError: it fails, or does not return a config.
-    """
+    """Runs a preset, and returns the result of its `get_config()` as nested dicts."""
     module = types.ModuleType(f"preset_{path.stem}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # where dataclasses look up the types of their fields
@@ -96,29 +79,12 @@ def execute(path: pathlib.Path) -> dict[str, Any]:
 
 def _describe(error: BaseException, path: pathlib.Path) -> str:
     """Returns the line, source and message of an exception raised in a preset."""
-    frames = list(traceback.walk_tb(error.__traceback__))
-    lines = [(number, frame) for frame, number in frames if frame.f_code.co_filename == str(path)]
-    message = " ".join(str(error).split())[:300]
     if isinstance(error, SyntaxError):
         return f"line {error.lineno}: {type(error).__name__}: {error.msg}"
+    message = " ".join(str(error).split())[:300]
     message = message if isinstance(error, ConfigError) else f"{type(error).__name__}: {message}".rstrip(": ")
-    if not lines:
-        return message
-    number = lines[-1][0]
-    place = f"line {number}: {linecache.getline(str(path), number).strip()}"
-    for frame in (frame for frame, _ in frames if isinstance(frame.f_locals.get("self"), ConfigDict)):
-        refused = dict(frame.f_locals)
-        key = refused.get("key", refused.get("attribute"))
-        if "value" in refused and isinstance(key, str):
-            return f"{place}: {_refusal(refused['self'], key, refused['value'])}"
-    return f"{place}: {message}"
-
-
-def _refusal(fields: ConfigDict, key: str, value: Any) -> str:
-    """Returns why a locked ConfigDict rejected a value; its own message would list all fields and their values."""
-    if key not in fields:
-        return f"{key}: no such field; {nearest(key, fields)}"
-    return f"{key} = {value!r:.60}: must be of type {type(fields[key]).__name__}, not {type(value).__name__}"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    return f"line {frames[-1].lineno}: {frames[-1].line}: {message}" if frames else message
 
 
 def _place(path: pathlib.Path, message: str) -> str:
@@ -138,11 +104,7 @@ def _place(path: pathlib.Path, message: str) -> str:
 
 
 def _override(fields: dict[str, Any], override: str) -> None:
-    """Applies one override to the fields, in place.
-
-    Raises:
-      ConfigError: there is no such field, or the value cannot be parsed.
-    """
+    """Applies one override to the fields, in place."""
     field, _, text = override.partition("=")
     parent, node, path = fields, fields, "config"
     for name in field.split("."):

@@ -6,7 +6,6 @@ Training writes a report when it finishes. Use this verb to rewrite it, or to re
 checkpoint.
 """
 
-import pathlib
 from collections.abc import Sequence
 
 from absl import flags
@@ -14,31 +13,19 @@ from absl import flags
 from mnist_flax import cli
 from mnist_flax.analysis import run_data
 from mnist_flax.analysis.report.write import report_workdir
-from mnist_flax.errors import ConfigError
-from mnist_flax.run import workdir as workdirs
+from mnist_flax.run.workdir import output_folder
 
 FLAGS = flags.FLAGS
 
 
-def define_flags() -> None:
-    """Defines the flags of this verb."""
-    flags.DEFINE_string("workdir", None, "the run's folder")
-    flags.DEFINE_string("checkpoint", "latest", "latest, best (on hold-out rows) or a step")
-    cli.define_output()
-    run_data.define_data_flags()
-
-
-def main(argv: Sequence[str]) -> None:
+def main(_: Sequence[str]) -> None:
     """Writes the report that the flags ask for, and prints its path."""
-    if argv[1:]:
-        raise ConfigError(f"{argv[1]!r}: is no flag; a flag starts with two dashes")
-    if not FLAGS.workdir:
-        raise ConfigError("--workdir is missing: name the folder of a run, such as --workdir=runs/default")
-    workdir = pathlib.Path(FLAGS.workdir)
-    folder = workdirs.output_folder(workdir, FLAGS.output) if FLAGS.output else None
-    print(report_workdir(workdir, FLAGS.checkpoint, folder=folder, overrides=run_data.given_overrides()))
+    workdir, overrides = cli.workdir(), run_data.given_overrides()
+    folder = output_folder(workdir, FLAGS.output) if FLAGS.output else None
+    print(report_workdir(workdir, FLAGS.checkpoint, folder=folder, overrides=overrides))
 
 
 if __name__ == "__main__":
-    define_flags()
+    cli.define_run("the run's folder", output="the folder to write to; default: report/ in --workdir")
+    run_data.define_data_flags()
     cli.run(main)

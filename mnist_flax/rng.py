@@ -18,10 +18,7 @@ def root_key(seed: int) -> Array:
 def stream(key: Array, name: str, *indices: Array | int) -> Array:
     """Returns the key for one purpose at one point of the run, independent of all other names and indices.
 
-    Args:
-      key: the run's root key.
-      name: the purpose, such as `"order"` or `"dropout"`.
-      *indices: the point of the run, such as the epoch or the step; at most 32 bits each.
+    `key` is the run's root key; `name` the purpose, such as "dropout"; `indices` the epoch or step, in 32 bits.
     """
     key = jax.random.fold_in(key, zlib.crc32(name.encode()))
     for index in indices:

@@ -13,32 +13,16 @@ from absl import flags
 
 from mnist_flax import cli
 from mnist_flax.analysis import run_data
-from mnist_flax.errors import ConfigError
-from mnist_flax.run import workdir as workdirs
+from mnist_flax.run.workdir import output_folder
 
 FLAGS = flags.FLAGS
 
 
-def define_flags() -> None:
-    """Defines the flags of this verb."""
-    flags.DEFINE_string("workdir", None, "the folder of a run or a population")
-    flags.DEFINE_string("checkpoint", "latest", "latest, best (on hold-out rows) or a step")
-    flags.DEFINE_string("compare", None, "the folder of another run or population: is it better?")
-    flags.DEFINE_integer("severity", 0, "1 to 5; 0: that of MNIST-C", lower_bound=0, upper_bound=5)
-    flags.DEFINE_boolean("json", False, "print the result as JSON, as it is saved")
-    cli.define_output()
-    run_data.define_data_flags()
-
-
-def main(argv: Sequence[str]) -> None:
+def main(_: Sequence[str]) -> None:
     """Evaluates what the flags describe."""
-    if argv[1:]:
-        raise ConfigError(f"{argv[1]!r}: is no flag; a flag starts with two dashes")
-    if not FLAGS.workdir:
-        raise ConfigError("--workdir is missing: name the folder of a run, such as --workdir=runs/default")
-    from mnist_flax.analysis import robustness, robustness_page  # only now: --help need not wait for JAX
+    from mnist_flax.analysis import robustness, robustness_page  # only now: --help need not wait for it
 
-    workdir = pathlib.Path(FLAGS.workdir)
+    workdir = cli.workdir()
     outcome = robustness.robustness_of_workdir(
         workdir,
         checkpoint=FLAGS.checkpoint,
@@ -48,9 +32,13 @@ def main(argv: Sequence[str]) -> None:
     )
     print(json.dumps(outcome.facts, indent=1) if FLAGS.json else robustness.robustness_table(outcome.facts), flush=True)
     page = robustness_page.draw_page(outcome)
-    robustness.save_robustness(outcome, page, workdirs.output_folder(workdir, FLAGS.output))
+    robustness.save_robustness(outcome, page, output_folder(workdir, FLAGS.output))
 
 
 if __name__ == "__main__":
-    define_flags()
+    cli.define_run(output="the folder to write to; default: --workdir")
+    flags.DEFINE_string("compare", None, "the folder of another run or population: is it better?")
+    flags.DEFINE_integer("severity", 0, "1 to 5; 0: that of MNIST-C", lower_bound=0, upper_bound=5)
+    flags.DEFINE_boolean("json", False, "print the result as JSON, as it is saved")
+    run_data.define_data_flags()
     cli.run(main)

@@ -18,14 +18,9 @@ AXIS = "data"  # the mesh axis: examples of a batch, or members of a population
 
 
 def make_mesh(num_devices: int = 0) -> Mesh:
-    """Returns a mesh with an equal number of devices from each process, ordered by process.
+    """Returns a mesh of `num_devices` in total, an equal number from each process, ordered by process.
 
-    Args:
-      num_devices: in total, over all processes; 0 means all accelerators or, on CPUs, one device in each process,
-        because the devices of a CPU share its cores.
-
-    Raises:
-      ConfigError: there are fewer devices, or the number is not divisible by the number of processes.
+    0 means all accelerators or, on CPUs, one device in each process, because the devices of a CPU share its cores.
     """
     devices, num_processes = jax.devices(), jax.process_count()
     default = num_processes if devices[0].platform == "cpu" else len(devices)
@@ -51,21 +46,6 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def split(mesh: Mesh, axis: int = 0) -> NamedSharding:
     """Returns the sharding of arrays that are split along one axis."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, AXIS))
-
-
-def check_batch_size(mesh: Mesh, batch_size: int) -> None:
-    """Checks that a batch can be split evenly over the devices.
-
-    Raises:
-      ConfigError: it cannot; the message names the nearest valid sizes.
-    """
-    below = batch_size // mesh.size * mesh.size
-    if below != batch_size:
-        nearest = " or ".join(str(size) for size in (below, below + mesh.size) if size)
-        raise ConfigError(
-            f"config.train.batch_size = {batch_size}: cannot be split evenly over {mesh.size} devices; use {nearest},"
-            " or another config.train.num_devices"
-        )
 
 
 def place(tree: Any, sharding: NamedSharding) -> Any:

@@ -86,12 +86,7 @@ def crop(program: Program, images: Array) -> Array:
 
 
 def init_state(program: Program, key: Array) -> TrainState:
-    """Draws the initial weights.
-
-    Args:
-      program: of the run.
-      key: the run's root key.
-    """
+    """Draws the initial weights; `key` is the run's root key."""
     images = jnp.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 1))
     variables = program.model.module(program.num_classes).init(rng.stream(key, "init"), images)
     params = variables["params"]
@@ -121,17 +116,9 @@ def eval_variables(state: TrainState) -> Variables:
 
 
 def loss_fn(program: Program, params: Any, batch_stats: Any, batch: Batch, key: Array) -> tuple[Array, Any]:
-    """Computes the mean loss of a batch in training.
+    """Computes the mean loss of a batch in training, `f32[]`; places labelled `NO_LABEL` have no weight.
 
-    Args:
-      program: of the run.
-      params: the weights to differentiate by.
-      batch_stats: running statistics before the batch.
-      batch: augmented; places labelled `NO_LABEL` have no weight.
-      key: for dropout.
-
-    Returns:
-      `f32[]` the loss, and beside it logits, losses `f32[B]` and the running statistics after the batch.
+    Beside it, returns the logits, the losses `f32[B]` and the running statistics after the batch. `key` is for dropout.
     """
     is_example = batch["label"] != batches.NO_LABEL
     logits, updates = program.model.module(program.num_classes, train=True).apply(
@@ -149,14 +136,8 @@ def loss_fn(program: Program, params: Any, batch_stats: Any, batch: Batch, key: 
 def train_step(program: Program, state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
     """Makes one update: augment, forward, loss, gradient, optimiser, moving average.
 
-    Args:
-      program: of the run.
-      state: before the step.
-      batch: `u8[B,28,28,1]` and `i32[B]`, with at least one example.
-      key: the run's root key, the same at every call.
-
-    Returns:
-      The state after the step, and the metrics of the batch under the weights before it.
+    `key` is the run's root key, the same at every step. The metrics are those of the batch, which holds at least one
+    example, under the weights before the update.
     """
     images = augment(program.augment, batch["image"], rng.stream(key, "augment", state.step))
     augmented: Batch = {"image": images, "label": batch["label"]}
@@ -194,17 +175,9 @@ def train_steps(
 ) -> tuple[TrainState, Metrics]:
     """Makes `num_steps` updates in one loop on the device.
 
-    Args:
-      program: of the run.
-      state: before the first of them; the place in the order is `state.step` modulo its length.
-      examples: the training split, on the device.
-      order: `i32[S,B]`, rows of every batch of the epoch that `state.step` is in; or `i32[E*S,B]`, of E epochs, the
-        first of which has a number that E divides.
-      key: the run's root key.
-      num_steps: at most what is left of the order. A traced number serves any part of it with one program.
-
-    Returns:
-      The state after them, and their metrics `[S]`; places past `num_steps` hold 0.
+    `order`, `i32[S,B]`, holds the rows of every batch of one or more epochs, and `state.step % S` is the place in it.
+    `num_steps` is at most what is left of it; if it is traced, one program serves any part. The metrics are `[S]`, 0
+    past `num_steps`.
     """
     length = order.shape[0]
 

@@ -4,6 +4,7 @@ A single run is a population of one: there is one loop, and it does not know how
 """
 
 import contextlib
+import itertools
 import logging
 import pathlib
 import time
@@ -35,7 +36,7 @@ DISPATCH_SECONDS = 0.5
 
 
 def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = None) -> TrainState:
-    """Trains a run to its end, from wherever it is.
+    """Trains a run to its end, from wherever it is, and returns its last state.
 
     Args:
       config: of the run. If its dataset cannot be had, that of the substitute is used (`adapt_to_dataset`).
@@ -43,15 +44,7 @@ def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = No
       fork: the folder of another run, whose latest weights a new run starts from, at step 0 and with a fresh optimiser.
         A resumed run does not read it again.
 
-    Returns:
-      The state at the end.
-
-    Raises:
-      UserError: the data, the workdir or the config does not allow it; or the loss is no longer finite.
-      Interrupted: a signal asked to stop; the state is saved.
-
-    Several processes call this with the same arguments after `processes.join`; the primary claims the folder, logs and
-    writes.
+    Several processes call this with the same arguments after `processes.join`; only the primary writes.
     """
     workdirs.check(workdir)
     if (workdir / workdirs.MEMBERS).exists():
@@ -67,20 +60,7 @@ def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = No
 
 
 def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, folds: int = 0) -> dict[str, Any]:
-    """Trains the members of a population to their end, from wherever they are, and sums up their results.
-
-    Args:
-      config: of the members.
-      workdir: the population's folder; created if it is missing, resumed if it holds members.
-      seeds: M, the number of members; or
-      folds: K.
-
-    Returns:
-      What is saved as `population.json`.
-
-    Raises:
-      UserError, Interrupted: as for `fit`.
-    """
+    """Trains M seeds, or K folds, to their end, from wherever they are, and returns what `population.json` holds."""
     workdirs.check(workdir)
     if (workdir / workdirs.CHECKPOINTS).exists():
         raise WorkdirError(f"--workdir={workdir}: holds a run, not a population; name another folder")
@@ -104,42 +84,25 @@ def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, fol
 
 
 def member_configs(config: Config, *, seeds: int = 0, folds: int = 0) -> dict[str, Config]:
-    """Returns the config of each member of a population, by its name.
+    """Returns the configs of M seeds, or of K folds, by the names of the members.
 
-    A report and a demo page of each would cost more than the training; their verbs write one on request.
-
-    Args:
-      config: of all; the first member has its seed, the others those that follow.
-      seeds: M, the number of members; or
-      folds: K, each member holding out another part of the training rows, instead of `data.holdout`.
-
-    Raises:
-      ConfigError: there are not as many seeds, or the rows cannot be divided so.
+    The first member has the seed of `config`, the others those that follow. Each fold holds out another part of the
+    training rows, instead of `data.holdout`. Members get no report and no demo page, which would cost more than the
+    training; their verbs write one on request.
     """
-    if folds:
-        shared = {"data__folds": folds, "data__holdout": 0, "train__report": False, "train__demo": False}
-        return {
-            f"fold-{fold}": replace(config, seed=config.seed + fold, data__fold=fold, **shared) for fold in range(folds)
-        }
+    config = replace(config, train__report=False, train__demo=False)
+    if not folds:
+        return {f"seed-{seed}": replace(config, seed=seed) for seed in range(config.seed, config.seed + seeds)}
     return {
-        f"seed-{seed}": replace(config, seed=seed, train__report=False, train__demo=False)
-        for seed in range(config.seed, config.seed + seeds)
+        f"fold-{k}": replace(config, seed=config.seed + k, data__folds=folds, data__fold=k, data__holdout=0)
+        for k in range(folds)
     }
 
 
 def fit_all(
     configs: Mapping[pathlib.Path, Config], splits: Splits, *, fork: pathlib.Path | None = None
 ) -> list[Member]:
-    """Trains every run to its end, those of equal programs together.
-
-    Args:
-      configs: of each run, by its folder.
-      splits: the data of all.
-      fork: as for `fit`.
-
-    Raises:
-      UserError, Interrupted: as for `fit`.
-    """
+    """Trains every run, given by folder and config, to its end; those of equal programs train together."""
     with stop_request(processes.stop_signals()) as request, contextlib.ExitStack() as stack, processes.bound_together():
         members = [open_member(config, workdir, splits, fork, stack) for workdir, config in configs.items()]
         unfinished = [member for member in members if not member.is_finished]
@@ -153,12 +116,7 @@ def fit_all(
 
 
 def train_all(members: Sequence[Member], examples: Examples, request: StopRequest) -> None:
-    """Makes all the updates that are left; runs that are behind the others catch up first.
-
-    Raises:
-      NonFiniteLossError: nothing is saved after the last good checkpoints.
-      Interrupted: a signal asked to stop; all runs are saved.
-    """
+    """Makes all the updates that are left; runs that are behind the others catch up first."""
     while behind := [member for member in members if member.step < member.config.num_steps]:
         first = min(behind, key=lambda member: member.step)
         alike = [member for member in behind if member.config.program == first.config.program]
@@ -168,25 +126,20 @@ def train_all(members: Sequence[Member], examples: Examples, request: StopReques
 
 
 def train_group(members: Sequence[Member], examples: Examples, *, until: int, request: StopRequest) -> None:
-    """Trains runs of one program that are all at one step up to another step.
-
-    Raises:
-      NonFiniteLossError, Interrupted: as for `train_all`.
-    """
+    """Trains runs of one program that are all at one step up to another step."""
     config, step = members[0].config, members[0].step
     started = time.perf_counter()
     states, advance = compile_steps(members, examples)
     logger.info("compiled in %.1f s", time.perf_counter() - started)
-    (signum,) = processes.agree(request.signum or 0)
+    (signum,) = processes.agree(request.signum)
     if signum:
         raise stopped(config, step, signum)
 
+    progress = Progress(config, step, num_runs=len(members), quiet=not processes.is_primary())
     num_steps = config.num_steps if config.train.epochs_per_dispatch else 1  # of the next call, at most
     last_save = mark = time.perf_counter()
-    call = 0
-    with contextlib.closing(
-        Progress(config, step, num_runs=len(members), quiet=not processes.is_primary())
-    ) as progress:
+    calls = itertools.count()
+    with contextlib.closing(progress):
         while step < until:
             target = min(step + num_steps, next_stop(config, step), until)
             with jax.transfer_guard("disallow"):
@@ -198,18 +151,20 @@ def train_group(members: Sequence[Member], examples: Examples, *, until: int, re
             progress.update(step, seconds, [member.log.epoch() for member in members])
             is_late = 0 < config.checkpoint.every_seconds <= mark - last_save
             # Processes have different clocks and receive different signals, but must all do the same.
+            preempted = members[0].store.preemption(next(calls))
             num_steps, timed_save, signum = processes.agree(
-                next_num_steps(config, num_steps, rate), is_late, request.signum or members[0].store.preemption(call)
+                next_num_steps(config, num_steps, rate), is_late, request.signum or preempted
             )
-            call += 1
             if step not in (until, next_stop(config, step - 1)) and not timed_save and not signum:
                 continue
-            keep_states(members, states, step)
+
+            # The host has something to do: it evaluates at the end of an epoch, and saves when a checkpoint is due.
+            unstack(members, states, step)
             scores: list[dict[str, Any] | None] = [None] * len(members)
             if step % config.steps_per_epoch == 0:
                 scores = [evaluate_holdout(member) for member in members]
                 progress.epoch_line(step, [member.log.epoch() for member in members], scores)
-            (signum,) = processes.agree(signum or request.signum or 0)
+            (signum,) = processes.agree(signum or request.signum)
             if is_save_due(config, step) or timed_save or signum:
                 for member, of_member in zip(members, scores, strict=True):
                     member.store.save(member.state, member.log.snapshot(), holdout=of_member)
@@ -223,25 +178,15 @@ def train_group(members: Sequence[Member], examples: Examples, *, until: int, re
 
 def compile_steps(members: Sequence[Member], examples: Examples) -> tuple[TrainState, drivers.Advance]:
     """Stacks the states of the runs, and compiles the driver that advances them."""
-    train = members[0].config.train
-    job = drivers.Job(
-        members[0].config.program,
-        [member.config.seed for member in members],
-        [member.rows for member in members],
-        examples,
-        train.num_devices,
-        train.epochs_per_dispatch,
-    )
+    program, train = members[0].config.program, members[0].config.train
+    seeds, rows = [member.config.seed for member in members], [member.rows for member in members]
+    job = drivers.Job(program, seeds, rows, examples, train.num_devices, train.epochs_per_dispatch)
     states = drivers.stack([member.state for member in members], job)
     return states, drivers.driver(train.driver, job, states)
 
 
 def log_steps(members: Sequence[Member], metrics: Mapping[str, np.ndarray], seconds: float) -> None:
-    """Logs the metrics `[M,n]` of some steps; each run counts its share of the time.
-
-    Raises:
-      NonFiniteLossError: names the run.
-    """
+    """Logs the metrics `[M,n]` of some steps; each run counts its share of the time."""
     for i, member in enumerate(members):
         try:
             member.log.steps({name: column[i] for name, column in metrics.items()}, seconds / len(members))
@@ -249,13 +194,8 @@ def log_steps(members: Sequence[Member], metrics: Mapping[str, np.ndarray], seco
             raise NonFiniteLossError(f"{member.workdir}: {error}") from error
 
 
-def keep_states(members: Sequence[Member], states: TrainState, step: int) -> None:
-    """Gives each run its own state, on the host.
-
-    Raises:
-      NonFiniteLossError: a weight, a running statistic or an average is NaN or infinite, so the next loss would be,
-        although the last one was not.
-    """
+def unstack(members: Sequence[Member], states: TrainState, step: int) -> None:
+    """Gives each run its own state, on the host; a weight that is not finite stops the program."""
     on_host = jax.device_get(states)
     for i, member in enumerate(members):
         member.state = jax.tree.map(lambda leaf, i=i: np.array(leaf[i]), on_host)
@@ -272,10 +212,7 @@ def stopped(config: Config, step: int, signum: int) -> Interrupted:
 def next_num_steps(config: Config, num_steps: int, rate: float) -> int:
     """Returns how many steps the next call makes, at most: up to twice as many, until it takes `DISPATCH_SECONDS`.
 
-    Args:
-      config: of the run; if it says how many epochs a call makes, the number stays.
-      num_steps: of the last call.
-      rate: measured, in steps a second.
+    `rate` is in steps a second. If the config says how many epochs a call makes, the number stays.
     """
     if config.train.epochs_per_dispatch:
         return num_steps
@@ -294,10 +231,5 @@ def next_stop(config: Config, step: int) -> int:
 
 def is_save_due(config: Config, step: int) -> bool:
     """Returns whether the cadence by epochs or steps, or the end of the run, asks for a checkpoint at `step`."""
-    epoch, rest = divmod(step, config.steps_per_epoch)
-    every_epochs, every_steps = config.checkpoint.every_epochs, config.checkpoint.every_steps
-    return (
-        step == config.num_steps
-        or (every_epochs > 0 and rest == 0 and epoch % every_epochs == 0)
-        or (every_steps > 0 and step % every_steps == 0)
-    )
+    cadences = (config.checkpoint.every_epochs * config.steps_per_epoch, config.checkpoint.every_steps)
+    return step == config.num_steps or any(every and step % every == 0 for every in cadences)

@@ -83,7 +83,8 @@ def bench(config: Config, *, batch_sizes: Sequence[int], repeats: int, latencies
     print("single images ...", file=sys.stderr)
     one_image = seconds_of(logits(1, 1), latencies)
     one_by_one = functools.partial(predict_logits, dataclasses.replace(predictor, batch_size=1))
-    reading = seconds_of(lambda: classify(read_digits(picture.getvalue()), one_by_one), latencies)
+    below = predictor.doubtful_below
+    reading = seconds_of(lambda: classify(read_digits(picture.getvalue()), one_by_one, below), latencies)
     speeds = {}
     for batch_size in batch_sizes:
         print(f"batches of {batch_size} ...", file=sys.stderr)

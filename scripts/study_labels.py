@@ -1,9 +1,11 @@
-"""Flips labels of MNIST on purpose, and measures how many of them confident learning finds.
+"""Measures how many wrong labels confident learning finds: flipped on purpose, or those known in MNIST's test set.
 
     python scripts/study_labels.py --config=configs/fast.py [--share=0.01] [--folds=4] [--workdir=runs/flipped]
+    python scripts/study_labels.py --config=configs/fast.py --known [--folds=10] [--workdir=runs/known]
 
 Prints one line of JSON: the precision among the K most doubtful labels, where K is the number of flipped ones (their
-recall is then the same), and the recall of those that confident learning suspects.
+recall is then the same), and the recall of those that confident learning suspects. `--known` trains folds of the 10,000
+test rows instead, and counts how many of the fifteen known errors are among the most doubtful labels.
 """
 
 import gzip
@@ -19,28 +21,40 @@ from mnist_flax.analysis import label_errors, statistics
 from mnist_flax.config import replace
 from mnist_flax.data.load import load_splits
 from mnist_flax.data.registry import DATASETS, IDX_FILES, Dataset
-from mnist_flax.data.splits import Splits
+from mnist_flax.data.splits import Examples, Splits
 from mnist_flax.train import fit_population
 
 FLAGS = flags.FLAGS
-NAME = "mnist_flipped"
-DATASETS[NAME] = Dataset(num_classes=10, num_train=60_000, num_test=10_000)
+FLIPPED, KNOWN = "mnist_flipped", "mnist_test_rows"
+DATASETS[FLIPPED] = Dataset(num_classes=10, num_train=60_000, num_test=10_000)
+DATASETS[KNOWN] = Dataset(num_classes=10, num_train=10_000, num_test=10_000)
+LISTED = (15, 30, 50, 100)  # how many of the most doubtful labels are looked at for the known errors
 
 
-def write_flipped(splits: Splits, share: float, folder: pathlib.Path) -> np.ndarray:
-    """Writes a dataset whose training labels are wrong for a share of the rows; returns which, `bool[N]`."""
+def flipped(label: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """Returns labels of which a share is wrong, and which ones, `i32[N] -> i32[N], bool[N]`."""
     generator = np.random.default_rng(0)
-    label = np.array(splits.train.label)
-    wrong = np.zeros(len(label), bool)
+    label, wrong = np.array(label), np.zeros(len(label), bool)
     wrong[generator.choice(len(label), round(share * len(label)), replace=False)] = True
     label[wrong] = (label[wrong] + generator.integers(1, 10, wrong.sum())) % 10
-    arrays = (splits.train.image[..., 0], label, splits.test.image[..., 0], splits.test.label)
+    return label, wrong
+
+
+def known(splits: Splits) -> np.ndarray:
+    """Returns which labels of the test set are known to be wrong, `bool[N]`."""
+    wrong = np.zeros(len(splits.test.label), bool)
+    wrong[list(DATASETS["mnist"].doubtful_test_rows)] = True
+    return wrong
+
+
+def write_dataset(train: Examples, test: Examples, folder: pathlib.Path) -> None:
+    """Writes official files."""
+    arrays = (train.image[..., 0], train.label, test.image[..., 0], test.label)
     folder.mkdir(parents=True, exist_ok=True)
     for file, array in zip(IDX_FILES, arrays, strict=True):
         header = np.array([8 << 8 | array.ndim, *array.shape], ">u4").tobytes()
         content = header + array.astype(np.uint8).tobytes()
         (folder / file.name).write_bytes(gzip.compress(content, 1))
-    return wrong
 
 
 def main(argv: Sequence[str]) -> None:
@@ -48,19 +62,25 @@ def main(argv: Sequence[str]) -> None:
     del argv
     config = cli.config()
     workdir = pathlib.Path(FLAGS.workdir)
-    wrong = write_flipped(load_splits(config), FLAGS.share, workdir / "data")
-    config = replace(config, data__name=NAME, data__raw_dir=str(workdir / "data"), data__num_train=0, data__holdout=0)
+    splits = load_splits(config)
+    train, name, wrong = splits.test, KNOWN, known(splits)
+    if not FLAGS.known:
+        label, wrong = flipped(splits.train.label, FLAGS.share)
+        train, name = Examples(splits.train.image, label), FLIPPED
+    write_dataset(train, splits.test, workdir / "data")
+    config = replace(config, data__name=name, data__raw_dir=str(workdir / "data"), data__num_train=0, data__holdout=0)
     fit_population(config, workdir / "folds", folds=FLAGS.folds)
     with np.load(workdir / "folds" / statistics.ARRAYS) as file:
         joint = label_errors.confident_joint(file["out_of_fold_probs"], file["out_of_fold_label"])
         wrong = wrong[file["rows"]]
-    k = int(wrong.sum())
+    k, ranking = int(wrong.sum()), joint.ranking()
+    found = {f"of_first_{n}": int(wrong[ranking[:n]].sum()) for n in LISTED}
+    precision = label_errors.precision_recall(ranking, wrong, k)[0]
     result = {
         "config": pathlib.Path(cli.config_file()).stem,
-        "share": FLAGS.share,
         "folds": FLAGS.folds,
-        "flipped": k,
-        "precision_at_flipped": label_errors.precision_recall(joint.ranking(), wrong, k)[0],
+        **(found if FLAGS.known else {"share": FLAGS.share, "precision_at_flipped": precision}),
+        "wrong": k,
         "suspects": int(joint.suspect.sum()),
         "recall_of_suspects": float(wrong[joint.suspect].sum() / k),
         "estimated_wrong": float(1 - np.trace(joint.joint)),
@@ -71,6 +91,7 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     cli.define_config()
     flags.DEFINE_float("share", 0.01, "the share of the training labels that are flipped", lower_bound=1e-4)
-    flags.DEFINE_integer("folds", 4, "parts of the training rows, each predicted by the others", lower_bound=2)
+    flags.DEFINE_boolean("known", False, "train on folds of the test rows, and look for the labels known to be wrong")
+    flags.DEFINE_integer("folds", 4, "parts of the rows, each predicted by the others", lower_bound=2)
     flags.DEFINE_string("workdir", "runs/flipped", "where the data and the folds are written")
     cli.run(main)

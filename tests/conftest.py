@@ -1,12 +1,18 @@
 """Strict settings for all tests, and shared fixtures."""
 
+import gc
 import logging
 import os
 import pathlib
 from collections.abc import Iterator
 
-# Before JAX is imported: several devices on one CPU.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
+# Before JAX is imported: several devices on one CPU. Compiling takes longer than running what tests train, so LLVM
+# optimises nothing, as in JAX's own tests. XLA's passes, and so the fusions, stay; the slow tests of whole runs
+# (torture) use the defaults.
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true " + os.environ.get("XLA_FLAGS", "")
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests and the processes that they start share compiled programs: many train the same small networks.
 os.environ.setdefault(
@@ -22,6 +28,7 @@ from idx_files import Published
 
 from mnist_flax.data.splits import Examples
 
+gc.set_threshold(100_000)  # as the command line does: tracing creates many objects that stay
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_legacy_prng_key", "error")
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import struct
 import subprocess
@@ -101,30 +102,25 @@ def config_file(config: Config, path: pathlib.Path) -> pathlib.Path:
     return path
 
 
-def environment(cache: pathlib.Path | None = None, devices: int = 1) -> dict[str, str]:
-    """Returns the environment of a process of the tests, which may keep its compiled programs in `cache`."""
-    variables = {"PYTHONPATH": str(ROOT), "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    if cache:
-        variables |= {
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        }
+def environment(devices: int = 1) -> dict[str, str]:
+    """Returns the environment of a process of the tests, which compiles as they do and shares their programs."""
+    count = "--xla_force_host_platform_device_count="
+    flags = re.sub(rf"{count}\d+", f"{count}{devices}", os.environ["XLA_FLAGS"])
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background job, whose children inherit it
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    return {**os.environ, **variables}
+    return {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
 
 
-def start(*arguments: str, devices: int = 1, cache: pathlib.Path | None = None) -> subprocess.Popen[str]:
+def start(*arguments: str, devices: int = 1) -> subprocess.Popen[str]:
     """Starts a process of Python."""
     pipe = subprocess.PIPE
     return subprocess.Popen(
-        [sys.executable, *arguments], env=environment(cache, devices), stdin=pipe, stdout=pipe, stderr=pipe, text=True
+        [sys.executable, *arguments], env=environment(devices), stdin=pipe, stdout=pipe, stderr=pipe, text=True
     )
 
 
-def run(*arguments: str, devices: int = 1, cache: pathlib.Path | None = None) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, devices: int = 1) -> subprocess.CompletedProcess[str]:
     """Runs a process of Python to its end."""
-    with start(*arguments, devices=devices, cache=cache) as process:
+    with start(*arguments, devices=devices) as process:
         out, err = process.communicate(timeout=800)
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)

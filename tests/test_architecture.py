@@ -17,7 +17,7 @@ LAYERS = [
     ["sections"],
     ["config"],
     ["preset", "data", "run.workdir", "run.compilation", "run.provenance", "run.processes", "run.storage", "pictures"],
-    ["cli", "step", "run.progress", "run.weights", "run.tensorboard", "run.log"],
+    ["cli", "step", "run.progress", "run.weights", "run.log"],
     ["drivers", "memory"],
     ["run"],
     ["analysis"],

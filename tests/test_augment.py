@@ -106,6 +106,18 @@ def test_stroke_at_full_strength_is_dilation_or_erosion(square: Array, monkeypat
         assert (np.asarray(distort({"stroke": 1.0}, square, KEY)) == 255).sum() == side**2
 
 
+def test_clutter_adds_pieces_of_the_image(examples: Examples) -> None:
+    image = jnp.asarray(examples.image[0])
+    added = 0
+    for key in jax.random.split(jax.random.key(0), 20):
+        changed = np.asarray(distort({"clutter": 8}, image, key)).astype(int) - np.asarray(image)
+        assert changed.min() >= 0  # nothing is taken away
+        assert np.count_nonzero(changed) <= 2 * 9 * 9
+        added += bool(changed.any())
+    assert added > 5
+    assert not np.asarray(distort({"clutter": 8}, jnp.zeros_like(image), jax.random.key(1))).any()
+
+
 def test_erase_blanks_one_square(examples: Examples) -> None:
     ink = jnp.full((28, 28, 1), 255, jnp.uint8)
     for key in keys(20):

@@ -12,11 +12,11 @@ from scipy.optimize import minimize
 
 from mnist_flax.analysis import calibration
 from mnist_flax.analysis.calibration import calibrate, calibration_scores, fit_temperature
-from mnist_flax.analysis.evaluation import evaluate, load_predictor, predict_logits
+from mnist_flax.analysis.evaluation import DOUBTFUL_BELOW, evaluate, load_predictor, predict_logits
 from mnist_flax.analysis.run_data import load_data, select_examples
 from mnist_flax.analysis.scores import evaluate_workdir, evaluation_table
 from mnist_flax.data.splits import Examples
-from mnist_flax.metrics import negative_log_likelihood
+from mnist_flax.metrics import log_probabilities, negative_log_likelihood
 
 
 def draws(temperature: float, num_examples: int = 20_000) -> tuple[np.ndarray, np.ndarray]:
@@ -88,3 +88,22 @@ def test_temperature_that_makes_no_sense_is_ignored(tmp_path: pathlib.Path, valu
     summary = json.loads((workdir / "summary.json").read_text())
     (workdir / "summary.json").write_text(json.dumps(summary | {"temperature": value}))
     assert load_predictor(workdir)[0].temperature == 1.0
+
+
+def test_one_percent_of_the_hold_out_rows_are_doubted() -> None:
+    logits, _ = draws(1.0, 1000)
+    below = calibration.fit_doubt(logits)
+    assert np.sum(np.exp(log_probabilities(logits)).max(axis=-1) < below) == 10
+    assert calibration.fit_doubt(logits[:99]) == DOUBTFUL_BELOW
+
+
+def test_doubt_is_stored_with_the_run_and_loaded(tmp_path: pathlib.Path) -> None:
+    workdir = shutil.copytree(tiny_run.workdir(), tmp_path / "run")
+    summary = json.loads((workdir / "summary.json").read_text())
+    predictor, info = load_predictor(workdir)
+    config, splits = load_data(info.config, info.fingerprint, {})
+    fitted = calibrate(predictor, select_examples(config, splits, "holdout"))
+    assert predictor.doubtful_below == summary["doubtful_below"] == pytest.approx(fitted.doubtful_below)
+    del summary["doubtful_below"]  # as of a run from before it was stored
+    (workdir / "summary.json").write_text(json.dumps(summary))
+    assert load_predictor(workdir)[0].doubtful_below == DOUBTFUL_BELOW

@@ -2,11 +2,10 @@
 
 import pathlib
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 import tiny_run
@@ -55,8 +54,10 @@ def probabilities_in_jax(workdir: pathlib.Path, page: Any) -> np.ndarray:
     return np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")])
-@pytest.mark.parametrize("draw", [draw_by_mouse, draw_by_touch])
+@pytest.mark.parametrize(
+    ("draw", "width", "scheme"),
+    [(draw_by_mouse, 1280, "light"), (draw_by_mouse, 390, "dark"), (draw_by_touch, 390, "light")],
+)
 def test_demo_reads_a_drawn_seven(
     draw: Callable[..., None], width: int, scheme: str, workdir: pathlib.Path, chromium: Any
 ) -> None:
@@ -171,16 +172,14 @@ def test_demo_does_not_move_where_motion_is_unwelcome(workdir: pathlib.Path, chr
 
 def test_demo_verb_writes_where_it_is_told(workdir: pathlib.Path, tmp_path: pathlib.Path) -> None:
     copy = shutil.copytree(workdir, tmp_path / "<b>run")
-    command = [sys.executable, "-m", "mnist_flax.demo", f"--workdir={copy}", f"--output={tmp_path / 'page.html'}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = forked.run("-m", "mnist_flax.demo", f"--workdir={copy}", f"--output={tmp_path / 'page.html'}")
     assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'page.html'}\n"), done.stderr
     assert (tmp_path / "page.html").stat().st_size < 400_000
     assert "<b>run" not in (tmp_path / "page.html").read_text()  # a name is text, never markup
 
 
 def test_demo_without_a_workdir_is_refused() -> None:
-    command = [sys.executable, "-m", "mnist_flax.demo"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = forked.run("-m", "mnist_flax.demo")
     assert (done.returncode, done.stderr) == (
         2,
         "error: --workdir is missing: name the folder of a run, such as --workdir=runs/default\n",

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from browser import browser
+from test_export_graph import run_program
 
 from mnist_flax.config import Config, replace
 from mnist_flax.data.framing import frame
-from mnist_flax.exporting import reference
 from mnist_flax.exporting.demo import PAGE
 from mnist_flax.exporting.graph import Graph, trace
 from mnist_flax.exporting.textbook import textbook_order
@@ -160,12 +160,12 @@ def test_demo_operations_equal_their_definitions(page: Any) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_textbook_order_keeps_the_logits(name: str, images: np.ndarray) -> None:
+def test_textbook_order_keeps_the_logits(name: str, images: np.ndarray, tmp_path: pathlib.Path) -> None:
     config = CONFIGS[name]
     variables = variables_of(config)
     graph = textbook_order(graph_of(config, variables))
     wanted = forward(config.program, variables, jnp.asarray(images))
-    np.testing.assert_allclose(reference.run_graph(graph, images)["logits"], wanted, atol=1e-5)
+    np.testing.assert_allclose(run_program(graph, tmp_path, images)["logits"], wanted, atol=1e-5)
 
 
 def test_textbook_order_shows_activations_before_pooling() -> None:

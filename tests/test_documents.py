@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 
+import forked
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -40,9 +41,8 @@ def commands(page: pathlib.Path) -> list[list[str]]:
 @functools.cache
 def help_of(program: str) -> str:
     """What a verb or a script says about its flags."""
-    script = [str(ROOT / program)] if program.startswith("scripts/") else ["-m", f"mnist_flax.{program}"]
-    command = [sys.executable, *script, "--helpfull"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
+    script = [program] if program.startswith("scripts/") else ["-m", f"mnist_flax.{program}"]
+    done = forked.run(*script, "--helpfull")
     return done.stdout + done.stderr
 
 

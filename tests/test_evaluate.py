@@ -4,9 +4,9 @@ import json
 import pathlib
 import shutil
 import subprocess
-import sys
 from typing import Any
 
+import forked
 import jax
 import numpy as np
 import pytest
@@ -45,8 +45,7 @@ def workdir(tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "mnist_flax.evaluate", *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, check=False, timeout=120)
+    return forked.run("-m", "mnist_flax.evaluate", *map(str, arguments))
 
 
 @pytest.mark.parametrize("examples", [1, 6, 7, 8, 23])
@@ -266,7 +265,7 @@ def test_command_prints_before_it_fails_to_write(workdir: pathlib.Path) -> None:
         (["--config.data.name=emnist/letters"], "has 37 classes"),
         (["--config.data.nam=kmnist"], "Did you mean: config.data.name"),
         (["--split=tset"], "train|holdout|test"),
-        (["here"], "'here': is no flag"),
+        (["here"], "'here': is not a flag"),
         (["--workdir="], "--workdir is missing"),
     ],
 )

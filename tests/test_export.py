@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import forked
 import numpy as np
 import pytest
-import small_run
 import tiny_run
 from jax import Array
 
@@ -172,10 +172,10 @@ def test_the_model_card_tells_what_is_known(workdir: pathlib.Path) -> None:
 
 def test_the_verb_prints_one_line_and_knows_its_formats() -> None:
     folder = tiny_run.workdir()
-    done = small_run.run("-m", "mnist_flax.export", f"--workdir={folder}", "--format=npz")
+    done = forked.run("-m", "mnist_flax.export", f"--workdir={folder}", "--format=npz")
     assert done.returncode == 0, done.stderr
     assert re.search(r"model.npz \(.*largest difference of logits .*e-0", done.stdout)
-    wrong = small_run.run("-m", "mnist_flax.export", f"--workdir={folder}", "--format=tflite")
+    wrong = forked.run("-m", "mnist_flax.export", f"--workdir={folder}", "--format=tflite")
     assert wrong.returncode == 2
     assert wrong.stderr == "error: --format=tflite: there is no such format; choose one of onnx, stablehlo, npz\n"
 

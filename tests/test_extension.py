@@ -4,9 +4,8 @@ import gzip
 import json
 import pathlib
 import struct
-import subprocess
-import sys
 
+import forked
 import numpy as np
 import pytest
 from PIL import Image
@@ -124,8 +123,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 def use(lab: pathlib.Path, *arguments: str) -> str:
     """Runs a verb with the laboratory's entries and returns what it prints."""
-    command = [sys.executable, str(lab / "lab.py"), *arguments]
-    done = subprocess.run(command, cwd=lab, capture_output=True, text=True, timeout=250)
+    done = forked.run(str(lab / "lab.py"), *arguments, cwd=lab)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 

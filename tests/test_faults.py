@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from killed_run import MOMENTS, MOMENTS_OF_A_REPORT
+from killed_run import MOMENTS
 from small_run import ROOT, SMALL, config_file, environment, outcome, run, start, steps, summary
 
 from mnist_flax import drivers, members, train
@@ -31,12 +31,6 @@ CONFIG = replace(SMALL, checkpoint__every_steps=4, checkpoint__keep_latest=1)
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Where the processes of these tests keep their compiled programs."""
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="session")
 def quiet(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What an undisturbed run leaves."""
     workdir = tmp_path_factory.mktemp("quiet")
@@ -44,13 +38,23 @@ def quiet(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return outcome(workdir)
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_killed_run_is_continued(
-    quiet: dict[str, Any], tmp_path: pathlib.Path, cache: pathlib.Path, moment: str
-) -> None:
+# Each writes one kind of file, or none; the other moments are slow tests.
+KINDS = [
+    "before its first checkpoint",
+    "while Orbax writes",
+    "between a save and its rename",
+    "while a line is written",
+]
+KINDS += ["before its summary"]
+
+
+@pytest.mark.parametrize(
+    "moment", [pytest.param(moment, marks=[] if moment in KINDS else [pytest.mark.slow]) for moment in MOMENTS]
+)
+def test_killed_run_is_continued(quiet: dict[str, Any], tmp_path: pathlib.Path, moment: str) -> None:
     config, workdir = tmp_path / "config.json", tmp_path / "run"
     config.write_text(CONFIG.to_json())
-    killed = run("tests/killed_run.py", str(config), str(workdir), moment, cache=cache, devices=8)
+    killed = run("tests/killed_run.py", str(config), str(workdir), moment, devices=8)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     fit(CONFIG, workdir)
     assert outcome(workdir) == quiet
@@ -59,11 +63,11 @@ def test_killed_run_is_continued(
     assert not (workdir / workdirs.DAMAGED).exists()
 
 
-@pytest.mark.parametrize("moment", MOMENTS_OF_A_REPORT)
-def test_run_killed_at_its_report_gets_it(tmp_path: pathlib.Path, cache: pathlib.Path, moment: str) -> None:
+@pytest.mark.parametrize("moment", ["before its report", pytest.param("after its report", marks=pytest.mark.slow)])
+def test_run_killed_at_its_report_gets_it(tmp_path: pathlib.Path, moment: str) -> None:
     config, workdir = tmp_path / "config.json", tmp_path / "run"
     config.write_text(replace(CONFIG, train__report=True).to_json())
-    killed = run("tests/killed_run.py", str(config), str(workdir), moment, cache=cache, devices=8)
+    killed = run("tests/killed_run.py", str(config), str(workdir), moment, devices=8)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (workdir / workdirs.SUMMARY).exists()  # so the run does not count as finished
     fit(Config.from_json(config.read_text()), workdir)
@@ -116,16 +120,14 @@ def test_run_without_its_last_checkpoint_is_not_finished(
     [
         (signal.SIGTERM, "images/s", "stopped at step "),
         (signal.SIGINT, "rows to train on", "stopped at step "),  # while it compiles
-        (signal.SIGHUP, "images/s", "stopped at step "),
+        pytest.param(signal.SIGHUP, "images/s", "stopped at step ", marks=pytest.mark.slow),
     ],
 )
-def test_signal_saves_and_says_how_to_continue(
-    tmp_path: pathlib.Path, cache: pathlib.Path, signum: int, wait: str, message: str
-) -> None:
+def test_signal_saves_and_says_how_to_continue(tmp_path: pathlib.Path, signum: int, wait: str, message: str) -> None:
     config = config_file(replace(SMALL, train__epochs=10_000), tmp_path / "config.py")
     command = ("-m", "mnist_flax.main", f"--config={config}", f"--workdir={tmp_path / 'run'}")
     for _ in range(2):
-        with start(*command, cache=cache) as process:
+        with start(*command) as process:
             assert process.stderr
             said = ""
             while wait not in said:
@@ -180,22 +182,29 @@ def test_signal_while_a_preset_runs_is_not_its_error(tmp_path: pathlib.Path) -> 
 # A console that goes away ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("redirection", ["2>&1 | head -1 >&2", "2>&-", "2>/dev/full", ">&- 2>&- <&-"])
-def test_run_continues_without_a_console(tmp_path: pathlib.Path, cache: pathlib.Path, redirection: str) -> None:
+@pytest.mark.parametrize(
+    "redirection",
+    [
+        "2>&1 | head -1 >&2",
+        ">&- 2>&- <&-",
+        *(pytest.param(text, marks=pytest.mark.slow) for text in ("2>&-", "2>/dev/full")),
+    ],
+)
+def test_run_continues_without_a_console(tmp_path: pathlib.Path, redirection: str) -> None:
     config = config_file(SMALL, tmp_path / "config.py")
     script = f"set -o pipefail; {sys.executable} -m mnist_flax.main --config={config} --workdir={tmp_path / 'run'}"
     command = ["bash", "-c", f"{script} {redirection}"]
-    done = subprocess.run(command, env=environment(cache), capture_output=True, text=True, timeout=250)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     assert summary(tmp_path / "run")["steps"] == 14
 
 
-def test_run_continues_when_its_terminal_is_closed(tmp_path: pathlib.Path, cache: pathlib.Path) -> None:
+def test_run_continues_when_its_terminal_is_closed(tmp_path: pathlib.Path) -> None:
     config = config_file(replace(SMALL, train__epochs=40), tmp_path / "config.py")
     terminal, its_end = os.openpty()
     fcntl.ioctl(its_end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # a bar needs columns
     command = [sys.executable, "-m", "mnist_flax.main", f"--config={config}", f"--workdir={tmp_path / 'run'}"]
-    process = subprocess.Popen(command, env=environment(cache), stdin=its_end, stdout=its_end, stderr=its_end)
+    process = subprocess.Popen(command, env=environment(), stdin=its_end, stdout=its_end, stderr=its_end)
     os.close(its_end)
     said = b""
     while b"img/s" not in said:

@@ -123,7 +123,8 @@ def test_winograd_error_stays_small() -> None:
     x, kernel = jnp.maximum(normal(0, 4, 12, 12, 32), 0), normal(1, 3, 3, 32, 64)
     windows = np.lib.stride_tricks.sliding_window_view(np.asarray(x, np.float64), (3, 3), (1, 2))
     exact = np.einsum("bnmcij,ijcd->bnmd", windows, np.asarray(kernel, np.float64))
-    error = np.asarray(conv(x, kernel, (1, 1), "VALID"), np.float64) - exact
+    actual = jax.jit(lambda x, kernel: conv(x, kernel, (1, 1), "VALID"))(x, kernel)
+    error = np.asarray(actual, np.float64) - exact
     assert np.sqrt((error**2).mean()) / exact.std() < 4e-6
 
 
@@ -150,7 +151,7 @@ def test_pooling_equals_lax(batch: int, height: int, width: int, channels: int, 
 
 def test_ties_share_the_gradient_and_the_rest_gets_none() -> None:
     x = jnp.array([[1.0, 1, 5, 0], [0, 1, 2, 3], [7, 7, 4, 4], [7, 7, 4, 9]]).reshape(1, 4, 4, 1)
-    gradient = jax.grad(lambda x: max_pool(x, 2).sum())(x)[0, :, :, 0]
+    gradient = jax.jit(jax.grad(lambda x: max_pool(x, 2).sum()))(x)[0, :, :, 0]
     expected = [[1 / 3, 1 / 3, 1, 0], [0, 1 / 3, 0, 0], [1 / 4, 1 / 4, 0, 0], [1 / 4, 1 / 4, 0, 1]]
     np.testing.assert_allclose(gradient, expected, rtol=1e-6)
 
@@ -186,9 +187,15 @@ def test_bfloat16_is_computed_in_float32(channels: int) -> None:
 @pytest.mark.parametrize("batch", [0, 1])
 def test_empty_and_single_batches(channels: int, batch: int) -> None:
     x, kernel = normal(0, batch, 9, 9, channels), normal(1, 3, 3, channels, 16)
-    y = conv(x, kernel, (1, 1), "SAME", 2)
-    assert_near(y, nn.max_pool(lax_conv(x, kernel, (1, 1), "SAME"), (2, 2), (2, 2)))
-    assert max_pool(x, 2).shape == avg_pool(x, 2).shape == (batch, 4, 4, channels)
+
+    @jax.jit
+    def outputs(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, ...]:
+        expected = nn.max_pool(lax_conv(x, kernel, (1, 1), "SAME"), (2, 2), (2, 2))
+        return conv(x, kernel, (1, 1), "SAME", 2), expected, max_pool(x, 2), avg_pool(x, 2)
+
+    ours, theirs, *pooled = outputs(x, kernel)
+    assert_near(ours, theirs)
+    assert [y.shape for y in pooled] == [(batch, 4, 4, channels)] * 2
 
 
 @pytest.mark.parametrize("channels", [1, 4])
@@ -222,7 +229,7 @@ def net() -> tuple[Callable[..., jax.Array], Any, jax.Array]:
         assert isinstance(y, jax.Array)
         return y
 
-    return apply, Net().init(jax.random.key(0), x), x
+    return apply, jax.jit(Net().init)(jax.random.key(0), x), x
 
 
 def loss_gradient(apply: Callable[..., jax.Array]) -> Callable[..., Any]:
@@ -235,7 +242,7 @@ def test_no_leak_between_examples(net: tuple[Callable[..., jax.Array], Any, jax.
     forward = jax.jit(apply)
     mates = x.at[1:].set(100 * normal(5, 7, 12, 12, 1))
     assert (forward(variables, x)[0] == forward(variables, mates)[0]).all()
-    touched = jax.grad(lambda x: apply(variables, x)[2].sum())(x)
+    touched = jax.jit(jax.grad(lambda x: apply(variables, x)[2].sum()))(x)
     assert touched[2].any()
     assert not touched[jnp.array([0, 1, 3, 4, 5, 6, 7])].any()
 
@@ -249,7 +256,7 @@ def test_vmap_over_kernels_and_map_over_batches(net: tuple[Callable[..., jax.Arr
         alone = jax.jit(gradient)(jax.tree.map(lambda leaf, m=member: leaf[m], members), x)
         jax.tree.map(lambda a, b, m=member: assert_near(a[m], b), together, alone)
     one_by_one = jax.jit(lambda: lax.map(lambda row: apply(variables, row[None])[0], x))()
-    assert_near(one_by_one, apply(variables, x))
+    assert_near(one_by_one, jax.jit(apply)(variables, x))
 
 
 def test_sharded_over_devices(net: tuple[Callable[..., jax.Array], Any, jax.Array]) -> None:
@@ -285,7 +292,7 @@ def test_each_platform_gets_its_form(net: tuple[Callable[..., jax.Array], Any, j
 def test_exports_for_several_platforms_at_once(net: tuple[Callable[..., jax.Array], Any, jax.Array]) -> None:
     apply, variables, x = net
     exported = jax.export.export(jax.jit(apply), platforms=("cpu", "cuda"))(variables, x)
-    assert_near(exported.call(variables, x), apply(variables, x))
+    assert_near(exported.call(variables, x), jax.jit(apply)(variables, x))
     assert jax.eval_shape(apply, variables, x).shape == (8, 16)
 
 
@@ -308,11 +315,16 @@ def plain_norm(
     return y, mean, var
 
 
-NORMS = [(None, 1, "max"), (nn.relu, 2, "max"), (nn.tanh, 3, "max"), (nn.gelu, 2, "max"), (nn.elu, 2, "avg")]
+NORMS = [
+    (None, 1, "max", False),
+    (nn.relu, 2, "max", True),
+    (nn.tanh, 3, "max", True),
+    (nn.gelu, 2, "max", False),
+    (nn.elu, 2, "avg", True),
+]
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("activation", "pool", "pooling"), NORMS)
+@pytest.mark.parametrize(("activation", "pool", "pooling", "masked"), NORMS)
 def test_batch_norm_equals_the_plain_formula(activation: Any, pool: int, pooling: str, masked: bool) -> None:
     """Values and gradients; a scale of every sign, and rows and columns that fill no window."""
     x = jnp.asarray(np.random.default_rng(0).normal(1, 2, (5, 7, 8, 6)).astype(np.float32))  # no ties
@@ -335,7 +347,7 @@ def test_batch_norm_of_a_flat_channel_is_finite() -> None:
     """A blank channel has no variance, and every window ties."""
     x, one = jnp.full((2, 4, 4, 1), 3.0), jnp.ones(1)
     f = functools.partial(norm.norm_activate_pool, activation=nn.relu, pool=2)
-    value, gradient = jax.value_and_grad(lambda x: f(x, one, one)[0].sum())(x)
+    value, gradient = jax.jit(jax.value_and_grad(lambda x: f(x, one, one)[0].sum()))(x)
     assert value == 8.0
     assert_near(gradient, jnp.zeros_like(x))
 
@@ -345,16 +357,18 @@ def test_batch_norm_vectors_loops_and_types() -> None:
     x, scale, bias = normal(0, 3, 8, 5), normal(1, 5), normal(2, 5)
     mask = jnp.arange(8) < 6
 
+    @jax.jit
     def gradient(x: jax.Array) -> jax.Array:
         return jax.grad(lambda x: (norm.norm_activate_pool(x, scale, bias, mask, activation=nn.relu)[0] ** 2).sum())(x)
 
     alone = jnp.stack([gradient(row) for row in x])
-    assert_near(jax.vmap(gradient)(x), alone, 1e-5)
+    assert_near(jax.jit(jax.vmap(gradient))(x), alone, 1e-5)
     assert_near(jax.jit(lambda x: lax.map(gradient, x))(x), alone, 1e-5)
-    y, mean, _ = norm.batch_norm(x[0].astype(jnp.bfloat16), scale, bias)
+    batch_norm = jax.jit(norm.batch_norm)
+    y, mean, _ = batch_norm(x[0].astype(jnp.bfloat16), scale, bias)
     assert y.dtype == jnp.bfloat16
     assert mean.dtype == jnp.float32
-    assert_near(y.astype(jnp.float32), norm.batch_norm(x[0], scale, bias)[0], 2.0**-8)
+    assert_near(y.astype(jnp.float32), batch_norm(x[0], scale, bias)[0], 2.0**-8)
 
 
 def test_batch_norm_takes_statistics_over_all_devices() -> None:

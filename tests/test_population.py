@@ -6,18 +6,19 @@ import os
 import pathlib
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from typing import Any
 
+import forked
 import jax
 import numpy as np
 import pytest
+import small_population
+from small_population import CONFIG
 
 from mnist_flax import drivers, members, train
 from mnist_flax.analysis import statistics as results
-from mnist_flax.config import Config, replace
+from mnist_flax.config import replace
 from mnist_flax.data import batches
 from mnist_flax.data.load import load_splits
 from mnist_flax.errors import ConfigError, NonFiniteLossError, WorkdirError
@@ -27,44 +28,15 @@ from mnist_flax.run.log import RunLog
 from mnist_flax.run.signals import Interrupted
 from mnist_flax.train import fit, fit_population, member_configs
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-CONFIG = replace(
-    Config(),
-    seed=3,
-    data__name="digits",
-    data__num_train=220,
-    data__holdout=20,
-    model__widths=(4,),
-    model__pools=(4,),
-    model__dense=(8,),
-    model__dropout=0.2,
-    augment__shift=1,
-    optimizer__learning_rate=0.02,
-    optimizer__ema_decay=0.9,
-    train__batch_size=25,
-    train__epochs=2,
-    eval__batch_size=120,
-    train__log_every_steps=3,
-    train__tensorboard=False,
-    train__report=False,
-    train__demo=False,
-)
+
+@pytest.fixture(scope="module")
+def seeds() -> pathlib.Path:
+    return small_population.seeds()
 
 
 @pytest.fixture(scope="module")
-def seeds(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A finished population of the seeds 3, 4 and 5; who changes something in it makes a copy first."""
-    workdir = tmp_path_factory.mktemp("population") / "seeds"
-    fit_population(CONFIG, workdir, seeds=3)
-    return workdir
-
-
-@pytest.fixture(scope="module")
-def folds(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A finished population of three folds of 220 rows, so of unequal size."""
-    workdir = tmp_path_factory.mktemp("population") / "folds"
-    fit_population(CONFIG, workdir, folds=3)
-    return workdir
+def folds() -> pathlib.Path:
+    return small_population.folds()
 
 
 def assert_same_run(one: pathlib.Path, other: pathlib.Path) -> None:
@@ -279,8 +251,7 @@ def test_a_loss_that_is_not_finite_names_its_member(tmp_path: pathlib.Path) -> N
     ],
 )
 def test_the_command_line(arguments: list[str], status: int, message: str) -> None:
-    command = [sys.executable, "-m", "mnist_flax.population", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = forked.run("-m", "mnist_flax.population", *arguments)
     assert done.returncode == status
     assert message in done.stdout + done.stderr
     assert "Traceback" not in done.stderr

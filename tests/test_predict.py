@@ -8,6 +8,7 @@ import subprocess
 import sys
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 from PIL import Image
@@ -46,15 +47,8 @@ class Model:
 
     def run(self, *arguments: str, stdin: bytes = b"", cwd: pathlib.Path = ROOT) -> tuple[int, str, str]:
         """Runs the verb: exit status, standard output, standard error."""
-        done = subprocess.run(
-            [sys.executable, "-m", "mnist_flax.predict", *arguments],
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            cwd=cwd,
-            input=stdin,
-            capture_output=True,
-            check=False,
-        )
-        return done.returncode, done.stdout.decode(), done.stderr.decode()
+        done = forked.run("-m", "mnist_flax.predict", *arguments, cwd=cwd, stdin=stdin)
+        return done.returncode, done.stdout, done.stderr
 
     def read(self, *names: str, **options: Any) -> tuple[int, list[dict[str, Any]]]:
         """Runs it with --json: exit status and objects."""
@@ -172,10 +166,7 @@ def test_mistakes_of_the_user(model: Model, folder: pathlib.Path, arguments: lis
 
 
 def test_help_names_the_flags() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "mnist_flax.predict", "--help"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = forked.run("-m", "mnist_flax.predict", "--help")
     assert done.returncode == 0
     assert "--save_preprocessed" in done.stdout
 
@@ -186,7 +177,7 @@ def test_help_names_the_flags() -> None:
 def reading(probability: float) -> readings_lib.Reading:
     top = [(7, probability), (1, 0.01), (2, 0.005)]
     image = np.zeros((28, 28), np.uint8)
-    doubtful = probability < readings_lib.CONFIDENT
+    doubtful = probability < 0.95
     return readings_lib.Reading(7, probability, top, (0, 0, 9, 9), doubtful, image)
 
 
@@ -222,10 +213,11 @@ def logits(images: np.ndarray) -> np.ndarray:
 
 
 def test_doubt_follows_the_probability_and_the_shape() -> None:
-    found = readings_lib.classify([digit(3), digit(30), digit(4, suspect=True)], logits)
+    found = readings_lib.classify([digit(3), digit(30), digit(4, suspect=True)], logits, 0.5)
     assert [r.doubtful for r in found] == [False, True, True]
     assert [r.digit for r in found] == [3, 0, 4]
     assert found[1].probability == pytest.approx(0.1)
+    assert not readings_lib.classify([digit(30)], logits, 0.09)[0].doubtful
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 100])
@@ -237,7 +229,7 @@ def test_batches_go_across_pictures_and_keep_their_order(batch_size: int) -> Non
         ("c", [digit(3)]),
         ("d", [digit(4), digit(5), digit(6)]),
     ]
-    found = dict(readings_lib.classify_all(pictures, logits, batch_size))
+    found = dict(readings_lib.classify_all(pictures, logits, batch_size, 0.5))
     assert list(found) == ["a", "b", "c", "d"]
     assert found.pop("b") is wrong
     assert {name: [r.digit for r in answer] for name, answer in found.items() if isinstance(answer, list)} == {

@@ -20,7 +20,7 @@ import pytest
 from idx_files import Published, tree
 
 import mnist_flax
-from mnist_flax.data import cache, prepare
+from mnist_flax.data import prepare
 from mnist_flax.data.registry import DATASETS
 from mnist_flax.errors import DataError
 
@@ -107,7 +107,7 @@ def test_swapped_records_stop_every_source(
     fingerprint = small.load_raw().fingerprint
     if known == "in the registry":
         monkeypatch.setitem(DATASETS, name, dataclasses.replace(DATASETS[name], fingerprint=fingerprint))
-        (small.copy / cache.FINGERPRINT_FILE).write_text("0" * 64)  # the registry is right
+        (small.copy / prepare.FINGERPRINT_FILE).write_text("0" * 64)  # the registry is right
     small.cache.unlink()
     swap_splits(small)
     for source in ("auto", "tfds", "raw", "download"):

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import time
 
+import forked
 import jax
 import numpy as np
 import pytest
@@ -24,14 +25,8 @@ RUN = replace(
 Ended = subprocess.CompletedProcess[str]
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Compiled programs, for all processes of these tests."""
-    return tmp_path_factory.mktemp("cache")
-
-
 def start_together(
-    count: int, folder: pathlib.Path, cache: pathlib.Path, *flags: str, deaths: dict[int, int] | None = None
+    count: int, folder: pathlib.Path, *flags: str, deaths: dict[int, int] | None = None
 ) -> list[subprocess.Popen[str]]:
     """Starts the processes of a run in `folder`/run; `deaths` gives the step at which a process dies, by its index."""
     with socket.socket() as probe:
@@ -44,7 +39,7 @@ def start_together(
     for index in range(count):
         die_at = (deaths or {}).get(index)
         program = ["-m", "mnist_flax.main"] if die_at is None else [killed, str(die_at)]
-        started.append(start(*program, *common, f"--process_index={index}", cache=cache))
+        started.append(start(*program, *common, f"--process_index={index}"))
     return started
 
 
@@ -66,10 +61,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory, cache: pathlib.Path) -> tuple[pathlib.Path, list[Ended]]:
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, list[Ended]]:
     """The undisturbed run of two processes, and how they ended."""
     folder = tmp_path_factory.mktemp("pair")
-    ended = end(start_together(2, folder, cache))
+    ended = end(start_together(2, folder))
     return folder / "run", ended
 
 
@@ -97,19 +92,17 @@ def test_two_processes_are_one_run(pair: tuple[pathlib.Path, list[Ended]], alone
     assert "accuracy" not in other.stderr + other.stdout  # only the primary prints
 
 
-def test_four_processes_that_feed_their_rows_are_one_run(
-    tmp_path: pathlib.Path, cache: pathlib.Path, alone: pathlib.Path
-) -> None:
-    ended = end(start_together(4, tmp_path, cache, "--config.train.driver=stream"))
+def test_four_processes_that_feed_their_rows_are_one_run(tmp_path: pathlib.Path, alone: pathlib.Path) -> None:
+    ended = end(start_together(4, tmp_path, "--config.train.driver=stream"))
     assert [process.returncode for process in ended] == [0] * 4, ended
     assert_same_run(tmp_path / "run", alone)
 
 
-@pytest.mark.parametrize("dead", [0, 1])
+@pytest.mark.parametrize("dead", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_killed_process_ends_the_others_and_the_restart_equals_a_quiet_run(
-    pair: tuple[pathlib.Path, list[Ended]], alone: pathlib.Path, tmp_path: pathlib.Path, cache: pathlib.Path, dead: int
+    pair: tuple[pathlib.Path, list[Ended]], alone: pathlib.Path, tmp_path: pathlib.Path, dead: int
 ) -> None:
-    started = start_together(2, tmp_path, cache, deaths={dead: 9})
+    started = start_together(2, tmp_path, deaths={dead: 9})
     started[dead].wait(timeout=250)
     since = time.monotonic()
     ended = end(started)
@@ -130,12 +123,12 @@ def test_killed_process_ends_the_others_and_the_restart_equals_a_quiet_run(
     shutil.copytree(tmp_path / "run", tmp_path / "single")
     fit(RUN, tmp_path / "single")
     assert_same_run(tmp_path / "single", alone)
-    assert [process.returncode for process in end(start_together(2, tmp_path, cache))] == [0, 0]
+    assert [process.returncode for process in end(start_together(2, tmp_path))] == [0, 0]
     assert outcome(tmp_path / "run") == outcome(pair[0])
 
 
-def test_signal_to_one_stops_all_at_the_same_step(tmp_path: pathlib.Path, cache: pathlib.Path) -> None:
-    started = start_together(2, tmp_path, cache, "--config.train.epochs=100000")
+def test_signal_to_one_stops_all_at_the_same_step(tmp_path: pathlib.Path) -> None:
+    started = start_together(2, tmp_path, "--config.train.epochs=100000")
     deadline = time.monotonic() + 120
     while not checkpoint.steps_in(tmp_path / "run" / "checkpoints"):
         assert time.monotonic() < deadline
@@ -153,7 +146,7 @@ def test_signal_to_one_stops_all_at_the_same_step(tmp_path: pathlib.Path, cache:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--num_processes=2"], "--num_processes: has a meaning only with --distributed"),
+        (["--num_processes=2"], "--num_processes: is used only with --distributed"),
         (["--distributed", "--num_processes=2", "--process_index=0"], "--coordinator is missing: give all of"),
         (
             ["--distributed", "--coordinator=127.0.0.1:1", "--num_processes=2", "--process_index=2"],
@@ -167,14 +160,14 @@ def test_signal_to_one_stops_all_at_the_same_step(tmp_path: pathlib.Path, cache:
     ],
 )
 def test_contradicting_flags_are_one_message(tmp_path: pathlib.Path, flags: list[str], message: str) -> None:
-    ended = run("-m", "mnist_flax.main", "--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}", *flags)
+    ended = forked.run("-m", "mnist_flax.main", "--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}", *flags)
     assert ended.returncode == 2
     assert ended.stderr.startswith(f"error: {message}"), ended.stderr
     assert not (tmp_path / "run").exists()
 
 
-def test_primary_that_waits_for_others_ends_at_once_on_a_signal(tmp_path: pathlib.Path, cache: pathlib.Path) -> None:
-    process, other = start_together(2, tmp_path, cache, deaths={1: 0})
+def test_primary_that_waits_for_others_ends_at_once_on_a_signal(tmp_path: pathlib.Path) -> None:
+    process, other = start_together(2, tmp_path, deaths={1: 0})
     other.kill()
     other.communicate()
     assert process.stderr

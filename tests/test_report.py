@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
+import forked
 import jax
 import numpy as np
 import pytest
@@ -539,8 +540,7 @@ def test_command_reports_into_the_run_or_the_output(tmp_path: pathlib.Path) -> N
     workdir = shutil.copytree(tiny_run.workdir(), tmp_path / "run")
 
     def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "-m", "mnist_flax.report", *arguments]
-        return subprocess.run(line, capture_output=True, text=True, check=False, timeout=120)
+        return forked.run("-m", "mnist_flax.report", *arguments)
 
     done = command(f"--workdir={workdir}", "--checkpoint=best")
     assert done.returncode == 0, done.stderr

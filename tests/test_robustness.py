@@ -5,8 +5,8 @@ import json
 import pathlib
 import shutil
 import subprocess
-import sys
 
+import forked
 import numpy as np
 import pytest
 import small_population
@@ -28,8 +28,7 @@ def test() -> Examples:
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "mnist_flax.robustness", *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, check=False, timeout=200)
+    return forked.run("-m", "mnist_flax.robustness", *map(str, arguments))
 
 
 def test_scores_are_those_of_scikit_learn(test: Examples) -> None:
@@ -158,7 +157,7 @@ def test_the_command_refuses_what_makes_no_sense(tmp_path: pathlib.Path) -> None
         ([], "--workdir is missing"),
         ([f"--workdir={tmp_path}"], "error"),
         (["--severity=6"], "severity"),
-        (["fog"], "is no flag"),
+        (["fog"], "is not a flag"),
     ]:
         done = command(*arguments)
         assert done.returncode

@@ -26,7 +26,7 @@ from mnist_flax.step import TrainState, eval_variables, forward, train_step
 from mnist_flax.train import fit, fit_population
 
 KEY = rng.root_key(0)
-COUNTS = [1, 2, 4, 8]
+COUNTS = [2, pytest.param(4, marks=pytest.mark.slow), 8]
 # Plain gradient descent: Adam's first steps divide by the gradient's own size, and would show its rounding as large.
 SGD: dict[str, Any] = {"optimizer__name": "sgd", "optimizer__learning_rate": 0.05}
 RUN = replace(SMALL, checkpoint__every_steps=5, **SGD)
@@ -94,7 +94,7 @@ def test_in_the_form_for_accelerators_devices_tell_each_other_sums_and_nothing_e
     assert set(re.findall(r" (all-[a-z]+|collective-permute|reduce-scatter)[(-]", program)) == {"all-reduce"}
 
 
-@pytest.mark.parametrize("count", COUNTS[1:])
+@pytest.mark.parametrize("count", COUNTS)
 def test_distortions_and_dropout_masks_do_not_depend_on_the_number_of_devices(examples: Examples, count: int) -> None:
     config = AugmentConfig(shift=2, rotate=10.0, scale=0.1, shear=5.0)
     dropout = Dropout(0.3, train=True)
@@ -141,7 +141,7 @@ def train_on(count: int, name: str, examples: Examples, num_steps: int) -> tuple
 def test_one_and_many_devices_agree(examples: Examples, name: str) -> None:
     state, sums = train_on(1, name, examples, 12)
     assert sums["examples"].tolist() == [16, 16, 16, 16, 16, 12] * 2
-    for count in COUNTS[1:]:
+    for count in (2, 8):
         other_state, other_sums = train_on(count, name, examples, 12)
         np.testing.assert_array_equal(sums["examples"], other_sums["examples"])
         np.testing.assert_allclose(sums["loss"], other_sums["loss"], rtol=RTOL)
@@ -191,7 +191,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return workdir
 
 
-@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("count", [1, *COUNTS])
 def test_a_checkpoint_of_eight_devices_goes_on_with_fewer(
     half: pathlib.Path, whole: pathlib.Path, tmp_path: pathlib.Path, count: int
 ) -> None:
@@ -214,7 +214,7 @@ def test_members_are_spread_over_as_many_devices_as_can_have_equal_shares() -> N
 
 def test_members_on_devices_of_their_own_are_what_they_are_together(tmp_path: pathlib.Path) -> None:
     for count in (1, 2):
-        fit_population(replace(RUN, train__epochs=1, train__num_devices=count), tmp_path / str(count), seeds=4)
-    for name in ("seed-0", "seed-3"):
+        fit_population(replace(RUN, train__epochs=1, train__num_devices=count), tmp_path / str(count), seeds=2)
+    for name in ("seed-0", "seed-1"):
         one, other = (checkpoint.load_run(tmp_path / str(count) / "members" / name).state for count in (1, 2))
         assert_close(one, other)  # loops of other lengths are fused in other ways

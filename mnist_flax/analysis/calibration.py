@@ -1,4 +1,4 @@
-"""Calibration: how far predicted probabilities can be trusted, and temperature scaling to improve them."""
+"""Calibration: how far predicted probabilities can be trusted, temperature scaling, and which answers are doubtful."""
 
 import dataclasses
 from typing import Any
@@ -6,24 +6,19 @@ from typing import Any
 import numpy as np
 
 from mnist_flax import metrics
-from mnist_flax.analysis.evaluation import Predictor, predict_logits
+from mnist_flax.analysis.evaluation import DOUBTFUL_BELOW, Predictor, predict_logits
 from mnist_flax.data.splits import Examples
 
 LIMIT = 20.0  # temperatures are searched from 1 / LIMIT to LIMIT
+FALSE_ALARMS = 0.01  # the share of the hold-out digits that are called doubtful
 NUM_BINS = 15  # bins of the reliability diagram (as in Guo et al., 2017)
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """Finds the temperature that minimises the cross-entropy of `logits / temperature` (Guo et al., 2017).
 
-    It changes the probabilities but never the most probable class.
-
-    Args:
-      logits: `f32[N,C]`, of examples that were not trained on.
-      labels: `i32[N]`.
-
-    Returns:
-      The temperature; 1 if there are no examples, or no mistakes among them, because the minimum would then be at 0.
+    It changes the probabilities but never the most probable class. It is 1 if there are no examples, or no mistakes
+    among them, because the minimum would then be at 0. The examples should not have been trained on.
     """
     if np.all(logits.argmax(axis=-1) == labels):
         return 1.0
@@ -37,11 +32,27 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def calibrate(predictor: Predictor, holdout: Examples) -> Predictor:
-    """Returns the predictor, or committee, with a temperature fitted on the held-out rows; 1 if there are none."""
-    raw = dataclasses.replace(predictor, temperature=1.0)
+    """Returns the predictor, or committee, with temperature and doubt fitted on held-out rows; the defaults without."""
+    raw = dataclasses.replace(predictor, temperature=1.0, doubtful_below=DOUBTFUL_BELOW)
     if not len(holdout.label):
         return raw
-    return dataclasses.replace(raw, temperature=fit_temperature(predict_logits(raw, holdout.image), holdout.label))
+    logits = predict_logits(raw, holdout.image)
+    temperature = fit_temperature(logits, holdout.label)
+    return dataclasses.replace(raw, temperature=temperature, doubtful_below=fit_doubt(logits / temperature))
+
+
+def fit_doubt(logits: np.ndarray) -> float:
+    """Finds the probability below which the answers to `FALSE_ALARMS` of the examples lie; each is a false alarm.
+
+    Args:
+      logits: `f32[N,C]`, of digits that were not trained on, divided by the temperature.
+
+    Returns:
+      The probability; the default if there are too few examples for a single false alarm.
+    """
+    if len(logits) * FALSE_ALARMS < 1:
+        return DOUBTFUL_BELOW
+    return float(np.quantile(np.exp(metrics.log_probabilities(logits).max(axis=-1)), FALSE_ALARMS))
 
 
 def calibration_scores(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:

@@ -7,36 +7,25 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mnist_flax.analysis import statistics
-from mnist_flax.analysis.evaluation import POPULATION, evaluate, load_predictor
+from mnist_flax.analysis.evaluation import POPULATION, Facts, evaluate, load_predictor
 from mnist_flax.analysis.run_data import load_data
-from mnist_flax.analysis.statistics import Facts
 from mnist_flax.errors import WorkdirError
 
 SIGNIFICANCE = 0.05  # a difference is significant if chance alone produces one as large less often than this
 
 
 class Result(NamedTuple):
-    """The part of a run or population that a comparison needs.
+    """The part of a run or population that a comparison needs."""
 
-    Attributes:
-      name: the folder of the run or population.
-      kind: `run`, `seeds` or `folds`.
-      dataset: the name of the dataset.
-      fingerprint: its fingerprint.
-      pairing: the seed or the fold of each member; two populations are paired if these are equal.
-      accuracies: the accuracy of each member: on its held-out rows for folds, otherwise on the test set.
-      labels: `i32[N]`, the labels of the examples.
-      predictions: `i32[N]`, those of the run, of the committee (seeds), or out of fold (folds).
-    """
-
-    name: str
-    kind: str
-    dataset: str
-    fingerprint: str
-    pairing: tuple[int, ...]
+    name: str  # its folder
+    kind: str  # `run`, `seeds` or `folds`
+    dataset: str  # the name of the dataset
+    fingerprint: str  # that of the dataset
+    pairing: tuple[int, ...]  # the seed or the fold of each member; two populations are paired if these are equal
+    # the accuracy of each member: on its held-out rows for folds, otherwise on the test set
     accuracies: tuple[float, ...]
-    labels: np.ndarray
-    predictions: np.ndarray
+    labels: np.ndarray  # `i32[N]`, the labels of the examples
+    predictions: np.ndarray  # `i32[N]`, those of the run, of the committee (seeds), or out of fold (folds)
 
 
 def load_result(workdir: pathlib.Path) -> Result:
@@ -56,19 +45,17 @@ def load_result(workdir: pathlib.Path) -> Result:
             f"{workdir / statistics.ARRAYS}: cannot be read ({error}); remove {POPULATION}, and the command that"
             " trained this population writes both again"
         ) from error
-    is_folds = saved["kind"] == "folds"
-    if is_folds:
+    if is_folds := saved["kind"] == "folds":
         labels, probs = arrays["out_of_fold_label"], arrays["out_of_fold_probs"]
     else:
         labels, probs = arrays["test_label"], arrays["test_probs"].mean(axis=0)
-    scores = saved["out_of_fold"]["folds"] if is_folds else saved["members"]
     return Result(
         name=str(workdir),
         kind=saved["kind"],
         dataset=saved["dataset"],
         fingerprint=saved["dataset_fingerprint"],
         pairing=tuple(member["fold" if is_folds else "seed"] for member in saved["members"]),
-        accuracies=tuple(of_member["accuracy"] for of_member in scores),
+        accuracies=tuple(of["accuracy"] for of in (saved["out_of_fold"]["folds"] if is_folds else saved["members"])),
         labels=labels,
         predictions=probs.argmax(axis=-1),
     )
@@ -111,13 +98,10 @@ def compare_results(a: Result, b: Result) -> Facts:
     """
     check_same_examples(a, b)
     examples = mcnemar(a.predictions == a.labels, b.predictions == b.labels)
-    over_members = None
-    if len(a.accuracies) > 1 and len(b.accuracies) > 1:
-        over_members = t_test(a.accuracies, b.accuracies, paired=a.pairing == b.pairing)
-    decisive = over_members or examples
-    better = None
-    if decisive["p"] < SIGNIFICANCE:
-        better = "b" if decisive["difference"] > 0 else "a"
+    have_members = min(len(a.accuracies), len(b.accuracies)) > 1
+    members = t_test(a.accuracies, b.accuracies, paired=a.pairing == b.pairing) if have_members else None
+    decisive = members or examples
+    better = "b" if decisive["difference"] > 0 else "a"
     return {
         "a": _facts(a),
         "b": _facts(b),
@@ -125,8 +109,8 @@ def compare_results(a: Result, b: Result) -> Facts:
         "dataset_fingerprint": a.fingerprint,
         "examples": len(a.labels),
         "mcnemar": examples,
-        "t": over_members,
-        "verdict": better,
+        "t": members,
+        "verdict": better if decisive["p"] < SIGNIFICANCE else None,
     }
 
 
@@ -141,40 +125,29 @@ def _facts(result: Result) -> Facts:
 
 
 def check_same_examples(a: Result, b: Result) -> None:
-    """Checks that two results can be compared example by example.
-
-    Raises:
-      WorkdirError: they cannot; the message says what differs.
-    """
+    """Raises a WorkdirError if two results cannot be compared example by example."""
     if a.fingerprint != b.fingerprint:
         raise WorkdirError(
             f"--compare: {a.name} is about {a.dataset} (fingerprint {a.fingerprint[:12]}), {b.name} about"
             f" {b.dataset} ({b.fingerprint[:12]}); only results on the same data can be compared"
         )
-    kinds = {"folds" if result.kind == "folds" else "test" for result in (a, b)}
-    is_same = len(kinds) == 1 and np.array_equal(a.labels, b.labels)
-    if not is_same or (a.kind == "folds" and a.pairing != b.pairing):
-        raise WorkdirError(
-            f"--compare: {a.name} was evaluated on {_examples(a)}, {b.name} on {_examples(b)}; compare folds with as"
-            " many folds of the same rows, and seeds or runs with each other"
+    held_out = [result.pairing if result.kind == "folds" else None for result in (a, b)]
+    if held_out[0] != held_out[1] or not np.array_equal(a.labels, b.labels):
+        what_a, what_b = (
+            f"{len(result.labels)} " + (f"training rows in {len(folds)} folds" if folds else "test rows")
+            for result, folds in zip((a, b), held_out, strict=True)
         )
-
-
-def _examples(result: Result) -> str:
-    if result.kind == "folds":
-        return f"{len(result.labels)} training rows in {len(result.pairing)} folds"
-    return f"{len(result.labels)} test rows"
+        raise WorkdirError(
+            f"--compare: {a.name} was evaluated on {what_a}, {b.name} on {what_b}; compare folds with as many folds of"
+            " the same rows, and seeds or runs with each other"
+        )
 
 
 def mcnemar(a_right: np.ndarray, b_right: np.ndarray) -> Facts:
     """Tests whether two classifiers are wrong equally often, from the examples only one gets right (McNemar, 1947).
 
     Under the null hypothesis, A and B are equally likely to be the one that is right. The p-value is exact (binomial)
-    and two-sided.
-
-    Args:
-      a_right: `bool[N]`, which examples A gets right.
-      b_right: the same for B.
+    and two-sided. `a_right` and `b_right`, `bool[N]`, say which examples each gets right.
     """
     from scipy.stats import binomtest
 
@@ -187,27 +160,22 @@ def mcnemar(a_right: np.ndarray, b_right: np.ndarray) -> Facts:
 def t_test(a: Sequence[float], b: Sequence[float], *, paired: bool) -> Facts:
     """Tests whether the means of two populations differ.
 
-    Args:
-      a: the accuracy of each member, at least two.
-      b: the same for B.
-      paired: True if members at the same index share a seed or a fold: Student's paired test (1908). Otherwise Welch's
-        test (1947), which allows unequal variances. The training sets of folds overlap, so p is a little too small.
+    `a` and `b` are the accuracies of two or more members. If members at the same index share a seed or a fold, they are
+    `paired`, and the test is Student's (1908), otherwise Welch's (1947), which allows unequal variances. The training
+    sets of folds overlap, so p is a little too small.
 
     Returns:
       `difference` (B - A), its 95 % `interval`, `t`, `df` and `p`.
     """
     from scipy import stats
 
-    kind = "paired" if paired else "Welch"
     difference = float(np.mean(b) - np.mean(a))
+    result = {"kind": "paired" if paired else "Welch", "difference": difference}
     is_constant = np.ptp(np.subtract(b, a)) == 0 if paired else np.ptp(a) == np.ptp(b) == 0
     if is_constant:  # no variance to compare the difference with
-        p = 1.0 if difference == 0 else 0.0
-        return {"kind": kind, "difference": difference, "interval": [difference] * 2, "t": None, "df": None, "p": p}
+        return result | {"interval": [difference] * 2, "t": None, "df": None, "p": float(difference == 0)}
     test = stats.ttest_rel(b, a) if paired else stats.ttest_ind(b, a, equal_var=False)
-    return {
-        "kind": kind,
-        "difference": difference,
+    return result | {
         "interval": [float(end) for end in test.confidence_interval(0.95)],
         "t": float(test.statistic),
         "df": float(test.df),

@@ -9,6 +9,7 @@ same numbers at every severity.
 import functools
 import zlib
 from collections.abc import Callable
+from math import cos, sin
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,35 +19,27 @@ Images = NDArray[np.uint8]  # [N,28,28], white on black
 Floats = NDArray[np.float64]
 Draw = Callable[..., Floats]  # draw(*shape) -> [N, *shape], uniform between 0 and 1; each call gives the same numbers
 
+Matrix = tuple[tuple[float, float], tuple[float, float]]
+
 SIZE = 28
 MIDDLE = (SIZE - 1) / 2
 _CHUNK = 500  # images in one call: their intermediate results stay in cache
 
 
 class Corruption(NamedTuple):
-    """A corruption and how strong it can be.
+    """A corruption and how strong it can be."""
 
-    Attributes:
-      apply: `apply(images, draw, level) -> f64[N,28,28]`, grey levels before rounding.
-      levels: what `apply` takes at severities 1 to 5.
-      published: the severity of MNIST-C.
-      affine: it moves every pixel by one affine map, as training augmentation does.
-    """
-
+    # `apply(images, draw, level) -> f64[N,28,28]`, grey levels before rounding
     apply: Callable[[Images, Draw, Any], Floats]
-    levels: tuple[Any, ...]
-    published: int
-    affine: bool = False
+    levels: tuple[Any, ...]  # what `apply` takes at severities 1 to 5
+    published: int  # the severity of MNIST-C
+    affine: bool = False  # it moves every pixel by one affine map, as training augmentation does
 
 
 def corrupt(name: str, images: Images, index: NDArray[np.integer[Any]], severity: int = 0) -> Images:
-    """Corrupts images, `u8[N,28,28], int[N] -> u8[N,28,28]`.
+    """Corrupts images, `u8[N,28,28], int[N] -> u8[N,28,28]`, white on black.
 
-    Args:
-      name: a key of `CORRUPTIONS`.
-      images: white on black.
-      index: of each image in its dataset; it chooses the random numbers.
-      severity: 1 to 5; 0 means that of MNIST-C.
+    The `index` of each image in its dataset chooses the random numbers. Severity is 1 to 5; 0 means that of MNIST-C.
     """
     corruption = CORRUPTIONS[name]
     level = corruption.levels[(severity or corruption.published) - 1]
@@ -129,77 +122,44 @@ def _motion_blur(images: Images, draw: Draw, level: tuple[int, float]) -> Floats
     return result
 
 
-def _sign(draw: Draw, count: int) -> NDArray[np.int64]:
+def _signs(draw: Draw, count: int) -> NDArray[np.int64]:
     return np.where(draw(count) < 0.5, -1, 1)
 
 
-def _warped(images: Images, matrix: list[list[float]], shift: tuple[float, float] = (0, 0)) -> Floats:
-    """Reads each pixel (x, y), counted from the middle, at `matrix @ (x, y) + shift`: bilinear, black outside."""
+def _affine(matrix_of: Callable[[float, int], Matrix]) -> Callable[[Images, Draw, float], Floats]:
+    """Returns a corruption that reads each pixel (x, y), counted from the middle, at `matrix_of(level, sign) @ (x, y)`.
+
+    The sign is drawn for each image. Between pixels it interpolates linearly; outside it is black.
+    """
+
+    def apply(images: Images, draw: Draw, level: float) -> Floats:
+        signs, result = _signs(draw, 1)[:, 0], np.empty(images.shape)
+        for sign in (-1, 1):
+            part = images[signs == sign].reshape(-1, SIZE**2).T.astype(np.float64)
+            result[signs == sign] = (_sampling(*matrix_of(level, sign)) @ part).T.reshape(-1, SIZE, SIZE)
+        return result
+
+    return apply
+
+
+@functools.cache
+def _sampling(*matrix: tuple[float, float]) -> Any:
+    """Returns the weights of all pixels in each new pixel, sparse `f64[784,784]`."""
+    from scipy.ndimage import map_coordinates
     from scipy.sparse import csr_matrix
 
     y, x = np.indices((SIZE, SIZE)).reshape(2, -1) - MIDDLE
-    from_x, from_y = np.array(matrix) @ [x, y] + np.array(shift)[:, None] + MIDDLE
-    left, top = np.floor(from_x).astype(int), np.floor(from_y).astype(int)
-    rows, columns, values = [], [], []
-    for across in (0, 1):
-        for below in (0, 1):
-            x_in, y_in = left + across, top + below
-            weight = (1 - abs(from_x - x_in)) * (1 - abs(from_y - y_in))
-            inside = (x_in >= 0) & (x_in < SIZE) & (y_in >= 0) & (y_in < SIZE)
-            rows.append(np.flatnonzero(inside))
-            columns.append((y_in * SIZE + x_in)[inside])
-            values.append(weight[inside])
-    entries = np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))
-    sampling = csr_matrix(entries, shape=(SIZE**2, SIZE**2))
-    return np.asarray(sampling @ images.reshape(-1, SIZE**2).T.astype(np.float64)).T.reshape(images.shape)
-
-
-def _either_way(images: Images, draw: Draw, warp: Callable[[Images, int], Floats]) -> Floats:
-    """Applies a warp in one of two directions, drawn for each image."""
-    sign = _sign(draw, 1)[:, 0]
-    result = np.empty(images.shape)
-    for way in (-1, 1):
-        result[sign == way] = warp(images[sign == way], way)
-    return result
-
-
-def _shear(images: Images, draw: Draw, angle: float) -> Floats:
-    """Slants by an angle in radians, which also stretches a little: as scikit-image defined shear in 2019."""
-    sin, cos = np.sin(angle), np.cos(angle)
-    return _either_way(images, draw, lambda part, way: _warped(part, [[1, -way * sin], [0, cos]]))
-
-
-def _scale(images: Images, draw: Draw, size: float) -> Floats:
-    """Shrinks around the middle."""
-    del draw
-    return _warped(images, [[1 / size, 0], [0, 1 / size]])
-
-
-def _rotate(images: Images, draw: Draw, angle: float) -> Floats:
-    """Turns around the middle by an angle in radians, either way."""
-    sin, cos = np.sin(angle), np.cos(angle)
-    return _either_way(images, draw, lambda part, way: _warped(part, [[cos, -way * sin], [way * sin, cos]]))
+    from_x, from_y = np.array(matrix) @ [x, y] + MIDDLE
+    pixels = np.eye(SIZE**2).reshape(-1, SIZE, SIZE)
+    return csr_matrix([map_coordinates(pixel, [from_y, from_x], order=1, mode="grid-constant") for pixel in pixels]).T
 
 
 def _translate(images: Images, draw: Draw, pixels: int) -> Floats:
     """Moves diagonally by whole pixels."""
     padded = np.pad(images, ((0, 0), (pixels, pixels), (pixels, pixels)))
-    signs = _sign(draw, 2)
+    signs = _signs(draw, 2)
     y, x = (np.arange(SIZE) + pixels + pixels * signs[:, axis, None] for axis in (1, 0))
     return padded[np.arange(len(images))[:, None, None], y[:, :, None], x[:, None, :]].astype(np.float64)
-
-
-def _brightness(images: Images, draw: Draw, amount: float) -> Floats:
-    """Adds the same to every pixel."""
-    del draw
-    return np.asarray(images + 255.0 * amount)
-
-
-def _stripe(images: Images, draw: Draw, width: int) -> Floats:
-    """Inverts a stripe at the left and one at the right."""
-    del draw
-    column = np.arange(SIZE)
-    return np.where((column < width) | (column >= SIZE - width), 255.0 - images, images)
 
 
 def _fog(images: Images, draw: Draw, level: tuple[float, float]) -> Floats:
@@ -283,19 +243,12 @@ def _zigzags(start: int, rise: int) -> Floats:
     return np.sum(segments, axis=0)
 
 
-def _dotted_line(images: Images, draw: Draw, count: int) -> Floats:
-    """Draws dotted lines over the image."""
-    rows = (draw(count, 2) * 27).astype(int)
-    return _overlaid(images, [[_dots(*map(int, ends)) for ends in lines] for lines in rows])
-
-
-def _zigzag(images: Images, draw: Draw, count: int) -> Floats:
-    """Draws zigzags over the image."""
-    start_and_rise = (draw(count, 2) * (27, 10)).astype(int) - (0, 5)
-    return _overlaid(images, [[_zigzags(*map(int, ends)) for ends in lines] for lines in start_and_rise])
-
-
-def _overlaid(images: Images, lines: list[list[Floats]]) -> Floats:
+def _overlaid(
+    line: Callable[[int, int], Floats], low: int, high: int, images: Images, draw: Draw, count: int
+) -> Floats:
+    """Draws lines over the image, each given by a row from 0 to 26 and an integer from `low` to below `high`."""
+    numbers = np.add((draw(count, 2) * (27, high - low)).astype(int), (0, low))
+    lines = [[line(int(start), int(other)) for start, other in of_image] for of_image in numbers]
     return np.asarray(images + 255 * np.array([sum(of_image) for of_image in lines]))
 
 
@@ -307,17 +260,26 @@ def _canny_edges(images: Images, draw: Draw, sigma: float) -> Floats:
     return np.array([canny(image / 255, sigma=sigma) for image in images]) * 255.0
 
 
+def _stripe(images: Images, draw: Draw, width: int) -> Floats:
+    """Inverts a stripe at the left and one at the right."""
+    del draw
+    return np.where(np.abs(np.arange(SIZE) - MIDDLE) > MIDDLE - width, 255.0 - images, images)
+
+
 # Published levels, except those of the last four, for which MNIST-C has one only.
 CORRUPTIONS: dict[str, Corruption] = {
     "shot_noise": Corruption(_shot_noise, (60, 25, 12, 5, 3), 5),
     "impulse_noise": Corruption(_impulse_noise, (0.03, 0.06, 0.09, 0.17, 0.27), 4),
     "glass_blur": Corruption(_glass_blur, ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)), 1),
     "motion_blur": Corruption(_motion_blur, ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)), 1),
-    "shear": Corruption(_shear, (0.2, 0.4, 0.6, 0.8, 1.0), 2, affine=True),
-    "scale": Corruption(_scale, (0.9, 0.8, 0.7, 0.6, 0.5), 3, affine=True),
-    "rotate": Corruption(_rotate, (0.2, 0.4, 0.6, 0.8, 1.0), 2, affine=True),
-    "brightness": Corruption(_brightness, (0.1, 0.2, 0.3, 0.4, 0.5), 5),
-    "translate": Corruption(_translate, (1, 2, 3, 4, 5), 3, affine=True),
+    # Slants by an angle in radians, which also stretches a little: as scikit-image defined shear in 2019.
+    "shear": Corruption(_affine(lambda a, sign: ((1, -sign * sin(a)), (0, cos(a)))), (0.2, 0.4, 0.6, 0.8, 1), 2, True),
+    "scale": Corruption(_affine(lambda size, _: ((1 / size, 0), (0, 1 / size))), (0.9, 0.8, 0.7, 0.6, 0.5), 3, True),
+    "rotate": Corruption(
+        _affine(lambda a, sign: ((cos(a), -sign * sin(a)), (sign * sin(a), cos(a)))), (0.2, 0.4, 0.6, 0.8, 1), 2, True
+    ),
+    "brightness": Corruption(lambda images, draw, amount: images + 255.0 * amount, (0.1, 0.2, 0.3, 0.4, 0.5), 5),
+    "translate": Corruption(_translate, (1, 2, 3, 4, 5), 3, True),
     "fog": Corruption(_fog, ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)), 5),
     "spatter": Corruption(
         _spatter,
@@ -331,7 +293,7 @@ CORRUPTIONS: dict[str, Corruption] = {
         4,
     ),
     "stripe": Corruption(_stripe, (3, 5, 7, 9, 11), 3),
-    "dotted_line": Corruption(_dotted_line, (1, 2, 3, 4, 5), 1),
-    "zigzag": Corruption(_zigzag, (1, 2, 3, 4, 5), 1),
+    "dotted_line": Corruption(functools.partial(_overlaid, _dots, 0, 27), (1, 2, 3, 4, 5), 1),
+    "zigzag": Corruption(functools.partial(_overlaid, _zigzags, -5, 5), (1, 2, 3, 4, 5), 1),
     "canny_edges": Corruption(_canny_edges, (1.0, 1.25, 1.5, 1.75, 2.0), 1),
 }

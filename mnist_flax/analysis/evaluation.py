@@ -20,41 +20,39 @@ from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.checkpoint import Run, load_run
 from mnist_flax.step import Variables, eval_variables
 
+Facts = dict[str, Any]  # ready for JSON
+
 POPULATION = "population.json"
 KINDS = ("seeds", "folds")  # of populations
 VIEW_SHIFTS = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))  # by how many pixels each view is shifted down and right
+DOUBTFUL_BELOW = 0.95  # where there are no hold-out rows to choose it by
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Predictor:
-    """A trained network or committee, and how to apply it to images.
+    """A trained network or committee, and how to apply it to images."""
 
-    Attributes:
-      program: the network, and how to apply it.
-      members: the variables of each network; several form a committee, whose probabilities are averaged.
-      views: 1, or 5 to average the probabilities of an image and its shifts by one pixel up, down, left and right.
-      temperature: what the logits are divided by, after averaging.
-      batch_size: images per call, rounded up to a multiple of the number of devices.
-      num_devices: devices to split a batch over, capped at those available; 0 means all accelerators, or one CPU.
-    """
-
-    program: Program
+    program: Program  # the network, and how to apply it
+    # the variables of each network; several form a committee, whose probabilities are averaged
     members: tuple[Variables, ...]
+    # 1, or 5 to average the probabilities of an image and its shifts by one pixel up, down, left and right
     views: int = 1
-    temperature: float = 1.0
-    batch_size: int = 2000
+    temperature: float = 1.0  # what the logits are divided by, after averaging
+    doubtful_below: float = DOUBTFUL_BELOW  # an answer with a smaller probability is doubtful
+    batch_size: int = 2000  # images per call, rounded up to a multiple of the number of devices
+    # devices to split a batch over, capped at those available; 0 means all accelerators, or one CPU
     num_devices: int = 0
 
 
-def make_predictor(config: Config, *members: Variables, temperature: float = 1.0) -> Predictor:
-    """Returns a predictor with the program, views, batch size and devices of a config."""
+def make_predictor(config: Config, *members: Variables, **fitted: float) -> Predictor:
+    """Returns a predictor with the program, views, batch size and devices of a config, and what was `fitted`."""
     return Predictor(
         program=config.program,
         members=members,
         views=config.eval.views,
-        temperature=temperature,
         batch_size=config.eval.batch_size,
         num_devices=config.train.num_devices,
+        **fitted,
     )
 
 
@@ -91,38 +89,26 @@ def _shifted(images: np.ndarray, down: int, right: int) -> np.ndarray:
 
 
 def predict_logits(predictor: Predictor, images: np.ndarray) -> np.ndarray:
-    """Computes the logits, `u8[N,28,28,1] -> f32[N,C]`, divided by the temperature.
-
-    The logits of a committee are the log of its members' mean probabilities.
-    """
-    logits = member_logits(predictor, images)
-    return combine_members(logits, predictor.temperature)
+    """Computes the logits, `u8[N,28,28,1] -> f32[N,C]`: those of `combine_members`."""
+    return combine_members(member_logits(predictor, images), predictor.temperature)
 
 
 def combine_members(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """Turns the logits of each member into those of the committee, `f32[M,N,C] -> f32[N,C]`."""
+    """Computes the log of the members' mean probabilities, divided by the temperature: `f32[M,N,C] -> f32[N,C]`."""
     together = logits[0] if len(logits) == 1 else metrics.log_mean_probabilities(logits).astype(np.float32)
     return together if temperature == 1.0 else together / np.float32(temperature)
 
 
 class Evaluation(NamedTuple):
-    """The result of classifying a split.
+    """The result of classifying N examples."""
 
-    Attributes:
-      loss: the mean cross-entropy in nats, without label smoothing.
-      accuracy: the share of examples whose most probable class is the label.
-      examples: the number of examples; all of them count.
-      logits: `f32[N,C]`, in the order of the split.
-      temperature: what the logits were divided by.
-    """
-
-    loss: float
-    accuracy: float
-    examples: int
-    logits: np.ndarray
+    loss: float  # the mean cross-entropy in nats, without label smoothing
+    accuracy: float  # the share of examples whose most probable class is the label
+    examples: int  # N
+    logits: np.ndarray  # `f32[N,C]`, already divided by the temperature
     temperature: float = 1.0
 
-    def scores(self) -> dict[str, Any]:
+    def scores(self) -> Facts:
         """Returns the fields that go into the log."""
         return {"loss": self.loss, "accuracy": self.accuracy, "examples": self.examples}
 
@@ -147,32 +133,20 @@ def evaluate(predictor: Predictor, examples: Examples) -> Evaluation:
 
 
 class RunInfo(NamedTuple):
-    """Where a predictor comes from.
+    """Where a predictor comes from."""
 
-    Attributes:
-      kind: `run`, or `seeds` or `folds` for a population.
-      config: the config of the run, or of the first member.
-      fingerprint: the fingerprint of the training data.
-      steps: finished updates of each member.
-      runs: the run, or all members.
-    """
-
-    kind: str
-    config: Config
-    fingerprint: str
-    steps: tuple[int, ...]
-    runs: tuple[Run, ...]
+    kind: str  # `run`, or `seeds` or `folds` for a population
+    config: Config  # that of the run, or of the first member
+    fingerprint: str  # that of the training data
+    steps: tuple[int, ...]  # finished updates of each member
+    runs: tuple[Run, ...]  # the run, or all members
 
 
 def load_predictor(workdir: pathlib.Path, checkpoint: str = "latest") -> tuple[Predictor, RunInfo]:
-    """Loads a run, or a population as a committee.
+    """Loads a checkpoint (`latest`, `best` on hold-out rows, or a step) of a run, or of all members of a population.
 
-    Args:
-      workdir: the folder of a run or of a finished population.
-      checkpoint: `latest`, `best` (on hold-out rows) or a step; for a population, this checkpoint of every member.
-
-    Returns:
-      The predictor; its temperature is the one fitted at the end of training if this is the last checkpoint, else 1.
+    The temperature, and the probability below which an answer is doubtful, are those fitted at the end of training if
+    this is the last checkpoint, else the defaults.
 
     Raises:
       WorkdirError: there is no such checkpoint, it is damaged, or the members differ in config or data.
@@ -189,7 +163,7 @@ def load_predictor(workdir: pathlib.Path, checkpoint: str = "latest") -> tuple[P
     steps = tuple(int(run.state.step) for run in runs)
     is_last = set(steps) == {result.get("steps", config.num_steps)}
     variables = [eval_variables(run.state) for run in runs]
-    predictor = make_predictor(config, *variables, temperature=stored_temperature(result) if is_last else 1.0)
+    predictor = make_predictor(config, *variables, **(stored_fit(result) if is_last else {}))
     kind = str(result["kind"]) if is_population else "run"
     return predictor, RunInfo(kind, config, fingerprint, steps, runs)
 
@@ -212,7 +186,10 @@ def _member_folders(workdir: pathlib.Path, result: dict[str, Any]) -> list[pathl
     )
 
 
-def stored_temperature(result: Any) -> float:
-    """Returns the temperature in a summary or `population.json`; 1 if it is missing or invalid."""
-    value = result.get("temperature", 1.0) if isinstance(result, dict) else 1.0
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) and value > 0 else 1.0
+def stored_fit(result: Any) -> dict[str, float]:
+    """Returns what was fitted, from a summary or `population.json`: the defaults for what is missing or invalid."""
+    fitted = {"temperature": 1.0, "doubtful_below": DOUBTFUL_BELOW}
+    for name, default in fitted.items():
+        value = result.get(name) if isinstance(result, dict) else None
+        fitted[name] = float(value) if isinstance(value, int | float) and 0 < value < math.inf else default
+    return fitted

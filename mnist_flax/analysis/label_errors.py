@@ -10,30 +10,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mnist_flax.analysis.statistics import ARRAYS
+from mnist_flax.analysis.evaluation import Facts
+from mnist_flax.analysis.statistics import ARRAYS, label_entries, worst_labels
 from mnist_flax.errors import WorkdirError
 
 NUM_LISTED = 100
 
-Facts = dict[str, Any]  # ready for JSON
-
 
 class ConfidentJoint(NamedTuple):
-    """What confident learning finds, for N examples of C classes.
+    """What confident learning finds, for N examples of C classes."""
 
-    Attributes:
-      counts: `i64[C,C]`, examples by given label (row) and by the class they confidently belong to (column).
-      joint: `f64[C,C]`, the estimated share of all examples by given and true label.
-      noise: `f64[C,C]`, the estimated probability of a given label (row) for each true label (column).
-      suspect: `bool[N]`, the examples that confidently belong to another class than their label.
-      margin: `f64[N]`, the probability of the label minus that of the most probable other class.
-    """
-
-    counts: np.ndarray
-    joint: np.ndarray
-    noise: np.ndarray
-    suspect: np.ndarray
-    margin: np.ndarray
+    counts: np.ndarray  # `i64[C,C]`, examples by given label (row) and by the class they confidently belong to (column)
+    joint: np.ndarray  # `f64[C,C]`, the estimated share of all examples by given and true label
+    noise: np.ndarray  # `f64[C,C]`, the estimated probability of a given label (row) for each true label (column)
+    suspect: np.ndarray  # `bool[N]`, the examples that confidently belong to another class than their label
+    margin: np.ndarray  # `f64[N]`, the probability of the label minus that of the most probable other class
 
     def ranking(self) -> np.ndarray:
         """Returns all examples, `i64[N]`, the most doubtful label first: suspects, then the others, by margin."""
@@ -44,11 +35,8 @@ def confident_joint(probs: np.ndarray, label: np.ndarray) -> ConfidentJoint:
     """Counts which examples confidently belong to which class.
 
     An example belongs to a class if its probability reaches the mean probability of that class over the examples that
-    are labelled so; to the most probable one, if there are several.
-
-    Args:
-      probs: `f32[N,C]`, predicted by networks that were not trained on the example.
-      label: `i32[N]`, as given.
+    are labelled so; to the most probable one, if there are several. `probs`, `f32[N,C]`, are predicted by networks that
+    were not trained on the example.
     """
     count, num_classes = probs.shape
     each, probs = np.arange(count), probs.astype(np.float64)
@@ -74,13 +62,7 @@ def confident_joint(probs: np.ndarray, label: np.ndarray) -> ConfidentJoint:
 
 
 def precision_recall(ranking: np.ndarray, wrong: np.ndarray, k: int) -> tuple[float, float]:
-    """Returns which share of the first k is wrong, and which share of the wrong is among them.
-
-    Args:
-      ranking: `i64[N]`, as `ConfidentJoint.ranking` returns it.
-      wrong: `bool[N]`, which labels are known to be wrong.
-      k: how many are looked at.
-    """
+    """Returns which share of the first k is wrong, and which share of the wrong is among them."""
     found = int(wrong[ranking[:k]].sum())
     return found / k, found / int(wrong.sum())
 
@@ -101,29 +83,19 @@ def label_facts(workdir: pathlib.Path) -> Facts:
         raise WorkdirError(f"{workdir / ARRAYS}: holds no out-of-fold predictions ({error})") from error
     probs, label, rows = arrays["out_of_fold_probs"], arrays["out_of_fold_label"], arrays["rows"]
     found = confident_joint(probs, label)
+    listed = found.ranking()[:NUM_LISTED]
     return {
         "examples": len(label),
         "suspects": int(found.suspect.sum()),
         "estimated_wrong": float(1 - np.trace(found.joint)),
         "noise": found.noise.tolist(),
-        "listed": [
-            {
-                "row": int(rows[i]),
-                "label": int(label[i]),
-                "prediction": int(probs[i].argmax()),
-                "probability_of_label": float(probs[i, label[i]]),
-                "probability_of_prediction": float(probs[i].max()),
-                "suspect": bool(found.suspect[i]),
-            }
-            for i in found.ranking()[:NUM_LISTED]
-        ],
+        "listed": label_entries(rows[listed], label[listed], probs[listed], suspect=found.suspect[listed]),
     }
 
 
 def label_table(facts: Mapping[str, Any]) -> str:
     """Returns the facts as text to read."""
-    worst = ", ".join(f"{entry['row']} ({entry['label']}? {entry['prediction']})" for entry in facts["listed"][:8])
     return (
         f"labels: {facts['suspects']} of {facts['examples']} may be wrong ({facts['estimated_wrong']:.2%} estimated);"
-        f" most doubtful, as row (label? prediction): {worst}"
+        f" most doubtful, as {worst_labels(facts['listed'])}"
     )

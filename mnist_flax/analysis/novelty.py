@@ -1,4 +1,4 @@
-"""What is no digit: how well a network's doubt tells digits from pictures of other things."""
+"""What is not a digit: how well a network's doubt tells digits from pictures of other things."""
 
 import dataclasses
 import pathlib
@@ -8,21 +8,19 @@ from typing import Any
 import numpy as np
 
 from mnist_flax import metrics
+from mnist_flax.analysis.calibration import FALSE_ALARMS
 from mnist_flax.analysis.corruptions import hashed_uniform
-from mnist_flax.analysis.evaluation import Predictor, combine_members, member_logits
+from mnist_flax.analysis.evaluation import Facts, Predictor, combine_members, member_logits
 from mnist_flax.config import Config, replace
 from mnist_flax.data.framing import frame
 from mnist_flax.data.load import load_splits
 from mnist_flax.data.splits import Examples
 from mnist_flax.errors import DataError
 
-FALSE_ALARMS = 0.01  # the share of hold-out digits that the threshold calls doubtful
 COUNT = 2_000  # pictures of each kind, at most
-TURNABLE = (2, 3, 4, 5, 7)  # digits that are none when turned by a quarter
+TURNABLE = (2, 3, 4, 5, 7)  # digits that are not digits when turned by a quarter
 LETTERS = "ACDEFHJKLMNPQRTUVWXYadehkmnprtuvwxy"  # the others look like digits: BGIOSZ, bcfgijloqsz
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSerif", "DejaVuSansMono")
-
-Facts = dict[str, Any]  # ready for JSON
 
 
 def doubt_scores(predictor: Predictor, images: np.ndarray) -> dict[str, np.ndarray]:
@@ -52,11 +50,10 @@ def _entropy(log_probs: np.ndarray) -> np.ndarray:
 
 
 def strangers(test: Examples, config: Config) -> dict[str, np.ndarray]:
-    """Returns pictures that are no digits, `u8[K,28,28,1]`, by kind; the same ones every time.
+    """Returns pictures that are not digits, `u8[K,28,28,1]`, by kind; the same ones every time.
 
-    Args:
-      test: digits, some of which are turned by a quarter or cut in half.
-      config: says where Fashion-MNIST is looked for; nothing is downloaded.
+    They include digits of `test` turned by a quarter or cut in half. `config` says where Fashion-MNIST is looked for;
+    nothing is downloaded.
     """
     from scipy.ndimage import gaussian_filter
 
@@ -128,13 +125,9 @@ def detection(digits: np.ndarray, others: np.ndarray) -> Facts:
 
 
 def novelty_facts(predictor: Predictor, test: Examples, held_out: Examples | None, config: Config) -> Facts:
-    """Measures every kind of doubt on everything that is no digit.
+    """Measures every kind of doubt on everything that is not a digit.
 
-    Args:
-      predictor: a network or a committee.
-      test: digits that were not trained on.
-      held_out: others, on which thresholds are chosen; without them there are no thresholds.
-      config: says where Fashion-MNIST is looked for.
+    Neither `test` nor `held_out`, on which the thresholds are chosen, were trained on.
 
     Returns:
       `scores`: for each measure, `detection` for each kind of stranger, their means, the `threshold` above which 1 % of

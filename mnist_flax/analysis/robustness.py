@@ -14,7 +14,7 @@ from mnist_flax.analysis import label_errors, novelty
 from mnist_flax.analysis.calibration import calibration_scores
 from mnist_flax.analysis.comparison import SIGNIFICANCE, mcnemar
 from mnist_flax.analysis.corruptions import CORRUPTIONS, corrupt
-from mnist_flax.analysis.evaluation import Predictor, RunInfo, load_predictor, predict_logits
+from mnist_flax.analysis.evaluation import Facts, Predictor, RunInfo, load_predictor, predict_logits
 from mnist_flax.analysis.run_data import load_data, select_examples
 from mnist_flax.config import Config
 from mnist_flax.data.splits import Examples, Splits
@@ -24,17 +24,9 @@ from mnist_flax.run import workdir as workdirs
 ROBUSTNESS = "robustness.json"
 OFFICIAL = "mnist_c"  # the folder of the published arrays, inside the folder of official files
 
-Facts = dict[str, Any]  # ready for JSON
-
 
 class Corrupted(NamedTuple):
-    """A test set under every corruption.
-
-    Attributes:
-      images: `u8[N,28,28,1]` by corruption.
-      label: `i32[N]`.
-      official: the corruptions whose images are the published arrays; the others are made here.
-    """
+    """A test set under every corruption: `u8[N,28,28,1]` by name, `i32[N]`, and which images are published arrays."""
 
     images: Mapping[str, np.ndarray]
     label: np.ndarray
@@ -42,12 +34,7 @@ class Corrupted(NamedTuple):
 
 
 def corrupt_all(test: Examples, severity: int = 0, folder: pathlib.Path | None = None) -> Corrupted:
-    """Returns a test set under every corruption.
-
-    Args:
-      test: the clean test set.
-      severity: 1 to 5; 0 means that of MNIST-C, different for each corruption.
-      folder: of the published arrays, used where they are there and `severity` is 0.
+    """Corrupts a test set; at severity 0, that of MNIST-C, published arrays in `folder` are used where there are any.
 
     Raises:
       DataError: published arrays are damaged, or not of this test set.
@@ -111,14 +98,16 @@ def robustness_facts(logits: Mapping[str, np.ndarray], corrupted: Corrupted) -> 
         of_names = {f"mean_{field}": float(np.mean([rows[name][field] for name in names])) for field in ("loss", "ece")}
         return {"mean_accuracy": accuracy, "mean_accuracy_interval": interval, **of_names, "names": names}
 
-    together = mean_over(list(CORRUPTIONS))
-    together.pop("names")
-    return {
-        **together,
-        "examples": len(corrupted.label),
-        "clean": scores("clean"),
+    means = {
+        "all": mean_over(list(CORRUPTIONS)),
         "in_family": mean_over([name for name, kind in CORRUPTIONS.items() if kind.affine]),
         "never_seen": mean_over([name for name, kind in CORRUPTIONS.items() if not kind.affine]),
+    }
+    return {
+        **{field: value for field, value in means.pop("all").items() if field != "names"},
+        "examples": len(corrupted.label),
+        "clean": scores("clean"),
+        **means,
         "corruptions": rows,
     }
 
@@ -148,14 +137,7 @@ def compare_robustness(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray],
 
 
 class Outcome(NamedTuple):
-    """What is written about a network.
-
-    Attributes:
-      facts: the contents of `robustness.json`.
-      predictor: the network.
-      config: describes the data.
-      splits: the data, for the pictures of the page.
-    """
+    """What is written about a network: the contents of `robustness.json`, and what the page's pictures need."""
 
     facts: Facts
     predictor: Predictor
@@ -171,17 +153,13 @@ def robustness_of_workdir(
     compare: pathlib.Path | None = None,
     overrides: Mapping[str, Any],
 ) -> Outcome:
-    """Evaluates a run, or a population as one network, on corrupted digits and on what is no digit.
+    """Evaluates a run, or a population as one network, on corrupted digits and on what is not a digit.
 
-    Args:
-      workdir: of the run or the population.
-      checkpoint: `latest`, `best` (on hold-out rows) or a step.
-      severity: 1 to 5, or 0 for that of MNIST-C.
-      compare: the folder of another run or population, which is compared on the same images.
-      overrides: fields of the config, some of `run_data.OVERRIDES`.
+    Another run or population (`compare`) is compared on the same images. Severity 0 is that of MNIST-C. See
+    `load_predictor` for the checkpoints and `load_data` for the overrides.
 
     Raises:
-      UserError: a run, a checkpoint or the data cannot be had, or do not fit each other.
+      UserError: a run, a checkpoint or the data cannot be loaded, or do not match.
     """
     predictor, info = load_predictor(workdir, checkpoint)
     other = load_predictor(compare, checkpoint) if compare else None

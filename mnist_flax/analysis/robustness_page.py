@@ -9,14 +9,14 @@ from mnist_flax import metrics
 from mnist_flax.analysis.corruptions import CORRUPTIONS, corrupt
 from mnist_flax.analysis.evaluation import Predictor, predict_logits
 from mnist_flax.analysis.novelty import strangers
-from mnist_flax.analysis.report.page import percent
+from mnist_flax.analysis.report.page import load_template
 from mnist_flax.analysis.report.pictures import data_uri, png
 from mnist_flax.analysis.robustness import Outcome
 from mnist_flax.data.registry import DATASETS
 
 TEMPLATE = pathlib.Path(__file__).with_name("robustness.html.jinja")
 SEVERITIES = (1, 2, 3, 4, 5)
-NUM_STRANGERS = 8  # pictures of each kind that is no digit
+NUM_STRANGERS = 8  # pictures of each kind that is not a digit
 NUM_LABELS = 40  # doubtful labels with pictures
 
 Cards = list[dict[str, Any]]
@@ -24,8 +24,6 @@ Cards = list[dict[str, Any]]
 
 def draw_page(outcome: Outcome) -> str:
     """Returns the page."""
-    import jinja2
-
     facts, splits, names = outcome.facts, outcome.splits, DATASETS[outcome.splits.name].class_names
     digit, label = np.asarray(splits.test.image)[:1, :, :, 0], int(splits.test.label[0])
     corrupted = [corrupt(name, digit, np.zeros(1, int), severity) for name in CORRUPTIONS for severity in SEVERITIES]
@@ -39,12 +37,7 @@ def draw_page(outcome: Outcome) -> str:
         {**entry, "picture": data_uri(png(splits.train.image[entry["row"], :, :, 0]))}
         for entry in facts.get("labels", {}).get("listed", [])[:NUM_LABELS]
     ]
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["percent"] = percent
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(
+    return load_template(TEMPLATE).render(
         facts=facts,
         class_names=names,
         label=names[label],

@@ -36,7 +36,7 @@ def load_data(config: Config, fingerprint: str, overrides: Mapping[str, Any]) ->
 
     Args:
       config: the run's config.
-      fingerprint: the fingerprint of the data that it was trained on.
+      fingerprint: that of the data that it was trained on.
       overrides: values for some of `OVERRIDES`; source and folders default to those of a new config.
 
     Returns:
@@ -74,14 +74,9 @@ def load_data(config: Config, fingerprint: str, overrides: Mapping[str, Any]) ->
 
 
 def check_classes(config: Config, name: str) -> None:
-    """Checks that a network can be evaluated on another dataset.
-
-    Raises:
-      ConfigError: there is no such dataset, or its number of classes differs.
-    """
+    """Raises a ConfigError if there is no such dataset, or a network cannot be evaluated on it."""
     if name not in DATASETS:
-        hint = nearest(name, DATASETS)
-        raise ConfigError(f"config.data.name = {name!r}: {hint}")
+        raise ConfigError(f"config.data.name = {name!r}: {nearest(name, DATASETS)}")
     num_classes = DATASETS[name].num_classes
     if num_classes != config.num_classes:
         fitting = [other for other, info in DATASETS.items() if info.num_classes == config.num_classes]
@@ -92,12 +87,9 @@ def check_classes(config: Config, name: str) -> None:
 
 
 def select_examples(config: Config, splits: Splits, split: str) -> Examples:
-    """Returns the examples of a split.
+    """Returns the examples of one of `SPLITS`, with the config and the data that `load_data` returns.
 
-    Args:
-      config: as returned by `load_data`; says which rows are trained on and which are held out.
-      splits: the data.
-      split: one of `SPLITS`. On the run's own dataset `train` means the rows that it was trained on.
+    On the run's own dataset, `train` means the rows that it was trained on.
 
     Raises:
       ConfigError: no rows were held out.

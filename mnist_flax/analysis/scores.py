@@ -17,13 +17,7 @@ from mnist_flax.run import workdir as workdirs
 
 
 def scores(evaluation: Evaluation, label: np.ndarray, dataset: str) -> dict[str, Any]:
-    """Computes the scores of an evaluation, with 95 % intervals, ready for JSON.
-
-    Args:
-      evaluation: the evaluated split.
-      label: `i32[N]`, its labels.
-      dataset: the name of the dataset, which provides the class names.
-    """
+    """Computes the scores of an evaluation, with 95 % intervals; `dataset` provides the class names."""
     logits = evaluation.logits
     confusion = metrics.confusion_matrix(label, logits.argmax(axis=-1), logits.shape[-1])
     right = int(np.trace(confusion))
@@ -64,16 +58,7 @@ def class_rows(confusion: np.ndarray, dataset: str) -> list[dict[str, Any]]:
 def evaluate_workdir(
     workdir: pathlib.Path, *, checkpoint: str = "latest", split: str = "test", overrides: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Evaluates a run, or a population as a committee, on a split.
-
-    Args:
-      workdir: the folder of the run or population.
-      checkpoint: `latest`, `best` (on hold-out rows) or a step.
-      split: one of `run_data.SPLITS`.
-      overrides: config fields to override, all of them in `run_data.OVERRIDES`.
-
-    Returns:
-      The result, as `save_evaluation` writes it.
+    """Evaluates a run, or a population as a committee, on one of `run_data.SPLITS`; see `load_predictor`, `load_data`.
 
     Raises:
       UserError: the run, the checkpoint or the data cannot be loaded, or do not match.

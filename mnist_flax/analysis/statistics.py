@@ -1,6 +1,7 @@
 """Statistics over the members of a population: `population.json`, `population.npz` and the learning curves."""
 
 import io
+import itertools
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -12,14 +13,14 @@ from mnist_flax import metrics
 from mnist_flax.analysis import calibration
 from mnist_flax.analysis.evaluation import (
     POPULATION,
-    Predictor,
+    Facts,
     combine_members,
     make_predictor,
     member_logits,
     predict_logits,
-    stored_temperature,
+    stored_fit,
 )
-from mnist_flax.analysis.report import bands
+from mnist_flax.analysis.report import plots
 from mnist_flax.config import Config
 from mnist_flax.data import batches
 from mnist_flax.data.splits import Examples, Splits
@@ -30,18 +31,11 @@ from mnist_flax.step import Variables
 ARRAYS = "population.npz"
 NUM_DOUBTFUL = 100  # doubtful labels to list
 
-Facts = dict[str, Any]  # ready for JSON
 Records = Sequence[Mapping[str, Any]]  # the lines of a run's log
 
 
 class Spread(NamedTuple):
-    """The mean and the spread of M numbers.
-
-    Attributes:
-      mean: the mean.
-      sd: the standard deviation, with M - 1 in the denominator.
-      interval: the 95 % interval of the mean (Student, 1908), assuming independent, approximately normal numbers.
-    """
+    """The mean, standard deviation (M - 1 in the denominator) and 95 % interval of the mean (Student, 1908)."""
 
     mean: float
     sd: float
@@ -49,7 +43,7 @@ class Spread(NamedTuple):
 
 
 def spread_of(values: Sequence[float]) -> Spread:
-    """Computes the mean, the standard deviation and the interval of at least two numbers."""
+    """Computes the spread of at least two numbers, assuming that they are independent and approximately normal."""
     from scipy.stats import t
 
     mean, sd = float(np.mean(values)), float(np.std(values, ddof=1))
@@ -59,12 +53,8 @@ def spread_of(values: Sequence[float]) -> Spread:
 
 def spreads(rows: Sequence[Mapping[str, float]]) -> Facts:
     """Computes `mean`, `sd` and `interval` of accuracy and loss over the members."""
-    by_name = {name: spread_of([row[name] for row in rows]) for name in ("accuracy", "loss")}
-    return {
-        "mean": {name: of_name.mean for name, of_name in by_name.items()},
-        "sd": {name: of_name.sd for name, of_name in by_name.items()},
-        "interval": {name: list(of_name.interval) for name, of_name in by_name.items()},
-    }
+    of = {name: spread_of([row[name] for row in rows])._asdict() for name in ("accuracy", "loss")}
+    return {part: {name: spread[part] for name, spread in of.items()} for part in Spread._fields}
 
 
 def score(logits: np.ndarray, labels: np.ndarray) -> Facts:
@@ -96,29 +86,29 @@ def agreement(logits: np.ndarray, labels: np.ndarray) -> Facts:
     }
 
 
+def label_entries(rows: np.ndarray, label: np.ndarray, probs: np.ndarray, **more: np.ndarray) -> list[Facts]:
+    """Describes labels and predictions, ready for JSON; each array has an entry for each example."""
+    columns = {
+        "row": rows,
+        "label": label,
+        "prediction": probs.argmax(axis=-1),
+        "probability_of_label": np.take_along_axis(probs, label[:, None], axis=-1)[:, 0],
+        "probability_of_prediction": probs.max(axis=-1),
+        **more,
+    }
+    values = zip(*(column.tolist() for column in columns.values()), strict=True)
+    return [dict(zip(columns, of_example, strict=True)) for of_example in values]
+
+
 def doubtful_labels(logits: np.ndarray, labels: np.ndarray, rows: np.ndarray, fold: np.ndarray) -> list[Facts]:
     """Lists the examples whose label is least probable to a network that was not trained on them.
 
-    Args:
-      logits: `f32[R,C]`, out of fold.
-      labels: `i32[R]`, as given in the dataset.
-      rows: `i32[R]`, their row numbers, in the order of the official files.
-      fold: `i32[R]`, the fold that held out each row.
+    `logits` are `f32[R,C]`; `labels`, `rows` (of the official file) and `fold` (which held them out) are `i32[R]`.
     """
     probs = np.exp(metrics.log_probabilities(logits))
     of_label = np.take_along_axis(probs, labels[:, None], axis=-1)[:, 0]
-    prediction = logits.argmax(axis=-1)
-    return [
-        {
-            "row": int(rows[i]),
-            "label": int(labels[i]),
-            "prediction": int(prediction[i]),
-            "probability_of_label": float(of_label[i]),
-            "probability_of_prediction": float(probs[i, prediction[i]]),
-            "fold": int(fold[i]),
-        }
-        for i in np.argsort(of_label, kind="stable")[:NUM_DOUBTFUL]
-    ]
+    worst = np.argsort(of_label, kind="stable")[:NUM_DOUBTFUL]
+    return label_entries(rows[worst], labels[worst], probs[worst], fold=fold[worst])
 
 
 def member_curves(logs: Sequence[Records]) -> Facts:
@@ -126,20 +116,19 @@ def member_curves(logs: Sequence[Records]) -> Facts:
 
     Steps that some members did not log are left out (a resumed run may have logged at other steps).
     """
-    points: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
-    for records in logs:
-        for record in records:
-            points.setdefault((record["split"], record["step"]), []).append(record)
-    bands_of: Facts = {"train": [], "holdout": [], "test": []}
-    for (split, step), records in sorted(points.items(), key=lambda item: item[0][1]):
+    points: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
+    for record in itertools.chain(*logs):
+        points.setdefault((record["step"], record["split"]), []).append(record)
+    curves: Facts = {"train": [], "holdout": [], "test": []}
+    for (step, split), records in sorted(points.items()):
         if len(records) == len(logs):
             point: Facts = {"step": step, "epoch": records[0]["epoch"]}
             for name in ("loss", "accuracy"):
                 values = [record[name] for record in records]
                 sd = float(np.std(values, ddof=1))
                 point[name] = {"mean": float(np.mean(values)), "sd": sd, "min": min(values), "max": max(values)}
-            bands_of[split].append(point)
-    return bands_of
+            curves[split].append(point)
+    return curves
 
 
 def population_result(
@@ -153,7 +142,7 @@ def population_result(
     Args:
       members: the config and the final variables of each member, by name.
       splits: the data.
-      folder: contains a folder for each member, by name.
+      folder: contains a folder for each member.
 
     Returns:
       The contents of `population.json`, and the arrays of `population.npz`: `test_probs` `f32[M,N,C]` and `test_label`
@@ -167,11 +156,13 @@ def population_result(
     summaries = [workdirs.read_json(folder / name / workdirs.SUMMARY) for name in members]
     rows = []
     for name, config, summary, of_member in zip(members, configs, summaries, logits, strict=True):
-        temperature = stored_temperature(summary)
+        temperature = stored_fit(summary)["temperature"]
         fold = {"fold": config.data.fold} if is_folds else {}
         scores = score(combine_members(of_member[None], temperature), label)
         rows.append({"name": name, "seed": config.seed, **fold, **scores, "temperature": temperature})
-    temperature = 1.0 if is_folds else shared_temperature(committee, configs[0], splits)
+    _, held_out = batches.rows_of(splits.train.label, configs[0].data)
+    by_all = Examples(splits.train.image[held_out], splits.train.label[held_out])
+    fitted = committee if is_folds else calibration.calibrate(committee, by_all)
     result: Facts = {
         "kind": "folds" if is_folds else "seeds",
         "dataset": splits.name,
@@ -180,8 +171,9 @@ def population_result(
         "steps": configs[0].num_steps,
         "members": rows,
         **spreads(rows),
-        "committee": score(combine_members(logits, temperature), label),
-        "temperature": temperature,
+        "committee": score(combine_members(logits, fitted.temperature), label),
+        "temperature": fitted.temperature,
+        "doubtful_below": fitted.doubtful_below,
         "agreement": agreement(logits, label),
     }
     arrays = {"test_probs": np.exp(metrics.log_probabilities(logits)).astype(np.float32), "test_label": label}
@@ -193,25 +185,18 @@ def population_result(
     return result | provenance(), arrays
 
 
-def shared_temperature(committee: Predictor, config: Config, splits: Splits) -> float:
-    """Fits the temperature of a committee on the rows that all its members held out."""
-    _, rows = batches.rows_of(splits.train.label, config.data)
-    return calibration.calibrate(committee, Examples(splits.train.image[rows], splits.train.label[rows])).temperature
-
-
 def out_of_fold_result(
     members: Sequence[tuple[Config, Variables]], splits: Splits
 ) -> tuple[Facts, dict[str, np.ndarray]]:
     """Evaluates every row with the member that was not trained on it; returns the scores and the arrays."""
-    parts, scores = [], []
+    parts = []
     for config, variables in members:
         _, rows = batches.rows_of(splits.train.label, config.data)
         logits = predict_logits(make_predictor(config, variables), splits.train.image[rows])
-        scores.append(score(logits, splits.train.label[rows]))
         parts.append((rows, np.full(len(rows), config.data.fold, np.int32), logits))
+    scores = [score(logits, splits.train.label[rows]) for rows, _, logits in parts]
     rows, fold, logits = (np.concatenate(column) for column in zip(*parts, strict=True))
-    in_order = np.argsort(rows)
-    rows, fold, logits = rows[in_order], fold[in_order], logits[in_order]
+    rows, fold, logits = (column[np.argsort(rows)] for column in (rows, fold, logits))
     label = splits.train.label[rows]
     facts = {
         "folds": scores,
@@ -237,7 +222,7 @@ def save_population_result(result: Facts, arrays: Mapping[str, np.ndarray], work
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
     workdirs.write_bytes(workdir / ARRAYS, buffer.getvalue())
-    for name, svg in bands.draw(result["curves"]).items():
+    for name, svg in plots.population_curves(result["curves"]).items():
         workdirs.write_bytes(workdir / f"{name}.svg", svg)
     workdirs.write_text(workdir / POPULATION, json.dumps(result, indent=1, allow_nan=False) + "\n")
 
@@ -250,41 +235,40 @@ def load_population_result(workdir: pathlib.Path) -> Facts | None:
 
 def population_table(result: Mapping[str, Any]) -> str:
     """Formats a result as a text table."""
-    members, count = result["members"], len(result["members"])
+    members, committee, agreement = result["members"], result["committee"], result["agreement"]
+    count = len(members)
     lines = [f"{'member':<12}{'seed':>6}  {'test accuracy':>13}  {'loss':>8}"]
     lines += [
         f"{member['name']:<12}{member['seed']:>6}  {member['accuracy']:>13.2%}  {member['loss']:>8.4f}"
         for member in members
     ]
-    committee, none_right = result["committee"], len(result["agreement"]["none_right"])
     lines += [
         "",
         f"{result['dataset']}, test set of {committee['examples']}:",
-        "  " + spread_line(result, count),
+        _spread_line(result, count),
         f"  committee     accuracy {committee['accuracy']:.2%}   loss {committee['loss']:.4f}"
         "   (mean of the members' probabilities)",
-        f"  agreement     all {count} members are right on {result['agreement']['examples_by_members_right'][count]}"
-        f" examples, none is on {none_right}",
+        f"  agreement     all {count} members are right on {agreement['examples_by_members_right'][count]}"
+        f" examples, none is on {len(agreement['none_right'])}",
     ]
-    if "out_of_fold" in result:
-        out_of_fold = result["out_of_fold"]
-        worst = ", ".join(
-            f"{example['row']} ({example['label']}? {example['prediction']})"
-            for example in out_of_fold["doubtful_labels"][:8]
-        )
+    if out_of_fold := result.get("out_of_fold"):
         lines += [
             f"out of fold, {out_of_fold['correct']} of {out_of_fold['examples']} training rows right:",
-            "  " + spread_line(out_of_fold, count),
-            f"  most doubtful labels, as row (label? prediction): {worst}",
+            _spread_line(out_of_fold, count),
+            f"  most doubtful labels, as {worst_labels(out_of_fold['doubtful_labels'])}",
         ]
     return "\n".join(lines)
 
 
-def spread_line(spreads: Mapping[str, Any], count: int) -> str:
-    """Formats the mean and sd of accuracy and loss, and the interval of the accuracy, as one line."""
-    mean, sd, interval = spreads["mean"], spreads["sd"], spreads["interval"]
-    low, high = interval["accuracy"]
+def worst_labels(entries: Sequence[Mapping[str, Any]]) -> str:
+    """Formats the first few entries of `label_entries`."""
+    worst = ", ".join(f"{entry['row']} ({entry['label']}? {entry['prediction']})" for entry in entries[:8])
+    return f"row (label? prediction): {worst}"
+
+
+def _spread_line(spreads: Mapping[str, Any], count: int) -> str:
+    mean, sd, (low, high) = spreads["mean"], spreads["sd"], spreads["interval"]["accuracy"]
     return (
-        f"mean of {count:<5} accuracy {mean['accuracy']:.2%} (sd {sd['accuracy']:.2%}, 95 % interval of the mean"
+        f"  mean of {count:<5} accuracy {mean['accuracy']:.2%} (sd {sd['accuracy']:.2%}, 95 % interval of the mean"
         f" {low:.2%} to {high:.2%})   loss {mean['loss']:.4f} (sd {sd['loss']:.4f})"
     )

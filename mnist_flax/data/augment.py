@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 from mnist_flax import rng
 from mnist_flax.checks import within
 
+PIECES = 2  # that clutter adds to an image
+FARTHEST = 12  # pixels that it moves a piece along each axis, at most
+
 Move = Callable[[float, Array, Array, Array], tuple[Array, Array]]  # strength, y, x, key
 Change = Callable[[float, Array, Array], Array]  # strength, image, key
 
@@ -102,6 +105,27 @@ def erase(pixels: float, image: Array, key: Array) -> Array:
     return jnp.where(inside[..., None], jnp.zeros_like(image), image)
 
 
+def clutter(pixels: float, image: Array, key: Array) -> Array:
+    """Adds pieces of the digit's own strokes, mirrored or turned, at random places, as around a digit in a form.
+
+    Each piece is a square around a random pixel; where it overlaps the digit, the lighter pixel is kept. Mnih et al.
+    (2014) trained on MNIST cluttered with pieces of other digits.
+    """
+    size = jnp.array(image.shape[:2])
+    result = image
+    for piece_key in jax.random.split(key, PIECES):
+        at, to, turn = jax.random.split(piece_key, 3)
+        middle = jax.random.randint(at, (2,), 0, size)
+        rows, columns = (jnp.abs(jnp.arange(n) - middle[axis]) <= pixels / 2 for axis, n in enumerate(image.shape[:2]))
+        piece = jnp.where((rows[:, None] & columns[None, :])[..., None], image, jnp.zeros_like(image))
+        flips = jax.random.bernoulli(turn, shape=(3,))
+        piece = jnp.where(flips[0], piece[::-1], piece)
+        piece = jnp.where(flips[1], piece[:, ::-1], piece)
+        piece = jnp.where(flips[2], piece.transpose(1, 0, 2), piece)
+        result = jnp.maximum(result, shifted(piece, FARTHEST, to))
+    return result
+
+
 # Applied in this order. Moves map output to input coordinates, so the image shows them in the reverse order.
 AUGMENTATIONS: dict[str, Augmentation] = {
     "elastic": Augmentation("sd of the displacement, in pixels", 10, move=elastic),
@@ -110,6 +134,7 @@ AUGMENTATIONS: dict[str, Augmentation] = {
     "scale": Augmentation("largest change of size, as a share", 1, move=scale, open_high=True),
     "shift": Augmentation("largest shift, in whole pixels", 27, move=shift, whole=True),
     "stroke": Augmentation("largest share of a 3x3 dilation or erosion", 1, change=stroke),
+    "clutter": Augmentation("side of the pieces of strokes that are added, in pixels", 28, change=clutter, whole=True),
     "erase": Augmentation("side of the blanked square, in pixels", 28, change=erase, whole=True),
 }
 

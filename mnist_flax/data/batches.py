@@ -31,18 +31,10 @@ class Batch(TypedDict):
 
 
 def spread_rows(labels: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
-    """Picks `count` rows spread evenly over the classes, and within each class over the file.
+    """Picks `count` rows spread evenly over the classes, and within each class over the file: `i32[R] -> i32[count]`.
 
     Systematic sampling of the rows sorted by class. It is stratified (no class is off by more than one row) and uses no
-    random numbers, so it is the same for every seed and library version.
-
-    Args:
-      labels: `i32[N]`, the labels of the whole split.
-      rows: `i32[R]`, the candidates.
-      count: at most R.
-
-    Returns:
-      `i32[count]`, ascending.
+    random numbers, so it is the same for every seed and library version. `labels` are those of the whole split.
     """
     by_class = rows[np.argsort(labels[rows], kind="stable")]
     places = (np.arange(count) + 0.5) * (len(rows) / max(count, 1))
@@ -59,18 +51,7 @@ def split_rows(labels: np.ndarray, num_train: int, holdout: int) -> tuple[np.nda
 
 
 def rows_of(labels: np.ndarray, data: DataConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Splits the training rows as the config says.
-
-    Args:
-      labels: `i32[N]`, the labels of the training split.
-      data: how many rows are used, and which of them are held out.
-
-    Returns:
-      `i32[R]` training rows and `i32[H]` hold-out rows, disjoint, each ascending.
-
-    Raises:
-      ConfigError: a class has fewer rows than there are folds.
-    """
+    """Splits rows for training from those held out, as the config says: `i32[N] -> i32[R], i32[H]`, each ascending."""
     if not data.folds:
         return split_rows(labels, data.num_train, data.holdout)
     rows, _ = split_rows(labels, data.num_train, 0)
@@ -82,9 +63,6 @@ def fold_rows(labels: np.ndarray, rows: np.ndarray, folds: int) -> list[np.ndarr
     """Splits rows at random into K stratified folds: `i32[R] -> K times i32[R/K]`.
 
     If R is not divisible by K, the first folds have one more row.
-
-    Raises:
-      ConfigError: a class has fewer rows than there are folds.
     """
     from sklearn.model_selection import StratifiedKFold
 
@@ -101,11 +79,7 @@ def fold_rows(labels: np.ndarray, rows: np.ndarray, folds: int) -> list[np.ndarr
 def epoch_order(key: Array, epoch: Array | int, rows: Array, batch_size: int) -> Array:
     """Returns the rows of each batch of an epoch: a permutation, padded with -1 at the end, `i32[R] -> i32[S,B]`.
 
-    Args:
-      key: the root key of the run.
-      epoch: counted from 0.
-      rows: the row numbers to train on.
-      batch_size: B.
+    `key` is the run's root key, and epochs are counted from 0.
     """
     order = jax.random.permutation(rng.stream(key, "order", epoch), rows)
     padding = -len(rows) % batch_size
@@ -135,15 +109,9 @@ def take(examples: Examples, rows: Array) -> Batch:
 def stream_batches(
     examples: Examples, rows: Array, key: Array, start_step: int, batch_size: int, placement: NamedSharding
 ) -> Iterator[Batch]:
-    """Yields the same batches as `epoch_order` and `take`, from `start_step` on, endlessly.
+    """Yields the same batches as `epoch_order` and `take`, after `start_step` finished updates, endlessly.
 
-    Args:
-      examples: the training split, on the host; only this process's rows are read.
-      rows: `i32[R]`, the row numbers to train on.
-      key: the root key of the run.
-      start_step: finished updates.
-      batch_size: B.
-      placement: the sharding of a batch.
+    The examples are on the host, and only the rows of this process's part of the `placement` are read.
     """
     own = sharding.own_rows(placement, batch_size)
     epoch, skip = divmod(start_step, -(-len(rows) // batch_size))

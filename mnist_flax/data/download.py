@@ -17,17 +17,12 @@ class UnavailableError(DataError):
 
 
 def check_files(dataset: Dataset, folder: Path) -> None:
-    """Checks that a folder contains the files of a dataset, with the right sizes and checksums where they are known.
-
-    Raises:
-      DataError: a file is missing, cannot be read, or has another size or SHA-256.
-    """
+    """Checks that a folder contains the files of a dataset, with the right sizes and checksums where they are known."""
     for file in dataset.files:
         _check_file(folder / file.name, file)
 
 
 def _check_file(path: Path, file: DataFile) -> None:
-    """Checks one file."""
     remedy = f"; fetch it from {file.url}" if file.url else ""
     try:
         if not path.is_file():
@@ -53,13 +48,7 @@ def _owner(size: int) -> str:
 
 
 def download_files(dataset: Dataset, folder: Path) -> None:
-    """Downloads the files of a dataset into a folder.
-
-    Raises:
-      UnavailableError: a server cannot be reached.
-      DataError: what a server sent is not the official file.
-      OSError: the folder cannot be written.
-    """
+    """Downloads the files of a dataset into a folder."""
     for file in dataset.files:
         logger.info("downloading %s (%.1f MB)", file.url, file.size / 1e6)
         _download(file, folder / file.name)

@@ -1,5 +1,7 @@
 """The small dataset that needs no files: scikit-learn's 8x8 digits in MNIST's format."""
 
+import functools
+
 import numpy as np
 
 from mnist_flax.data.framing import frame
@@ -7,6 +9,7 @@ from mnist_flax.data.registry import DATASETS
 from mnist_flax.data.splits import Examples
 
 
+@functools.cache
 def embedded_digits() -> tuple[Examples, Examples]:
     """Returns scikit-learn's 1,797 handwritten digits as a training and a test split, framed like MNIST's.
 

@@ -7,11 +7,10 @@ from pathlib import Path
 
 from mnist_flax import config as config_lib
 from mnist_flax.config import Config
-from mnist_flax.data.cache import load_prepared
 from mnist_flax.data.download import UnavailableError, check_files
 from mnist_flax.data.embedded import embedded_digits
 from mnist_flax.data.idx import read_files
-from mnist_flax.data.prepare import prepare
+from mnist_flax.data.prepare import load_prepared, prepare
 from mnist_flax.data.registry import DATASETS
 from mnist_flax.data.splits import Splits, check_fingerprint, make_splits
 from mnist_flax.errors import DataError
@@ -21,11 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_splits(config: Config) -> Splits:
-    """Loads the dataset that `config.data` names, from the sources that it allows (see `DataConfig`).
-
-    Raises:
-      DataError: no source has it, or a copy of it is damaged; the message names the place and the remedy.
-    """
+    """Loads the dataset that `config.data` names, from the sources that it allows (see `DataConfig`)."""
     data = config.data
     if not DATASETS[data.name].files:
         return make_splits(data.name, *embedded_digits(), "embedded")
@@ -54,7 +49,6 @@ def load_splits(config: Config) -> Splits:
 
 
 def _from_tfds(data: DataConfig) -> Splits:
-    """Loads a prepared copy."""
     if not DATASETS[data.name].tfds_version:
         raise UnavailableError("no prepared copy: TFDS does not have this dataset")
     splits, flaws = load_prepared(data.name, _data_dir(data))
@@ -95,25 +89,18 @@ def _from_raw(data: DataConfig) -> Splits:
 
 
 def _from_download(data: DataConfig) -> Splits:
-    """Downloads and loads the official files."""
     if not DATASETS[data.name].tfds_version:
         raise UnavailableError("no download: this dataset is only read from a folder")
     return load_prepared(data.name, _data_dir(data))[0] or prepare(data.name, _data_dir(data), None)
 
 
-_LOADERS: dict[str, Callable[[DataConfig], Splits]] = {
-    "tfds": _from_tfds,
-    "raw": _from_raw,
-    "download": _from_download,
-}
+# In the order in which `auto` tries them.
+_LOADERS: dict[str, Callable[[DataConfig], Splits]]
+_LOADERS = {"tfds": _from_tfds, "raw": _from_raw, "download": _from_download}
 
 
 def _data_dir(data: DataConfig) -> Path:
-    """Returns the TFDS folder.
-
-    Raises:
-      DataError: it is in the user's home folder, and there is none.
-    """
+    """Returns the TFDS folder."""
     folder = os.path.expanduser(data.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
     if folder.startswith("~"):
         raise DataError(f"{folder}: there is no such home folder; name another folder with --config.data.data_dir=DIR")

@@ -45,11 +45,7 @@ def find_flaw(name: str, data_dir: Path) -> str:
 
 
 def write_copy(name: str, train: Examples, test: Examples, data_dir: Path) -> None:
-    """Writes the TFDS folder `copy_dir(name, data_dir)`.
-
-    Raises:
-      OSError: it cannot be written.
-    """
+    """Writes the TFDS folder `copy_dir(name, data_dir)`; raises OSError if it cannot be written."""
     with _quiet():
         try:
             _builder(name, data_dir, train=train, test=test).download_and_prepare()
@@ -58,11 +54,7 @@ def write_copy(name: str, train: Examples, test: Examples, data_dir: Path) -> No
 
 
 def read_copy(name: str, data_dir: Path) -> tuple[Examples, Examples]:
-    """Decodes the training and the test split of a prepared copy.
-
-    Raises:
-      Exception: a record is damaged; the decoding libraries raise almost any type.
-    """
+    """Decodes the training and the test split of a prepared copy; a damaged record raises almost any exception."""
     import tensorflow_datasets as tfds
     from PIL import Image
 

@@ -1,7 +1,6 @@
 """The model card of an export: training data, accuracy, limits, and how to load the files."""
 
 import pathlib
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -13,146 +12,83 @@ from mnist_flax.run import workdir as workdirs
 
 FILE = "MODEL_CARD.md"
 
-LIMITS = """\
-- It takes one picture at a time of 28x28 grey pixels, 0 for the background and 255 for ink, framed like its training
-  data. `python -m mnist_flax.predict` frames photographs and scans; the exported files do not.
-- Every picture gets one of the classes; there is no answer for "none of them".
-- Accuracy and calibration hold for data like the test set. On other people's handwriting both are worse.
-- It was made for research and teaching, not for decisions about people."""
-
-LICENCE = """\
-The code that made it is under the Apache License 2.0. The training data have the terms of their publishers."""
-
-LOADING = """\
-Images are `u8[N,28,28,1]`; the results are `logits` and `probabilities`, `f32[N,{classes}]`, for any N. Scaling of
-pixels, temperature, shifted views and committee are inside. Each file is made by its own command, such as
-`python -m mnist_flax.export --workdir=DIR --format=onnx`.
-
-onnxruntime (`--format=onnx`):
-
-```python
-import numpy as np
-import onnxruntime
-
-session = onnxruntime.InferenceSession("model.onnx")
-images = np.zeros((2, 28, 28, 1), np.uint8)
-(probabilities,) = session.run(["probabilities"], {{"images": images}})
-```
-
-JAX, on CPU, CUDA and TPU, with this version of jax or a newer one (`--format=stablehlo`):
-
-```python
-import pathlib
-
-import numpy as np
-from jax import export
-
-model = export.deserialize(bytearray(pathlib.Path("model.stablehlo").read_bytes()))
-images = np.zeros((2, 28, 28, 1), np.uint8)
-probabilities = model.call(images)["probabilities"]
-```
-
-NumPy alone (`--format=npz` writes `model.npz` and `model.py`):
-
-```python
-import numpy as np
-from model import predict
-
-images = np.zeros((2, 28, 28, 1), np.uint8)
-probabilities = predict(images)["probabilities"]
-```
-
-PyTorch, the weights for a network of your own (`--format=npz`):
-
-```python
-import numpy as np
-import torch
-
-weights = {{name: torch.from_numpy(array) for name, array in np.load("model.npz").items()}}
-{torch}
-```"""
+TEMPLATE = pathlib.Path(__file__).with_name("card.md.jinja")
 
 
 def text(workdir: pathlib.Path, predictor: Predictor, info: RunInfo) -> str:
     """Returns the card as Markdown, from the results in the workdir; unknown values are omitted."""
-    result = workdirs.read_json(workdir / (workdirs.SUMMARY if info.kind == "run" else POPULATION))
-    robustness = workdirs.read_json(workdir / "robustness.json")
-    evaluation = workdirs.read_json(workdir / f"evaluation-test-{info.config.data.name.replace('/', '-')}.json")
-    results, facts = ({} if not isinstance(x, dict) else x for x in (result, evaluation))
-    if facts.get("step") != max(info.steps):
-        facts = {}
-    classes = info.config.num_classes
-    sections = {
-        "Data": _table(_data(info)),
-        "Recipe": _table(_recipe(predictor, info)),
-        "Results": _table(_scores(results, facts, predictor, info)),
-        "Robustness": _table(_robustness(robustness)),
-        "Limits": LIMITS,
-        "Licence": LICENCE,
-        "How to load it": LOADING.format(classes=classes, torch=_torch(predictor)),
+    import jinja2
+
+    config = info.config
+    data = {
+        "dataset": config.data.name,
+        "fingerprint": f"`{info.fingerprint}`",
+        "rows trained on": f"{config.num_train:,}",
+        "rows held out": f"{config.num_holdout:,}",
     }
-    title = f"# A network for {info.config.data.name}"
-    return "\n\n".join([title, *(f"## {name}\n\n{body}" for name, body in sections.items() if body), ""])
-
-
-Rows = Iterator[tuple[str, str]]
-
-
-def _table(rows: Rows) -> str:
-    lines = [f"| {name} | {value} |" for name, value in rows]
-    return "\n".join(["| | |", "|---|---|", *lines]) if lines else ""
-
-
-def _data(info: RunInfo) -> Rows:
-    config = info.config
-    yield "dataset", config.data.name
-    yield "fingerprint", f"`{info.fingerprint}`"
-    yield "rows trained on", f"{config.num_train:,}"
-    yield "rows held out", f"{config.num_holdout:,}"
-
-
-def _recipe(predictor: Predictor, info: RunInfo) -> Rows:
-    config = info.config
-    defaults = Config(model=type(config.model)())
-    yield "networks", f"{len(predictor.members)}, whose probabilities are averaged" if info.kind != "run" else "1"
-    yield "family", config.to_dict()["model"]["name"]
-    yield (
-        "parameters",
-        f"{sum(leaf.size for leaf in jax.tree.leaves(predictor.members[0]['params'])):,} in each network",
+    tables = {
+        "Data": data,
+        "Recipe": _recipe(predictor, info),
+        "Results": _scores(workdir, predictor, info),
+        "Robustness": _robustness(workdir),
+    }
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    yield "updates", f"{max(info.steps):,}, of {config.num_steps:,} in {config.train.epochs} epochs"
-    yield "batch size", str(config.train.batch_size)
-    yield "seed", str(config.seed)
-    for field, (_, value) in sorted(differences(defaults, config).items()):
-        if field not in ("seed", "train.batch_size", "train.epochs") and not field.startswith("data."):
-            yield f"`config.{field}`", f"`{value!r}`"
-    yield (
-        "the exports compute in",
-        "float32" + f" (trained in {config.model.dtype})" * (config.model.dtype != "float32"),
-    )
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(dataset=config.data.name, tables=tables, classes=config.num_classes, torch=_torch(predictor))
 
 
-def _scores(result: Mapping[str, Any], facts: Mapping[str, Any], predictor: Predictor, info: RunInfo) -> Rows:
-    examples = result.get("test_examples") or result.get("committee", {}).get("examples")
-    accuracy = result.get("test_accuracy", result.get("committee", {}).get("accuracy"))
-    loss = result.get("test_loss", result.get("committee", {}).get("loss"))
-    is_last = result.get("steps") == max(info.steps)
-    if is_last and examples and accuracy is not None:
+def _recipe(predictor: Predictor, info: RunInfo) -> dict[str, Any]:
+    config, params = info.config, predictor.members[0]["params"]
+    changed = {
+        f"`config.{field}`": f"`{value!r}`"
+        for field, (_, value) in sorted(differences(Config(model=type(config.model)()), config).items())
+        if field not in ("seed", "train.batch_size", "train.epochs") and not field.startswith("data.")
+    }
+    dtype = config.model.dtype
+    return {
+        "networks": f"{len(predictor.members)}, whose probabilities are averaged" if info.kind != "run" else 1,
+        "family": config.to_dict()["model"]["name"],
+        "parameters": f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} in each network",
+        "updates": f"{max(info.steps):,}, of {config.num_steps:,} in {config.train.epochs} epochs",
+        "batch size": config.train.batch_size,
+        "seed": config.seed,
+        **changed,
+        "the exports compute in": "float32" + f" (trained in {dtype})" * (dtype != "float32"),
+    }
+
+
+def _scores(workdir: pathlib.Path, predictor: Predictor, info: RunInfo) -> dict[str, str]:
+    result = _read(workdir / (workdirs.SUMMARY if info.kind == "run" else POPULATION))
+    evaluation = _read(workdir / f"evaluation-test-{info.config.data.name.replace('/', '-')}.json")
+    if info.kind == "run":
+        examples, accuracy, loss = (result.get(f"test_{name}") for name in ("examples", "accuracy", "loss"))
+    else:
+        examples, accuracy, loss = (result.get("committee", {}).get(name) for name in ("examples", "accuracy", "loss"))
+    rows = {}
+    if result.get("steps") == max(info.steps) and examples and accuracy is not None:
         low, high = metrics.wilson_interval(round(accuracy * examples), examples)
-        yield "test accuracy", f"{accuracy:.2%} of {examples:,} images (95 % interval {low:.2%} to {high:.2%})"
-        yield "test loss", f"{loss:.4f}"
-    if "ece" in facts:
-        yield "expected calibration error on the test set", f"{facts['ece']:.2%}"
-        yield "Brier score on the test set", f"{facts['brier']:.4f}"
-    yield "temperature", f"{predictor.temperature:.3f}" + ", fitted on the rows held out" * (predictor.temperature != 1)
+        rows["test accuracy"] = f"{accuracy:.2%} of {examples:,} images (95 % interval {low:.2%} to {high:.2%})"
+        rows["test loss"] = f"{loss:.4f}"
+    if evaluation.get("step") == max(info.steps) and "ece" in evaluation:
+        rows["expected calibration error on the test set"] = f"{evaluation['ece']:.2%}"
+        rows["Brier score on the test set"] = f"{evaluation['brier']:.4f}"
+    fitted = ", fitted on the rows held out" * (predictor.temperature != 1)
+    return rows | {"temperature": f"{predictor.temperature:.3f}{fitted}"}
 
 
-def _robustness(robustness: Any) -> Rows:
-    if not isinstance(robustness, dict) or "mean_accuracy" not in robustness:
-        return
-    yield "mean accuracy under corruptions", f"{robustness['mean_accuracy']:.2%}"
-    for name, row in robustness.get("corruptions", {}).items():
-        yield name, f"{row['accuracy']:.2%}"
+def _robustness(workdir: pathlib.Path) -> dict[str, str]:
+    result = _read(workdir / "robustness.json")
+    if "mean_accuracy" not in result:
+        return {}
+    rows = {name: f"{row['accuracy']:.2%}" for name, row in result.get("corruptions", {}).items()}
+    return {"mean accuracy under corruptions": f"{result['mean_accuracy']:.2%}", **rows}
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    result = workdirs.read_json(path)
+    return result if isinstance(result, dict) else {}
 
 
 def _torch(predictor: Predictor) -> str:

@@ -27,28 +27,20 @@ SCRIPTS = ("framing", "network", "inspect", "draw", "views", "inspector", "app")
 
 EXAMPLES = 12  # of each kind
 
+# Names as their authors write them; other datasets are shown by their config name.
+DATASET_TITLES = {
+    "mnist": "MNIST",
+    "fashion_mnist": "Fashion-MNIST",
+    "kmnist": "KMNIST",
+    "digits": "scikit-learn's digits",
+}
+
 
 class Checkpoint(NamedTuple):
     """A network on the page: its title there, and its graph."""
 
     title: str
     graph: Graph
-
-
-class Example(NamedTuple):
-    """An image to step through.
-
-    Attributes:
-      kind: `right`, `mistake` or `corrupted`.
-      title: such as `Test image 947`.
-      label: the true class.
-      image: `u8[28,28]`.
-    """
-
-    kind: str
-    title: str
-    label: int
-    image: np.ndarray
 
 
 def write_demo(
@@ -60,15 +52,8 @@ def write_demo(
 ) -> pathlib.Path:
     """Writes the demo page of a run, or of a population as a committee.
 
-    Args:
-      workdir: the folder of the run or population.
-      checkpoint: `latest`, `best` (on hold-out rows) or a step. If the run also has an earlier checkpoint, the page
-        compares the two.
-      output: the file to write; if None, `demo.html` in the run's folder.
-      overrides: config fields that locate the data, as for `load_data`.
-
-    Returns:
-      The path of the page.
+    If a run also has an earlier checkpoint, the page compares the two. See `load_predictor` for the checkpoints and
+    `load_data` for the overrides. The default output is `demo.html` in the workdir; the path is returned.
 
     Raises:
       UserError: the run or its data cannot be read, its network cannot be exported, or the page cannot be written.
@@ -95,25 +80,39 @@ def write_page(
     title: str,
     path: pathlib.Path,
 ) -> None:
-    """Writes the demo page of a predictor.
-
-    Args:
-      checkpoints: the network of `predictor`, and optionally another one to compare it with.
-      predictor: the network that classifies the drawings.
-      evaluation: its evaluation on the test set.
-      splits: the data.
-      title: the title of the page.
-      path: the file to write.
+    """Writes the demo page of a predictor, whose network is the first of one or two `checkpoints` to compare.
 
     Raises:
-      WorkdirError: it cannot be written.
+      WorkdirError: the file cannot be written.
     """
-    page = render(
-        checkpoints,
-        choose_examples(splits, np.exp(metrics.log_probabilities(evaluation.logits))),
-        classes=DATASETS[splits.name].class_names,
+    import jax
+    import jinja2
+
+    classes = DATASETS[splits.name].class_names
+    probs = np.exp(metrics.log_probabilities(evaluation.logits))
+    graphs = [(name, textbook_order(graph)) for name, graph in checkpoints]
+    data = {
+        "classes": list(classes),
+        "checkpoints": [
+            {"title": name, "graph": json.loads(graph.to_json()), "weights": _base64(graph.weights())}
+            for name, graph in graphs
+        ],
+        "examples": choose_examples(splits, probs),
+    }
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    page = environment.from_string(_source("page.html.jinja")).render(
         title=title,
-        **_texts(predictor, evaluation, splits.name),
+        dataset=DATASET_TITLES.get(splits.name, splits.name),
+        num_members=len(predictor.members),
+        num_weights=sum(leaf.size for leaf in jax.tree.leaves([member["params"] for member in predictor.members])),
+        num_right=round(evaluation.accuracy * evaluation.examples),
+        num_examples=evaluation.examples,
+        temperature=predictor.temperature,
+        classes=classes,
+        checkpoints=checkpoints,
+        css=_source("page.css"),
+        script="\n".join(_source(f"{name}.js") for name in SCRIPTS),
+        data=json.dumps(data).replace("<", "\\u003c"),  # so that no text in the data can close the script element
     )
     workdirs.write_text(path, page, remedy="name another file with --output=FILE")
 
@@ -121,81 +120,6 @@ def write_page(
 def _title(info: RunInfo) -> str:
     step = max(info.steps)
     return f"step {step:,}" + (" (end)" if step == info.config.num_steps else "")
-
-
-def _texts(predictor: Predictor, evaluation: Evaluation, dataset: str) -> dict[str, str]:
-    """Returns the sentences of the page that depend on the run."""
-    import jax
-
-    name = DATASET_TITLES.get(dataset, dataset)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves([member["params"] for member in predictor.members]))
-    what = "A network" if len(predictor.members) == 1 else f"A committee of {len(predictor.members)} networks"
-    right = round(evaluation.accuracy * evaluation.examples)
-    lead = (
-        f"{what} with {parameters:,} weights runs inside this page. Trained on {name}, it reads {right:,} of"
-        f" {evaluation.examples:,} test images correctly. Nothing you draw leaves the page."
-    )
-    note = (
-        f"The mistakes are the test images that cost this network the highest loss. Its probabilities are calibrated on"
-        f" images held out from training (temperature {predictor.temperature:.3g})."
-        if predictor.temperature != 1
-        else "The mistakes are the test images that cost this network the highest loss."
-    )
-    return {"dataset": name, "lead": lead, "note": note}
-
-
-# Names as their authors write them; other datasets are shown by their config name.
-DATASET_TITLES = {
-    "mnist": "MNIST",
-    "fashion_mnist": "Fashion-MNIST",
-    "kmnist": "KMNIST",
-    "digits": "scikit-learn's digits",
-}
-
-
-def render(
-    checkpoints: Sequence[Checkpoint],
-    examples: Sequence[Example],
-    *,
-    classes: Sequence[str],
-    title: str,
-    dataset: str,
-    lead: str,
-    note: str,
-) -> str:
-    """Returns the page as HTML.
-
-    Args:
-      checkpoints: the network that classifies the drawings, and optionally another one to compare it with.
-      examples: images to step through; the page opens with the first one.
-      classes: the class names.
-      title: the title of the page.
-      dataset: the display name of the training data.
-      lead: the text below the heading.
-      note: the text at the end.
-    """
-    import jinja2
-
-    data = {
-        "classes": list(classes),
-        "checkpoints": [
-            {"title": name, "graph": json.loads(graph.to_json()), "weights": _base64(graph.weights())}
-            for name, graph in ((name, textbook_order(graph)) for name, graph in checkpoints)
-        ],
-        "examples": [{**example._asdict(), "image": _base64(example.image.tobytes())} for example in examples],
-    }
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return environment.from_string(_source("page.html.jinja")).render(
-        title=title,
-        dataset=dataset,
-        lead=lead,
-        note=note,
-        classes=classes,
-        checkpoints=checkpoints,
-        css=_source("page.css"),
-        script="\n".join(_source(f"{name}.js") for name in SCRIPTS),
-        data=json.dumps(data).replace("<", "\\u003c"),  # so that no text in the data can close the script element
-    )
 
 
 def _source(name: str) -> str:
@@ -206,7 +130,7 @@ def _base64(content: bytes) -> str:
     return base64.b64encode(content).decode("ascii")
 
 
-def choose_examples(splits: Splits, probs: np.ndarray) -> list[Example]:
+def choose_examples(splits: Splits, probs: np.ndarray) -> list[dict[str, Any]]:
     """Picks test images to step through: a correct one of each class, the worst mistakes, and corrupted ones.
 
     Args:
@@ -216,51 +140,46 @@ def choose_examples(splits: Splits, probs: np.ndarray) -> list[Example]:
     images, labels = splits.test.image[..., 0], splits.test.label
     found = facts.galleries(probs, labels, splits.name)
     correct = list({example["label"]: example["row"] for example in reversed(found["correct"])}.values())[::-1]
-    worst = [example["row"] for example in found["mistakes"]]
-
-    def example(kind: str, row: int) -> Example:
-        return Example(kind, f"Test image {row}", int(labels[row]), images[row])
-
-    corrupted = [
-        example("corrupted", row)._replace(title=f"Test image {row}, {name}", image=corrupt(images[row]))
+    chosen = [("right", row, "", images[row]) for row in correct[:EXAMPLES]]
+    chosen += [("mistake", row, "", images[row]) for row in (shown["row"] for shown in found["mistakes"][:EXAMPLES])]
+    chosen += [
+        ("corrupted", row, f", {name}", corrupt(images[row]))
         for (name, corrupt), row in zip(CORRUPTIONS.items(), itertools.cycle(correct[1:] or correct), strict=False)
     ]
     return [
-        *(example("right", row) for row in correct[:EXAMPLES]),
-        *(example("mistake", row) for row in worst[:EXAMPLES]),
-        *corrupted,
+        {"kind": kind, "title": f"Test image {row}{how}", "label": int(labels[row]), "image": _base64(image.tobytes())}
+        for kind, row, how, image in chosen
     ]
 
 
-def _noise(image: np.ndarray) -> np.ndarray:
-    noise = np.random.default_rng(0).normal(0, 60, image.shape)
-    return np.clip(image + noise, 0, 255).astype(np.uint8)
-
-
-def _blur(image: np.ndarray) -> np.ndarray:
+def _rotated(image: np.ndarray) -> np.ndarray:
     from scipy import ndimage
 
-    return np.asarray(ndimage.gaussian_filter(image.astype(np.float32), 1.5)).astype(np.uint8)
+    return np.asarray(ndimage.rotate(image.astype(np.float32), 40, reshape=False, order=1))
 
 
-def _rotate(image: np.ndarray) -> np.ndarray:
+def _blurred(image: np.ndarray) -> np.ndarray:
     from scipy import ndimage
 
-    return np.clip(ndimage.rotate(image.astype(np.float32), 40, reshape=False, order=1), 0, 255).astype(np.uint8)
+    return np.asarray(ndimage.gaussian_filter(image.astype(np.float32), 1.5))
 
 
-def _cover(image: np.ndarray) -> np.ndarray:
+def _partly_covered(image: np.ndarray) -> np.ndarray:
     covered = image.copy()
     covered[12:17] = 0
     return covered
 
 
+def _as_bytes(corrupt: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda image: np.clip(corrupt(image), 0, 255).astype(np.uint8)
+
+
 CORRUPTIONS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
-    "with noise": _noise,
-    "blurred": _blur,
-    "rotated": _rotate,
+    "with noise": _as_bytes(lambda image: image + np.random.default_rng(0).normal(0, 60, image.shape)),
+    "blurred": _as_bytes(_blurred),
+    "rotated": _as_bytes(_rotated),
     "negative": lambda image: 255 - image,
-    "partly covered": _cover,
+    "partly covered": _partly_covered,
     "shifted": lambda image: np.roll(image, (5, -5), (0, 1)),
-    "faint": lambda image: (image // 6).astype(np.uint8),
+    "faint": lambda image: image // 6,
 }

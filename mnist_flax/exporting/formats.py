@@ -1,6 +1,5 @@
 """The export formats, one entry each, and the check that every file must pass before it is saved."""
 
-import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -28,58 +27,36 @@ STEM = "model"
 TOLERANCE = 1e-4  # of logits and probabilities
 NUM_IMAGES = 1_000
 
-Outputs = Mapping[str, np.ndarray]
-Metadata = dict[str, str]
-
 
 class Format(NamedTuple):
-    """A way to write a predictor.
+    """A way to write a predictor to `model.<name of the format>`."""
 
-    Attributes:
-      suffix: the suffix of the file that `load` opens.
-      packages: the optional packages that it imports.
-      write: returns the contents of each file, keyed by suffix.
-      load: opens the file as a function `u8[N,28,28,1] -> {"logits", "probabilities"}`.
-    """
-
-    suffix: str
-    packages: tuple[str, ...]
-    write: Callable[[Predictor, Metadata], dict[str, bytes]]
-    load: Callable[[pathlib.Path], Callable[[np.ndarray], Outputs]]
-
-
-def _write_onnx(predictor: Predictor, metadata: Metadata) -> dict[str, bytes]:
-    return {".onnx": onnx.to_onnx(graph_of(predictor), metadata)}
-
-
-def _write_stablehlo(predictor: Predictor, metadata: Metadata) -> dict[str, bytes]:
-    del metadata  # the format cannot store metadata
-    return {".stablehlo": stablehlo.to_stablehlo(predictor)}
-
-
-def _write_npz(predictor: Predictor, metadata: Metadata) -> dict[str, bytes]:
-    del metadata
-    program, weights = numpy_program.to_numpy(graph_of(predictor))
-    return {".npz": weights, ".py": program.encode()}
+    packages: tuple[str, ...]  # the optional packages that it imports
+    # returns the contents of each file, keyed by suffix; the metadata are stored if the format supports it
+    write: Callable[[Predictor, dict[str, str]], dict[str, bytes]]
+    # opens the file as a function `u8[N,28,28,1] -> {"logits", "probabilities"}`
+    load: Callable[[pathlib.Path], Callable[[np.ndarray], Mapping[str, np.ndarray]]]
 
 
 FORMATS: dict[str, Format] = {
-    "onnx": Format(".onnx", ("onnx", "onnxruntime"), _write_onnx, onnx.load_onnx),
-    "stablehlo": Format(".stablehlo", ("flatbuffers",), _write_stablehlo, stablehlo.load_stablehlo),
-    "npz": Format(".npz", (), _write_npz, numpy_program.load_program),
+    "onnx": Format(
+        ("onnx", "onnxruntime"),
+        lambda predictor, metadata: {".onnx": onnx.to_onnx(graph_of(predictor), metadata)},
+        onnx.load_onnx,
+    ),
+    "stablehlo": Format(
+        ("flatbuffers",),
+        lambda predictor, metadata: {".stablehlo": stablehlo.to_stablehlo(predictor)},
+        stablehlo.load_stablehlo,
+    ),
+    "npz": Format(
+        (), lambda predictor, metadata: numpy_program.to_numpy(graph_of(predictor)), numpy_program.load_program
+    ),
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Exported:
-    """What was written.
-
-    Attributes:
-      paths: the files.
-      difference: the largest absolute difference of any logit or probability from the network's own.
-      images: how many images were compared.
-      source: which images they were.
-    """
+class Exported(NamedTuple):
+    """What was written: the files, and by how much a logit or probability differs at most, on which images."""
 
     paths: tuple[pathlib.Path, ...]
     difference: float
@@ -102,42 +79,29 @@ def export_workdir(
 ) -> Exported:
     """Writes a run, or a population as a committee, in a format, and a model card beside it.
 
-    Args:
-      workdir: the folder of the run or the population.
-      format_name: a key of `FORMATS`.
-      checkpoint: `latest`, `best` (on hold-out rows) or a step.
-      folder: where to write; if None, `export/` in the workdir.
-      overrides: config fields that locate the run's data.
+    See `load_predictor` for the checkpoints and `load_data` for the overrides. The default folder is `export/` in the
+    workdir.
 
     Raises:
       UserError: a package is missing, the run cannot be read, the network cannot be expressed in the format, or the
         file's outputs differ from the network's. Nothing is written in these cases.
     """
     chosen = FORMATS[format_name]
-    check_packages(format_name, chosen)
+    missing = [name for name in chosen.packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ExportError(f"--format={format_name}: needs packages that are missing: pip install {' '.join(missing)}")
     predictor, info = load_predictor(workdir, checkpoint)
     images, source = images_to_compare(info, overrides)
-    contents = chosen.write(predictor, metadata_of(info))
-    difference = check_outputs(chosen, contents, predictor, images, format_name)
+    dataset = info.config.data.name
+    classes = json.dumps(DATASETS[dataset].class_names)
+    contents = chosen.write(predictor, {"dataset": dataset, "classes": classes, "steps": str(max(info.steps))})
+    difference = check_outputs(format_name, contents, predictor, images)
     folder = folder or workdirs.subfolder(workdir, FOLDER)
     paths = tuple(folder / f"{STEM}{suffix}" for suffix in contents)
     for path, content in zip(paths, contents.values(), strict=True):
         workdirs.write_bytes(path, content, remedy="make room, or name another --output")
     workdirs.write_text(folder / card.FILE, card.text(workdir, predictor, info), remedy="name another --output")
     return Exported(paths, difference, len(images), source)
-
-
-def check_packages(format_name: str, chosen: Format) -> None:
-    """Raises if a package that a format needs is not installed."""
-    missing = [name for name in chosen.packages if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ExportError(f"--format={format_name}: needs packages that are missing: pip install {' '.join(missing)}")
-
-
-def metadata_of(info: RunInfo) -> Metadata:
-    """Returns the metadata to store in a file whose format supports it."""
-    dataset = info.config.data.name
-    return {"dataset": dataset, "classes": json.dumps(DATASETS[dataset].class_names), "steps": str(max(info.steps))}
 
 
 def images_to_compare(info: RunInfo, overrides: Mapping[str, Any]) -> tuple[np.ndarray, str]:
@@ -151,13 +115,8 @@ def images_to_compare(info: RunInfo, overrides: Mapping[str, Any]) -> tuple[np.n
         return digits.train.image[:NUM_IMAGES], source
 
 
-def check_outputs(
-    chosen: Format, contents: Mapping[str, bytes], predictor: Predictor, images: np.ndarray, format_name: str
-) -> float:
-    """Runs an exported file in batches of several sizes and compares its outputs with the network's.
-
-    Returns:
-      The largest difference of a logit or a probability.
+def check_outputs(format_name: str, contents: Mapping[str, bytes], predictor: Predictor, images: np.ndarray) -> float:
+    """Runs a file in batches of several sizes; returns the largest difference of a logit or probability.
 
     Raises:
       ExportError: the difference is above `TOLERANCE`, or not a number.
@@ -165,7 +124,7 @@ def check_outputs(
     with tempfile.TemporaryDirectory() as staging:
         for suffix, content in contents.items():
             pathlib.Path(staging, STEM + suffix).write_bytes(content)
-        run = chosen.load(pathlib.Path(staging, STEM + chosen.suffix))
+        run = FORMATS[format_name].load(pathlib.Path(staging, f"{STEM}.{format_name}"))
         batches = [images[:1], *(images[start : start + 333] for start in range(1, len(images), 333))]
         outputs = [run(batch) for batch in batches]
     logits = predict_logits(in_float32(predictor), images)

@@ -145,9 +145,8 @@ class Builder:
 def trace(logits: Callable[[Any, jax.Array], jax.Array], variables: Any) -> Graph:
     """Turns a function into a graph with the outputs `logits` and `probabilities`.
 
-    Args:
-      logits: a pure function of variables and `u8[N,28,28,1]` that treats every row alike.
-      variables: a tree of arrays, whose paths become the names of the constants.
+    `logits` is a pure function of variables and `u8[N,28,28,1]` that treats every row alike. The constants are named by
+    their paths in `variables`.
 
     Raises:
       ExportError: the function contains an operation that has no counterpart here.

@@ -22,10 +22,7 @@ def in_float32(predictor: Predictor) -> Predictor:
 def logits_of(predictor: Predictor, members: Sequence[Variables], images: Array) -> Array:
     """Computes what `predict_logits` does, as a function that JAX can trace: `u8[N,28,28,1] -> f32[N,C]`.
 
-    Args:
-      predictor: supplies everything but the weights.
-      members: the variables of each network.
-      images: N may be symbolic.
+    The predictor supplies everything but the weights, which are those of `members`. N may be symbolic.
     """
     views = _shifted(images, VIEW_SHIFTS[: predictor.views])
     outputs = []
@@ -33,8 +30,12 @@ def logits_of(predictor: Predictor, members: Sequence[Variables], images: Array)
         with jax.named_scope(f"member_{i}") if len(members) > 1 else contextlib.nullcontext():
             logits = forward(predictor.program, variables, views)
             outputs.append(logits.reshape(images.shape[0], predictor.views, logits.shape[-1]))
-    logits = outputs[0][:, 0] if len(outputs) == predictor.views == 1 else _log_mean(jnp.concatenate(outputs, 1))
-    return logits / predictor.temperature
+    if len(outputs) == predictor.views == 1:
+        return outputs[0][:, 0] / predictor.temperature
+    # The log of the mean probabilities, without underflow.
+    log_probs = jax.nn.log_softmax(jnp.concatenate(outputs, 1))
+    top = log_probs.max(1, keepdims=True)
+    return (top + jnp.log(jnp.exp(log_probs - top).mean(1, keepdims=True)))[:, 0] / predictor.temperature
 
 
 def _shifted(images: Array, shifts: Sequence[tuple[int, int]]) -> Array:
@@ -45,13 +46,6 @@ def _shifted(images: Array, shifts: Sequence[tuple[int, int]]) -> Array:
     padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
     views = [padded[:, 1 - down : 1 - down + height, 1 - right : 1 - right + width] for down, right in shifts]
     return jnp.stack(views, 1).reshape(count * len(shifts), height, width, channels)
-
-
-def _log_mean(logits: Array) -> Array:
-    """Returns the log of the mean probabilities, `f32[N,V,C] -> f32[N,C]`, computed without underflow."""
-    log_probs = jax.nn.log_softmax(logits)
-    top = log_probs.max(1, keepdims=True)
-    return (top + jnp.log(jnp.exp(log_probs - top).mean(1, keepdims=True)))[:, 0]
 
 
 def graph_of(predictor: Predictor) -> Graph:

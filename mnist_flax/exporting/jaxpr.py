@@ -1,5 +1,6 @@
 """Walks a jaxpr: inlines calls, folds what depends on weights alone into constants, and translates the rest."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 from jax.extend import core
 
 from mnist_flax.exporting.graph import BATCH_SIZE, Builder
-from mnist_flax.exporting.primitives import ELEMENTWISE, TRANSLATIONS, add, split_axis, unsupported
+from mnist_flax.exporting.primitives import REWRITES, TRANSLATIONS, UNCHANGED, add, unsupported
 
 CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")  # parameters that hold the function a primitive calls
 
@@ -17,18 +18,7 @@ KEPT = ("broadcast_in_dim", "copy", "expand_dims", "reshape", "squeeze", "stop_g
 
 
 def inline_jaxpr(builder: Builder, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[str], stack: str) -> list[str]:
-    """Adds the nodes of a jaxpr and of everything that it calls.
-
-    Args:
-      builder: receives the nodes.
-      jaxpr: the program.
-      consts: the values of its constants.
-      inputs: the names of its arguments.
-      stack: the name stack at the call site.
-
-    Returns:
-      The names of its results.
-    """
+    """Adds the nodes of a jaxpr applied to `inputs`, and of all that it calls; returns the names of its results."""
     names: dict[Any, str] = dict(zip(jaxpr.invars, inputs, strict=True))
     names |= {var: builder.constant(jax.device_get(value)) for var, value in zip(jaxpr.constvars, consts, strict=True)}
     function = builder.function
@@ -74,13 +64,15 @@ def _results(builder: Builder, eqn: Any, inputs: tuple[str, ...], stack: str) ->
     batched = any(size % BATCH_SIZE == 0 for var in eqn.outvars for size in var.aval.shape if size)
     if all(name in builder.constants for name in inputs) and not batched and name not in KEPT:
         return _compute(builder, eqn, inputs)
-    if name == "split":
-        return split_axis(builder, eqn, inputs)
-    if name not in TRANSLATIONS and name not in ELEMENTWISE:
-        unsupported(builder, name)
-    if name in ELEMENTWISE:
+    if name in REWRITES:
+        params = {key: eqn.params[key] for key in ("axis", "sizes", "y") if key in eqn.params}
+        closed = jax.make_jaxpr(functools.partial(REWRITES[name], **params))(*(var.aval for var in eqn.invars))
+        return inline_jaxpr(builder, closed.jaxpr, closed.consts, inputs, stack)
+    if name in UNCHANGED:
         attrs = {"axes": eqn.params["axes"]} if "axes" in eqn.params else {}
-        return [add(builder, ELEMENTWISE[name], eqn, inputs, **attrs)]
+        return [add(builder, UNCHANGED[name], eqn, inputs, **attrs)]
+    if name not in TRANSLATIONS:
+        unsupported(builder, name)
     return [TRANSLATIONS[name](builder, eqn, inputs)]
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from mnist_flax.exporting import reference
-from mnist_flax.exporting.graph import INPUT, Graph, Node
+from mnist_flax.exporting.graph import INPUT, Graph
+from mnist_flax.exporting.reference import IN_NUMPY, OPERATIONS, windows
 
 HEADER = '''"""A trained network in NumPy alone: `predict(images)` maps images to probabilities and logits.
 
@@ -32,21 +32,18 @@ w = dict(np.load(pathlib.Path(__file__).with_suffix(".npz")))
 '''
 
 
-def to_numpy(graph: Graph) -> tuple[str, bytes]:
-    """Returns the program and its .npz file, with every weight under its path as in weights.safetensors."""
+def to_numpy(graph: Graph) -> dict[str, bytes]:
+    """Returns the .npz file, with every weight under its path as in weights.safetensors, and the .py file."""
     arrays = {name: array for name, array in graph.constants.items() if array.ndim}
     file = io.BytesIO()
     np.savez(file, **arrays)  # type: ignore[arg-type]
-    return HEADER + _functions(graph) + _predict(graph), file.getvalue()
-
-
-def _functions(graph: Graph) -> str:
-    """Returns the source of the functions that the graph needs."""
-    used = [reference.OPERATIONS[op] for op in dict.fromkeys(node.op for node in graph.nodes)]
-    functions = [function for function in used if not isinstance(function, np.ufunc)]
-    if any("windows(" in inspect.getsource(function) for function in functions):
-        functions.insert(0, reference.windows)
-    return "".join(inspect.getsource(function) + "\n\n" for function in functions)
+    sources = [
+        inspect.getsource(OPERATIONS[op]) for op in dict.fromkeys(n.op for n in graph.nodes) if op not in IN_NUMPY
+    ]
+    if any("windows(" in source for source in sources):
+        sources.insert(0, inspect.getsource(windows))
+    program = HEADER + "".join(source + "\n\n" for source in sources) + _predict(graph)
+    return {".npz": file.getvalue(), ".py": program.encode()}
 
 
 def _predict(graph: Graph) -> str:
@@ -54,24 +51,21 @@ def _predict(graph: Graph) -> str:
     lines = ["def predict(images: Array) -> dict[str, Array]:", "    n = len(images)"]
     for number, node in enumerate(graph.nodes):
         names[node.name] = f"x{number}"
+        prefix, function = "np." * (node.op in IN_NUMPY), OPERATIONS[node.op]
         arguments = [names.get(name) or _constant(graph.constants[name], name) for name in node.inputs]
-        arguments += [f"{name}={_literal(value)}" for name, value in reference.attributes(node).items()]
-        lines.append(f"    x{number} = {_name(node)}({', '.join(arguments)})  # {node.name}")
+        attributes = {"shape": node.shape} if node.op in ("reshape", "broadcast") else node.attrs
+        attributes = {"dtype": node.dtype} if node.op == "cast" else attributes
+        arguments += [("" if prefix else f"{name}=") + _literal(value) for name, value in attributes.items()]
+        lines.append(f"    x{number} = {prefix}{function.__name__}({', '.join(arguments)})  # {node.name}")
     results = ", ".join(f'"{output}": {names[node]}' for output, node in graph.outputs.items())
     return "\n".join([*lines, f"    return {{{results}}}", ""])
 
 
-def _name(node: Node) -> str:
-    function = reference.OPERATIONS[node.op]
-    return f"np.{function.__name__}" if isinstance(function, np.ufunc) else function.__name__
-
-
 def _constant(array: np.ndarray, name: str) -> str:
-    return f'w["{name}"]' if array.ndim else f"np.{array.dtype}({_number(array.item())})"
-
-
-def _number(value: Any) -> str:
-    return repr(value) if np.isfinite(value) else f'float("{value}")'
+    if array.ndim:
+        return f'w["{name}"]'
+    value = array.item()
+    return f"np.{array.dtype}({value!r})" if np.isfinite(value) else f'np.{array.dtype}("{value}")'
 
 
 def _literal(value: Any) -> str:

@@ -11,18 +11,15 @@ from mnist_flax.exporting.graph import IMAGE_SHAPE, INPUT, ExportError, Graph, N
 # Supported by onnxruntime and onnxruntime-web since 1.14 (2023).
 OPSET, IR_VERSION = 18, 8
 
-OPS = {
+OPS = {  # with the same inputs and attributes
     **{"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "max": "Max", "min": "Min", "pow": "Pow"},
     **{"equal": "Equal", "less": "Less", "less_equal": "LessOrEqual", "greater": "Greater"},
     **{"greater_equal": "GreaterOrEqual", "and": "And", "or": "Or", "not": "Not", "neg": "Neg", "abs": "Abs"},
     **{"sign": "Sign", "floor": "Floor", "exp": "Exp", "log": "Log", "sqrt": "Sqrt", "tanh": "Tanh", "erf": "Erf"},
     **{"logistic": "Sigmoid", "sin": "Sin", "cos": "Cos", "where": "Where", "relu": "Relu", "softmax": "Softmax"},
-    **{"einsum": "Einsum", "concat": "Concat", "transpose": "Transpose", "cast": "Cast", "slice": "Slice"},
-    **{"pad": "Pad", "reshape": "Reshape", "broadcast": "Expand"},
-    **{"reduce_sum": "ReduceSum", "reduce_mean": "ReduceMean", "reduce_max": "ReduceMax", "reduce_min": "ReduceMin"},
+    **{"einsum": "Einsum", "concat": "Concat"},
 }
-ATTRIBUTES = {"einsum": {"equation": "equation"}, "concat": {"axis": "axis"}, "transpose": {"axes": "perm"}}
-POOLS = {"max_pool": "MaxPool", "sum_pool": "AveragePool", "avg_pool": "AveragePool"}
+REDUCTIONS = {f"reduce_{kind}": f"Reduce{kind.title()}" for kind in ("sum", "mean", "max", "min")}
 TO_NCHW, TO_NHWC, TO_OIHW = (0, 3, 1, 2), (0, 2, 3, 1), (3, 2, 0, 1)
 
 
@@ -52,27 +49,35 @@ class _Writer:
         return self.array(name, np.asarray(values, np.int64))
 
     def write(self, node: Node) -> None:
-        name = node.name
-        if node.op == "conv":
-            self._conv(node)
-        elif node.op in POOLS:
-            self._pool(node)
-        elif node.op == "dense":
-            self._dense(node)
-        else:
-            arguments = {
-                "slice": self._slice,
-                "pad": self._pad,
-                "reshape": self._reshape,
-                "broadcast": self._expand,
-                **dict.fromkeys(("reduce_sum", "reduce_mean", "reduce_max", "reduce_min"), self._reduce),
-            }.get(node.op, lambda node: node.inputs)(node)
-            attrs = {theirs: node.attrs[ours] for ours, theirs in ATTRIBUTES.get(node.op, {}).items()}
-            if node.op == "cast":
-                attrs["to"] = _onnx_type(node.dtype)
-            if node.op.startswith("reduce"):
-                attrs["keepdims"] = 0
-            self.add(OPS[node.op], arguments, name, **attrs)
+        name, inputs, attrs = node.name, node.inputs, node.attrs
+        match node.op:
+            case "conv":
+                self._conv(node)
+            case "max_pool" | "sum_pool" | "avg_pool":
+                self._pool(node)
+            case "dense" if len(inputs) == 2:
+                self.add("MatMul", inputs, name)
+            case "dense":
+                product = self.add("MatMul", inputs[:2], name, f"{name}/product")
+                self.add("Add", (product, inputs[2]), f"{name}/bias", name)
+            case "slice":
+                self.add("Slice", self._slice(node), name)
+            case "pad":
+                pads = self.ints(f"{name}/pads", (*attrs["low"], *attrs["high"]))
+                self.add("Pad", (inputs[0], pads, inputs[1]), name)
+            case "reshape":
+                self.add("Reshape", self._reshape(node), name)
+            case "broadcast":
+                self.add("Expand", self._expand(node), name)
+            case "cast":
+                self.add("Cast", inputs, name, to=_onnx_type(node.dtype))
+            case "transpose":
+                self.add("Transpose", inputs, name, perm=attrs["axes"])
+            case op if op in REDUCTIONS:
+                axes = self.ints(f"{name}/axes", attrs["axes"])
+                self.add(REDUCTIONS[op], (*inputs, axes), name, keepdims=0)
+            case op:
+                self.add(OPS[op], inputs, name, **attrs)
 
     def _images(self, op: str, inputs: tuple[str, ...], name: str, **attrs: Any) -> str:
         """Adds a channels-first node between two transpositions; onnxruntime cancels those of neighbours."""
@@ -98,30 +103,15 @@ class _Writer:
         )
 
     def _pool(self, node: Node) -> None:
-        size = node.attrs["size"]
-        attrs: dict[str, Any] = {"kernel_shape": size, "strides": node.attrs["strides"]}
-        attrs["pads"] = _pads(node.attrs["pads"])
-        if node.op != "max_pool":
-            attrs["count_include_pad"] = 1
-        if node.op != "sum_pool":
-            self._images(POOLS[node.op], node.inputs, node.name, **attrs)
-            return
-        mean = self.add("Transpose", node.inputs, f"{node.name}/to_nchw", perm=TO_NCHW)
-        mean = self.add(POOLS[node.op], (mean,), f"{node.name}/mean", **attrs)
-        mean = self.add("Transpose", (mean,), f"{node.name}/to_nhwc", perm=TO_NHWC)
-        count = self.array(f"{node.name}/count", np.asarray(np.prod(size), node.dtype))
-        self.add("Mul", (mean, count), node.name)
-
-    def _dense(self, node: Node) -> None:
-        x, kernel, *bias = node.inputs
-        if not bias:
-            self.add("MatMul", (x, kernel), node.name)
-            return
-        product = self.add("MatMul", (x, kernel), node.name, f"{node.name}/product")
-        self.add("Add", (product, *bias), f"{node.name}/bias", node.name)
-
-    def _reduce(self, node: Node) -> tuple[str, ...]:
-        return (*node.inputs, self.ints(f"{node.name}/axes", node.attrs["axes"]))
+        size, name = node.attrs["size"], node.name
+        attrs = {"kernel_shape": size, "strides": node.attrs["strides"], "pads": _pads(node.attrs["pads"])}
+        if node.op == "max_pool":
+            self._images("MaxPool", node.inputs, name, **attrs)
+        elif node.op == "avg_pool":
+            self._images("AveragePool", node.inputs, name, **attrs, count_include_pad=1)
+        else:
+            mean = self._images("AveragePool", node.inputs, f"{name}/mean", **attrs, count_include_pad=1)
+            self.add("Mul", (mean, self.array(f"{name}/count", np.asarray(np.prod(size), node.dtype))), name)
 
     def _slice(self, node: Node) -> tuple[str, ...]:
         of = self.shapes.get(node.inputs[0], ())
@@ -132,10 +122,6 @@ class _Writer:
         columns = zip(("starts", "limits", "strides"), zip(*(parts[axis] for axis in axes), strict=True), strict=True)
         starts, limits, strides = (self.ints(f"{node.name}/{label}", values) for label, values in columns)
         return (*node.inputs, starts, limits, self.ints(f"{node.name}/axes", axes), strides)
-
-    def _pad(self, node: Node) -> tuple[str, ...]:
-        x, value = node.inputs
-        return (x, self.ints(f"{node.name}/pads", (*node.attrs["low"], *node.attrs["high"])), value)
 
     def _reshape(self, node: Node) -> tuple[str, ...]:
         if sum(size < 0 for size in node.shape) > 1:
@@ -168,10 +154,6 @@ def _onnx_type(dtype: str) -> int:
 
 def to_onnx(graph: Graph, metadata: dict[str, str]) -> bytes:
     """Returns a checked ONNX model, `images` u8[N,28,28,1] -> `probabilities`, `logits` f32[N,C].
-
-    Args:
-      graph: the graph of a predictor.
-      metadata: key-value pairs to store in the file.
 
     Raises:
       ExportError: the graph contains something that ONNX cannot express.

@@ -24,29 +24,23 @@ def simplify(graph: Graph) -> Graph:
 
 def _renumber(graph: Graph) -> Graph:
     """Gives every node and constant the shortest unused name, in order."""
-    names: dict[str, str] = {INPUT: INPUT}
-    taken = {INPUT}
+    names = {INPUT: INPUT}
 
     def rename(old: str, stem: str) -> None:
-        numbered = (f"{stem}_{i}" for i in itertools.count(1))
-        names[old] = stem if stem not in taken else next(name for name in numbered if name not in taken)
-        taken.add(names[old])
+        candidates = itertools.chain([stem], (f"{stem}_{i}" for i in itertools.count(1)))
+        names[old] = next(name for name in candidates if name not in names.values())
 
     for name in graph.constants:
         rename(name, re.sub(r"_\d+$", "", name))
     for node in graph.nodes:
-        rename(node.name, stem_of(node))
+        function = "" if node.function == node.op else node.function
+        rename(node.name, "/".join(filter(None, (node.layer, function, node.op))))
     nodes = [
         dataclasses.replace(node, name=names[node.name], inputs=tuple(names[name] for name in node.inputs))
         for node in graph.nodes
     ]
     constants = {names[name]: np.asarray(array, order="C") for name, array in graph.constants.items()}
     return Graph(tuple(nodes), constants, {name: names[node] for name, node in graph.outputs.items()})
-
-
-def stem_of(node: Node) -> str:
-    """Returns a node's name without a numeric suffix."""
-    return "/".join(filter(None, (node.layer, "" if node.function == node.op else node.function, node.op)))
 
 
 def _drop_unused(graph: Graph) -> Graph:
@@ -108,24 +102,22 @@ Rule = Callable[[_Pass, Node], Node | str | None]
 
 def _nothing(state: _Pass, node: Node) -> str | None:
     """Drops operations that return their first input."""
-    x, shape = node.inputs[0], state.shape(node.inputs[0])
-    same = shape == node.shape
-    if node.op in ("reshape", "broadcast") and same:
-        return x
-    if node.op == "transpose" and node.attrs["axes"] == tuple(range(len(node.shape))):
-        return x
-    if node.op == "slice" and same and not any(node.attrs["starts"]):
-        return x
-    if node.op == "pad" and same:
-        return x
-    if node.op == "cast" and x in state.nodes and state.nodes[x].dtype == node.dtype:
-        return x
+    x = node.inputs[0]
+    same = state.shape(x) == node.shape
     neutral = {"add": 0, "sub": 0, "mul": 1, "div": 1, "max": -np.inf, "min": np.inf}
     if node.op in neutral:
         for x, other in (node.inputs, node.inputs[::-1])[: 1 if node.op in ("sub", "div") else 2]:
             if state.number(other) == neutral[node.op] and state.shape(x) == node.shape:
                 return x
-    return None
+    is_nothing = {
+        "reshape": same,
+        "broadcast": same,
+        "pad": same,
+        "slice": same and not any(node.attrs.get("starts", ())),
+        "transpose": node.attrs.get("axes") == tuple(range(len(node.shape))),
+        "cast": x in state.nodes and state.nodes[x].dtype == node.dtype,
+    }
+    return x if is_nothing.get(node.op) else None
 
 
 def _reshape_twice(state: _Pass, node: Node) -> Node | None:

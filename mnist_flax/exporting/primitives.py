@@ -1,18 +1,39 @@
 """Translates JAX primitives, each to one or more operations of the graph."""
 
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import numpy as np
+from jax import lax
 
 from mnist_flax.exporting.graph import Builder, ExportError, symbolic
 
 Translation = Callable[[Builder, Any, tuple[str, ...]], str]
 
-ELEMENTWISE = {
+# Primitives that are written with others, and then translated as those.
+REWRITES: dict[str, Callable[..., Any]] = {
+    "clamp": lambda low, x, high: lax.min(lax.max(x, low), high),
+    "erfc": lambda x: 1 - lax.erf(x),
+    "expm1": lambda x: lax.exp(x) - 1,
+    "integer_pow": lambda x, y: math.prod([x] * (y - 1), start=x) if 2 <= y <= 4 else lax.pow(x, lax.full_like(x, y)),
+    "is_finite": lambda x: x - x == 0,  # for infinity and NaN, x - x is NaN
+    "log1p": lambda x: lax.log(x + 1),
+    "ne": lambda x, y: ~(x == y),
+    "rsqrt": lambda x: 1 / lax.sqrt(x),
+    "split": lambda x, sizes, axis: [
+        lax.slice_in_dim(x, end - size, end, axis=axis)
+        for size, end in zip(sizes, itertools.accumulate(sizes), strict=True)
+    ],
+    "square": lambda x: x * x,
+    "stack": lambda *parts, axis: lax.concatenate([lax.expand_dims(part, [axis]) for part in parts], axis),
+}
+UNCHANGED = {  # operations of the graph with the same inputs
     **{name: name for name in ("add", "sub", "mul", "div", "max", "min", "pow", "and", "or", "not", "neg", "abs")},
     **{name: name for name in ("sign", "floor", "exp", "log", "sqrt", "tanh", "erf", "logistic", "sin", "cos")},
     **{name: name for name in ("reduce_sum", "reduce_max", "reduce_min")},
+    "convert_element_type": "cast",
     **{"eq": "equal", "lt": "less", "le": "less_equal", "gt": "greater", "ge": "greater_equal"},
 }
 
@@ -31,15 +52,19 @@ def add(builder: Builder, op: str, eqn: Any, inputs: tuple[str, ...], **attrs: A
     return builder.add(op, inputs, aval.shape, aval.dtype, **attrs)
 
 
-def _number(builder: Builder, eqn: Any, value: float) -> str:
-    return builder.constant(np.asarray(value, eqn.outvars[0].aval.dtype))
+def _layout(builder: Builder, op: str, x: str, shape: Any, dtype: Any, **attrs: Any) -> str:
+    """Reshapes or transposes: a constant itself, which keeps its name, and anything else by a node."""
+    if attrs.get("axes") == (0, 1, 2, 3):
+        return x
+    if x not in builder.constants:
+        return builder.add(op, (x,), shape, dtype, **attrs)
+    array = builder.constants[x]
+    return builder.constant(array.transpose(attrs["axes"]) if op == "transpose" else array.reshape(shape), x)
 
 
 def _reshape(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> str:
-    x, shape = inputs[0], eqn.outvars[0].aval.shape
-    if x in builder.constants:
-        return builder.constant(builder.constants[x].reshape(shape), x)  # keeps its name
-    return add(builder, "reshape", eqn, inputs[:1])
+    aval = eqn.outvars[0].aval
+    return _layout(builder, "reshape", inputs[0], aval.shape, aval.dtype)
 
 
 def _broadcast(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> str:
@@ -48,50 +73,14 @@ def _broadcast(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> str:
     of = eqn.invars[0].aval.shape
     places = dict(zip(eqn.params["broadcast_dimensions"], of, strict=True))
     inner = tuple(places.get(axis, 1) for axis in range(len(shape)))
-    (x,) = inputs[:1]
-    if inner != of and of and x in builder.constants:
-        x = builder.constant(builder.constants[x].reshape(inner), x)
-    elif inner != of and of:
-        x = builder.add("reshape", (x,), inner, dtype)
+    x = _layout(builder, "reshape", inputs[0], inner, dtype) if inner != of and of else inputs[0]
     return x if inner == shape else builder.add("broadcast", (x,), shape, dtype)
-
-
-def _transpose(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> str:
-    return add(builder, "transpose", eqn, inputs, axes=eqn.params["permutation"])
-
-
-def _cast(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> str:
-    return add(builder, "cast", eqn, inputs)
 
 
 def _slice(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> str:
     starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
     strides = eqn.params["strides"] or (1,) * len(starts)
     return add(builder, "slice", eqn, inputs, starts=tuple(starts), limits=symbolic(limits), strides=tuple(strides))
-
-
-def split_axis(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> list[str]:
-    """Translates `split`: one slice for each part."""
-    axis, start, names = eqn.params["axis"], 0, []
-    (x,) = eqn.invars
-    for var, size in zip(eqn.outvars, eqn.params["sizes"], strict=True):
-        starts, limits = [0] * x.aval.ndim, list(x.aval.shape)
-        starts[axis], limits[axis] = start, start + size
-        attrs = {"starts": tuple(starts), "limits": symbolic(limits), "strides": (1,) * x.aval.ndim}
-        names.append(builder.add("slice", inputs, var.aval.shape, var.aval.dtype, **attrs))
-        start += size
-    return names
-
-
-def _concat(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> str:
-    return add(builder, "concat", eqn, inputs, axis=eqn.params["dimension"])
-
-
-def _stack(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> str:
-    aval, axis = eqn.outvars[0].aval, eqn.params["axis"]
-    one = tuple(1 if i == axis else size for i, size in enumerate(aval.shape))
-    parts = tuple(builder.add("reshape", (x,), one, aval.dtype) for x in inputs)
-    return add(builder, "concat", eqn, parts, axis=axis)
 
 
 def _pad(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> str:
@@ -108,71 +97,21 @@ def _where(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> str:
     return add(builder, "where", eqn, (condition, if_true, if_false))
 
 
-def _clamp(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> str:
-    low, x, high = inputs
-    return add(builder, "min", eqn, (add(builder, "max", eqn, (x, low)), high))
-
-
-def _power(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> str:
-    exponent = eqn.params["y"]
-    if not 2 <= exponent <= 4:
-        return add(builder, "pow", eqn, (*inputs, _number(builder, eqn, exponent)))
-    (power,) = inputs
-    for _ in range(exponent - 1):
-        power = add(builder, "mul", eqn, (power, *inputs))
-    return power
-
-
-def _square(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> str:
-    return add(builder, "mul", eqn, inputs * 2)
-
-
-def _rsqrt(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> str:
-    return add(builder, "div", eqn, (_number(builder, eqn, 1), add(builder, "sqrt", eqn, inputs)))
-
-
-def _log1p(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> str:
-    return add(builder, "log", eqn, (add(builder, "add", eqn, (*inputs, _number(builder, eqn, 1))),))
-
-
-def _expm1(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> str:
-    return add(builder, "sub", eqn, (add(builder, "exp", eqn, inputs), _number(builder, eqn, 1)))
-
-
-def _erfc(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> str:
-    return add(builder, "sub", eqn, (_number(builder, eqn, 1), add(builder, "erf", eqn, inputs)))
-
-
-def _not_equal(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> str:
-    return add(builder, "not", eqn, (add(builder, "equal", eqn, inputs),))
-
-
-def _is_finite(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> str:
-    """Tests whether x - x equals 0: for infinity and NaN it is NaN."""
-    aval = eqn.invars[0].aval
-    difference = builder.add("sub", inputs * 2, aval.shape, aval.dtype)
-    return add(builder, "equal", eqn, (difference, builder.constant(np.zeros((), aval.dtype))))
-
-
 def _conv(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> str:
     params = eqn.params
-    x, kernel = eqn.invars
-    if x.aval.ndim != 4 or params["batch_group_count"] != 1 or set(params["lhs_dilation"]) != {1}:
+    if eqn.invars[0].aval.ndim != 4 or params["batch_group_count"] != 1 or set(params["lhs_dilation"]) != {1}:
         unsupported(builder, "convolution that is not of images, or is transposed or grouped by batch")
     specs = params["dimension_numbers"]
     # A spec lists the axes (batch, channel, rows, columns); for a kernel (output, input, rows, columns).
     lhs = tuple(specs.lhs_spec[i] for i in (0, 2, 3, 1))
     rhs = tuple(specs.rhs_spec[i] for i in (2, 3, 1, 0))
     out = tuple(specs.out_spec[i] for i in (0, 2, 3, 1))
-    image, weights = inputs
-    if lhs != (0, 1, 2, 3):
-        image = builder.add("transpose", (image,), [x.aval.shape[i] for i in lhs], x.aval.dtype, axes=lhs)
-    if rhs != (0, 1, 2, 3) and weights in builder.constants:
-        weights = builder.constant(np.ascontiguousarray(builder.constants[weights].transpose(rhs)), weights)
-    elif rhs != (0, 1, 2, 3):
-        weights = builder.add("transpose", (weights,), [kernel.aval.shape[i] for i in rhs], kernel.aval.dtype, axes=rhs)
+    image, weights = (
+        _layout(builder, "transpose", name, [var.aval.shape[i] for i in axes], var.aval.dtype, axes=axes)
+        for name, var, axes in zip(inputs, eqn.invars, (lhs, rhs), strict=True)
+    )
     aval = eqn.outvars[0].aval
-    name = builder.add(
+    result = builder.add(
         "conv",
         (image, weights),
         [aval.shape[i] for i in out],
@@ -182,8 +121,7 @@ def _conv(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> str:
         dilations=tuple(params["rhs_dilation"]),
         groups=params["feature_group_count"],
     )
-    back = tuple(int(i) for i in np.argsort(out))
-    return name if out == (0, 1, 2, 3) else add(builder, "transpose", eqn, (name,), axes=back)
+    return add(builder, "transpose", eqn, (result,), axes=tuple(map(int, np.argsort(out))))
 
 
 def _pool(op: str) -> Translation:
@@ -218,29 +156,18 @@ def _dot(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> str:
 
 TRANSLATIONS: dict[str, Translation] = {
     "broadcast_in_dim": _broadcast,
-    "clamp": _clamp,
-    "concatenate": _concat,
+    "concatenate": lambda builder, eqn, inputs: add(builder, "concat", eqn, inputs, axis=eqn.params["dimension"]),
     "conv_general_dilated": _conv,
-    "convert_element_type": _cast,
     "copy": lambda builder, eqn, inputs: inputs[0],
     "dot_general": _dot,
-    "erfc": _erfc,
     "expand_dims": _reshape,
-    "expm1": _expm1,
-    "integer_pow": _power,
-    "is_finite": _is_finite,
-    "log1p": _log1p,
-    "ne": _not_equal,
     "pad": _pad,
     "reduce_window_max": _pool("max_pool"),
     "reduce_window_sum": _pool("sum_pool"),
     "reshape": _reshape,
-    "rsqrt": _rsqrt,
     "select_n": _where,
     "slice": _slice,
-    "square": _square,
     "squeeze": _reshape,
-    "stack": _stack,
     "stop_gradient": lambda builder, eqn, inputs: inputs[0],
-    "transpose": _transpose,
+    "transpose": lambda builder, eqn, inputs: add(builder, "transpose", eqn, inputs, axes=eqn.params["permutation"]),
 }

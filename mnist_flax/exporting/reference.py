@@ -1,12 +1,10 @@
-"""NumPy reference implementations of the graph operations: one function each, taking inputs, then attributes."""
+"""NumPy implementations of the graph's operations, as a program is written with them: inputs first, then attributes."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-
-from mnist_flax.exporting.graph import INPUT, Graph, Node
 
 Array = np.ndarray
 
@@ -68,46 +66,6 @@ def erf(x: Array) -> Array:
     return np.vectorize(math.erf, [x.dtype])(x)
 
 
-def where(condition: Array, x: Array, y: Array) -> Array:
-    """Takes x where the condition holds, and y elsewhere."""
-    return np.where(condition, x, y)
-
-
-def reduce_sum(x: Array, *, axes: Any) -> Array:
-    """Sum over axes."""
-    return x.sum(axes)
-
-
-def reduce_mean(x: Array, *, axes: Any) -> Array:
-    """Mean over axes."""
-    return x.mean(axes)
-
-
-def reduce_max(x: Array, *, axes: Any) -> Array:
-    """Maximum over axes."""
-    return x.max(axes)
-
-
-def reduce_min(x: Array, *, axes: Any) -> Array:
-    """Minimum over axes."""
-    return x.min(axes)
-
-
-def reshape(x: Array, *, shape: Any) -> Array:
-    """Changes the shape."""
-    return x.reshape(shape)
-
-
-def broadcast(x: Array, *, shape: Any) -> Array:
-    """Broadcasts to a shape."""
-    return np.broadcast_to(x, shape)
-
-
-def transpose(x: Array, *, axes: Any) -> Array:
-    """Permutes the axes."""
-    return x.transpose(axes)
-
-
 def concat(*inputs: Array, axis: int) -> Array:
     """Concatenates along an axis."""
     return np.concatenate(inputs, axis)
@@ -133,79 +91,18 @@ def einsum(x: Array, y: Array, *, equation: str) -> Array:
     return np.einsum(equation, x, y)
 
 
-UFUNCS: dict[str, np.ufunc] = {
-    "add": np.add,
-    "sub": np.subtract,
-    "mul": np.multiply,
-    "div": np.divide,
-    "max": np.maximum,
-    "min": np.minimum,
-    "pow": np.power,
-    "equal": np.equal,
-    "less": np.less,
-    "less_equal": np.less_equal,
-    "greater": np.greater,
-    "greater_equal": np.greater_equal,
-    "and": np.logical_and,
-    "or": np.logical_or,
-    "not": np.logical_not,
-    "neg": np.negative,
-    "abs": np.abs,
-    "sign": np.sign,
-    "floor": np.floor,
-    "exp": np.exp,
-    "log": np.log,
-    "sqrt": np.sqrt,
-    "tanh": np.tanh,
-    "sin": np.sin,
-    "cos": np.cos,
+# NumPy's own functions, which take an attribute by its position.
+IN_NUMPY: dict[str, Callable[..., Array]] = {
+    **{"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "pow": np.power},
+    **{"max": np.maximum, "min": np.minimum, "equal": np.equal, "less": np.less, "less_equal": np.less_equal},
+    **{"greater": np.greater, "greater_equal": np.greater_equal, "and": np.logical_and, "or": np.logical_or},
+    **{"not": np.logical_not, "where": np.where, "neg": np.negative, "abs": np.abs, "sign": np.sign},
+    **{"floor": np.floor, "exp": np.exp, "log": np.log, "sqrt": np.sqrt, "tanh": np.tanh, "sin": np.sin, "cos": np.cos},
+    **{"reduce_sum": np.sum, "reduce_mean": np.mean, "reduce_max": np.max, "reduce_min": np.min},
+    **{"reshape": np.reshape, "broadcast": np.broadcast_to, "transpose": np.transpose},
 }
 OPERATIONS: dict[str, Callable[..., Array]] = {
-    "slice": slice_,
-    "conv": conv2d,
-    "dense": dense,
-    "max_pool": max_pool2d,
-    "sum_pool": sum_pool2d,
-    "avg_pool": avg_pool2d,
-    "relu": relu,
-    "softmax": softmax,
-    "logistic": logistic,
-    "erf": erf,
-    "where": where,
-    "reduce_sum": reduce_sum,
-    "reduce_mean": reduce_mean,
-    "reduce_max": reduce_max,
-    "reduce_min": reduce_min,
-    "reshape": reshape,
-    "broadcast": broadcast,
-    "transpose": transpose,
-    "concat": concat,
-    "pad": pad,
-    "cast": cast,
-    "einsum": einsum,
-    **UFUNCS,
+    **{"slice": slice_, "conv": conv2d, "max_pool": max_pool2d, "sum_pool": sum_pool2d, "avg_pool": avg_pool2d},
+    **{function.__name__: function for function in (dense, relu, softmax, logistic, erf, concat, pad, cast, einsum)},
+    **IN_NUMPY,
 }
-
-
-def attributes(node: Node) -> dict[str, Any]:
-    """Returns the keyword arguments of a node's function."""
-    if node.op in ("reshape", "broadcast"):
-        return {"shape": node.shape}
-    return {"dtype": node.dtype} if node.op == "cast" else node.attrs
-
-
-def sizes(value: Any, batch: int) -> Any:
-    """Replaces negative sizes in an attribute: -k becomes k times the batch size."""
-    if isinstance(value, tuple):
-        return tuple(sizes(item, batch) for item in value)
-    return -value * batch if isinstance(value, int) and value < 0 else value
-
-
-def run_graph(graph: Graph, images: Array) -> Mapping[str, Array]:
-    """Runs the graph on `u8[N,28,28,1]`; returns the value of every node and output by name."""
-    values: dict[str, Any] = {INPUT: images, **graph.constants}
-    for node in graph.nodes:
-        function = OPERATIONS[node.op]
-        attrs = {name: sizes(value, len(images)) for name, value in attributes(node).items()}
-        values[node.name] = function(*(values[name] for name in node.inputs), **attrs)
-    return values | {name: values[node] for name, node in graph.outputs.items()}

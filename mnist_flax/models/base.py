@@ -44,10 +44,8 @@ class ModelConfig:
     def module(self, num_classes: int, *, train: bool = False) -> nn.Module:
         """Builds the network, whose `__call__(x, mask=None)` maps scaled pixels to logits: f32[B,H,W,1] -> f32[B,C].
 
-        Args:
-          num_classes: C.
-          train: draw dropout masks (rng stream `dropout`), normalise with batch statistics, and update the running
-            statistics. `mask`, bool[B], then marks the rows that are examples rather than padding.
+        In training it draws dropout masks (rng stream `dropout`), normalises with batch statistics and updates the
+        running statistics; `mask`, bool[B], then marks the rows that are examples rather than padding.
         """
         raise NotImplementedError(f"{type(self).__name__} must define module()")
 

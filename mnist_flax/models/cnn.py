@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -10,18 +9,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from mnist_flax.checks import among, within
+from mnist_flax.models import layers
 from mnist_flax.models.base import ModelConfig
-from mnist_flax.models.layers import (
-    ACTIVATIONS,
-    DTYPES,
-    INITIALIZERS,
-    BatchNorm,
-    Conv,
-    Dense,
-    Dropout,
-    cosine_patterns,
-    flatten,
-)
+from mnist_flax.models.layers import BatchNorm, Conv, Dense, Dropout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,33 +151,31 @@ class CNN(nn.Module):
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
         """Maps scaled pixels to logits, `f32[B,H,W,1] -> f32[B,C]`."""
         config, train = self.config, self.train
-        activation, dtype = ACTIVATIONS[config.activation], DTYPES[config.dtype]
-        shared: dict[str, Any] = {"kernel_init": INITIALIZERS[config.init], "precision": config.matmul_precision}
+        activation, dtype = layers.ACTIVATIONS[config.activation], layers.DTYPES[config.dtype]
+        init = layers.INITIALIZERS[config.init]
+        shared: dict[str, Any] = {"kernel_init": init, "precision": config.matmul_precision}
 
         for i, block in enumerate(config.blocks()):
-            fixed = cosine_patterns(block.kernel_size, block.width) if i == 0 and config.stem == "cosine" else None
-            conv = partial(
-                Conv,
+            has_patterns = i == 0 and config.stem == "cosine"
+            ending: dict[str, Any] = {"activation": activation, "pool": block.pool, "pooling": config.pooling}
+            x = Conv(
                 block.width,
                 block.kernel_size,
                 block.stride,
                 block.padding,
-                use_bias=not config.batch_norm and fixed is None,
-                fixed_kernel=fixed,
+                use_bias=not (config.batch_norm or has_patterns),
+                fixed_kernel=layers.cosine_patterns(block.kernel_size, block.width) if has_patterns else None,
                 train=train,
                 dtype=dtype,
                 **shared,
-            )
-            activate_pool: dict[str, Any] = {"activation": activation, "pool": block.pool, "pooling": config.pooling}
+                **({} if config.batch_norm else ending),
+            )(x)
             if config.batch_norm:
-                x = conv()(x)
-                x = BatchNorm(train=train, **activate_pool)(x, mask)
-            else:
-                x = conv(**activate_pool)(x)
+                x = BatchNorm(train=train, **ending)(x, mask)
             if config.conv_dropout:
                 x = Dropout(config.conv_dropout, train)(x)
 
-        x = flatten(x)
+        x = layers.flatten(x)
         for width in config.dense:
             x = Dense(width, use_bias=not config.batch_norm, dtype=dtype, **shared)(x)
             x = BatchNorm(activation=activation, train=train)(x, mask) if config.batch_norm else activation(x)

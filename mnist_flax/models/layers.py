@@ -41,20 +41,15 @@ class Conv(nn.Module):
     """A convolution, then an activation, then pooling; `ops.conv.conv_block` decides in which order it is fastest.
 
     Attributes:
-      features: output channels.
       kernel_size: side of the square kernel, in pixels.
-      stride: in pixels.
       padding: `VALID` or `SAME`.
-      use_bias: add a bias to each channel.
-      activation: applied after the bias; None for none.
+      activation: applied after the bias, before pooling.
       pool: side and stride of the pooling window; 1 means no pooling.
       pooling: `max` or `avg`.
-      kernel_init: of the kernel.
       fixed_kernel: a kernel to use instead of a learned one. Its gradient is never computed, which is a third of the
         work of a first layer.
       train: choose the form that is fastest with gradients, not the fastest forward.
-      dtype: of the operands.
-      precision: of their product.
+      dtype: of the operands; `precision` is that of their product.
     """
 
     features: int
@@ -79,7 +74,7 @@ class Conv(nn.Module):
             kernel = self.param("kernel", self.kernel_init, shape)
         else:
             kernel = jnp.asarray(self.fixed_kernel)
-            self.sow("intermediates", "kernel", kernel)  # for those who want to see it; it is no parameter
+            self.sow("intermediates", "kernel", kernel)  # for those who want to see it; it is not a parameter
         bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
         return conv_block(
             x.astype(self.dtype),
@@ -101,13 +96,7 @@ class BatchNorm(nn.Module):
     Training normalises by the mean and variance of the batch's examples and moves the running averages towards them;
     otherwise the running averages are used.
 
-    Attributes:
-      activation: applied to the normalised values; None for none.
-      pool: side and stride of the pooling window; 1 means no pooling.
-      pooling: `max` or `avg`.
-      train: use and update the batch's statistics.
-      momentum: how much of the running averages is kept at each step.
-      eps: added to the variance.
+    Activation and pooling are given as for `Conv`; `momentum` is the share of the running averages that is kept.
     """
 
     activation: Callable[[Array], Array] | None = None
@@ -128,16 +117,8 @@ class BatchNorm(nn.Module):
         if not self.train:
             y = normalize(x, scale, bias, mean.value, var.value, eps=self.eps)
             return activate_pool(y, self.activation, self.pool, self.pooling)
-        y, batch_mean, batch_var = norm_activate_pool(
-            x,
-            scale,
-            bias,
-            mask,
-            eps=self.eps,
-            activation=self.activation,
-            pool=self.pool,
-            pooling=self.pooling,
-        )
+        form: dict[str, Any] = {"activation": self.activation, "pool": self.pool, "pooling": self.pooling}
+        y, batch_mean, batch_var = norm_activate_pool(x, scale, bias, mask, eps=self.eps, **form)
         mean.value = self.momentum * mean.value + (1 - self.momentum) * batch_mean
         var.value = self.momentum * var.value + (1 - self.momentum) * batch_var
         return y

@@ -40,8 +40,11 @@ def find_blobs(mask: np.ndarray, steps: np.ndarray, pen: float) -> tuple[np.ndar
     Raises:
       PictureError: there are too many pieces.
     """
-    labels, blobs = _pieces(mask, pen)
-    blobs = _without_specks(blobs, labels, steps, pen)
+    reach = round(pen / 4)  # of gaps that are bridged
+    labels, _ = ndimage.label(ndimage.maximum_filter(mask, 2 * reach + 1), structure=np.ones((3, 3)))
+    labels[~mask] = 0
+    places = enumerate(ndimage.find_objects(labels), 1)
+    blobs = _without_specks([_blob((number,), place) for number, place in places if place], labels, steps, pen)
     if len(blobs) > MOST:
         raise PictureError(f"holds more than {MOST:,} separate marks, which is no handwriting; crop it")
     count = int(labels.max())
@@ -53,26 +56,31 @@ def find_blobs(mask: np.ndarray, steps: np.ndarray, pen: float) -> tuple[np.ndar
     return labels, digits
 
 
+def _blob(numbers: tuple[int, ...], place: tuple[slice, slice], left: int = 0, top: int = 0) -> Blob:
+    """Returns a blob at a place of a window whose corner is at `left` and `top`."""
+    rows, columns = place
+    return Blob(numbers, left + columns.start, top + rows.start, left + columns.stop, top + rows.stop)
+
+
 def in_lines(blobs: list[Blob]) -> list[list[Blob]]:
     """Groups blobs into lines, from top to bottom; each is sorted from left to right.
 
     A blob belongs to a line if its middle is within the vertical extent of the line's nearest member, which also works
     for slanting lines. The tallest blobs are assigned first.
     """
-    lines: list[tuple[list[int], list[Blob]]] = []  # left + right of each member, sorted; and the members
+    lines: list[list[Blob]] = []
     for blob in sorted(blobs, key=lambda blob: -blob.height):
         middle, place = (blob.top + blob.bottom) / 2, blob.left + blob.right
-        for places, members in lines:
-            right = bisect.bisect_left(places, place)
-            near = range(max(0, right - 1), min(len(places), right + 1))
-            nearest = members[min(near, key=lambda i: abs(places[i] - place))]
+        for line in lines:
+            right = bisect.bisect_left(line, place, key=lambda member: member.left + member.right)
+            neighbours = line[max(0, right - 1) : right + 1]
+            nearest = min(neighbours, key=lambda member: abs(member.left + member.right - place))
             if nearest.top <= middle <= nearest.bottom:
-                places.insert(right, place)
-                members.insert(right, blob)
+                line.insert(right, blob)
                 break
         else:
-            lines.append(([place], [blob]))
-    return sorted((members for _, members in lines), key=lambda line: np.mean([b.top + b.bottom for b in line]))
+            lines.append([blob])
+    return sorted(lines, key=lambda line: np.mean([blob.top + blob.bottom for blob in line]))
 
 
 def of_digit_size(line: list[Blob]) -> list[Blob]:
@@ -82,27 +90,12 @@ def of_digit_size(line: list[Blob]) -> list[Blob]:
     return [blob for blob in line if blob.height >= 0.4 * height]
 
 
-def _pieces(mask: np.ndarray, pen: float) -> tuple[np.ndarray, list[Blob]]:
-    """Labels the connected pieces of ink, bridging small gaps."""
-    reach = max(0, round(pen / 4))
-    near = ndimage.maximum_filter(mask.view(np.uint8), 2 * reach + 1) > 0 if reach else mask
-    labels, _ = ndimage.label(near, structure=np.ones((3, 3)))
-    labels[~mask] = 0
-    places = ndimage.find_objects(labels)
-    return labels, [
-        Blob((number,), place[1].start, place[0].start, place[1].stop, place[0].stop)
-        for number, place in enumerate(places, 1)
-        if place
-    ]
-
-
 def _without_specks(blobs: list[Blob], labels: np.ndarray, steps: np.ndarray, pen: float) -> list[Blob]:
-    """Removes specks, and remains of rulings."""
+    """Removes specks, and remains of rulings; if everything is a speck, the largest may be the digit."""
     if not blobs:
         return []
     areas = np.bincount(labels.ravel())
-    tallest = max(blob.height for blob in blobs)
-    largest = max(areas[1:])
+    tallest, largest = max(blob.height for blob in blobs), max(areas[1:])
     height, width = labels.shape
 
     def is_speck(blob: Blob) -> bool:
@@ -118,7 +111,6 @@ def _without_specks(blobs: list[Blob], labels: np.ndarray, steps: np.ndarray, pe
             or _is_blot(labels, steps, blob)
         )
 
-    # If everything is a speck, the largest may be the digit.
     return [blob for blob in blobs if not is_speck(blob)] or [max(blobs, key=lambda blob: areas[blob.labels[0]])]
 
 
@@ -128,9 +120,8 @@ def _is_blot(labels: np.ndarray, steps: np.ndarray, blob: Blob) -> bool:
     own = labels[window] == blob.labels[0]
     factor = max(1, min(own.shape) // 30)
     small = np.pad(own[::factor, ::factor], 1)
-    return bool(
-        small.sum() < (2.8 if steps[window].any() else 1.3) * (2 * ndimage.distance_transform_edt(small).max()) ** 2
-    )
+    thickness = 2 * ndimage.distance_transform_edt(small).max()
+    return bool(small.sum() < (2.8 if steps[window].any() else 1.3) * thickness**2)
 
 
 def _join_broken(blobs: list[Blob], pen: float) -> list[Blob]:
@@ -177,21 +168,11 @@ def _cut_touching(blob: Blob, labels: np.ndarray, pen: float, number: int) -> li
     own = np.isin(window, blob.labels)
     third = blob.width // 3
     cut = third + int(np.argmin(own.sum(axis=0)[third:-third]))
-    halves = own[:, :cut], own[:, cut:]
-    heights = [np.ptp(np.flatnonzero(half.any(axis=1))) + 1 if half.any() else 0 for half in halves]
-    if own[:, cut].sum() > 1.3 * pen or min(heights) < 0.75 * blob.height:
+    halves = own * np.where(np.arange(blob.width) < cut, 1, 2)
+    places = [place for place in ndimage.find_objects(halves, 2) if place]
+    heights = [rows.stop - rows.start for rows, _ in places]
+    if own[:, cut].sum() > 1.3 * pen or len(places) < 2 or min(heights) < 0.75 * blob.height:
         return [blob]
-    window[:, cut:][halves[1]] = number
-    parts = []
-    for numbers, half, offset in ((blob.labels, halves[0], 0), ((number,), halves[1], cut)):
-        rows, columns = np.flatnonzero(half.any(axis=1)), np.flatnonzero(half.any(axis=0)) + offset
-        parts.append(
-            Blob(
-                numbers,
-                blob.left + int(columns[0]),
-                blob.top + int(rows[0]),
-                blob.left + int(columns[-1]) + 1,
-                blob.top + int(rows[-1]) + 1,
-            )
-        )
-    return parts
+    window[halves == 2] = number
+    parts = zip((blob.labels, (number,)), places, strict=True)
+    return [_blob(numbers, place, blob.left, blob.top) for numbers, place in parts]

@@ -31,15 +31,11 @@ class PictureError(UserError):
 
 
 class Picture(NamedTuple):
-    """A decoded picture.
+    """A decoded picture."""
 
-    Attributes:
-      grey: `u8[H,W]`, upright, at most 1,000 pixels a side; transparent parts are white, or black if the ink is white.
-      scale: the side of a pixel of `grey`, in pixels of the original.
-    """
-
+    # `u8[H,W]`, upright, at most 1,000 pixels a side; transparent parts are white, or black if the ink is white
     grey: np.ndarray
-    scale: float
+    scale: float  # the side of a pixel of `grey`, in pixels of the original
 
 
 def decode(content: bytes) -> Picture:
@@ -71,8 +67,7 @@ def decode(content: bytes) -> Picture:
         except Exception as error:  # decoders raise almost anything for a damaged file
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise PictureError(f"is damaged, or not all there ({reason})") from error
-    shrink = max(1.0, max(grey.size) / _SIDE)
-    if shrink > 1:
+    if (shrink := max(grey.size) / _SIDE) > 1:
         width, height = (max(1, round(side / shrink)) for side in grey.size)
         grey = grey.resize((width, height), Image.Resampling.BOX)
     return Picture(np.asarray(grey), max(size) / max(grey.size))

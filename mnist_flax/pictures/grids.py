@@ -17,28 +17,17 @@ _TURNS = np.tan(np.deg2rad(np.arange(-8, 8.01, 0.5)))
 
 
 class Line(NamedTuple):
-    """A ruling in a mask: y = middle + slope * (x - width / 2), or the same with x and y exchanged.
+    """A ruling in a mask: y = middle + slope * (x - width / 2), or the same with x and y exchanged."""
 
-    Attributes:
-      level: whether it is nearly horizontal.
-      slope: dy/dx, or dx/dy for a nearly vertical line.
-      first, last: the `middle` of its first and last row of pixels; it is `last - first + 1` pixels thick.
-      share: the share of its length that is inked.
-    """
-
-    level: bool
-    slope: float
-    first: float
-    last: float
-    share: float
+    level: bool  # whether it is nearly horizontal
+    slope: float  # dy/dx, or dx/dy for a nearly vertical line
+    first: float  # the `middle` of its first row of pixels
+    last: float  # that of its last row: it is `last - first + 1` pixels thick
+    share: float  # how much of its length is inked
 
 
 def without_grids(mask: np.ndarray, pen: float) -> tuple[np.ndarray, np.ndarray]:
-    """Erases printed lines without breaking the strokes that cross them.
-
-    Args:
-      mask: `bool[H,W]`, True for ink.
-      pen: the width of the strokes in pixels.
+    """Erases printed lines from ink, `bool[H,W]`, without breaking the strokes that cross them.
 
     Returns:
       The ink without rulings, and where rulings were, `bool[H,W]` each.
@@ -136,8 +125,10 @@ def _lines(piece: np.ndarray, level: bool, tilt: float = 0.0) -> list[Line]:
 
     `tilt` is the slope of the lines across: a tilted grid is higher than its vertical lines are long.
     """
+    from skimage.measure import block_reduce
+
     factor = max(1, -(-max(piece.shape) // _SIDE))
-    reduced = _reduced(piece if level else piece.T, factor)
+    reduced = block_reduce(piece if level else piece.T, factor, np.any)  # a square with any pixel set stays set
     height, width = reduced.shape
     y, x = np.nonzero(ndimage.binary_dilation(reduced, np.ones((3, 1))))
     x = x - width / 2
@@ -161,11 +152,8 @@ def _lines(piece: np.ndarray, level: bool, tilt: float = 0.0) -> list[Line]:
         found.append(Line(level, slope, first * factor, (last + 1) * factor - 1, best))
     # A line that spans less than the others is a stroke. If ink is everywhere, there are no lines.
     found = [line for line in found if line.share >= 0.75 * found[0].share]
-    return (
-        found
-        if sum(line.last - line.first + factor for line in found) < 0.5 * height * factor or len(found) == 1
-        else []
-    )
+    inked = sum(line.last - line.first + factor for line in found)
+    return found if inked < 0.5 * height * factor or len(found) == 1 else []
 
 
 def _fitted(piece: np.ndarray, slope: float, row: int) -> tuple[float, int]:
@@ -203,15 +191,6 @@ def _edges(piece: np.ndarray, slope: float, row: int) -> tuple[int, int]:
     below = np.argmin(strip[reach:], axis=0)
     above, below = np.where(above == 0, reach, above) - 1, np.where(below == 0, reach, below) - 1
     return row - int(np.median(above)), row + int(np.median(below))
-
-
-def _reduced(piece: np.ndarray, factor: int) -> np.ndarray:
-    """Downsamples a mask by an integer factor; a square with any pixel set stays set."""
-    if factor == 1:
-        return piece
-    padded = np.pad(piece, [(0, -side % factor) for side in piece.shape])
-    blocks = padded.reshape(padded.shape[0] // factor, factor, padded.shape[1] // factor, factor)
-    return np.asarray(blocks.any((1, 3)))
 
 
 def _near(shape: tuple[int, ...], lines: list[Line]) -> np.ndarray:

@@ -21,17 +21,15 @@ _AHEAD = 8  # pictures per process that are read ahead of the caller; limits mem
 
 
 def read_all(names: Sequence[str], num_workers: int = 0) -> Iterator[tuple[str, Outcome]]:
-    """Reads the digits of many pictures; yields each name, in order, with its digits or its error.
+    """Reads the digits of many pictures; yields each file's name, in order, with its digits or its error.
 
-    With processes, reading starts when this is called, not when the first result is requested.
-
-    Args:
-      names: of files; `files.STDIN` is standard input.
-      num_workers: the number of processes; 0 means one per CPU, or none for a few pictures.
+    `num_workers` is the number of processes: 0 means one per CPU, or none for a few pictures. With processes, reading
+    starts when this is called, not when the first result is requested.
     """
     if not num_workers and len(names) < _FEW:
         return ((name, read_one(name)) for name in names)
-    return iter(_Reader(names, num_workers or _num_cpus()))
+    num_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return iter(_Reader(names, num_workers or num_cpus))
 
 
 def read_one(name: str) -> Outcome:
@@ -44,11 +42,6 @@ def read_one(name: str) -> Outcome:
         return PictureError("needs more memory than there is; make it smaller")
     except Exception as error:  # no picture may stop the others
         return PictureError(f"made this program fail ({type(error).__name__}: {error}); please report it")
-
-
-def _num_cpus() -> int:
-    """Returns how many CPUs this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Reader:
@@ -92,9 +85,8 @@ class _Reader:
             except BrokenProcessPool:
                 outcome = PictureError("kills the process that reads it; it may need more memory than there is")
         self._pool = _start(self._num_workers)
-        names = [name for name, _ in self._pending]
-        self._pending.clear()
-        self._submit(iter(names))
+        pending, self._pending = self._pending, collections.deque()
+        self._submit(name for name, _ in pending)
         return outcome
 
 

@@ -11,61 +11,45 @@ from mnist_flax import metrics
 from mnist_flax.pictures.decode import PictureError
 from mnist_flax.pictures.segment import Digit
 
-CONFIDENT = (
-    0.95  # below this probability a digit is doubtful; scripts/bench_predict.py counts errors caught and false alarms
-)
 TOP = 3
 
 _PATIENCE = 0.3  # the most seconds that a picture waits for others to fill the batch
 
 
 class Reading(NamedTuple):
-    """The network's prediction for one digit of a picture.
+    """The network's prediction for one digit of a picture."""
 
-    Attributes:
-      digit: the most probable class.
-      probability: of that class.
-      top: the three most probable classes with their probabilities, best first.
-      box: left, top, right, bottom in pixels of the picture; the right and bottom edges are exclusive.
-      doubtful: whether the prediction is uncertain, or this may not be a digit at all.
-      image: `u8[28,28]`, the input of the network.
-    """
-
-    digit: int
-    probability: float
-    top: list[tuple[int, float]]
+    digit: int  # the most probable class
+    probability: float  # that of this class
+    top: list[tuple[int, float]]  # the three most probable classes with their probabilities, best first
+    # left, top, right, bottom in pixels of the picture; the right and bottom edges are exclusive
     box: tuple[int, int, int, int]
-    doubtful: bool
-    image: np.ndarray
+    doubtful: bool  # whether the prediction is uncertain, or this may not be a digit at all
+    image: np.ndarray  # `u8[28,28]`, the input of the network
 
 
-Logits = Callable[[np.ndarray], np.ndarray]
+Logits = Callable[[np.ndarray], np.ndarray]  # u8[N,28,28,1] -> f32[N,C]
 
 
-def doubts(probs: np.ndarray) -> np.ndarray:
-    """Returns which predictions are doubtful, `f64[N,C] -> bool[N]`: replace this to use a better measure of doubt."""
-    return np.asarray(probs.max(axis=-1) < CONFIDENT)
-
-
-def classify(digits: Sequence[Digit], predict_logits: Logits) -> list[Reading]:
-    """Classifies digits.
-
-    Args:
-      digits: of one picture or of several.
-      predict_logits: `u8[N,28,28,1] -> f32[N,C]`.
-    """
+def classify(digits: Sequence[Digit], predict_logits: Logits, doubtful_below: float) -> list[Reading]:
+    """Classifies the digits of one picture or of several; an answer below the given probability is doubtful."""
     if not digits:
         return []
     probs = np.exp(metrics.log_probabilities(predict_logits(np.stack([digit.image for digit in digits])[..., None])))
     readings = []
-    for digit, row, doubtful in zip(digits, probs, doubts(probs), strict=True):
+    for digit, row in zip(digits, probs, strict=True):
         top = [(int(label), float(row[label])) for label in np.argsort(-row, kind="stable")[:TOP]]
-        readings.append(Reading(*top[0], top, digit.box, bool(doubtful or digit.suspect), digit.image))
+        readings.append(
+            Reading(*top[0], top, digit.box, bool(row.max() < doubtful_below or digit.suspect), digit.image)
+        )
     return readings
 
 
 def classify_all(
-    pictures: Iterable[tuple[str, list[Digit] | PictureError]], predict_logits: Logits, batch_size: int
+    pictures: Iterable[tuple[str, list[Digit] | PictureError]],
+    predict_logits: Logits,
+    batch_size: int,
+    doubtful_below: float,
 ) -> Iterator[tuple[str, list[Reading] | PictureError]]:
     """Classifies the digits of many pictures, in batches across pictures; yields the pictures in order."""
     waiting: list[tuple[str, list[Digit] | PictureError]] = []
@@ -73,7 +57,7 @@ def classify_all(
 
     def flush() -> Iterator[tuple[str, list[Reading] | PictureError]]:
         found = [digit for _, digits in waiting if isinstance(digits, list) for digit in digits]
-        readings = iter(classify(found, predict_logits))
+        readings = iter(classify(found, predict_logits, doubtful_below))
         for name, digits in waiting:
             yield name, [next(readings) for _ in digits] if isinstance(digits, list) else digits
         waiting.clear()
@@ -96,16 +80,12 @@ def as_json(name: str, readings: Sequence[Reading], class_names: Sequence[str]) 
     """Returns one line of JSON for a picture; a class that is not a digit, such as a letter, adds its `label`."""
     digits: list[dict[str, Any]] = []
     for reading in readings:
-        named = class_names[reading.digit] != str(reading.digit)
+        label = class_names[reading.digit]
+        top = [[label, round(probability, 6)] for label, probability in reading.top]
+        named = {"digit": reading.digit} | ({"label": label} if label != str(reading.digit) else {})
+        probability = round(reading.probability, 6)
         digits.append(
-            {
-                "digit": reading.digit,
-                **({"label": class_names[reading.digit]} if named else {}),
-                "probability": round(reading.probability, 6),
-                "top": [[label, round(probability, 6)] for label, probability in reading.top],
-                "box": list(reading.box),
-                "doubtful": reading.doubtful,
-            }
+            named | {"probability": probability, "top": top, "box": list(reading.box), "doubtful": reading.doubtful}
         )
     return json.dumps({"file": name, "digits": digits, "doubtful": is_doubtful(readings)})
 

@@ -9,14 +9,8 @@ from mnist_flax.pictures.ink import pen_width
 def without_rulings(mask: np.ndarray, marks: np.ndarray) -> np.ndarray:
     """Erases printed lines and grids from the ink without breaking the strokes that cross them.
 
-    A ruling is straight, nearly horizontal or vertical, runs from edge to edge, and is thinner than the pen.
-
-    Args:
-      mask: `bool[H,W]`, True for ink.
-      marks: `bool[H,W]`, True for anything that differs from the paper, however pale.
-
-    Returns:
-      `bool[H,W]`, the ink without rulings.
+    A ruling is straight, nearly horizontal or vertical, runs from edge to edge, and is thinner than the pen. All arrays
+    are `bool[H,W]`; `marks` is anything that differs from the paper, however pale.
     """
     specks, _ = ndimage.label(marks, np.ones((3, 3)))
     marks = marks & (np.bincount(specks.ravel()) > 16)[specks]

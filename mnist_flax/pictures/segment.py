@@ -25,17 +25,13 @@ _LEAST_TURN = 3.0  # degrees: a picture rotated by less is not levelled
 
 
 class Digit(NamedTuple):
-    """Something that may be a digit.
+    """Something that may be a digit."""
 
-    Attributes:
-      image: `u8[28,28]`, white on black, as in MNIST.
-      box: left, top, right, bottom in pixels of the picture after applying its EXIF orientation; the right and bottom
-        edges are exclusive.
-      suspect: whether it overlaps erased lines, so that it may not be a digit, whatever the network predicts.
-    """
-
-    image: np.ndarray
+    image: np.ndarray  # `u8[28,28]`, white on black, as in MNIST
+    # left, top, right, bottom in pixels of the picture after applying its EXIF orientation; the right and bottom
+    # edges are exclusive
     box: tuple[int, int, int, int]
+    # whether it overlaps erased lines, so that it may not be a digit, whatever the network predicts
     suspect: bool = False
 
 
@@ -50,13 +46,9 @@ def read_digits(content: bytes) -> list[Digit]:
     if not digits:
         raise PictureError("is blank: nothing in it stands out like ink on paper")
     height, width = picture.grey.shape
-    limit = [round(side * picture.scale) for side in (width, height, width, height)]
-    return [
-        digit._replace(
-            box=tuple(min(round(side * picture.scale), most) for side, most in zip(digit.box, limit, strict=True))
-        )
-        for digit in digits
-    ]
+    limits = (width, height, width, height)
+    boxes = [np.minimum(digit.box, limits) * picture.scale for digit in digits]
+    return [digit._replace(box=tuple(map(round, box.tolist()))) for digit, box in zip(digits, boxes, strict=True)]
 
 
 def find_digits(grey: np.ndarray) -> list[Digit]:
@@ -124,18 +116,19 @@ def _segment(ink: Ink) -> tuple[list[Digit], float]:
     pen = pen_width(mask)
     labels, blobs = find_blobs(mask, ink.steps, pen)
     lines = [of_digit_size(line) for line in in_lines(blobs)]
-    found = [blob for line in lines for blob in line]
     erased = ink.mask & ~mask
-    return [
-        _draw(ink.strength, labels, blob, pen)._replace(suspect=_touches(ruled, blob) or _ends_in(erased, blob))
-        for blob in found
-    ], _slope(lines)
+    digits = [
+        Digit(_draw(ink.strength, labels, blob, pen), blob[1:], _touches(ruled, blob) or _ends_in(erased, blob))
+        for line in lines
+        for blob in line
+    ]
+    return digits, _slope(lines)
 
 
 def _touches(ruled: np.ndarray, blob: Blob) -> bool:
     """Returns whether lines were erased at a digit, which may then be the remains of a line."""
-    part = ruled[max(0, blob.top - 2) : blob.bottom + 2, max(0, blob.left - 2) : blob.right + 2]
-    return bool(part.mean() > 0.04)
+    window = ruled[max(0, blob.top - 2) : blob.bottom + 2, max(0, blob.left - 2) : blob.right + 2]
+    return bool(window.mean() > 0.04)
 
 
 def _ends_in(erased: np.ndarray, blob: Blob) -> bool:
@@ -167,13 +160,13 @@ def _fitted_slope(line: list[Blob], fewest: int) -> float:
     height = float(np.median([blob.height for blob in line]))
     if np.ptp(x) < (1.5 if len(line) > 2 else 1.0) * height:
         return 0.0
-    slope, middle = np.polyfit(x, y, 1)
-    residual = y - np.polyval((slope, middle), x)
-    return float(np.degrees(np.arctan(slope))) if np.abs(residual).max() < 0.25 * height else 0.0
+    fit = np.polyfit(x, y, 1)
+    is_straight = np.abs(y - np.polyval(fit, x)).max() < 0.25 * height
+    return float(np.degrees(np.arctan(fit[0]))) if is_straight else 0.0
 
 
-def _draw(strength: np.ndarray, labels: np.ndarray, blob: Blob, pen: float) -> Digit:
-    """Draws a blob in the format of MNIST."""
+def _draw(strength: np.ndarray, labels: np.ndarray, blob: Blob, pen: float) -> np.ndarray:
+    """Draws a blob in the format of MNIST, `u8[28,28]`."""
     margin = max(1, round(pen / 2))
     top, left = max(0, blob.top - margin), max(0, blob.left - margin)
     window = np.s_[top : blob.bottom + margin, left : blob.right + margin]
@@ -188,4 +181,4 @@ def _draw(strength: np.ndarray, labels: np.ndarray, blob: Blob, pen: float) -> D
         image = np.pad(image, size)
         y, x = np.mgrid[-size : size + 1, -size : size + 1]
         image = ndimage.grey_dilation(image, footprint=np.hypot(x, y) <= max(radius, 0.5))
-    return Digit(frame(np.round(image * 255).astype(np.uint8)), blob[1:])
+    return frame(np.round(image * 255).astype(np.uint8))

@@ -12,15 +12,10 @@ _RATIO = 1.2  # the minimum ratio of a sheet's brightness to the table's
 
 
 class Sheet(NamedTuple):
-    """A sheet of paper.
+    """A sheet of paper."""
 
-    Attributes:
-      inside: `bool[H,W]`, True on the sheet, except for a margin.
-      turn: its rotation in degrees, from -45 to 45, positive if clockwise.
-    """
-
-    inside: np.ndarray
-    turn: float
+    inside: np.ndarray  # `bool[H,W]`, True on the sheet, except for a margin
+    turn: float  # its rotation in degrees, from -45 to 45, positive if clockwise
 
 
 def find_sheet(grey: np.ndarray) -> Sheet | None:
@@ -33,9 +28,7 @@ def find_sheet(grey: np.ndarray) -> Sheet | None:
     paper = ndimage.grey_closing(np.pad(small, 9, mode="edge"), (9, 9))[9:-9, 9:-9]  # without ink
     paper = np.log(np.maximum(ndimage.median_filter(paper, 3), 4.0))
     light = paper > threshold_otsu(paper)
-    if light.all() or not light.any():
-        return None
-    if paper[light].mean() - paper[~light].mean() < np.log(_RATIO):
+    if light.all() or not light.any() or paper[light].mean() - paper[~light].mean() < np.log(_RATIO):
         return None
     labels, count = ndimage.label(light)
     largest = labels == 1 + np.argmax(np.bincount(labels.ravel(), minlength=count + 1)[1:])
@@ -46,30 +39,23 @@ def find_sheet(grey: np.ndarray) -> Sheet | None:
 
 
 def _rectangle(region: np.ndarray, shape: tuple[int, ...]) -> Sheet | None:
-    """Fits a rectangle around a region; None if the region is no rectangle, or shows fewer than two of its sides."""
+    """Fits a rectangle around a region; None if the region is not a rectangle, or shows fewer than two of its sides."""
     y, x = np.nonzero(region & ~ndimage.binary_erosion(region))
-    best: tuple[float, float, tuple[float, ...]] | None = None
-    for degrees in range(-45, 45):
-        along, across = _turned(x, y, degrees)
-        low, high = float(along.min()), float(along.max())
-        left, right = float(across.min()), float(across.max())
-        area = (high - low) * (right - left)
-        if best is None or area < best[0]:
-            best = area, float(degrees), (low, high, left, right)
-    assert best is not None
-    _, turn, (low, high, left, right) = best
+    turns = np.arange(-45, 45)
+    along, across = _turned(x, y, turns[:, None])
+    best = np.argmin(np.ptp(along, axis=1) * np.ptp(across, axis=1))
+    turn, (low, high), (left, right) = turns[best], *((part[best].min(), part[best].max()) for part in (along, across))
     height, width = region.shape
     rows, columns = np.mgrid[0:height, 0:width]
     along, across = _turned(columns, rows, turn)
     box = (along >= low) & (along <= high) & (across >= left) & (across <= right)
     if region.sum() < 0.85 * box.sum():
         return None
-    edge = 2
-    border = np.ones_like(region)
-    border[edge:-edge, edge:-edge] = False
-    ends = [np.abs(along - low) < 1, np.abs(along - high) < 1, np.abs(across - left) < 1, np.abs(across - right) < 1]
-    in_view = sum((end & box & ~border).sum() > 0.3 * max(1, int((end & box).sum())) for end in ends)
-    if in_view < 2:
+    inner = np.pad(np.ones_like(region)[2:-2, 2:-2], 2)
+    sides = [
+        box & (np.abs(place - end) < 1) for place, end in ((along, low), (along, high), (across, left), (across, right))
+    ]
+    if sum((side & inner).sum() > 0.3 * max(1, side.sum()) for side in sides) < 2:
         return None
     # Seen at an angle, a sheet does not fill the corners of its rectangle, so the region is used instead.
     solid = ndimage.binary_closing(np.pad(region, 12), iterations=10)[12:-12, 12:-12] | region
@@ -78,7 +64,7 @@ def _rectangle(region: np.ndarray, shape: tuple[int, ...]) -> Sheet | None:
     return Sheet(solid[np.ix_(*index)], float(turn))
 
 
-def _turned(x: np.ndarray, y: np.ndarray, degrees: float) -> tuple[np.ndarray, np.ndarray]:
+def _turned(x: np.ndarray, y: np.ndarray, degrees: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
     """Rotates coordinates: returns those along and across a direction rotated clockwise by `degrees`."""
     angle = np.deg2rad(degrees)
     return x * np.cos(angle) + y * np.sin(angle), -x * np.sin(angle) + y * np.cos(angle)

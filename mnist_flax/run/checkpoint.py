@@ -41,7 +41,7 @@ class Run(NamedTuple):
     """A run as it was at one of its checkpoints.
 
     Attributes:
-      config: the run's config.
+      config: with which the checkpoint was saved.
       state: the arrays.
       record: everything else, as JSON: `schema`, `config`, `fingerprint` of the data, `arrays` (names and shapes),
         `holdout` (loss and accuracy, if they were just measured), and what `RunLog.snapshot` returns.
@@ -73,47 +73,6 @@ def steps_in(folder: pathlib.Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
 
 
-def load_run(workdir: pathlib.Path, which: str = "latest") -> Run:
-    """Reads a checkpoint, whatever devices it was saved from, without changing anything on disk.
-
-    Args:
-      workdir: the run's folder, which a live process may be writing.
-      which: `latest`, `best` (on held-out rows) or a step.
-
-    Raises:
-      WorkdirError: there is no such checkpoint, or it is damaged, or another version of the program wrote it.
-    """
-    folder = workdir.absolute() / workdirs.CHECKPOINTS
-    while True:
-        step = _choose(workdir, folder, which)
-        try:
-            return read_run(folder / str(step), workdir)
-        except WorkdirError:
-            raise
-        except Exception as error:  # Orbax and TensorStore raise many types for damaged files
-            others = ", ".join(str(other) for other in steps_in(folder) if other != step) or "none"
-            if (folder / str(step)).exists() or others == "none":
-                raise WorkdirError(
-                    f"{workdir}: checkpoint {step} is damaged ({workdirs.reason(error)}); the others are: {others}"
-                ) from error
-        # A live run has just deleted this checkpoint, after saving newer ones: choose among those.
-
-
-def _choose(workdir: pathlib.Path, folder: pathlib.Path, which: str) -> int:
-    steps = steps_in(folder)
-    if not steps:
-        raise WorkdirError(f"--workdir={workdir}: holds no {workdirs.CHECKPOINTS}/ of a run; name a run's folder")
-    if which == "latest":
-        return steps[-1]
-    if which == "best":
-        ranked = {step: rank(holdout) for step, holdout in holdouts(folder).items() if holdout}
-        if ranked:
-            return max(ranked, key=lambda step: (ranked[step], step))
-    if which not in map(str, steps):
-        raise WorkdirError(f"{workdir}: has no checkpoint {which!r}; kept are the steps: {', '.join(map(str, steps))}")
-    return int(which)
-
-
 def holdouts(folder: pathlib.Path) -> dict[int, dict[str, float] | None]:
     """Reads the hold-out loss and accuracy of every checkpoint; None where they were not measured."""
     found: dict[int, dict[str, float] | None] = {}
@@ -125,25 +84,73 @@ def holdouts(folder: pathlib.Path) -> dict[int, dict[str, float] | None]:
     return found
 
 
-def read_run(path: pathlib.Path, workdir: pathlib.Path) -> Run:
+def load_run(workdir: pathlib.Path, which: str = "latest") -> Run:
+    """Reads a checkpoint, whatever devices it was saved from, without changing anything on disk.
+
+    Args:
+      workdir: the run's folder, which a live process may be writing.
+      which: `latest`, `best` (on held-out rows) or a step.
+    """
+    folder = workdir / workdirs.CHECKPOINTS
+    while True:
+        step = _choose(folder, which)
+        try:
+            return read_run(folder / str(step))
+        except WorkdirError:
+            raise
+        except Exception as error:  # Orbax and TensorStore raise many types for damaged files
+            others = ", ".join(str(other) for other in steps_in(folder) if other != step) or "none"
+            if (folder / str(step)).exists() or others == "none":
+                raise WorkdirError(
+                    f"{workdir}: checkpoint {step} is damaged ({workdirs.reason(error)}); the others are: {others}"
+                ) from error
+        # A live run has just deleted this checkpoint, after saving newer ones: choose among those.
+
+
+def _choose(folder: pathlib.Path, which: str) -> int:
+    steps = steps_in(folder)
+    if not steps:
+        raise WorkdirError(f"--workdir={folder.parent}: holds no {folder.name}/ of a run; name a run's folder")
+    if which == "latest":
+        return steps[-1]
+    if which == "best":
+        ranked = {step: rank(holdout) for step, holdout in holdouts(folder).items() if holdout}
+        if ranked:
+            return max(ranked, key=lambda step: (ranked[step], step))
+    kept = [str(step) for step in steps]
+    if which not in kept:
+        raise WorkdirError(f"{folder.parent}: has no checkpoint {which!r}; kept are the steps: {', '.join(kept)}")
+    return int(which)
+
+
+def read_run(path: pathlib.Path, same_as: tuple[Config, str] | None = None) -> Run:
     """Reads the checkpoint in a folder.
 
+    Args:
+      path: that folder.
+      same_as: the config of a run and the fingerprint of its data, if the checkpoint has to belong to it.
+
     Raises:
-      WorkdirError: another version of the program wrote it, or its contents are not what this program writes.
+      WorkdirError: another program or version wrote it, or it belongs to another run.
       Exception: any other type if it is damaged.
     """
     record = read_record(path)
-    config = read_config(record, workdir)
-    return Run(config, read_state(path, config, record), record)
+    workdir = path.parent.parent
+    try:
+        config = Config.from_dict(record["config"])
+    except ConfigError as error:
+        script = ", or run it with the script that adds this family" * str(error).startswith("config.model.name")
+        raise WorkdirError(
+            f"{workdir}: was written by another version of this program ({error}); use that version{script}, or name"
+            " another --workdir"
+        ) from error
+    if same_as:
+        _check_same_run(workdir, config, record, *same_as)
+    return Run(config, _read_state(path, config, record), record)
 
 
 def read_record(path: pathlib.Path) -> dict[str, Any]:
-    """Reads and checks the record of a checkpoint.
-
-    Raises:
-      WorkdirError: as in `read_run`.
-      Exception: any other type if a file of the checkpoint differs from what was saved.
-    """
+    """Reads and checks the record of a checkpoint; raises as `read_run` does."""
     record: dict[str, Any] = storage.restore_record(path)
     schema = record.get("schema") if isinstance(record, dict) else None
     if type(schema) is int and schema != SCHEMA:
@@ -190,35 +197,15 @@ def _mismatches(value: Any, shape: Any, path: str) -> Iterator[str]:
         yield f"{path} = {value!r:.60}: is too large"
 
 
-def read_config(record: Mapping[str, Any], workdir: pathlib.Path) -> Config:
-    """Reads the config that a checkpoint was saved with.
-
-    Raises:
-      WorkdirError: the checkpoint was written by another version of the program.
-    """
-    try:
-        return Config.from_dict(record["config"])
-    except ConfigError as error:
-        raise WorkdirError(
-            f"{workdir}: was written by another version of this program ({error}); use that version, or name another"
-            " --workdir"
-        ) from error
-
-
-def read_state(path: pathlib.Path, config: Config, record: Mapping[str, Any]) -> TrainState:
-    """Reads the arrays onto the default device.
-
-    Raises:
-      WorkdirError: their names, dtypes or shapes are not what this program creates for this config.
-      Exception: any other type if they are damaged.
-    """
+def _read_state(path: pathlib.Path, config: Config, record: Mapping[str, Any]) -> TrainState:
+    """Reads the arrays onto the default device."""
     shapes = jax.eval_shape(lambda: init_state(config.program, rng.root_key(0)))
-    wanted = layout(shapes)
-    for name in (*wanted, *record["arrays"]):
-        if wanted.get(name) != record["arrays"].get(name):
+    there, now = record["arrays"], layout(shapes)
+    for name in now | there:
+        if now.get(name) != there.get(name):
             raise WorkdirError(
-                f"{path}: was written by another version of this program or of optax ({name}:"
-                f" {record['arrays'].get(name)} there, {wanted.get(name)} now); use that version, or another --workdir"
+                f"{path}: was written by another version of this program or of optax ({name}: {there.get(name)} there,"
+                f" {now.get(name)} now); use that version, or another --workdir"
             )
     # Read into host memory, so that the devices need not match those that the checkpoint was saved from.
     target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
@@ -228,13 +215,11 @@ def read_state(path: pathlib.Path, config: Config, record: Mapping[str, Any]) ->
     return jax.device_put(state)
 
 
-def check_same_run(record: Mapping[str, Any], config: Config, fingerprint: str, workdir: pathlib.Path) -> None:
-    """Checks that a checkpoint belongs to the run that `config` and the data define.
-
-    Raises:
-      WorkdirError: lists each field that differs, with both values.
-    """
-    changed = differences(read_config(record, workdir), config)
+def _check_same_run(
+    workdir: pathlib.Path, saved: Config, record: Mapping[str, Any], config: Config, fingerprint: str
+) -> None:
+    """Checks that a checkpoint belongs to the run that `config` and the data define."""
+    changed = differences(saved, config)
     lines = [f"  config.{name}: {old!r} there, {new!r} now" for name, (old, new) in changed.items()]
     if record["fingerprint"] != fingerprint:
         lines.append(f"  fingerprint of the data: {record['fingerprint']} there, {fingerprint} now")

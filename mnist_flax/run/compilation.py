@@ -8,28 +8,19 @@ import jax
 
 logger = logging.getLogger(__name__)
 
-MAX_BYTES = 256 * 2**20  # beyond this the least recently used programs are deleted
-
-
-def cache_dir() -> pathlib.Path:
-    """Returns where programs are kept: `$JAX_COMPILATION_CACHE_DIR`, or a folder in the user's cache folder.
-
-    Raises:
-      OSError: the user has no home folder, so there is no default location.
-    """
-    chosen = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = pathlib.Path(os.path.expanduser(chosen or os.path.join(user_cache, "mnist_flax", "programs")))
-    if not chosen and not folder.is_absolute():
-        raise OSError(f"{folder} is not an absolute path; set XDG_CACHE_HOME to a folder")
-    return folder
+OPTIONS = {
+    # By default JAX caches only programs that took a second or more to compile, which excludes most of a small network.
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+    "jax_compilation_cache_max_size": 256 * 2**20,  # bytes; the least recently used programs are deleted beyond this
+}
 
 
 def keep_programs() -> None:
     """Turns on JAX's persistent compilation cache, for small programs too: later processes start faster.
 
     JAX's own environment variables take precedence: JAX_ENABLE_COMPILATION_CACHE=false turns it off. If the cache
-    cannot be read or written, a message says so and the run goes on.
+    cannot be written, a message says so and the run goes on.
     """
     try:
         folder = cache_dir()
@@ -38,11 +29,16 @@ def keep_programs() -> None:
         logger.info("compiled programs are not kept: %s", error)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    # By default JAX caches only programs that took a second or more to compile, which excludes most of a small network.
-    for option, value in {
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-        "jax_compilation_cache_max_size": MAX_BYTES,
-    }.items():
+    for option, value in OPTIONS.items():
         if option.upper() not in os.environ:
             jax.config.update(option, value)
+
+
+def cache_dir() -> pathlib.Path:
+    """Returns where programs are kept: `$JAX_COMPILATION_CACHE_DIR`, or a folder in the user's cache folder."""
+    if chosen := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return pathlib.Path(chosen).expanduser()
+    folder = pathlib.Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "mnist_flax", "programs")
+    if not folder.is_absolute():
+        raise OSError(f"{folder} is not an absolute path; set XDG_CACHE_HOME to a folder")
+    return folder

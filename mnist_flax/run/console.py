@@ -5,7 +5,7 @@ import io
 import logging
 import os
 import sys
-from typing import Any, NoReturn
+from typing import Any
 
 from tqdm import tqdm
 
@@ -16,15 +16,14 @@ class OutputError(UserError):
     """Standard output cannot be written; the message is empty if its reader, such as `head -1`, has gone."""
 
     def __init__(self, error: Exception) -> None:
-        """Describes `error`."""
         is_pipe = isinstance(error, BrokenPipeError)
         self.exit_status = 141 if is_pipe else 2  # 141: what shells report for a program that ends by SIGPIPE
         reason = getattr(error, "strerror", None) or error
         super().__init__("" if is_pipe else f"standard output cannot be written ({reason})")
 
 
-class _Stream:
-    """A text stream that, when a write fails, redirects itself to the null device and then calls `fail`."""
+class Console:
+    """Standard error: after a failed write it redirects itself to the null device, and the run continues without it."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -34,38 +33,31 @@ class _Stream:
 
     def write(self, text: str) -> int:
         """Writes, and returns the number of characters."""
-        try:
-            self._stream.write(text)
-        except (OSError, ValueError) as error:
-            self._lose(error)
+        self._try(self._stream.write, text)
         return len(text)
 
     def flush(self) -> None:
         """Writes what is buffered."""
-        try:
-            self._stream.flush()
-        except (OSError, ValueError) as error:
-            self._lose(error)
+        self._try(self._stream.flush)
 
-    def _lose(self, error: Exception) -> None:
-        with contextlib.suppress(OSError, ValueError):  # so that flushing what is still buffered cannot fail again
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, self._stream.fileno())
-            os.close(null)
-        self.fail(error)
+    def _try(self, action: Any, *arguments: str) -> None:
+        try:
+            action(*arguments)
+        except (OSError, ValueError) as error:
+            with contextlib.suppress(OSError, ValueError):  # so that flushing what is still buffered cannot fail again
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, self._stream.fileno())
+                os.close(null)
+            self.fail(error)
 
     def fail(self, error: Exception) -> None:
         """Reacts to a failed write."""
 
 
-class Console(_Stream):
-    """Standard error: a run continues without it."""
-
-
-class Output(_Stream):
+class Output(Console):
     """Standard output: a program that cannot write its results exits."""
 
-    def fail(self, error: Exception) -> NoReturn:
+    def fail(self, error: Exception) -> None:
         """Ends the program."""
         raise OutputError(error) from error
 
@@ -88,13 +80,10 @@ def open_streams() -> None:
     if sys.stdin is None:
         sys.stdin = open(0, closefd=False)  # noqa: SIM115
     for name, descriptor, wrapper in (("stdout", 1, Output), ("stderr", 2, Console)):
-        stream = getattr(sys, name)
-        if stream is None:
-            stream = open(descriptor, "w", closefd=False)  # noqa: SIM115
-        if not isinstance(stream, _Stream):
-            if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="backslashreplace")  # any file name can be printed in any locale
-            setattr(sys, name, wrapper(stream))
+        stream = getattr(sys, name) or open(descriptor, "w", closefd=False)  # noqa: SIM115
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # any file name can be printed in any locale
+        setattr(sys, name, stream if isinstance(stream, Console) else wrapper(stream))
 
 
 def log_to_console() -> None:

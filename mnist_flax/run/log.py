@@ -3,7 +3,10 @@
 import json
 import math
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+import socket
+import struct
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,10 +15,10 @@ from mnist_flax.config import Config
 from mnist_flax.errors import NonFiniteLossError
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.provenance import versions
-from mnist_flax.run.tensorboard import Events
 
-Record = dict[str, Any]  # one line of metrics.jsonl
+Record = dict[str, Any]  # a JSON object, such as a line of metrics.jsonl
 Sums = dict[str, float]  # over the examples of some steps: "loss", "accuracy" (number correct), "examples" and others
+_NOT_SHOWN = {"step", "epoch", "split", "examples", "seconds"}  # every other key of a line becomes a curve
 
 
 class RunLog:
@@ -34,30 +37,19 @@ class RunLog:
     """
 
     def __init__(
-        self,
-        config: Config,
-        folder: pathlib.Path | None,
-        saved: Mapping[str, Any],
-        *,
-        learning_rate: Callable[[int], Any],
+        self, config: Config, folder: pathlib.Path | None, saved: Record, *, learning_rate: Callable[[int], Any]
     ) -> None:
         """Starts from the record of a checkpoint, or from one that holds only an origin.
 
-        Args:
-          config: the run's config.
-          folder: the run's folder; None writes no files, because another process does.
-          saved: the record.
-          learning_rate: maps the number of finished updates to the learning rate of the next one.
-
-        Raises:
-          WorkdirError: the files cannot be written.
+        If `folder` is None, no files are written, because another process does that. `learning_rate` maps the number
+        of finished updates to the learning rate of the next one.
         """
         self._config = config
         self._learning_rate = learning_rate
         self.step: int = saved.get("step", 0)
         self.seconds: float = saved.get("seconds", 0.0)
         self.restarts: int = saved.get("restarts", -1) + 1
-        self.origin: Mapping[str, Any] = saved["origin"]
+        self.origin: Record = saved["origin"]
         self.versions: list[dict[str, str]] = list(saved.get("versions", ()))
         if self.versions[-1:] != [versions()]:
             self.versions.append(versions())
@@ -67,7 +59,7 @@ class RunLog:
         self._metrics = folder / workdirs.METRICS if folder else None
         if self._metrics:
             workdirs.write_text(self._metrics, "".join(json.dumps(record) + "\n" for record in self._records))
-        self._events = None
+        self._events: Events | None = None
         if folder and config.train.tensorboard:
             self._events = Events(folder, self._records, self.seconds)
 
@@ -85,16 +77,10 @@ class RunLog:
         }
 
     def steps(self, metrics: Mapping[str, np.ndarray], seconds: float) -> None:
-        """Adds the steps that follow the last one.
+        """Adds the steps that follow the last one, and the time that they took together.
 
-        Args:
-          metrics: sums over the examples of each step, `[n]`. `loss`, `accuracy` (number correct) and `examples` are
-            required; any other key is logged in the same way, divided by `examples`.
-          seconds: total time of the steps.
-
-        Raises:
-          NonFiniteLossError: a loss is NaN or infinite.
-          WorkdirError: a file cannot be written.
+        `metrics` are sums over the examples of each step, `[n]`. `loss`, `accuracy` (number correct) and `examples` are
+        required; any other key is logged in the same way, divided by `examples`.
         """
         self.seconds += seconds
         steps_per_epoch = self._config.steps_per_epoch
@@ -113,26 +99,17 @@ class RunLog:
                 self._write("train", means(self._window) | rate)
                 self._window = []
 
-    def evaluation(self, split: str, *, loss: float, accuracy: float, examples: int, **others: float) -> None:
-        """Logs an evaluation on `holdout` or `test` at this step.
-
-        Raises:
-          NonFiniteLossError: the loss is NaN or infinite.
-          WorkdirError: a file cannot be written.
-        """
-        check_finite(loss, f"the loss on the {split} examples after step {self.step}")
-        self._write(split, {"loss": loss, "accuracy": accuracy, "examples": examples, **others})
+    def evaluation(self, split: str, **scores: float) -> None:
+        """Logs an evaluation on `holdout` or `test` at this step: `loss`, `accuracy`, `examples` and others."""
+        check_finite(scores["loss"], f"the loss on the {split} examples after step {self.step}")
+        self._write(split, scores)
 
     def epoch(self) -> Record:
         """Returns the means over the epoch so far."""
         return means([self._epoch])
 
     def sync(self) -> None:
-        """Flushes metrics.jsonl to disk, so that it survives a power failure.
-
-        Raises:
-          WorkdirError: it cannot be written.
-        """
+        """Flushes metrics.jsonl to disk, so that it survives a power failure."""
         if self._metrics:
             workdirs.sync(self._metrics)
 
@@ -147,11 +124,7 @@ class RunLog:
 
 
 def check_finite(value: float, subject: str) -> None:
-    """Stops a run that would only corrupt its weights.
-
-    Raises:
-      NonFiniteLossError: `value` is NaN or infinite; the message starts with `subject`.
-    """
+    """Stops a run that would only corrupt its weights."""
     if not math.isfinite(value):
         raise NonFiniteLossError(
             f"{subject} is {value}: training stopped, the last good checkpoint is kept; lower"
@@ -159,13 +132,12 @@ def check_finite(value: float, subject: str) -> None:
         )
 
 
-def means(steps: Iterable[Sums]) -> Record:
+def means(steps: Sequence[Sums]) -> Record:
     """Returns the means over the examples of some steps, each example counted once.
 
     A metric that only some of the steps have, because it was added when a run was resumed, is averaged over those. A
     mean that is not finite becomes None, because JSON has no such number.
     """
-    steps = list(steps)
     record: Record = {}
     for name in dict.fromkeys(name for step in steps for name in step):
         having = [step for step in steps if name in step]
@@ -173,3 +145,51 @@ def means(steps: Iterable[Sums]) -> Record:
         mean = total / math.fsum(step["examples"] for step in having)
         record[name] = int(total) if name == "examples" else mean if math.isfinite(mean) else None
     return record
+
+
+class Events:
+    """One event file, complete after every line and rewritten when a run is resumed.
+
+    tensorboardX's own writer queues events for a background thread: a killed process loses the last ones, and on a
+    full disk it hangs. So only its protocol buffers and checksum are used. The wall time of an event is the
+    start time of the process plus the seconds of training since then, so TensorBoard's `relative` axis shows training
+    time.
+    """
+
+    def __init__(self, workdir: pathlib.Path, records: Sequence[Mapping[str, Any]], seconds: float) -> None:
+        """Replaces the event files of earlier processes by one with the lines so far; `seconds` were trained."""
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        folder = workdirs.subfolder(workdir, workdirs.TENSORBOARD)
+        now = time.time()
+        self._path = folder / f"events.out.tfevents.{now:.6f}.{socket.gethostname()}"
+        self._origin = now - seconds
+        with workdirs.as_workdir_error(folder):
+            for old in folder.glob("*tfevents*"):
+                old.unlink()
+        version = Event(wall_time=self._origin, file_version="brain.Event:2")
+        # This makes a running TensorBoard discard what it read from the earlier file.
+        start = Event(wall_time=self._origin, step=0, session_log=SessionLog(status=SessionLog.START))
+        workdirs.append_bytes(self._path, _frame(version) + _frame(start) + b"".join(map(self._event, records)))
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Adds a line of metrics.jsonl."""
+        workdirs.append_bytes(self._path, self._event(record))
+
+    def _event(self, record: Mapping[str, Any]) -> bytes:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        shown = {name: value for name, value in record.items() if name not in _NOT_SHOWN and value is not None}
+        values = [Summary.Value(tag=f"{record['split']}/{name}", simple_value=value) for name, value in shown.items()]
+        wall_time = self._origin + record["seconds"]
+        return _frame(Event(wall_time=wall_time, step=record["step"], summary=Summary(value=values)))
+
+
+def _frame(event: Any) -> bytes:
+    """Frames an event as a TFRecord: length, checksum of the length, data, checksum of the data."""
+    from tensorboardX.record_writer import masked_crc32c
+
+    data = event.SerializeToString()
+    parts = (struct.pack("<Q", len(data)), data)
+    return b"".join(part + struct.pack("<I", masked_crc32c(part)) for part in parts)

@@ -15,7 +15,6 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from typing import NoReturn
 
 import jax
 import numpy as np
@@ -36,19 +35,13 @@ _LOST = re.compile("gloo|nccl|unavailable|deadline.exceeded|cancelled|aborted|co
 def join(coordinator: str | None, num_processes: int | None, process_index: int | None) -> None:
     """Joins this process to a multi-process run; call it before JAX computes anything.
 
-    Args:
-      coordinator: `host:port` of process 0, the same for all. If all three arguments are None, JAX infers them from
-        SLURM, Open MPI, GKE or Cloud TPU.
-      num_processes: how many processes the run has.
-      process_index: the index of this process, from 0.
-
-    Raises:
-      ConfigError: only some of the three are given, JAX cannot infer them, or process 0 cannot be reached.
+    `coordinator` is `host:port` of process 0. If all three arguments are None, JAX detects them on SLURM, Open MPI, GKE
+    and Cloud TPU.
     """
     given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_index": process_index}
     missing = [name for name, value in given.items() if value is None]
     if 0 < len(missing) < len(given):
-        raise ConfigError(f"{missing[0]} is missing: give all of {', '.join(given)}, or none if JAX can find them out")
+        raise ConfigError(f"{missing[0]} is missing: give all of {', '.join(given)}, or none if JAX can detect them")
     if num_processes is not None and process_index is not None and not 0 <= process_index < num_processes:
         raise ConfigError(f"--process_index={process_index}: must be from 0 to {num_processes - 1}")
     if coordinator is not None:
@@ -74,9 +67,6 @@ def _wait_for(coordinator: str, *, is_first: bool) -> None:
     """Waits until process 0 accepts connections.
 
     JAX kills a process that cannot reach the coordinator before we can print anything.
-
-    Raises:
-      ConfigError: the address is invalid, or nothing answers there.
     """
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal():
@@ -135,9 +125,9 @@ def bound_together() -> Iterator[None]:
         _end(error)
 
 
-def _end(error: BaseException) -> NoReturn:
+def _end(error: BaseException) -> None:
     """Prints the error as `cli.run` would, and exits."""
-    if not isinstance(error, UserError) and isinstance(error, Exception) and _LOST.search(str(error)):
+    if isinstance(error, Exception) and not isinstance(error, UserError) and _LOST.search(str(error)):
         error = LostPeerError(
             f"another of the {jax.process_count()} processes is gone or out of reach"
             f" ({str(error).splitlines()[0][:200]}); stop all of them, and the same commands continue from the newest"

@@ -14,72 +14,55 @@ logger = logging.getLogger(__name__)
 
 PLAIN_LINE_SECONDS = 10.0  # without a terminal, the longest time between two lines
 
-Values = Mapping[str, Any]  # "loss", "accuracy" and others
+Scores = Mapping[str, Any]  # "loss", "accuracy" and others
 
 
 class Progress:
-    """Shows the progress of M runs that train together; M is 1 for a single run."""
+    """Shows the progress of runs that train together; `quiet` shows nothing, because another process does."""
 
     def __init__(self, config: Config, step: int, *, num_runs: int = 1, quiet: bool = False) -> None:
-        """Starts at `step`.
-
-        Args:
-          config: a config of the runs, which all have the same number of steps.
-          step: finished updates.
-          num_runs: M.
-          quiet: show nothing, because another process does.
-        """
         self._config = config
         self._num_runs = num_runs
         self._total = num_runs * config.num_train * config.train.epochs
-        self._done = num_runs * examples_until(config, step)
-        self._examples, self._seconds = 0, 0.0  # in this process, to compute its speed
-        self._holdouts: Sequence[Values] = ()
+        self._first = self._done = self._images_until(step)
+        self._seconds = 0.0
+        self._holdouts: Sequence[Scores] = ()
         is_terminal = sys.stderr.isatty()
         self._prints_between_epochs = not quiet and not is_terminal
         self._line_due = time.monotonic() + PLAIN_LINE_SECONDS
+        hidden = quiet or not is_terminal
         self._bar = tqdm(
-            total=self._total,
-            initial=self._done,
-            unit="img",
-            unit_scale=True,
-            disable=quiet or not is_terminal,
-            dynamic_ncols=True,
+            total=self._total, initial=self._done, unit="img", unit_scale=True, disable=hidden, dynamic_ncols=True
         )
+        self.close = self._bar.close
 
-    def update(self, step: int, seconds: float, epochs: Sequence[Values]) -> None:
-        """Shows that all runs are at `step`, `seconds` later than at the last call.
+    def _images_until(self, step: int) -> int:
+        """Returns how many images all runs have seen; the last batch of an epoch may be smaller than the others."""
+        epochs, steps = divmod(step, self._config.steps_per_epoch)
+        return self._num_runs * (epochs * self._config.num_train + steps * self._config.train.batch_size)
 
-        Args:
-          step: finished updates.
-          seconds: time that the steps since then took, for all runs together.
-          epochs: for each run, its means over the epoch so far.
+    def update(self, step: int, seconds: float, epochs: Sequence[Scores]) -> None:
+        """Shows that all runs are at `step`, `seconds` of training after the last call.
+
+        `epochs` holds each run's means over the epoch so far.
         """
-        done = self._num_runs * examples_until(self._config, step)
-        examples, self._done = done - self._done, done
-        self._examples += examples
+        before, self._done = self._done, self._images_until(step)
         self._seconds += seconds
         number = -(-step // self._config.steps_per_epoch)
         loss, accuracy = (sum(epoch[name] for epoch in epochs) / len(epochs) for name in ("loss", "accuracy"))
         self._bar.set_description(f"epoch {number}/{self._config.train.epochs}", refresh=False)
         self._bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2%}", refresh=False)
-        self._bar.update(examples)
+        self._bar.update(self._done - before)
         if self._prints_between_epochs and time.monotonic() >= self._line_due:
             self._line(step, epochs)
 
-    def epoch_line(self, step: int, epochs: Sequence[Values], holdouts: Sequence[Values | None]) -> None:
-        """Prints a line at the end of an epoch.
-
-        Args:
-          step: finished updates.
-          epochs: for each run, its means over the epoch.
-          holdouts: for each run, its evaluation on the held-out rows, or None if there are none.
-        """
+    def epoch_line(self, step: int, epochs: Sequence[Scores], holdouts: Sequence[Scores | None]) -> None:
+        """Prints a line at the end of an epoch; `holdouts` holds each run's scores on its held-out rows, if any."""
         self._holdouts = [holdout for holdout in holdouts if holdout]
         self._line(step, epochs)
 
-    def _line(self, step: int, epochs: Sequence[Values]) -> None:
-        rate = self._examples / max(self._seconds, 1e-9)
+    def _line(self, step: int, epochs: Sequence[Scores]) -> None:
+        rate = (self._done - self._first) / max(self._seconds, 1e-9)
         left = tqdm.format_interval((self._total - self._done) / max(rate, 1e-9))
         position = f"epoch {step / self._config.steps_per_epoch:.4g}/{self._config.train.epochs}"
         held_out = [holdout["accuracy"] for holdout in self._holdouts]
@@ -91,13 +74,3 @@ class Progress:
             position += f"  loss {epochs[0]['loss']:.4f}  accuracy {epochs[0]['accuracy']:.2%}"
         logger.info("%s%s  %s images/s  %s left", position, text, f"{rate:,.0f}", left)
         self._line_due = time.monotonic() + PLAIN_LINE_SECONDS
-
-    def close(self) -> None:
-        """Leaves the bar on the terminal as it is."""
-        self._bar.close()
-
-
-def examples_until(config: Config, step: int) -> int:
-    """Returns how many examples `step` updates have seen; the last batch of an epoch may be smaller than the others."""
-    epochs, steps = divmod(step, config.steps_per_epoch)
-    return epochs * config.num_train + steps * config.train.batch_size

@@ -1,5 +1,6 @@
 """What produced a result: package versions, device and commit."""
 
+import contextlib
 import importlib.metadata
 import pathlib
 import platform
@@ -15,10 +16,8 @@ def versions() -> dict[str, str]:
     """Returns the versions of Python and of the packages that a result depends on; those not installed are left out."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 
@@ -40,20 +39,16 @@ def git_commit() -> str:
 
 def cpu_name() -> str:
     """Returns the CPU model name, or its architecture if the name is unknown."""
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):  # not Linux
+        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def provenance() -> dict[str, Any]:
     """Returns `device`, `versions` and `git_commit` for a summary."""
     devices = jax.devices()
     kind = cpu_name() if devices[0].platform == "cpu" else devices[0].device_kind
-    return {
-        "device": f"{len(devices)} x {devices[0].platform} ({kind})",
-        "versions": versions(),
-        "git_commit": git_commit(),
-    }
+    device = f"{len(devices)} x {devices[0].platform} ({kind})"
+    return {"device": device, "versions": versions(), "git_commit": git_commit()}

@@ -17,25 +17,18 @@ class Interrupted(UserError):
     """The run was asked to stop; all training so far is saved."""
 
     def __init__(self, message: str, signum: int) -> None:
-        """Sets the exit status that shells expect after a signal: 128 plus its number."""
         super().__init__(message)
-        self.exit_status = 128 + signum
+        self.exit_status = 128 + signum  # what shells expect
 
 
 class StopRequest:
-    """Whether a signal has asked the run to stop.
+    """Whether a signal has asked the run to stop: `signum` is the number of the first one, 0 until one arrives."""
 
-    Attributes:
-      signum: the number of the first signal; None until one arrives.
-    """
-
-    def __init__(self) -> None:
-        """Starts without a request."""
-        self.signum: int | None = None
+    signum = 0
 
     def receive(self, signum: int) -> None:
         """Records the first signal; a second one ends the process at once."""
-        if self.signum is None:
+        if not self.signum:
             self.signum = signum
             _print("\nstopping after this step; a second signal ends the program at once\n")
         elif signum != HANGUP:  # the terminal and its shell may both send SIGHUP
@@ -61,9 +54,9 @@ def _print(message: str) -> None:
 def listening(receive: Callable[[int], None], signals: Sequence[signal.Signals] = SIGNALS) -> Iterator[None]:
     """Calls `receive` with the number of each signal, in a thread, while the context lasts.
 
-    Python runs signal handlers in the main thread, between two bytecode instructions: not while XLA compiles, nor while
-    it waits for the device or another process. So the handlers do nothing, and a thread reads the wakeup file
-    descriptor, to which the interpreter writes the number of each signal when it arrives.
+    Python runs handlers in the main thread, between two bytecode instructions: not while XLA compiles, nor while it
+    waits for the device. So the handlers do nothing, and a thread reads the wakeup file descriptor, to which the
+    interpreter writes the number of each signal when it arrives.
 
     Only the main thread can install handlers; in other threads this does nothing. A signal that the parent process set
     to be ignored, as `nohup` does, stays ignored.

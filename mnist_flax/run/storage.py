@@ -30,24 +30,16 @@ def checksums(folder: pathlib.Path) -> str:
 
 
 def write(folder: pathlib.Path, state: Any, record: dict[str, Any]) -> None:
-    """Writes a checkpoint without its checksums; all processes take part, each at the same call.
-
-    Raises:
-      Exception: many types; for example, Orbax and TensorStore report a full disk as a ValueError.
-    """
+    """Writes a checkpoint without its checksums; all processes take part, each at the same call."""
     import orbax.checkpoint as ocp
 
     items = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
     with _SAVING, _checkpointer(all_processes=True) as checkpointer:
-        checkpointer.save(folder, args=items)
+        checkpointer.save(folder.absolute(), args=items)
 
 
 def restore_record(folder: pathlib.Path) -> Any:
-    """Reads the record of a checkpoint.
-
-    Raises:
-      Exception: many types, if a file of the checkpoint differs from what was saved.
-    """
+    """Reads the record of a checkpoint; raises an Exception of any type if a file differs from what was saved."""
     import orbax.checkpoint as ocp
 
     if not (folder / CHECKSUMS).is_file():
@@ -55,28 +47,28 @@ def restore_record(folder: pathlib.Path) -> Any:
     then, now = (folder / CHECKSUMS).read_text(), checksums(folder)
     for line in sorted(set(then.splitlines()) ^ set(now.splitlines())):
         raise ValueError(f"{line[66:]} is not what was saved")
-    with _checkpointer() as checkpointer:
-        return checkpointer.restore(folder, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+    return _restore(folder, "record", ocp.args.JsonRestore())
 
 
 def restore_state(folder: pathlib.Path, target: Any) -> Any:
-    """Reads the arrays of a checkpoint into host memory; `target` has the same tree, shapes and dtypes.
+    """Reads the arrays of a checkpoint into host memory; `target` has the same tree, shapes and dtypes."""
+    import orbax.checkpoint as ocp
 
-    Raises:
-      Exception: many types, if they cannot be read.
-    """
+    return _restore(folder, "state", ocp.args.StandardRestore(target))
+
+
+def _restore(folder: pathlib.Path, item: str, how: Any) -> Any:
     import orbax.checkpoint as ocp
 
     with _checkpointer() as checkpointer:
-        return checkpointer.restore(folder, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))["state"]
+        return checkpointer.restore(folder.absolute(), args=ocp.args.Composite(**{item: how}))[item]
 
 
 @contextlib.contextmanager
 def _checkpointer(*, all_processes: bool = False) -> Iterator[Any]:
     """Opens an Orbax checkpointer whose failures raise an exception but log nothing.
 
-    Args:
-      all_processes: all processes make the same calls and wait for each other; otherwise this one acts alone.
+    With `all_processes`, all make the same calls and wait for each other; otherwise this process acts alone.
     """
     import orbax.checkpoint as ocp
 

@@ -42,7 +42,7 @@ class Store:
         self._config = config
         self._fingerprint = fingerprint
         self._workdir = workdir
-        self._folder = workdir.absolute() / workdirs.CHECKPOINTS
+        self._folder = workdir / workdirs.CHECKPOINTS
         self._executor = executor
         self._saving: concurrent.futures.Future[None] | None = None
         self._holdouts = checkpoint.holdouts(self._folder)
@@ -51,12 +51,9 @@ class Store:
         """Saves in the background; the arrays are copied before this returns, so the state may be donated.
 
         Args:
-          state: the training state; its step becomes the name of the checkpoint.
+          state: its step becomes the name of the checkpoint.
           record: what `RunLog.snapshot` returns.
           holdout: loss and accuracy on hold-out rows, if evaluated at this step.
-
-        Raises:
-          WorkdirError: the previous save failed.
         """
         self.wait()
         arrays = jax.tree.map(np.array, jax.device_get(state))
@@ -65,11 +62,7 @@ class Store:
         self._saving = self._executor.submit(self._write, arrays, record)
 
     def wait(self) -> None:
-        """Waits until the last save is on disk.
-
-        Raises:
-          WorkdirError: that save failed; earlier checkpoints are kept.
-        """
+        """Waits until the last save is on disk; raises its error if it failed. Earlier checkpoints are kept."""
         saving, self._saving = self._saving, None
         if saving:
             saving.result()
@@ -77,8 +70,7 @@ class Store:
     def preemption(self, call: int) -> int:
         """Returns SIGTERM if any of several processes received it, otherwise 0; a single process handles its own.
 
-        Args:
-          call: counts the calls from 0, equally in all processes, so that JAX gives all of them the same answer.
+        `call` counts the calls from 0, equally in all processes, so that JAX gives all of them the same answer.
         """
         if jax.process_count() == 1:
             return 0
@@ -87,16 +79,10 @@ class Store:
         return signal.SIGTERM if multihost.reached_preemption(call) else 0
 
     def restore_latest(self) -> tuple[checkpoint.Run | None, list[str]]:
-        """Restores the newest intact checkpoint.
+        """Restores the newest intact checkpoint, and returns a message for each damaged one that was skipped.
 
-        With several processes, the primary chooses the checkpoint and the others load the same one.
-
-        Returns:
-          The run as of that checkpoint, or None if no checkpoint is intact; and a message for each damaged checkpoint
-          that was skipped. Damaged checkpoints are moved to a separate folder, so that their steps can be saved again.
-
-        Raises:
-          WorkdirError: the newest readable checkpoint belongs to another run.
+        Damaged checkpoints are moved to a separate folder, so that their steps can be saved again. With several
+        processes, the primary chooses the checkpoint and the others load the same one.
         """
         found, skipped = self._newest_good() if processes.is_primary() else (None, [])
         (chosen,) = processes.agree(found.record["step"] if found else -1)
@@ -107,12 +93,8 @@ class Store:
     def _newest_good(self) -> tuple[checkpoint.Run | None, list[str]]:
         skipped: list[str] = []
         for step in reversed(checkpoint.steps_in(self._folder)):
-            path = self._folder / str(step)
             try:
-                record = checkpoint.read_record(path)
-                checkpoint.check_same_run(record, self._config, self._fingerprint, self._workdir)
-                state = checkpoint.read_state(path, self._config, record)
-                return checkpoint.Run(self._config, state, record), skipped
+                return checkpoint.read_run(self._folder / str(step), (self._config, self._fingerprint)), skipped
             except WorkdirError:
                 raise
             except Exception as error:  # Orbax and TensorStore raise many types for damaged files
@@ -130,10 +112,7 @@ class Store:
         return target
 
     def _write(self, arrays: TrainState, record: dict[str, Any]) -> None:
-        """Writes a checkpoint, then prunes old ones.
-
-        All processes take part in writing the arrays; only the primary does the rest.
-        """
+        """Writes a checkpoint, then prunes old ones; only the primary does more than write its part of the arrays."""
         step = int(arrays.step)
         unfinished = self._folder / f"{step}{_UNFINISHED}"
         if not processes.is_primary():
@@ -161,11 +140,11 @@ class Store:
             ) from error
 
     def _prune(self) -> None:
-        """Deletes all checkpoints except the newest and, of those with hold-out metrics, the best."""
-        cadence = self._config.checkpoint
-        ranked = {step: checkpoint.rank(holdout) for step, holdout in self._holdouts.items() if holdout}
-        best = sorted(ranked, key=lambda step: (ranked[step], step), reverse=True)[: cadence.keep_best]
-        latest = sorted(self._holdouts)[-cadence.keep_latest :]
+        """Deletes all but the newest `keep_latest` checkpoints and, by their hold-out scores, the best `keep_best`."""
+        limits = self._config.checkpoint
+        scores = {step: checkpoint.rank(holdout) for step, holdout in self._holdouts.items() if holdout}
+        best = sorted(scores, key=lambda step: (scores[step], step), reverse=True)[: limits.keep_best]
+        latest = sorted(self._holdouts)[-limits.keep_latest :]
         for step in self._holdouts.keys() - {*best, *latest}:
             # Renamed first, so that a process killed during deletion leaves nothing that looks like a checkpoint.
             workdirs.remove((self._folder / str(step)).rename(self._folder / f"{step}{_UNFINISHED}"))
@@ -174,14 +153,7 @@ class Store:
 
 @contextlib.contextmanager
 def open_store(config: Config, fingerprint: str, workdir: pathlib.Path) -> Iterator[Store]:
-    """Opens the checkpoints of a run; on exit, waits for the save in progress.
-
-    Deletes checkpoints that an earlier process left unfinished. While training, the newest `checkpoint.keep_latest`
-    checkpoints are kept and, of those with hold-out metrics, the best `checkpoint.keep_best`.
-
-    Raises:
-      WorkdirError: the last save failed.
-    """
+    """Opens the checkpoints of a run after deleting unfinished ones; on exit, waits for the save in progress."""
     if processes.is_primary():
         _clean(workdir / workdirs.CHECKPOINTS)
     with concurrent.futures.ThreadPoolExecutor(max_workers=1) as executor:

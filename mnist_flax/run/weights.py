@@ -16,13 +16,9 @@ def save_weights(config: Config, workdir: pathlib.Path, variables: Mapping[str, 
     """Writes the variables that `forward` takes to `weights.safetensors`.
 
     Tensors are named by their path, such as `params/Conv_0/kernel`; the metadata contains the config as JSON.
-
-    Raises:
-      WorkdirError: the file cannot be written.
     """
     from safetensors.numpy import save
 
     by_path = jax.tree_util.tree_leaves_with_path(jax.device_get(dict(variables)))
     arrays = {"/".join(str(key.key) for key in path): np.ascontiguousarray(leaf) for path, leaf in by_path}
-    content = save(arrays, metadata={"config": json.dumps(config.to_dict())})
-    workdirs.write_bytes(workdir / workdirs.WEIGHTS, content)
+    workdirs.write_bytes(workdir / workdirs.WEIGHTS, save(arrays, metadata={"config": json.dumps(config.to_dict())}))

@@ -2,7 +2,7 @@
 
 A run's folder may come from an untrusted source. So no function here that writes follows a symbolic link inside it:
 links are replaced rather than written through, and `subfolder` accepts only real folders. Always write through these
-functions.
+functions. Whatever cannot be read or written (a full disk, a link in the way) raises WorkdirError.
 """
 
 import contextlib
@@ -37,11 +37,7 @@ _NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
 def check(workdir: pathlib.Path) -> None:
-    """Checks, without writing anything, that `workdir` is free for a run or holds one.
-
-    Raises:
-      WorkdirError: it is not a folder, cannot be read, or holds something that is not a run.
-    """
+    """Checks, without writing anything, that `workdir` is free for a run or holds one."""
     try:
         os.path.abspath(workdir).encode()  # checkpoints cannot be written to a path that is not UTF-8
         with contextlib.suppress(FileNotFoundError):
@@ -65,9 +61,6 @@ def claim(workdir: pathlib.Path) -> Iterator[None]:
     """Creates `workdir` and locks it for this process; deletes it again if nothing was written.
 
     The operating system releases the lock when the process ends, even if it is killed.
-
-    Raises:
-      WorkdirError: another process holds the lock, or the folder cannot be written.
     """
     check(workdir)
     new = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
@@ -83,7 +76,8 @@ def claim(workdir: pathlib.Path) -> Iterator[None]:
                     f"--workdir={workdir}: in use by {_owner(workdir)}; wait for it, stop it, or name another folder"
                 ) from None
         _remove_temporary_files(workdir)
-        owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}
+        since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
         write_text(workdir / _OWNER, json.dumps(owner) + "\n")
         yield
     finally:
@@ -104,10 +98,6 @@ def _owner(workdir: pathlib.Path) -> str:
         return "another process"
 
 
-def _now() -> str:
-    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-
-
 def _remove_temporary_files(workdir: pathlib.Path) -> None:
     """Deletes temporary files that `write_bytes` left when a process was killed."""
     folders = [workdir, *(path for path in workdir.iterdir() if path.is_dir() and not path.is_symlink())]
@@ -126,11 +116,7 @@ def reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def as_workdir_error(subject: object, remedy: str = RESUMES) -> Iterator[None]:
-    """Converts an OSError raised inside into `<subject>: cannot be written (<reason>); <remedy>`.
-
-    Raises:
-      WorkdirError: in place of the OSError.
-    """
+    """Converts an OSError raised inside into `<subject>: cannot be written (<reason>); <remedy>`."""
     try:
         yield
     except OSError as error:
@@ -138,11 +124,7 @@ def as_workdir_error(subject: object, remedy: str = RESUMES) -> Iterator[None]:
 
 
 def inside(workdir: pathlib.Path, *names: str, remedy: str = RESUMES) -> pathlib.Path:
-    """Returns a path inside a run's folder.
-
-    Raises:
-      WorkdirError: the path, or a folder above it within `workdir`, is a symbolic link.
-    """
+    """Returns a path inside a run's folder, of which no part below `workdir` may be a symbolic link."""
     path = workdir
     for name in names:
         path = path / name
@@ -153,11 +135,7 @@ def inside(workdir: pathlib.Path, *names: str, remedy: str = RESUMES) -> pathlib
 
 
 def subfolder(workdir: pathlib.Path, *names: str, remedy: str = RESUMES) -> pathlib.Path:
-    """Creates a folder inside a run's folder if it is missing, and returns it.
-
-    Raises:
-      WorkdirError: it cannot be created, or a symbolic link or a file is in the way.
-    """
+    """Creates a folder inside a run's folder if it is missing, and returns it."""
     folder = inside(workdir, *names, remedy=remedy)
     with as_workdir_error(folder, remedy):
         folder.mkdir(parents=True, exist_ok=True)
@@ -165,11 +143,7 @@ def subfolder(workdir: pathlib.Path, *names: str, remedy: str = RESUMES) -> path
 
 
 def output_folder(workdir: pathlib.Path, output: str | None) -> pathlib.Path:
-    """Returns where a verb writes: the `--output` folder, created if it is missing, or else `workdir`.
-
-    Raises:
-      WorkdirError: the folder cannot be created.
-    """
+    """Returns where a verb writes: the `--output` folder, created if it is missing, or else `workdir`."""
     if not output:
         return workdir
     folder = pathlib.Path(output)
@@ -182,9 +156,6 @@ def write_bytes(path: pathlib.Path, content: bytes, *, remedy: str = RESUMES) ->
     """Writes a file atomically: readers see the old or the new content, complete, even after a power failure.
 
     A symbolic link at `path` is replaced, not followed. The folder must exist: create it with `subfolder`.
-
-    Raises:
-      WorkdirError: the disk is full, or the folder cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     with as_workdir_error(path, remedy):
@@ -206,11 +177,7 @@ def write_text(path: pathlib.Path, text: str, *, remedy: str = RESUMES) -> None:
 
 
 def append_bytes(path: pathlib.Path, content: bytes) -> None:
-    """Appends to a file and closes it, so that a later failure can neither lose nor duplicate what was written.
-
-    Raises:
-      WorkdirError: the disk is full, or the file cannot be written or is a symbolic link.
-    """
+    """Appends to a file and closes it, so that a later failure can neither lose nor duplicate what was written."""
     with as_workdir_error(path):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _NO_LINK, 0o666)
         with open(descriptor, "ab") as file:
@@ -226,11 +193,7 @@ def remove(path: pathlib.Path) -> None:
 
 
 def sync(path: pathlib.Path) -> None:
-    """Flushes a file or folder to disk, so that its contents survive a power failure.
-
-    Raises:
-      WorkdirError: the system cannot write it.
-    """
+    """Flushes a file or folder to disk, so that its contents survive a power failure."""
     with as_workdir_error(path):
         descriptor = os.open(path, os.O_RDONLY)
         try:

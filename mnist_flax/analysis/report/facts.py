@@ -7,7 +7,7 @@ import numpy as np
 
 from mnist_flax import metrics
 from mnist_flax.analysis.calibration import NUM_BINS, reliability_rows
-from mnist_flax.analysis.evaluation import Evaluation
+from mnist_flax.analysis.evaluation import Evaluation, Facts
 from mnist_flax.analysis.report.layers import Layer
 from mnist_flax.analysis.scores import scores
 from mnist_flax.config import Config
@@ -22,8 +22,6 @@ PAIR_EXAMPLES = 6  # examples for each pair
 TOP = 3  # most probable classes listed for each example
 CURVE_POINTS = 1000  # a longer training log is thinned to at most this many points
 
-Facts = dict[str, Any]  # ready for JSON
-
 
 def report_facts(
     config: Config,
@@ -36,9 +34,9 @@ def report_facts(
     summary: Mapping[str, Any] | None,
     evaluated_by: str,
 ) -> Facts:
-    """Computes all numbers of a report; see `write_report` for the arguments."""
+    """Computes all numbers of a report; `write_report` explains the arguments."""
     probs = np.exp(metrics.log_probabilities(evaluation.logits))
-    label = splits.test.label
+    label, raw = splits.test.label, evaluation.logits * evaluation.temperature
     confusion = metrics.confusion_matrix(label, probs.argmax(axis=-1), config.num_classes)
     return {
         "dataset": splits.name,
@@ -46,7 +44,11 @@ def report_facts(
         "class_names": list(DATASETS[splits.name].class_names),
         "run": run_facts(config, layers, records, step, summary),
         "test": {"evaluated_by": evaluated_by, **scores(evaluation, label, splits.name)},
-        "calibration": calibration(evaluation, label),
+        "calibration": {
+            "num_bins": NUM_BINS,
+            "bins": reliability_rows(evaluation.logits, label),
+            "uncalibrated_bins": reliability_rows(raw, label) if evaluation.temperature != 1.0 else [],
+        },
         "confusion": confusion.tolist(),
         "confused_pairs": confused_pairs(confusion, label, probs),
         "galleries": galleries(probs, label, splits.name),
@@ -85,16 +87,6 @@ def run_facts(
     }
 
 
-def calibration(evaluation: Evaluation, label: np.ndarray) -> Facts:
-    """Computes the reliability diagram and, if a temperature was fitted, a second one without it."""
-    raw = evaluation.logits * evaluation.temperature
-    return {
-        "num_bins": NUM_BINS,
-        "bins": reliability_rows(evaluation.logits, label),
-        "uncalibrated_bins": reliability_rows(raw, label) if evaluation.temperature != 1.0 else [],
-    }
-
-
 def confused_pairs(confusion: np.ndarray, label: np.ndarray, probs: np.ndarray) -> list[Facts]:
     """Lists the most frequent pairs of label and wrong prediction, each with its most confident examples."""
     prediction = probs.argmax(axis=-1)
@@ -102,20 +94,12 @@ def confused_pairs(confusion: np.ndarray, label: np.ndarray, probs: np.ndarray) 
     cells = np.argsort(-errors, axis=None, kind="stable")[:PAIRS]
     pairs = []
     for actual, predicted in zip(*np.unravel_index(cells, errors.shape), strict=True):
-        if not errors[actual, predicted]:
-            break
         rows = np.flatnonzero((label == actual) & (prediction == predicted))
         most_confident = rows[np.argsort(-probs[rows, predicted], kind="stable")][:PAIR_EXAMPLES]
-        pairs.append(
-            {
-                "label": int(actual),
-                "prediction": int(predicted),
-                "count": int(errors[actual, predicted]),
-                "share_of_label": float(errors[actual, predicted] / confusion[actual].sum()),
-                "rows": most_confident.tolist(),
-            }
-        )
-    return pairs
+        pair = {"label": int(actual), "prediction": int(predicted), "count": int(errors[actual, predicted])}
+        share = float(errors[actual, predicted] / max(confusion[actual].sum(), 1))
+        pairs.append(pair | {"share_of_label": share, "rows": most_confident.tolist()})
+    return [pair for pair in pairs if pair["count"]]
 
 
 def galleries(probs: np.ndarray, label: np.ndarray, dataset: str) -> Facts:
@@ -156,8 +140,7 @@ def galleries(probs: np.ndarray, label: np.ndarray, dataset: str) -> Facts:
 def log_curves(records: Sequence[Mapping[str, Any]]) -> Facts:
     """Groups the log records by split and adds smoothed values to those of `train`."""
     by_split: Facts = {
-        split: [dict(record) for record in records if record["split"] == split]
-        for split in ("train", "holdout", "test")
+        split: [dict(r) for r in records if r["split"] == split] for split in ("train", "holdout", "test")
     }
     train = by_split["train"]
     reach = len(train) // 20
@@ -197,21 +180,16 @@ def _dotted(config: Config) -> Facts:
 def config_source(config: Config, dataset: str) -> str:
     """Returns the source of a config file that reproduces the run, even if the presets change."""
     family = config.to_dict()["model"]["name"]
-    lines = [f"    config.{name} = {value!r}" for name, value in changed_fields(config).items()]
-    return "\n".join(
-        [
-            f'"""The config of a run on {dataset}, written by its report."""',
-            "",
-            "from ml_collections import ConfigDict",
-            "",
-            "from mnist_flax.config import default_config_dict",
-            "",
-            "",
-            "def get_config() -> ConfigDict:",
-            '    """Returns what differs from the defaults."""',
-            f"    config = default_config_dict({family!r})",
-            *lines,
-            "    return config",
-            "",
-        ]
-    )
+    lines = "".join(f"    config.{name} = {value!r}\n" for name, value in changed_fields(config).items())
+    return f'''"""The config of a run on {dataset}, written by its report."""
+
+from ml_collections import ConfigDict
+
+from mnist_flax.config import default_config_dict
+
+
+def get_config() -> ConfigDict:
+    """Returns what differs from the defaults."""
+    config = default_config_dict({family!r})
+{lines}    return config
+'''

@@ -19,32 +19,18 @@ from mnist_flax.step import Variables, forward
 
 
 class Layer(NamedTuple):
-    """A module with its own parameters or a fixed kernel.
+    """A module with its own parameters or a fixed kernel."""
 
-    Attributes:
-      name: its path in the network, such as `Conv_0` or `Block_1/Conv_0`.
-      kind: its class, such as `Conv`.
-      input_shape: of one example.
-      output_shape: of one example.
-      parameters: the number of trainable parameters; running statistics do not count.
-      multiply_adds: the multiply-add operations of its kernel, for one example.
-    """
-
-    name: str
-    kind: str
-    input_shape: tuple[int, ...]
-    output_shape: tuple[int, ...]
-    parameters: int
-    multiply_adds: int
+    name: str  # its path in the network, such as `Conv_0` or `Block_1/Conv_0`
+    kind: str  # its class, such as `Conv`
+    input_shape: tuple[int, ...]  # of one example
+    output_shape: tuple[int, ...]  # of one example
+    parameters: int  # how many are trainable; running statistics do not count
+    multiply_adds: int  # the multiply-add operations of its kernel, for one example
 
 
 class LayerInput(NamedTuple):
-    """The input of a layer, after the preceding activation and pooling; or the logits.
-
-    Attributes:
-      name: of the layer, or `logits`.
-      values: `f32[B,H,W,C]` or `f32[B,D]`.
-    """
+    """The input of a layer, after the preceding activation and pooling, `f32[B,H,W,C]` or `f32[B,D]`; or the logits."""
 
     name: str
     values: np.ndarray

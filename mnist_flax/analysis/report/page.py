@@ -1,7 +1,7 @@
 """Renders the report as one self-contained HTML page."""
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 TEMPLATE = pathlib.Path(__file__).with_name("page.html.jinja")
@@ -25,21 +25,12 @@ SECTIONS = {
 
 
 def render_page(facts: Mapping[str, Any], pictures: Mapping[str, Any]) -> str:
-    """Returns the page as HTML.
+    """Returns the page as HTML, with every number from `facts`.
 
-    Args:
-      facts: every number on the page.
-      pictures: `plots` (SVG elements by name), `thumbnails` (URIs by test row), `sheets` (URIs by name),
-        `activation_pictures` by layer and example, and the `title`.
+    `pictures` are `plots` (SVG elements by name), `thumbnails` (URIs by test row), `sheets` (URIs by name) and
+    `activation_pictures` by layer and example, and the `title`.
     """
-    import jinja2
-
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {
-        "percent": percent, "score": calibration_value, "thousands": thousands, "shape": shape, "duration": duration,
-    }  # fmt: skip
+    template = load_template(TEMPLATE, score=calibration_value, thousands=thousands, shape=shape, duration=duration)
     missing = {
         "curves": "loss" not in pictures["plots"],
         "trained-on": not facts["augmented"],
@@ -47,8 +38,18 @@ def render_page(facts: Mapping[str, Any], pictures: Mapping[str, Any]) -> str:
         "filters": "filters" not in pictures["sheets"],
     }
     sections = [(name, title) for name, title in SECTIONS.items() if not missing.get(name)]
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(**facts, **pictures, sections=sections) + "\n"
+
+
+def load_template(path: pathlib.Path, **filters: Callable[..., str]) -> Any:
+    """Returns a Jinja template for HTML, with the filter `percent` and those given."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"percent": percent, **filters}
+    return environment.from_string(path.read_text(encoding="utf-8"))
 
 
 def percent(value: float | None, digits: int = 2) -> str:

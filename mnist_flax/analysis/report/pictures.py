@@ -55,28 +55,19 @@ def sheet(images: np.ndarray, columns: int, gap: int = 1) -> np.ndarray:
 
 
 def colors(values: np.ndarray, limit: float) -> np.ndarray:
-    """Maps numbers to colours, `f32[...] -> u8[...,4]`: positive orange, negative blue, transparent at 0.
-
-    Args:
-      values: any numbers.
-      limit: the magnitude that is drawn fully opaque.
-    """
+    """Maps numbers to colours, `f32[...] -> u8[...,4]`: orange above 0, blue below, opaque from `limit` on."""
     strength = np.clip(np.abs(values) / (limit or 1.0), 0, 1)
     painted = np.where((values >= 0)[..., None], POSITIVE, NEGATIVE)
     alpha = np.rint(255 * strength)[..., None]
     return np.concatenate([painted, alpha], axis=-1).astype(np.uint8)
 
 
-def shown_rows(facts: Mapping[str, Any]) -> list[int]:
-    """Returns the test rows whose image is on the page."""
+def thumbnails(facts: Mapping[str, Any], images: np.ndarray) -> dict[int, str]:
+    """Returns the test images that are on the page, by row."""
     galleries = [gallery for gallery in facts["galleries"].values() if isinstance(gallery, list)]
     rows = {example["row"] for gallery in galleries for example in gallery}
-    return sorted(rows.union(*(pair["rows"] for pair in facts["confused_pairs"])))
-
-
-def thumbnails(facts: Mapping[str, Any], images: np.ndarray) -> dict[int, str]:
-    """Returns the images that are on the page, by test row."""
-    return {row: data_uri(png(images[row, :, :, 0])) for row in shown_rows(facts)}
+    rows.update(*(pair["rows"] for pair in facts["confused_pairs"]))
+    return {row: data_uri(png(images[row, :, :, 0])) for row in sorted(rows)}
 
 
 def sheets(
@@ -130,11 +121,7 @@ def draw_layer_inputs(
 ) -> list[list[str]]:
     """Draws the input of each layer for a few digits: some classified correctly, and the worst mistake.
 
-    Args:
-      program: the network.
-      variables: its weights.
-      facts: receives `activations`: the examples, and each layer's name, shape and number of channels shown.
-      images: the test images.
+    `facts` receives `activations`: the examples, and each layer's name, shape and number of channels shown.
 
     Returns:
       A picture for each layer and example; within a layer, the same value has the same colour.

@@ -17,6 +17,7 @@ ROLES = {INK: "ink", MUTED: "muted", GRID: "grid", ON_FILL: "on-fill", BLUE: "bl
 WIDTH = 5.2  # inches (of 72 SVG units); about as wide as a phone, so that the text is not scaled down there
 MAX_CLASSES_WITH_TEXT = 12  # with more, the cells of the confusion matrix show no numbers
 
+_TITLES = {"loss": "Loss (cross-entropy, nats)", "accuracy": "Accuracy"}
 TITLES = {
     "loss": "Loss over the epochs, with the learning rate below",
     "accuracy": "Accuracy over the epochs, with the learning rate below",
@@ -27,25 +28,17 @@ TITLES = {
 }
 
 _STYLE: dict[Any, Any] = {
-    "axes.axisbelow": True,
-    "axes.edgecolor": MUTED,
-    "axes.grid": True,
-    "axes.labelcolor": INK,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
+    **dict.fromkeys(("axes.labelcolor", "text.color", "xtick.labelcolor", "ytick.labelcolor"), INK),
+    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), MUTED),
+    **dict.fromkeys(("axes.axisbelow", "axes.grid"), True),
+    **dict.fromkeys(("axes.spines.right", "axes.spines.top", "legend.frameon"), False),
     "axes.titlesize": 11.5,
     "font.size": 10.5,
     "grid.color": GRID,
     "grid.linewidth": 0.8,
-    "legend.frameon": False,
     "lines.linewidth": 1.8,
     "svg.fonttype": "none",
     "svg.hashsalt": "mnist_flax",
-    "text.color": INK,
-    "xtick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.color": MUTED,
-    "ytick.labelcolor": INK,
 }
 
 
@@ -120,7 +113,7 @@ def draw_all(facts: Mapping[str, Any]) -> dict[str, str]:
 def learning_curves(curves: Mapping[str, Any]) -> dict[str, str]:
     """Draws loss and accuracy over the epochs, with the learning rate below."""
     plots = {}
-    for field, title in (("loss", "Loss (cross-entropy, nats)"), ("accuracy", "Accuracy")):
+    for field, title in _TITLES.items():
         with new_figure(4.4) as figure:
             top, below = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1))
             _curve(top, curves, field)
@@ -128,9 +121,7 @@ def learning_curves(curves: Mapping[str, Any]) -> dict[str, str]:
             top.legend(loc="upper right" if field == "loss" else "lower right")
             top.set_xlim(left=0)
             top.locator_params(axis="x", integer=True)
-            epochs, rates = zip(
-                *((record["epoch"], record["learning_rate"]) for record in curves["train"]), strict=True
-            )
+            epochs, rates = ([record[name] for record in curves["train"]] for name in ("epoch", "learning_rate"))
             below.plot(epochs, rates, color=MUTED, marker=_dots(epochs))
             below.set_title("Learning rate", loc="left")
             below.set_ylim(bottom=0)
@@ -148,19 +139,19 @@ def _curve(axes: Any, curves: Mapping[str, Any], field: str) -> None:
             return [record[name] for record in records]
         return [max(1 - record[name], 0.5 / record["examples"]) for record in records]
 
-    train, holdout, test = curves["train"], curves["holdout"], curves["test"]
-    epochs = [record["epoch"] for record in train]
-    if curves["smoothed_over"] > 1:
-        axes.plot(epochs, heights(train), color=BLUE, alpha=0.5, linewidth=1, label="train, as logged")
-        axes.plot(epochs, heights(train, f"smoothed_{field}"), color=BLUE, label="train, smoothed")
-    else:
-        axes.plot(epochs, heights(train), color=BLUE, marker=_dots(train), label="train")
-    if holdout:
-        x = [record["epoch"] for record in holdout]
-        axes.plot(x, heights(holdout), color=ORANGE, marker="s", markersize=4.5, linestyle="--", label="hold-out")
-    if test:
-        x = [record["epoch"] for record in test]
-        axes.plot(x, heights(test), color=GREEN, marker="*", markersize=12, linestyle="none", label="test, at the end")
+    train, is_smoothed = curves["train"], curves["smoothed_over"] > 1
+    logged = {"alpha": 0.5, "linewidth": 1, "label": "train, as logged"}
+    looks = {
+        "train": {"color": BLUE} | (logged if is_smoothed else {"marker": _dots(train), "label": "train"}),
+        "holdout": {"color": ORANGE, "marker": "s", "markersize": 4.5, "linestyle": "--", "label": "hold-out"},
+        "test": {"color": GREEN, "marker": "*", "markersize": 12, "linestyle": "none", "label": "test, at the end"},
+    }
+    for split, look in looks.items():
+        epochs = [record["epoch"] for record in curves[split]]
+        if epochs:
+            axes.plot(epochs, heights(curves[split]), **look)
+        if split == "train" and is_smoothed:
+            axes.plot(epochs, heights(train, f"smoothed_{field}"), color=BLUE, label="train, smoothed")
     axes.set_yscale("log")
     axes.margins(y=0.09)
     decimal_ticks(axes, field)
@@ -168,20 +159,53 @@ def _curve(axes: Any, curves: Mapping[str, Any], field: str) -> None:
         axes.invert_yaxis()
 
 
+def population_curves(curves: Mapping[str, Any]) -> dict[str, bytes]:
+    """Draws loss and accuracy of a population over the epochs, the mean as a line and the range as a band.
+
+    A point of `train`, `holdout` and `test` has `epoch`, and `mean`, `min` and `max` of `loss` and `accuracy`. Returns
+    the SVG files by name.
+    """
+    return {f"curves_{field}": as_file(_bands(curves, field)) for field in ("loss", "accuracy")}
+
+
+def _bands(curves: Mapping[str, Any], field: str) -> str:
+    """Draws loss or accuracy; accuracy on a log scale of the error rate, to resolve 99 to 100 %."""
+
+    def columns(split: str) -> tuple[list[float], np.ndarray, np.ndarray, np.ndarray]:
+        values = np.array([[point[field][name] for name in ("mean", "min", "max")] for point in curves[split]])
+        mean, low, high = (values if field == "loss" else np.maximum(1 - values, 1e-5)).T  # a log axis shows no 0
+        return [point["epoch"] for point in curves[split]], mean, low, high
+
+    with new_figure(3.8) as figure:
+        axes = figure.subplots()
+        for split, name, color, dashes in (("train", "train", BLUE, "-"), ("holdout", "hold-out", ORANGE, "--")):
+            if curves[split]:
+                epochs, mean, low, high = columns(split)
+                axes.fill_between(epochs, low, high, color=color, alpha=0.2, lw=0)
+                axes.plot(epochs, mean, dashes, color=color, label=name)
+        if curves["test"]:
+            epochs, mean, low, high = columns("test")
+            ends = np.abs([low - mean, high - mean])
+            axes.errorbar(epochs, mean, yerr=ends, fmt="*", color=GREEN, markersize=10, label="test, at the end")
+        axes.set_yscale("log")
+        decimal_ticks(axes, field)
+        if field == "accuracy":
+            axes.invert_yaxis()
+        axes.set_title(_TITLES[field], loc="left")
+        axes.set_xlabel("Epoch (lines: mean of the members; bands: their range)")
+        if axes.get_legend_handles_labels()[0]:  # runs of other lengths may share no point
+            axes.legend()
+        return to_svg(figure)
+
+
 def decimal_ticks(axes: Any, field: str) -> None:
     """Labels a logarithmic axis at 1, 2 and 5 with plain numbers; for accuracy the axis is the error rate."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
     low, high = sorted(axes.get_ylim())
-    ticks = [m * 10.0**k for k in range(-7, 4) for m in (1, 2, 5)]
-    ticks = [tick for tick in ticks if low <= tick <= high]
+    ticks = [tick for k in range(-7, 4) for m in (1, 2, 5) if low <= (tick := m * 10.0**k) <= high]
     if len(ticks) > 8:
         ticks = [tick for tick in ticks if f"{tick:e}"[0] == "1"]
-    axes.yaxis.set_major_locator(FixedLocator(ticks))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(
-        FuncFormatter(lambda y, _: f"{y:.6g}" if field == "loss" else f"{100 * (1 - y):.6g} %")
-    )
+    axes.set_yticks(ticks, [f"{y:.6g}" if field == "loss" else f"{100 * (1 - y):.6g} %" for y in ticks])
+    axes.minorticks_off()
 
 
 def _dots(records: Sequence[Any]) -> str:
@@ -193,16 +217,15 @@ def confusion(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> dict[str
     counts = np.asarray(matrix)
     rates = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     return {
-        "confusion_counts": _matrix(counts, rates, [[f"{n:d}" if n else "" for n in row] for row in counts], names),
-        "confusion_rates": _matrix(
-            counts, rates, [[f"{100 * r:.1f}" if r else "" for r in row] for row in rates], names
-        ),
+        "confusion_counts": _matrix(counts, rates, [[str(n) for n in row] for row in counts], names),
+        "confusion_rates": _matrix(counts, rates, [[f"{100 * r:.1f}" for r in row] for row in rates], names),
     }
 
 
 def _matrix(counts: np.ndarray, rates: np.ndarray, texts: Sequence[Sequence[str]], names: Sequence[str]) -> str:
     """Draws a square for each nonzero cell: blue on the diagonal, orange elsewhere."""
     from matplotlib.collections import PatchCollection
+    from matplotlib.colors import to_rgba
     from matplotlib.patches import Rectangle
 
     size = len(counts)
@@ -217,7 +240,7 @@ def _matrix(counts: np.ndarray, rates: np.ndarray, texts: Sequence[Sequence[str]
             # The square root makes single mistakes visible beside frequent ones.
             strength = rates[i, j] if i == j else 0.1 + 0.9 * np.sqrt(errors[i, j] / errors.max())
             cells.append(Rectangle((j - 0.5, i - 0.5), 1, 1))
-            colors.append((*_rgb(BLUE if i == j else ORANGE), 0.8 * strength))
+            colors.append(to_rgba(BLUE if i == j else ORANGE, 0.8 * strength))
             if size <= MAX_CLASSES_WITH_TEXT:
                 color = ON_FILL if strength > 0.65 else INK
                 axes.text(j, i, texts[i][j], ha="center", va="center", color=color, fontsize=10)
@@ -236,10 +259,6 @@ def _matrix(counts: np.ndarray, rates: np.ndarray, texts: Sequence[Sequence[str]
         return to_svg(figure)
 
 
-def _rgb(color: str) -> tuple[float, ...]:
-    return tuple(int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
-
-
 def classes(rows: Sequence[Mapping[str, Any]]) -> str:
     """Draws precision, recall and F1 of each class, with intervals."""
     rows = [row for row in rows if row["examples"] or row["predictions"]]
@@ -250,16 +269,9 @@ def classes(rows: Sequence[Mapping[str, Any]]) -> str:
             known = [(i, row) for i, row in enumerate(rows) if row[field] is not None]
             x = np.array([row[field] for _, row in known])
             ends = np.array([row[f"{field}_interval"] for _, row in known]).reshape(-1, 2).T
-            axes.errorbar(
-                x,
-                [i + offset for i, _ in known],
-                xerr=np.abs(ends - x),
-                fmt=marker,
-                color=color,
-                markersize=4.5,
-                elinewidth=1.3,
-                label="F1" if field == "f1" else field,
-            )
+            look = {"fmt": marker, "color": color, "markersize": 4.5, "elinewidth": 1.3}
+            label = "F1" if field == "f1" else field
+            axes.errorbar(x, [i + offset for i, _ in known], xerr=np.abs(ends - x), label=label, **look)
         axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.4g} %")
@@ -278,10 +290,8 @@ def reliability_diagram(calibration: Mapping[str, Any]) -> str:
         middles = [(row["from"] + row["to"]) / 2 for row in bins]
         top.bar(middles, [row["accuracy"] for row in bins], width=1 / num_bins, color=BLUE, alpha=0.18)
         name = "with temperature" if uncalibrated else "network"
-        for rows, color, marker, label in (
-            (uncalibrated, ORANGE, "s", "without temperature"),
-            (bins, BLUE, "o", name),
-        ):
+        looks = ((uncalibrated, ORANGE, "s", "without temperature"), (bins, BLUE, "o", name))
+        for rows, color, marker, label in looks:
             x, y = (np.array([row[field] for row in rows]) for field in ("confidence", "accuracy"))
             ends = np.array([row["accuracy_interval"] for row in rows]).reshape(-1, 2).T
             if len(rows):

@@ -30,22 +30,10 @@ def write_report(
     folder: pathlib.Path | None = None,
     evaluated_by: str = "training",
 ) -> pathlib.Path:
-    """Writes the report of a run.
+    """Writes the report of a run at a step into a folder, by default `report` in the workdir; returns the page's path.
 
-    Args:
-      config: the run's config.
-      predictor: its network.
-      records: the lines of its log.
-      splits: its data.
-      evaluation: the evaluation on the test set at `step`; it is not repeated.
-      step: finished updates.
-      summary: the run's summary, if it has one.
-      workdir: the run's folder.
-      folder: where to write; if not given, `report` in the run's folder.
-      evaluated_by: where `evaluation` comes from: `training` (at its end) or `report`.
-
-    Returns:
-      The path of the page.
+    `records` are the lines of the log. `evaluation`, on the test set, comes from the end of `training` or from
+    `report`, which `evaluated_by` says; it is not repeated.
 
     Raises:
       WorkdirError: the folder cannot be written.
@@ -103,16 +91,9 @@ def report_workdir(
     folder: pathlib.Path | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> pathlib.Path:
-    """Writes the report of a finished or unfinished run at one of its checkpoints.
+    """Writes the report of a finished or unfinished run at one of its checkpoints; returns the page's path.
 
-    Args:
-      workdir: the run's folder.
-      checkpoint: `latest`, `best` (on hold-out rows) or a step.
-      folder: where to write; if not given, `report` in the run's folder.
-      overrides: config fields that say where the data are, all of them in `run_data.OVERRIDES`.
-
-    Returns:
-      The path of the page.
+    See `load_predictor` for the checkpoints and `load_data` for the overrides.
 
     Raises:
       UserError: the run, the checkpoint or the data cannot be loaded, or the folder cannot be written.

@@ -1,6 +1,6 @@
 // Puts the page together: what is drawn or chosen goes through the network, and everything follows.
 
-const DOUBTFUL = 0.8; // below this probability an answer is a guess, as for mnist_flax.predict
+const DOUBTFUL = 0.8; // below this probability an answer is a guess
 const KINDS = { right: "Right", mistake: "Mistakes", corrupted: "Corrupted" };
 
 const $ = (selector) => document.querySelector(selector);

@@ -1,0 +1,89 @@
+"""Runs a module or a script as `python` would, but in a fork of a process that has imported the libraries already.
+
+Tests of imports, signals and lost consoles start a process of their own instead (`small_run.start`).
+"""
+
+import contextlib
+import functools
+import importlib
+import json
+import os
+import pathlib
+import runpy
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Mapping
+from typing import IO
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# What most verbs import. None of these makes a thread or opens a device, which a fork would not have.
+LIBRARIES = ("jax", "flax.linen", "optax", "orbax.checkpoint", "matplotlib.figure", "sklearn.datasets", "PIL.Image")
+OURS = ("mnist_flax.preset", "mnist_flax.train", "mnist_flax.analysis.report.write", "mnist_flax.pictures.segment")
+
+
+def run(
+    *arguments: str, cwd: pathlib.Path = ROOT, stdin: bytes = b"", env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs `python -m MODULE [flags]` or `python SCRIPT.py [flags]` to its end."""
+    server = _server()
+    assert server.stdin and server.stdout
+    with contextlib.ExitStack() as stack:
+        given, out, err = (stack.enter_context(tempfile.NamedTemporaryFile("w+b")) for _ in range(3))
+        given.write(stdin)
+        given.flush()
+        request = {
+            "arguments": arguments,
+            "cwd": str(cwd),
+            "env": {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
+            "streams": [given.name, out.name, err.name],
+        }
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        answer = server.stdout.readline()
+        assert answer, "the process that forks has ended"
+        return subprocess.CompletedProcess(arguments, int(answer), out.read().decode(), err.read().decode())
+
+
+@functools.cache
+def _server() -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, __file__], env=env, cwd=ROOT, stdin=pipe, stdout=pipe, text=True)
+
+
+def _serve(requests: IO[str], answers: IO[str]) -> None:
+    """Forks for every line of `requests` and answers with the exit status; returns in a fork, or at the end."""
+    for line in requests:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # JAX warns of its threads, which do not exist yet
+            pid = os.fork()
+        if not pid:
+            return _become(**json.loads(line))
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=answers, flush=True)
+
+
+def _become(arguments: list[str], cwd: str, env: dict[str, str], streams: list[str]) -> None:
+    """Does in this process what `python ARGUMENTS` does."""
+    for number, path in enumerate(streams):
+        os.dup2(os.open(path, os.O_RDWR), number)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    if arguments[0] == "-m":
+        sys.path[0] = cwd
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.path[0] = str(pathlib.Path(arguments[0]).resolve().parent)
+        sys.argv = arguments
+        runpy.run_path(arguments[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    requests, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    for name in LIBRARIES + OURS:
+        importlib.import_module(name)
+    _serve(requests, answers)
