@@ -82,6 +82,27 @@ def test_dark_grid_is_no_digit(width: int) -> None:
     assert len(read_digits(encode(grey))) == 1
 
 
+@pytest.mark.parametrize("turn", [-22, 22])
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_steep_row_is_read_from_left_to_right(turn: int, count: int) -> None:
+    row = np.hstack([draw("1" if place else "7", 80, 8) for place in range(count)])
+    page = Image.fromarray(np.pad(row, 60, constant_values=255)).rotate(turn, expand=True, fillcolor=255)
+    digits = read_digits(encode(page))
+    places = [digit.box[0] for digit in digits]
+    assert len(digits) == count and places == sorted(places)
+
+
+@pytest.mark.parametrize("sides", [4, 3], ids=["whole", "cut off"])
+def test_row_of_boxes_that_is_turned_is_no_digit(sides: int) -> None:
+    cell = draw("7", 80, 10).copy()
+    cell[10:150, 10:13] = cell[10:150, -13:-10] = cell[10:13, 10:-10] = 0
+    if sides == 4:
+        cell[147:150, 10:-10] = 0
+    row = np.pad(np.hstack([cell[:, 10:-10]] * 4), 60, constant_values=255)
+    digits = read_digits(encode(Image.fromarray(row).rotate(-5, expand=True, fillcolor=255)))
+    assert len(digits) == 4
+
+
 def test_sheet_on_a_table_is_found_and_levelled(wanted: Array) -> None:
     sheet = Image.fromarray(draw("L", 200, 20)).rotate(-20, Image.Resampling.BICUBIC, expand=True, fillcolor=60)
     photo = Image.new("L", (700, 650), 60)

@@ -62,7 +62,7 @@ def _rulings(piece: np.ndarray, place: tuple[slice, slice], shape: tuple[int, ..
         found[True] = _lines(piece, True, abs(_slope(found[False])))
     level, upright = (_alike(lines, 0.14 * min(piece.shape)) for lines in found.values())
     # Two lines each way make a box or a grid; three at the border make part of one. No digit has such thin lines.
-    if min(len(level), len(upright)) >= 2 or _is_open_box(level, upright, piece.shape, place, shape):
+    if min(len(level), len(upright)) >= 2 or _is_open_box(level, upright, piece.shape):
         yield from level + upright
         return
     for lines, axis in ((found[True], 1), (found[False], 0)):
@@ -76,23 +76,33 @@ def _rulings(piece: np.ndarray, place: tuple[slice, slice], shape: tuple[int, ..
             if (
                 (ends == 2 and (alone or crossed))
                 or (thickness < 0.75 * pen and (ends == 2 or (ends == 1 and length > 0.55 * side)))
+                or (thickness < 0.5 * pen and length > 0.6 * side and line.share > 0.9)
                 or (line.level and alone and length > 8 * thickness)  # a lone horizontal bar is not a digit
             ):
                 yield line
 
 
-def _is_open_box(
-    level: list[Line], upright: list[Line], size: tuple[int, ...], place: tuple[slice, slice], shape: tuple[int, ...]
-) -> bool:
-    """Returns whether three or more lines are a box, or a row of boxes, cut off by the picture's border."""
-    if min(len(level), len(upright)) != 1 or len(level) + len(upright) < 3:
+def _is_open_box(level: list[Line], upright: list[Line], size: tuple[int, ...]) -> bool:
+    """Returns whether three or more lines are a box, or a row of boxes, without one side.
+
+    That side was a ruling from edge to edge, or lies outside the picture. No digit is made of a straight line and two
+    more across it, from end to end.
+    """
+    if len(level) == 1 and len(upright) >= 2:
+        (side,), across, axis = level, upright, 0
+    elif len(upright) == 1 and len(level) >= 4:  # fewer may be a 3, 5 or 2 in straight strokes
+        (side,), across, axis = upright, level, 1
+    else:
         return False
-    (side,), axis = (level, 0) if len(level) == 1 else (upright, 1)
-    middle = (side.first + side.last) / 2
-    at_start, at_end = place[axis].start == 0, place[axis].stop == shape[axis]
-    opposite = (at_end and middle < 0.15 * size[axis]) or (at_start and middle > 0.85 * size[axis])
-    slopes = [line.slope for line in level] + [-line.slope for line in upright]
-    return opposite and min(line.share for line in level + upright) > 0.9 and float(np.ptp(slopes)) < 0.12
+    place = (side.first + side.last) / 2 / size[axis]
+    middles = [(line.first + line.last) / 2 / size[1 - axis] for line in across]
+    slopes = [side.slope] + [-line.slope for line in across]
+    return (
+        (len(across) > 2 or not 0.15 < place < 0.85)
+        and (len(across) > 2 or (min(middles) < 0.15 and max(middles) > 0.85))
+        and min(line.share for line in [side, *across]) > 0.88
+        and float(np.ptp(slopes)) < 0.16
+    )
 
 
 def _alike(lines: list[Line], thickest: float) -> list[Line]:
@@ -102,7 +112,7 @@ def _alike(lines: list[Line], thickest: float) -> list[Line]:
         return lines
     thickness = float(np.median([line.last - line.first for line in lines]))
     slope = float(np.median([line.slope for line in lines]))
-    return [line for line in lines if line.last - line.first <= 1.7 * thickness + 2 and abs(line.slope - slope) < 0.08]
+    return [line for line in lines if line.last - line.first <= 1.7 * thickness + 2 and abs(line.slope - slope) < 0.1]
 
 
 def _slope(lines: list[Line]) -> float:

@@ -116,8 +116,9 @@ def _segment(ink: Ink) -> tuple[list[Digit], float]:
     pen = pen_width(mask)
     labels, blobs = find_blobs(mask, ink.steps, pen)
     lines = [of_digit_size(line) for line in in_lines(blobs)]
+    erased = ink.mask & ~mask
     digits = [
-        Digit(_draw(ink.strength, labels, blob, pen), blob[1:], _touches(ruled, blob))
+        Digit(_draw(ink.strength, labels, blob, pen), blob[1:], _touches(ruled, blob) or _ends_in(erased, blob))
         for line in lines
         for blob in line
     ]
@@ -128,6 +129,14 @@ def _touches(ruled: np.ndarray, blob: Blob) -> bool:
     """Returns whether lines were erased at a digit, which may then be the remains of a line."""
     window = ruled[max(0, blob.top - 2) : blob.bottom + 2, max(0, blob.left - 2) : blob.right + 2]
     return bool(window.mean() > 0.04)
+
+
+def _ends_in(erased: np.ndarray, blob: Blob) -> bool:
+    """Returns whether what looks like a 1 ends in erased lines, so that it may be the side of a box."""
+    if blob.width > 0.35 * blob.height:
+        return False
+    ends = slice(max(0, blob.top - 4), blob.top + 2), slice(max(0, blob.bottom - 2), blob.bottom + 4)
+    return any(bool(erased[end, blob.left : blob.right].any(axis=0).mean() > 0.5) for end in ends)
 
 
 def _slope(lines: list[list[Blob]]) -> float:
