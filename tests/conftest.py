@@ -7,8 +7,7 @@ import pathlib
 from collections.abc import Iterator
 
 # Before JAX is imported: several devices on one CPU. Compiling takes longer than running what tests train, so LLVM
-# optimises nothing, as in JAX's own tests. XLA's passes, and so the fusions, stay; the slow tests of whole runs
-# (torture) use the defaults.
+# optimises nothing, as in JAX's own tests. XLA's passes, and so the fusions, stay.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
     "--xla_llvm_disable_expensive_passes=true " + os.environ.get("XLA_FLAGS", "")
