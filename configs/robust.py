@@ -22,10 +22,9 @@ def get_config() -> ConfigDict:
     config.model.dropout = 0.4
     config.model.dense = (128,)
     config.model.init = "he_normal"
-    config.augment.shear = 10.0
-    config.augment.rotate = 20.0
-    config.augment.scale = 0.25
-    config.augment.shift = 3
+    config.augment.shift = 2
+    config.augment.rotate = 10.0
+    config.augment.scale = 0.1
     config.augment.clutter = 10
     config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 4e-3
