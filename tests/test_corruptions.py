@@ -32,13 +32,18 @@ def test_a_corruption_depends_on_image_and_index_alone(name: str) -> None:
         np.testing.assert_array_equal(corrupt(name, images[[i]], index[[i]])[0], together[i])
 
 
+def golden() -> dict[str, np.ndarray]:
+    with np.load(GOLDEN) as file:
+        return dict(file)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_corruption_is_the_same_everywhere_and_forever(name: str) -> None:
     made = corrupt(name, digits()[:4], np.array([0, 1, 947, 9999]))
     if os.environ.get("UPDATE_GOLDEN"):
-        stored = dict(np.load(GOLDEN)) if GOLDEN.exists() else {}
+        stored = golden() if GOLDEN.exists() else {}
         np.savez_compressed(GOLDEN, allow_pickle=False, **(stored | {name: made}))
-    difference = made.astype(int) - np.load(GOLDEN)[name].astype(int)
+    difference = made.astype(int) - golden()[name].astype(int)
     assert np.abs(difference).max() <= 1  # rounding may differ between versions of SciPy
     assert np.mean(difference != 0) < 0.01
 

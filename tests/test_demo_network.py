@@ -246,8 +246,9 @@ def test_demo_explanations_lead_to_the_values(name: str, page: Any, images: np.n
 
 
 def test_demo_frames_as_python_does(page: Any) -> None:
-    golden = np.load(GOLDEN)
-    for i in range(len(golden.files) // 2):
+    with np.load(GOLDEN) as file:
+        golden = dict(file)
+    for i in range(len(golden) // 2):
         drawing, framed = golden[f"drawing_{i}"], golden[f"framed_{i}"]
         np.testing.assert_array_equal(frame(drawing), framed, err_msg="Python")
         height, width = drawing.shape

@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray
-w = dict(np.load(pathlib.Path(__file__).with_suffix(".npz")))
+with np.load(pathlib.Path(__file__).with_suffix(".npz")) as weights:
+    w = dict(weights)
 
 
 '''
