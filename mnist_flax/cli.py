@@ -62,7 +62,11 @@ def config_file() -> str:
 
 
 def config() -> Any:
-    """Returns the `Config` that the flags describe."""
+    """Returns the `Config` that the flags describe.
+
+    Raises:
+      ConfigError: `--config` is missing, or one of its fields is wrong.
+    """
     if FLAGS.config is None:
         raise ConfigError("--config is missing: name a preset or a file, such as --config=configs/default.py")
     from mnist_flax import preset  # only now: --help and a wrong flag need not wait for JAX, which the models import

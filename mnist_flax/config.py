@@ -119,7 +119,11 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: Any) -> Self:
-        """Builds the config from nested values, strictly; what is left out keeps its default."""
+        """Builds the config from nested values, strictly; what is left out keeps its default.
+
+        Raises:
+          ConfigError: a field is unknown, or its value has the wrong type or is out of range.
+        """
         return _build(cls, values, "config")
 
     def to_dict(self) -> dict[str, Any]:
@@ -132,7 +136,11 @@ class Config:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Reads what `to_json` wrote."""
+        """Reads what `to_json` wrote.
+
+        Raises:
+          ConfigError: the text is not JSON, or not a config.
+        """
         try:
             return cls.from_dict(json.loads(text))
         except ValueError as error:
@@ -155,6 +163,9 @@ def default_config_dict(model: str = "cnn") -> ConfigDict:
     """Returns all defaults of a model family as a ConfigDict: what a `get_config()` starts from.
 
     It accepts any field and value; `Config.from_dict` checks them all.
+
+    Raises:
+      ConfigError: there is no such family.
     """
     for message in among("model.name", model, MODELS):
         raise ConfigError(message)
@@ -162,7 +173,11 @@ def default_config_dict(model: str = "cnn") -> ConfigDict:
 
 
 def replace(config: Config, **fields: Any) -> Config:
-    """Returns a config with some fields changed, named with two underscores for a dot: `train__epochs=3`."""
+    """Returns a config with some fields changed, named with two underscores for a dot: `train__epochs=3`.
+
+    Raises:
+      ConfigError: as `Config.from_dict`.
+    """
     values = config.to_dict()
     for name, value in fields.items():
         section, _, field = name.rpartition("__")

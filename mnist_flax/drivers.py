@@ -49,7 +49,11 @@ class Job(NamedTuple):
 
 
 def job_mesh(program: Program, num_runs: int, num_devices: int) -> Mesh:
-    """Returns the mesh to train on: a single run splits each batch over its devices, several runs are split by run."""
+    """Returns the mesh to train on: a single run splits each batch over its devices, several runs are split by run.
+
+    Raises:
+      ConfigError: there are too few devices, or a batch cannot be split evenly over them.
+    """
     mesh = sharding.make_mesh(num_devices)
     if num_runs > 1:
         return sharding.make_mesh(max(count for count in range(1, mesh.size + 1) if num_runs % count == 0))

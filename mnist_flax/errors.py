@@ -1,7 +1,7 @@
 """Errors meant for the user: one message, no traceback, and a nonzero exit status.
 
-A message says what is wrong (the field, file or flag), its value, and the remedy. `cli.run` prints it. Nothing in
-between has to catch these errors, so docstrings do not repeat who raises them.
+A message says what is wrong (the field, file or flag), its value, and the remedy. `cli.run` prints it, so nothing in
+between has to catch these errors.
 """
 
 

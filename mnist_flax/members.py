@@ -59,7 +59,11 @@ class Member:
 def open_member(
     config: Config, workdir: pathlib.Path, splits: Splits, fork: pathlib.Path | None, stack: contextlib.ExitStack
 ) -> Member:
-    """Claims a run's folder and restores its newest checkpoint, or begins the run."""
+    """Claims a run's folder and restores its newest checkpoint, or begins the run.
+
+    Raises:
+      UserError: the folder cannot be used, or holds another run.
+    """
     is_primary = processes.is_primary()
     if is_primary:
         stack.enter_context(workdirs.claim(workdir))
@@ -100,7 +104,11 @@ def is_complete(config: Config, step: int, workdir: pathlib.Path) -> bool:
 
 
 def begin(config: Config, fork: pathlib.Path | None) -> tuple[TrainState, dict[str, Any]]:
-    """Returns the first state of a new run, and how it begins, as JSON."""
+    """Returns the first state of a new run, and how it begins, as JSON.
+
+    Raises:
+      WorkdirError: there is no checkpoint to fork, or its weights do not fit this config's network.
+    """
     state = drivers.jit_init_state(config.program, rng.root_key(config.seed))
     origin: dict[str, Any] = {"fork": None, "versions": versions()}
     if fork is None:
@@ -124,7 +132,11 @@ def begin(config: Config, fork: pathlib.Path | None) -> tuple[TrainState, dict[s
 
 
 def check_origin(origin: Mapping[str, Any], fork: pathlib.Path | None, workdir: pathlib.Path) -> None:
-    """Compares how a run began with how this command would begin it, and warns of other versions."""
+    """Compares how a run began with how this command would begin it, and warns of other versions.
+
+    Raises:
+      WorkdirError: `fork` is given, and the run began without it.
+    """
     if fork and not origin["fork"]:
         raise WorkdirError(
             f"--fork={fork}: {workdir} holds a run that began without it; leave it out to continue that run, or name"
@@ -175,6 +187,9 @@ def finish(member: Member, splits: Splits) -> None:
     """Evaluates on the test set, once and whole, and writes the weights, the report and, last, the summary.
 
     A run that dies before its summary is written does all of this again when it is resumed, with the same result.
+
+    Raises:
+      WorkdirError: something cannot be written, the last checkpoint included, which is written meanwhile.
     """
     config, workdir, log = member.config, member.workdir, member.log
     variables = eval_variables(member.state)
@@ -233,7 +248,11 @@ def finish(member: Member, splits: Splits) -> None:
 def write_demo_page(
     predictor: Predictor, evaluation: Evaluation, splits: Splits, workdir: pathlib.Path, step: int
 ) -> None:
-    """Writes the page to draw digits on, unless the network contains an operation that it does not know."""
+    """Writes the page to draw digits on, unless the network contains an operation that it does not know.
+
+    Raises:
+      WorkdirError: it cannot be written.
+    """
     try:
         checkpoint = demo.Checkpoint(f"step {step:,} (end)", graph_of(predictor))
     except ExportError as error:

@@ -24,6 +24,9 @@ def check_memory(config: Config) -> None:
     """Checks that weights, a training batch and an evaluation batch can fit into memory; nothing is allocated.
 
     The estimates are lower bounds: what passes can still be too large, what is refused cannot fit.
+
+    Raises:
+      ConfigError: one of them cannot fit.
     """
     sizes = [config.train.batch_size, config.eval.batch_size, *jax.tree.leaves(dataclasses.astuple(config.model))]
     if max(size for size in sizes if type(size) is int) <= HARMLESS_SIZE:

@@ -39,7 +39,11 @@ def main(_: Sequence[str]) -> None:
 
 
 def comparison_text(folders: Sequence[str]) -> str:
-    """Compares the results in two folders."""
+    """Compares the results in two folders.
+
+    Raises:
+      ConfigError: there are not two folders, or a training flag is given.
+    """
     for name in ("config", "seeds", "folds", "workdir"):
         if FLAGS[name].present:
             raise ConfigError(f"--{name}: cannot be combined with --compare; leave it out")

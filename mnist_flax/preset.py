@@ -25,7 +25,11 @@ FOLDER = _IN_WHEEL if _IN_WHEEL.is_dir() else _PACKAGE.parent / "configs"  # whe
 
 
 def find_preset(name: str) -> pathlib.Path:
-    """Returns the file that `--config` names: a path, or the name of a preset of this project, such as `default`."""
+    """Returns the file that `--config` names: a path, or the name of a preset of this project, such as `default`.
+
+    Raises:
+      ConfigError: there is no such file.
+    """
     path = pathlib.Path(name)
     known = {file.stem: file for file in sorted(FOLDER.glob("*.py"))}
     try:
@@ -40,7 +44,11 @@ def find_preset(name: str) -> pathlib.Path:
 
 
 def load_config(path: pathlib.Path, overrides: Iterable[str] = ()) -> Config:
-    """Runs a preset and returns its Config, with some fields overridden, such as `train.epochs=3`."""
+    """Runs a preset and returns its Config, with some fields overridden, such as `train.epochs=3`.
+
+    Raises:
+      ConfigError: the preset fails, or one of its fields or overrides is wrong.
+    """
     values = execute(path)
     try:
         config = Config.from_dict(values)
@@ -55,7 +63,11 @@ def load_config(path: pathlib.Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def execute(path: pathlib.Path) -> dict[str, Any]:
-    """Runs a preset, and returns the result of its `get_config()` as nested dicts."""
+    """Runs a preset, and returns the result of its `get_config()` as nested dicts.
+
+    Raises:
+      ConfigError: it fails, or returns something else.
+    """
     module = types.ModuleType(f"preset_{path.stem}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # where dataclasses look up the types of their fields

@@ -21,6 +21,9 @@ def make_mesh(num_devices: int = 0) -> Mesh:
     """Returns a mesh of `num_devices` in total, an equal number from each process, ordered by process.
 
     0 means all accelerators or, on CPUs, one device in each process, because the devices of a CPU share its cores.
+
+    Raises:
+      ConfigError: there are fewer devices, or the processes cannot share them evenly.
     """
     devices, num_processes = jax.devices(), jax.process_count()
     default = num_processes if devices[0].platform == "cpu" else len(devices)

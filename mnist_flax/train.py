@@ -45,6 +45,13 @@ def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = No
         A resumed run does not read it again.
 
     Several processes call this with the same arguments after `processes.join`; only the primary writes.
+
+    Raises:
+      UserError: the data, the workdir or the config does not allow it; or the loss is no longer finite.
+      Interrupted: a signal asked to stop; the state is saved.
+
+    Several processes call this with the same arguments after `processes.join`; the primary claims the folder, logs and
+    writes.
     """
     workdirs.check(workdir)
     if (workdir / workdirs.MEMBERS).exists():
@@ -60,7 +67,11 @@ def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = No
 
 
 def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, folds: int = 0) -> dict[str, Any]:
-    """Trains M seeds, or K folds, to their end, from wherever they are, and returns what `population.json` holds."""
+    """Trains M seeds, or K folds, to their end, from wherever they are, and returns what `population.json` holds.
+
+    Raises:
+      UserError, Interrupted: as for `fit`.
+    """
     workdirs.check(workdir)
     if (workdir / workdirs.CHECKPOINTS).exists():
         raise WorkdirError(f"--workdir={workdir}: holds a run, not a population; name another folder")
@@ -89,6 +100,9 @@ def member_configs(config: Config, *, seeds: int = 0, folds: int = 0) -> dict[st
     The first member has the seed of `config`, the others those that follow. Each fold holds out another part of the
     training rows, instead of `data.holdout`. Members get no report and no demo page, which would cost more than the
     training; their verbs write one on request.
+
+    Raises:
+      ConfigError: there are not as many seeds, or the rows cannot be divided so.
     """
     config = replace(config, train__report=False, train__demo=False)
     if not folds:
@@ -102,7 +116,11 @@ def member_configs(config: Config, *, seeds: int = 0, folds: int = 0) -> dict[st
 def fit_all(
     configs: Mapping[pathlib.Path, Config], splits: Splits, *, fork: pathlib.Path | None = None
 ) -> list[Member]:
-    """Trains every run, given by folder and config, to its end; those of equal programs train together."""
+    """Trains every run, given by folder and config, to its end; those of equal programs train together.
+
+    Raises:
+      UserError, Interrupted: as for `fit`.
+    """
     with stop_request(processes.stop_signals()) as request, contextlib.ExitStack() as stack, processes.bound_together():
         members = [open_member(config, workdir, splits, fork, stack) for workdir, config in configs.items()]
         unfinished = [member for member in members if not member.is_finished]
@@ -116,7 +134,12 @@ def fit_all(
 
 
 def train_all(members: Sequence[Member], examples: Examples, request: StopRequest) -> None:
-    """Makes all the updates that are left; runs that are behind the others catch up first."""
+    """Makes all the updates that are left; runs that are behind the others catch up first.
+
+    Raises:
+      NonFiniteLossError: nothing is saved after the last good checkpoints.
+      Interrupted: a signal asked to stop; all runs are saved.
+    """
     while behind := [member for member in members if member.step < member.config.num_steps]:
         first = min(behind, key=lambda member: member.step)
         alike = [member for member in behind if member.config.program == first.config.program]
@@ -126,7 +149,11 @@ def train_all(members: Sequence[Member], examples: Examples, request: StopReques
 
 
 def train_group(members: Sequence[Member], examples: Examples, *, until: int, request: StopRequest) -> None:
-    """Trains runs of one program that are all at one step up to another step."""
+    """Trains runs of one program that are all at one step up to another step.
+
+    Raises:
+      NonFiniteLossError, Interrupted: as for `train_all`.
+    """
     config, step = members[0].config, members[0].step
     started = time.perf_counter()
     states, advance = compile_steps(members, examples)
@@ -186,7 +213,11 @@ def compile_steps(members: Sequence[Member], examples: Examples) -> tuple[TrainS
 
 
 def log_steps(members: Sequence[Member], metrics: Mapping[str, np.ndarray], seconds: float) -> None:
-    """Logs the metrics `[M,n]` of some steps; each run counts its share of the time."""
+    """Logs the metrics `[M,n]` of some steps; each run counts its share of the time.
+
+    Raises:
+      NonFiniteLossError: names the run.
+    """
     for i, member in enumerate(members):
         try:
             member.log.steps({name: column[i] for name, column in metrics.items()}, seconds / len(members))

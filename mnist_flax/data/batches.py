@@ -51,7 +51,11 @@ def split_rows(labels: np.ndarray, num_train: int, holdout: int) -> tuple[np.nda
 
 
 def rows_of(labels: np.ndarray, data: DataConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Splits rows for training from those held out, as the config says: `i32[N] -> i32[R], i32[H]`, each ascending."""
+    """Splits rows for training from those held out, as the config says: `i32[N] -> i32[R], i32[H]`, each ascending.
+
+    Raises:
+      ConfigError: a class has fewer rows than there are folds.
+    """
     if not data.folds:
         return split_rows(labels, data.num_train, data.holdout)
     rows, _ = split_rows(labels, data.num_train, 0)
@@ -63,6 +67,9 @@ def fold_rows(labels: np.ndarray, rows: np.ndarray, folds: int) -> list[np.ndarr
     """Splits rows at random into K stratified folds: `i32[R] -> K times i32[R/K]`.
 
     If R is not divisible by K, the first folds have one more row.
+
+    Raises:
+      ConfigError: a class has fewer rows than there are folds.
     """
     from sklearn.model_selection import StratifiedKFold
 

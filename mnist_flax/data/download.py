@@ -17,7 +17,11 @@ class UnavailableError(DataError):
 
 
 def check_files(dataset: Dataset, folder: Path) -> None:
-    """Checks that a folder contains the files of a dataset, with the right sizes and checksums where they are known."""
+    """Checks that a folder contains the files of a dataset, with the right sizes and checksums where they are known.
+
+    Raises:
+      DataError: a file is missing, cannot be read, or has another size or SHA-256.
+    """
     for file in dataset.files:
         _check_file(folder / file.name, file)
 
@@ -48,7 +52,13 @@ def _owner(size: int) -> str:
 
 
 def download_files(dataset: Dataset, folder: Path) -> None:
-    """Downloads the files of a dataset into a folder."""
+    """Downloads the files of a dataset into a folder.
+
+    Raises:
+      UnavailableError: a server cannot be reached.
+      DataError: what a server sent is not the official file.
+      OSError: the folder cannot be written.
+    """
     for file in dataset.files:
         logger.info("downloading %s (%.1f MB)", file.url, file.size / 1e6)
         _download(file, folder / file.name)

@@ -16,7 +16,11 @@ from mnist_flax.errors import DataError
 
 
 def read_files(dataset: Dataset, folder: Path) -> tuple[Examples, Examples]:
-    """Reads the training and test splits from a dataset's files; images come out upright."""
+    """Reads the training and test splits from a dataset's files; images come out upright.
+
+    Raises:
+      DataError: a file is missing, damaged, or does not contain what the dataset's entry says.
+    """
     shapes = [shape for rows in dataset.num_rows.values() for shape in ((rows, IMAGE_SIZE, IMAGE_SIZE), (rows,))]
     names = dataset.members or [str(folder / file.name) for file in dataset.files]
     with contextlib.ExitStack() as stack:
@@ -42,6 +46,9 @@ def read_idx(file: IO[bytes], name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Reads an IDX file of unsigned bytes, gzipped or not, which must have exactly this shape.
 
     Never decompresses more than the shape needs, whatever the file claims or contains.
+
+    Raises:
+      DataError: the file is anything else; the message calls it `name`.
     """
     header = struct.pack(f">4B{len(shape)}I", 0, 0, 8, len(shape), *shape)  # 8: the elements are unsigned bytes
     size = int(np.prod(shape))

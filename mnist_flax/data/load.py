@@ -20,7 +20,11 @@ logger = logging.getLogger(__name__)
 
 
 def load_splits(config: Config) -> Splits:
-    """Loads the dataset that `config.data` names, from the sources that it allows (see `DataConfig`)."""
+    """Loads the dataset that `config.data` names, from the sources that it allows (see `DataConfig`).
+
+    Raises:
+      DataError: no source has it, or one has it damaged; the message names the place and the remedy.
+    """
     data = config.data
     if not DATASETS[data.name].files:
         return make_splits(data.name, *embedded_digits(), "embedded")

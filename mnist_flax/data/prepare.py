@@ -35,7 +35,11 @@ _BYTES_PER_ROW = 1500  # 790 in the cache and up to 640 in the copy (Fashion-MNI
 def prepare(name: str, data_dir: Path, raw_dir: Path | None) -> Splits:
     """Prepares a dataset in our folder, unless another process has just done so, and loads it.
 
-    `raw_dir` holds its official files, already checked; None downloads them. A failure leaves nothing new behind.
+    `raw_dir` holds its official files, already checked; None downloads them.
+
+    Raises:
+      UnavailableError: the files cannot be downloaded.
+      DataError: the folder cannot be written or is full, or a file is damaged. Nothing new is left behind.
     """
     own = data_dir / "mnist_flax"
     dataset = DATASETS[name]
@@ -132,7 +136,11 @@ def _locked(own: Path) -> Iterator[None]:
 
 
 def load_prepared(name: str, data_dir: Path) -> tuple[Splits | None, list[str]]:
-    """Loads the first usable prepared copy, if any, and lists why those before it are unusable."""
+    """Loads the first usable prepared copy, if any, and lists why those before it are unusable.
+
+    Raises:
+      DataError: a copy can be read, but it is not this dataset.
+    """
     flaws: list[str] = []
     for parent in (data_dir, data_dir / "mnist_flax"):
         copy = tfds_copy.copy_dir(name, parent)

@@ -103,7 +103,7 @@ def _conv(
         return xla_max_pool(y, pool)
 
     def cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        # Half precision is cast up: XLA:CPU has no fast product for it, and Winograd's sums would lose accuracy.
+        # Half precision is cast up: Winograd's sums would lose accuracy, and few CPUs multiply it faster.
         wide = jnp.promote_types(x.dtype, jnp.float32)
         form = winograd.winograd if winograd.pays(kernel.shape, window) else patches
         return form(x.astype(wide), kernel.astype(wide), window).astype(x.dtype)

@@ -90,6 +90,9 @@ def load_run(workdir: pathlib.Path, which: str = "latest") -> Run:
     Args:
       workdir: the run's folder, which a live process may be writing.
       which: `latest`, `best` (on held-out rows) or a step.
+
+    Raises:
+      WorkdirError: there is no such checkpoint, or it is damaged, or another version of the program wrote it.
     """
     folder = workdir / workdirs.CHECKPOINTS
     while True:

@@ -35,7 +35,11 @@ def keep_programs() -> None:
 
 
 def cache_dir() -> pathlib.Path:
-    """Returns where programs are kept: `$JAX_COMPILATION_CACHE_DIR`, or a folder in the user's cache folder."""
+    """Returns where programs are kept: `$JAX_COMPILATION_CACHE_DIR`, or a folder in the user's cache folder.
+
+    Raises:
+      OSError: the user has no home folder, so there is no such place.
+    """
     if chosen := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return pathlib.Path(chosen).expanduser()
     folder = pathlib.Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "mnist_flax", "programs")

@@ -81,6 +81,10 @@ class RunLog:
 
         `metrics` are sums over the examples of each step, `[n]`. `loss`, `accuracy` (number correct) and `examples` are
         required; any other key is logged in the same way, divided by `examples`.
+
+        Raises:
+          NonFiniteLossError: a loss is NaN or infinite.
+          WorkdirError: a file cannot be written.
         """
         self.seconds += seconds
         steps_per_epoch = self._config.steps_per_epoch
@@ -100,7 +104,12 @@ class RunLog:
                 self._window = []
 
     def evaluation(self, split: str, **scores: float) -> None:
-        """Logs an evaluation on `holdout` or `test` at this step: `loss`, `accuracy`, `examples` and others."""
+        """Logs an evaluation on `holdout` or `test` at this step: `loss`, `accuracy`, `examples` and others.
+
+        Raises:
+          NonFiniteLossError: the loss is NaN or infinite.
+          WorkdirError: a file cannot be written.
+        """
         check_finite(scores["loss"], f"the loss on the {split} examples after step {self.step}")
         self._write(split, scores)
 
@@ -109,7 +118,11 @@ class RunLog:
         return means([self._epoch])
 
     def sync(self) -> None:
-        """Flushes metrics.jsonl to disk, so that it survives a power failure."""
+        """Flushes metrics.jsonl to disk, so that it survives a power failure.
+
+        Raises:
+          WorkdirError: it cannot be written.
+        """
         if self._metrics:
             workdirs.sync(self._metrics)
 
@@ -124,7 +137,11 @@ class RunLog:
 
 
 def check_finite(value: float, subject: str) -> None:
-    """Stops a run that would only corrupt its weights."""
+    """Stops a run that would only corrupt its weights.
+
+    Raises:
+      NonFiniteLossError: `value` is NaN or infinite; the message opens with `subject`.
+    """
     if not math.isfinite(value):
         raise NonFiniteLossError(
             f"{subject} is {value}: training stopped, the last good checkpoint is kept; lower"
@@ -173,7 +190,11 @@ class Events:
         workdirs.append_bytes(self._path, _frame(version) + _frame(start) + b"".join(map(self._event, records)))
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Adds a line of metrics.jsonl."""
+        """Adds a line of metrics.jsonl.
+
+        Raises:
+          WorkdirError: the file cannot be written.
+        """
         workdirs.append_bytes(self._path, self._event(record))
 
     def _event(self, record: Mapping[str, Any]) -> bytes:

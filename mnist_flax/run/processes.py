@@ -37,6 +37,9 @@ def join(coordinator: str | None, num_processes: int | None, process_index: int 
 
     `coordinator` is `host:port` of process 0. If all three arguments are None, JAX detects them on SLURM, Open MPI, GKE
     and Cloud TPU.
+
+    Raises:
+      ConfigError: only some of the three are given, or JAX cannot detect them, or the first process cannot be reached.
     """
     given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_index": process_index}
     missing = [name for name, value in given.items() if value is None]

@@ -30,7 +30,11 @@ def checksums(folder: pathlib.Path) -> str:
 
 
 def write(folder: pathlib.Path, state: Any, record: dict[str, Any]) -> None:
-    """Writes a checkpoint without its checksums; all processes take part, each at the same call."""
+    """Writes a checkpoint without its checksums; all processes take part, each at the same call.
+
+    Raises:
+      Exception: of various types; Orbax and TensorStore report a full disk as a ValueError, for example.
+    """
     import orbax.checkpoint as ocp
 
     items = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
@@ -51,7 +55,11 @@ def restore_record(folder: pathlib.Path) -> Any:
 
 
 def restore_state(folder: pathlib.Path, target: Any) -> Any:
-    """Reads the arrays of a checkpoint into host memory; `target` has the same tree, shapes and dtypes."""
+    """Reads the arrays of a checkpoint into host memory; `target` has the same tree, shapes and dtypes.
+
+    Raises:
+      Exception: of various types, if they cannot be read.
+    """
     import orbax.checkpoint as ocp
 
     return _restore(folder, "state", ocp.args.StandardRestore(target))

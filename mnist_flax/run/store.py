@@ -54,6 +54,9 @@ class Store:
           state: its step becomes the name of the checkpoint.
           record: what `RunLog.snapshot` returns.
           holdout: loss and accuracy on hold-out rows, if evaluated at this step.
+
+        Raises:
+          WorkdirError: the previous save failed.
         """
         self.wait()
         arrays = jax.tree.map(np.array, jax.device_get(state))
@@ -83,6 +86,9 @@ class Store:
 
         Damaged checkpoints are moved to a separate folder, so that their steps can be saved again. With several
         processes, the primary chooses the checkpoint and the others load the same one.
+
+        Raises:
+          WorkdirError: the newest readable one is of another run.
         """
         found, skipped = self._newest_good() if processes.is_primary() else (None, [])
         (chosen,) = processes.agree(found.record["step"] if found else -1)
@@ -153,7 +159,11 @@ class Store:
 
 @contextlib.contextmanager
 def open_store(config: Config, fingerprint: str, workdir: pathlib.Path) -> Iterator[Store]:
-    """Opens the checkpoints of a run after deleting unfinished ones; on exit, waits for the save in progress."""
+    """Opens the checkpoints of a run after deleting unfinished ones; on exit, waits for the save in progress.
+
+    Raises:
+      WorkdirError: the last save failed.
+    """
     if processes.is_primary():
         _clean(workdir / workdirs.CHECKPOINTS)
     with concurrent.futures.ThreadPoolExecutor(max_workers=1) as executor:

@@ -16,6 +16,9 @@ def save_weights(config: Config, workdir: pathlib.Path, variables: Mapping[str, 
     """Writes the variables that `forward` takes to `weights.safetensors`.
 
     Tensors are named by their path, such as `params/Conv_0/kernel`; the metadata contains the config as JSON.
+
+    Raises:
+      WorkdirError: the file cannot be written.
     """
     from safetensors.numpy import save
 

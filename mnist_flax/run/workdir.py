@@ -37,7 +37,11 @@ _NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
 def check(workdir: pathlib.Path) -> None:
-    """Checks, without writing anything, that `workdir` is free for a run or holds one."""
+    """Checks, without writing anything, that `workdir` is free for a run or holds one.
+
+    Raises:
+      WorkdirError: it is not a folder, cannot be read, or holds something that is not a run.
+    """
     try:
         os.path.abspath(workdir).encode()  # checkpoints cannot be written to a path that is not UTF-8
         with contextlib.suppress(FileNotFoundError):
@@ -61,6 +65,9 @@ def claim(workdir: pathlib.Path) -> Iterator[None]:
     """Creates `workdir` and locks it for this process; deletes it again if nothing was written.
 
     The operating system releases the lock when the process ends, even if it is killed.
+
+    Raises:
+      WorkdirError: another process holds the lock, or the folder cannot be written.
     """
     check(workdir)
     new = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
@@ -116,7 +123,11 @@ def reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def as_workdir_error(subject: object, remedy: str = RESUMES) -> Iterator[None]:
-    """Converts an OSError raised inside into `<subject>: cannot be written (<reason>); <remedy>`."""
+    """Converts an OSError raised inside into `<subject>: cannot be written (<reason>); <remedy>`.
+
+    Raises:
+      WorkdirError: instead of the OSError.
+    """
     try:
         yield
     except OSError as error:
@@ -124,7 +135,11 @@ def as_workdir_error(subject: object, remedy: str = RESUMES) -> Iterator[None]:
 
 
 def inside(workdir: pathlib.Path, *names: str, remedy: str = RESUMES) -> pathlib.Path:
-    """Returns a path inside a run's folder, of which no part below `workdir` may be a symbolic link."""
+    """Returns a path inside a run's folder, of which no part below `workdir` may be a symbolic link.
+
+    Raises:
+      WorkdirError: the path, or a folder above it within `workdir`, is a symbolic link.
+    """
     path = workdir
     for name in names:
         path = path / name
@@ -135,7 +150,11 @@ def inside(workdir: pathlib.Path, *names: str, remedy: str = RESUMES) -> pathlib
 
 
 def subfolder(workdir: pathlib.Path, *names: str, remedy: str = RESUMES) -> pathlib.Path:
-    """Creates a folder inside a run's folder if it is missing, and returns it."""
+    """Creates a folder inside a run's folder if it is missing, and returns it.
+
+    Raises:
+      WorkdirError: it cannot be made, or a symbolic link or a file is in the way.
+    """
     folder = inside(workdir, *names, remedy=remedy)
     with as_workdir_error(folder, remedy):
         folder.mkdir(parents=True, exist_ok=True)
@@ -143,7 +162,11 @@ def subfolder(workdir: pathlib.Path, *names: str, remedy: str = RESUMES) -> path
 
 
 def output_folder(workdir: pathlib.Path, output: str | None) -> pathlib.Path:
-    """Returns where a verb writes: the `--output` folder, created if it is missing, or else `workdir`."""
+    """Returns where a verb writes: the `--output` folder, created if it is missing, or else `workdir`.
+
+    Raises:
+      WorkdirError: the folder cannot be made.
+    """
     if not output:
         return workdir
     folder = pathlib.Path(output)
@@ -156,6 +179,9 @@ def write_bytes(path: pathlib.Path, content: bytes, *, remedy: str = RESUMES) ->
     """Writes a file atomically: readers see the old or the new content, complete, even after a power failure.
 
     A symbolic link at `path` is replaced, not followed. The folder must exist: create it with `subfolder`.
+
+    Raises:
+      WorkdirError: the disk is full, or the folder cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     with as_workdir_error(path, remedy):
@@ -177,7 +203,11 @@ def write_text(path: pathlib.Path, text: str, *, remedy: str = RESUMES) -> None:
 
 
 def append_bytes(path: pathlib.Path, content: bytes) -> None:
-    """Appends to a file and closes it, so that a later failure can neither lose nor duplicate what was written."""
+    """Appends to a file and closes it, so that a later failure can neither lose nor duplicate what was written.
+
+    Raises:
+      WorkdirError: the disk is full, or the file cannot be written or is a symbolic link.
+    """
     with as_workdir_error(path):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _NO_LINK, 0o666)
         with open(descriptor, "ab") as file:
@@ -193,7 +223,11 @@ def remove(path: pathlib.Path) -> None:
 
 
 def sync(path: pathlib.Path) -> None:
-    """Flushes a file or folder to disk, so that its contents survive a power failure."""
+    """Flushes a file or folder to disk, so that its contents survive a power failure.
+
+    Raises:
+      WorkdirError: the system cannot write it.
+    """
     with as_workdir_error(path):
         descriptor = os.open(path, os.O_RDONLY)
         try:
