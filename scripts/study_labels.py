@@ -78,12 +78,13 @@ def main(argv: Sequence[str]) -> None:
     precision = label_errors.precision_recall(ranking, wrong, k)[0]
     result = {
         "config": pathlib.Path(cli.config_file()).stem,
+        "seed": config.seed,
         "folds": FLAGS.folds,
         **(found if FLAGS.known else {"share": FLAGS.share, "precision_at_flipped": precision}),
         "wrong": k,
         "suspects": int(joint.suspect.sum()),
         "recall_of_suspects": float(wrong[joint.suspect].sum() / k),
-        "estimated_wrong": float(1 - np.trace(joint.joint)),
+        "estimated_wrong": max(0.0, float(1 - np.trace(joint.joint))),
     }
     print(json.dumps(result))
 

@@ -36,12 +36,7 @@ from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.checkpoint import load_run
 from mnist_flax.run.store import Store, open_store
 from mnist_flax.run.weights import save_weights
-from mnist_flax.step import TrainState, eval_variables
-
-
-@pytest.fixture(scope="module")
-def state() -> TrainState:
-    return initial_state()
+from mnist_flax.step import eval_variables
 
 
 @pytest.fixture
@@ -50,11 +45,11 @@ def workdir(tmp_path: pathlib.Path) -> pathlib.Path:
     return save_two(tmp_path)
 
 
-def test_what_was_saved_comes_back_bit_for_bit(tmp_path: pathlib.Path, state: TrainState) -> None:
+def test_what_was_saved_comes_back_bit_for_bit(tmp_path: pathlib.Path) -> None:
     with open_store(SMALL, FINGERPRINT, tmp_path) as store:
         assert store.restore_latest() == (None, [])
         assert not list(tmp_path.iterdir())  # to look leaves nothing
-        saved = at(state, 5)
+        saved = at(initial_state(), 5)
         keys = jax.tree.map(lambda leaf: leaf.copy(), saved)
         store.save(saved, record(5))
         jax.tree.map(lambda leaf: leaf.delete(), saved)  # as donating it does
@@ -82,24 +77,24 @@ def test_what_was_saved_comes_back_bit_for_bit(tmp_path: pathlib.Path, state: Tr
     ],
 )
 def test_latest_and_the_best_are_kept(
-    tmp_path: pathlib.Path, state: TrainState, keep: tuple[int, int], accuracies: list[float | None], kept: list[int]
+    tmp_path: pathlib.Path, keep: tuple[int, int], accuracies: list[float | None], kept: list[int]
 ) -> None:
     config = replace(SMALL, checkpoint__keep_latest=keep[0], checkpoint__keep_best=keep[1])
     with open_store(config, FINGERPRINT, tmp_path / "at once") as store:
         (tmp_path / "at once").mkdir()
         for step, accuracy in enumerate(accuracies, start=1):
-            save(store, state, step, accuracy)
+            save(store, initial_state(), step, accuracy)
     for step, accuracy in enumerate(accuracies, start=1):  # each by a process of its own
         (tmp_path / "apart").mkdir(exist_ok=True)
         with open_store(config, FINGERPRINT, tmp_path / "apart") as store:
-            save(store, state, step, accuracy)
+            save(store, initial_state(), step, accuracy)
     assert steps(tmp_path / "at once") == steps(tmp_path / "apart") == kept
 
 
-def test_best_latest_and_steps_can_be_loaded(tmp_path: pathlib.Path, state: TrainState) -> None:
+def test_best_latest_and_steps_can_be_loaded(tmp_path: pathlib.Path) -> None:
     with open_store(replace(SMALL, checkpoint__keep_latest=5), FINGERPRINT, tmp_path) as store:
         for step, accuracy in enumerate([0.1, 0.8, 0.3, None], start=1):
-            save(store, state, step, accuracy)
+            save(store, initial_state(), step, accuracy)
     found = {which: int(load_run(tmp_path, which).state.step) for which in ("latest", "best", "3")}
     assert found == {"latest": 4, "best": 2, "3": 3}
     for which in ("7", "first", "-1", "²"):
@@ -109,7 +104,7 @@ def test_best_latest_and_steps_can_be_loaded(tmp_path: pathlib.Path, state: Trai
         load_run(tmp_path / "elsewhere")
 
 
-def test_what_dead_runs_left_is_cleaned_away(workdir: pathlib.Path, state: TrainState) -> None:
+def test_what_dead_runs_left_is_cleaned_away(workdir: pathlib.Path) -> None:
     folder = workdir / workdirs.CHECKPOINTS
     for name in ("9.unfinished", "9.unfinished.orbax-checkpoint-tmp-1", "2.unfinished"):
         shutil.copytree(folder / "6", folder / name)
@@ -119,7 +114,7 @@ def test_what_dead_runs_left_is_cleaned_away(workdir: pathlib.Path, state: Train
 
 @pytest.mark.parametrize("harm", [pathlib.Path.unlink, truncate, empty, zero, flip])
 def test_damage_to_any_file_is_noticed(
-    workdir: pathlib.Path, tmp_path_factory: pytest.TempPathFactory, state: TrainState, harm: Callable[..., None]
+    workdir: pathlib.Path, tmp_path_factory: pytest.TempPathFactory, harm: Callable[..., None]
 ) -> None:
     newest = workdir / workdirs.CHECKPOINTS / "6"
     files = sorted(path.relative_to(newest) for path in newest.rglob("*") if path.is_file())
@@ -130,21 +125,21 @@ def test_damage_to_any_file_is_noticed(
         harm(copy / workdirs.CHECKPOINTS / "6" / name)
         with open_store(SMALL, FINGERPRINT, copy) as store:
             found, skipped = store.restore_latest()
-            assert found and same(found.state, at(state, 3)), name
+            assert found and same(found.state, at(initial_state(), 3)), name
             assert len(skipped) == 1
             assert skipped[0].startswith("checkpoint 6 is damaged (")
             assert skipped[0].endswith(f"moved to {copy / workdirs.DAMAGED / '6'}")
-            save(store, state, 6)  # its step can be saved again
+            save(store, initial_state(), 6)  # its step can be saved again
         assert restored(copy) == (6, [])
         assert steps(copy) == [3, 6]
 
 
-def test_damage_after_damage_leaves_what_it_finds(workdir: pathlib.Path, state: TrainState) -> None:
+def test_damage_after_damage_leaves_what_it_finds(workdir: pathlib.Path) -> None:
     for count in (1, 2):
         empty(workdir / workdirs.CHECKPOINTS / "6" / "record" / "metadata")
         with open_store(SMALL, FINGERPRINT, workdir) as store:
             assert len(store.restore_latest()[1]) == 1
-            save(store, state, 6)
+            save(store, initial_state(), 6)
         assert len(list((workdir / workdirs.DAMAGED).iterdir())) == count
     assert restored(workdir) == (6, [])
 
@@ -173,7 +168,7 @@ def test_damaged_checkpoint_is_not_loaded_to_look_at(workdir: pathlib.Path) -> N
 
 
 def test_file_that_cannot_grow_is_one_message_and_costs_only_that_checkpoint(
-    workdir: pathlib.Path, state: TrainState, monkeypatch: pytest.MonkeyPatch
+    workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = Store._write
 
@@ -191,7 +186,7 @@ def test_file_that_cannot_grow_is_one_message_and_costs_only_that_checkpoint(
     ):
         patch.setattr(Store, "_write", write_little)
         with open_store(SMALL, FINGERPRINT, workdir) as store:
-            save(store, state, 9)
+            save(store, initial_state(), 9)
     time.sleep(0.5)  # threads of TensorStore still write; the next run would be another process
     assert restored(workdir) == (6, [])
     assert steps(workdir) == [3, 6]
@@ -211,7 +206,7 @@ def tiny_disk(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_full_disk_keeps_the_last_good_checkpoint(tiny_disk: pathlib.Path, state: TrainState) -> None:
+def test_full_disk_keeps_the_last_good_checkpoint(tiny_disk: pathlib.Path) -> None:
     with (
         pytest.raises(
             WorkdirError, match=r"checkpoint \d+ cannot be written \(.*\); .+ from the newest .*: \d+$"
@@ -219,7 +214,7 @@ def test_full_disk_keeps_the_last_good_checkpoint(tiny_disk: pathlib.Path, state
         open_store(replace(SMALL, checkpoint__keep_latest=9), FINGERPRINT, tiny_disk) as store,
     ):
         for step in range(1, 20):
-            save(store, state, step)
+            save(store, initial_state(), step)
     kept = steps(tiny_disk)
     assert 1 <= len(kept) < 19
     assert str(error.value).endswith(f" {kept[-1]}")
@@ -227,26 +222,22 @@ def test_full_disk_keeps_the_last_good_checkpoint(tiny_disk: pathlib.Path, state
     assert restored(tiny_disk) == (kept[-1], [])
 
 
-def test_failed_save_is_told_by_the_next_one(
-    tmp_path: pathlib.Path, state: TrainState, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_save_is_told_by_the_next_one(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise WorkdirError("full")
 
     monkeypatch.setattr(Store, "_write", fail)
     with open_store(SMALL, FINGERPRINT, tmp_path) as store:
-        save(store, state, 1)
+        save(store, initial_state(), 1)
         with pytest.raises(WorkdirError, match="full"):
-            save(store, state, 2)
+            save(store, initial_state(), 2)
 
 
-def test_saving_does_not_wait_for_the_disk(
-    tmp_path: pathlib.Path, state: TrainState, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_saving_does_not_wait_for_the_disk(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     released = threading.Event()
     monkeypatch.setattr(Store, "_write", lambda *_: released.wait(60))
     with open_store(SMALL, FINGERPRINT, tmp_path) as store:
-        save(store, state, 1)
+        save(store, initial_state(), 1)
         assert not released.is_set()
         released.set()
 
@@ -282,13 +273,13 @@ print(sum(float(abs(leaf).sum()) for leaf in jax.tree.leaves(run.state.params)))
 """
 
 
-def test_devices_do_not_matter(tmp_path: pathlib.Path, workdir: pathlib.Path, state: TrainState) -> None:
+def test_devices_do_not_matter(tmp_path: pathlib.Path, workdir: pathlib.Path) -> None:
     assert jax.device_count() == 8
     many = tmp_path / "many"
     many.mkdir()
     saved = run("-c", SAVE, str(many), SMALL.to_json(), "8", devices=8)
     assert saved.returncode == 0, saved.stderr
-    assert same(load_run(many).state, state)
+    assert same(load_run(many).state, initial_state())
     for folder in (many, workdir):  # both were saved where there are eight
         loaded = run("-c", LOAD, str(folder), "1", devices=1)
         expected = sum(float(abs(leaf).sum()) for leaf in jax.tree.leaves(load_run(folder).state.params))
@@ -302,21 +293,21 @@ def test_checksums_need_no_program_of_ours(workdir: pathlib.Path) -> None:
     subprocess.run(command, cwd=workdir / workdirs.CHECKPOINTS / "6", check=True)
 
 
-def test_orbax_alone_reads_a_checkpoint(workdir: pathlib.Path, state: TrainState) -> None:
+def test_orbax_alone_reads_a_checkpoint(workdir: pathlib.Path) -> None:
     import orbax.checkpoint as ocp
 
     folder = workdir / workdirs.CHECKPOINTS
     with ocp.StandardCheckpointer() as checkpointer:
         params = checkpointer.restore(folder / "6" / "state")["params"]
-    assert same(params, jax.device_get(at(state, 6).params))
+    assert same(params, jax.device_get(at(initial_state(), 6).params))
     with ocp.CheckpointManager(folder) as manager:
         assert list(manager.all_steps()) == [3, 6]
         items = manager.restore(6, args=ocp.args.Composite(record=ocp.args.JsonRestore()))
         assert items["record"]["fingerprint"] == FINGERPRINT
 
 
-def test_weights_need_no_framework(tmp_path: pathlib.Path, state: TrainState) -> None:
-    variables = eval_variables(state)
+def test_weights_need_no_framework(tmp_path: pathlib.Path) -> None:
+    variables = eval_variables(initial_state())
     save_weights(SMALL, tmp_path, variables)
     with safe_open(tmp_path / workdirs.WEIGHTS, framework="numpy") as file:
         assert Config.from_json(file.metadata()["config"]).to_dict() == SMALL.to_dict()

@@ -25,12 +25,6 @@ from mnist_flax.run import storage
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.checkpoint import load_run
 from mnist_flax.run.store import open_store
-from mnist_flax.step import TrainState
-
-
-@pytest.fixture(scope="module")
-def state() -> TrainState:
-    return initial_state()
 
 
 @pytest.fixture
@@ -58,10 +52,10 @@ def test_another_config_or_other_data_are_refused_field_by_field(workdir: pathli
     assert steps(workdir) == [3, 6]
 
 
-def test_epochs_may_not_change_under_a_schedule_that_depends_on_them(tmp_path: pathlib.Path, state: TrainState) -> None:
+def test_epochs_may_not_change_under_a_schedule_that_depends_on_them(tmp_path: pathlib.Path) -> None:
     config = replace(SMALL, optimizer__schedule="cosine")
     with open_store(config, FINGERPRINT, tmp_path) as store:
-        save(store, state, 3)
+        save(store, initial_state(), 3)
     with pytest.raises(WorkdirError, match=r"config.train.epochs: 2 there, 3 now"):
         restored(tmp_path, replace(config, train__epochs=3))
 
@@ -92,6 +86,7 @@ def rewrite(workdir: pathlib.Path) -> Iterator[Callable[[dict[str, Any]], None]]
         ({"schema": 1}, r"was written by an older version .+ \(schema 1 there, 2 now\); use that version to continue"),
         ({"schema": 3, "config": "?"}, r"was written by a newer version of this program \(schema 3 there, 2 now\)"),
         ({"config": {"model": {"depth": 3}}}, r"another version of this program \(config.model.depth: no such field"),
+        ({"config": {"model": {"name": "mine"}}}, r"use that version, or the script that adds this family, or name"),
         ({"arrays": {".step": "int64()"}}, r"of optax \(.step: int64\(\) there, int32\(\) now\)"),
     ],
 )
@@ -142,21 +137,21 @@ def test_record_of_wrong_types_is_one_message(
 
 
 def test_checkpoint_that_became_a_link_is_pruned_and_its_target_kept(
-    workdir: pathlib.Path, tmp_path_factory: pytest.TempPathFactory, state: TrainState
+    workdir: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     moved = tmp_path_factory.mktemp("elsewhere") / "3"
     path = workdir / workdirs.CHECKPOINTS / "3"
     shutil.move(path, moved)
     path.symlink_to(moved)
     with open_store(replace(SMALL, checkpoint__keep_best=0), FINGERPRINT, workdir) as store:
-        save(store, state, 9)
+        save(store, initial_state(), 9)
     assert steps(workdir) == [6, 9]
     assert (moved / "state").is_dir()
 
 
 @pytest.mark.parametrize("name", [workdirs.CHECKPOINTS, workdirs.DAMAGED])
 def test_no_checkpoint_is_written_through_a_link(
-    workdir: pathlib.Path, tmp_path_factory: pytest.TempPathFactory, state: TrainState, name: str
+    workdir: pathlib.Path, tmp_path_factory: pytest.TempPathFactory, name: str
 ) -> None:
     outside = tmp_path_factory.mktemp("outside") / "folder"
     if name == workdirs.CHECKPOINTS:
@@ -171,12 +166,12 @@ def test_no_checkpoint_is_written_through_a_link(
         open_store(SMALL, FINGERPRINT, workdir) as store,
     ):
         store.restore_latest()
-        save(store, state, 9)
+        save(store, initial_state(), 9)
     assert sorted(outside.rglob("*")) == before
 
 
 def test_checkpoint_deleted_while_it_is_read_is_not_damage(
-    workdir: pathlib.Path, state: TrainState, monkeypatch: pytest.MonkeyPatch
+    workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = storage.restore_state
     saved: list[pathlib.Path] = []
@@ -186,7 +181,7 @@ def test_checkpoint_deleted_while_it_is_read_is_not_damage(
             saved.append(folder)
             with open_store(replace(SMALL, checkpoint__keep_best=0), FINGERPRINT, workdir) as store:
                 for step in (9, 12):
-                    save(store, state, step)
+                    save(store, initial_state(), step)
         return read(folder, target)
 
     monkeypatch.setattr(storage, "restore_state", live_run)

@@ -42,7 +42,7 @@ def calibrate(predictor: Predictor, holdout: Examples) -> Predictor:
 
 
 def fit_doubt(logits: np.ndarray) -> float:
-    """Finds the probability below which the answers to `FALSE_ALARMS` of the examples lie; each is a false alarm.
+    """Finds the probability that a share `FALSE_ALARMS` of the answers falls below: doubting those is a false alarm.
 
     Args:
       logits: `f32[N,C]`, of digits that were not trained on, divided by the temperature.

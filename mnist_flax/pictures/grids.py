@@ -97,12 +97,10 @@ def _is_open_box(level: list[Line], upright: list[Line], size: tuple[int, ...]) 
     place = (side.first + side.last) / 2 / size[axis]
     middles = [(line.first + line.last) / 2 / size[1 - axis] for line in across]
     slopes = [side.slope] + [-line.slope for line in across]
-    return (
-        (len(across) > 2 or not 0.15 < place < 0.85)
-        and (len(across) > 2 or (min(middles) < 0.15 and max(middles) > 0.85))
-        and min(line.share for line in [side, *across]) > 0.88
-        and float(np.ptp(slopes)) < 0.16
-    )
+    # Two lines across are sides of a box only if all three lie at the border.
+    at_border = not 0.15 < place < 0.85 and min(middles) < 0.15 and max(middles) > 0.85
+    are_straight = min(line.share for line in [side, *across]) > 0.88 and np.ptp(slopes) < 0.16
+    return bool((len(across) > 2 or at_border) and are_straight)
 
 
 def _alike(lines: list[Line], thickest: float) -> list[Line]:
