@@ -1,6 +1,6 @@
-"""The most accurate network here, slow to train: `accurate.py`, wider and with more epochs.
+"""Meant to be the most accurate network here, slow to train: `accurate.py`, wider and with more epochs.
 
-Measured: not yet. The recipe is that of a prototype; `docs/accuracy.md` lists what was compared on hold-out rows.
+Measured: not yet. The recipe is that of `accurate.py`; `docs/accuracy.md` lists what was compared on hold-out rows.
 
     scripts/train --config=configs/best.py
 """
