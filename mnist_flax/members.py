@@ -214,6 +214,7 @@ def finish(member: Member, splits: Splits) -> None:
         "test_examples": evaluation.examples,
         "temperature": predictor.temperature,
         "doubtful_below": predictor.doubtful_below,
+        "most_ink": predictor.most_ink,
         "train_seconds": log.seconds,
         "images_per_second": config.num_train * config.train.epochs / log.seconds,
         "restarts": log.restarts,

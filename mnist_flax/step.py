@@ -139,7 +139,7 @@ def train_step(program: Program, state: TrainState, batch: Batch, key: Array) ->
     `key` is the run's root key, the same at every step. The metrics are those of the batch, which holds at least one
     example, under the weights before the update.
     """
-    images = augment(program.augment, batch["image"], rng.stream(key, "augment", state.step))
+    images = augment(program.augment, batch["image"], batch["label"], rng.stream(key, "augment", state.step))
     augmented: Batch = {"image": images, "label": batch["label"]}
     grads, (logits, losses, batch_stats) = jax.grad(loss_fn, argnums=1, has_aux=True)(
         program, state.params, state.batch_stats, augmented, rng.stream(key, "dropout", state.step)

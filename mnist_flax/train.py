@@ -44,8 +44,6 @@ def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = No
       fork: the folder of another run, whose latest weights a new run starts from, at step 0 and with a fresh optimiser.
         A resumed run does not read it again.
 
-    Several processes call this with the same arguments after `processes.join`; only the primary writes.
-
     Raises:
       UserError: the data, the workdir or the config does not allow it; or the loss is no longer finite.
       Interrupted: a signal asked to stop; the state is saved.

@@ -114,14 +114,14 @@ def test_doubt_of_a_committee_and_its_threshold(test: Examples, monkeypatch: pyt
     monkeypatch.setattr(novelty, "_fashion", lambda config: None)
     predictor, info = load_predictor(small_population.seeds())
     facts = novelty.novelty_facts(predictor, test, test, info.config)
-    assert set(facts["scores"]) == {"max_probability", "energy", "disagreement"}
+    assert set(facts["scores"]) == {"doubt", "max_probability", "energy", "disagreement"}
     for of in facts["scores"].values():
         assert of["false_alarms"] == pytest.approx(0.01, abs=0.006)
     assert facts["scores"][facts["best"]]["mean_auroc"] == max(of["mean_auroc"] for of in facts["scores"].values())
     alone = novelty.novelty_facts(
         load_predictor(small_population.seeds() / "members" / "seed-3")[0], test, None, info.config
     )
-    assert set(alone["scores"]) == {"max_probability", "energy"}
+    assert set(alone["scores"]) == {"doubt", "max_probability", "energy"}
     assert alone["scores"]["energy"]["threshold"] is None
 
 

@@ -101,7 +101,7 @@ def test_distortions_and_dropout_masks_do_not_depend_on_the_number_of_devices(ex
 
     def random(images: jax.Array, key: jax.Array) -> Any:
         ones = jnp.ones((len(images), 7, 5))
-        return augment(config, images, key), dropout.apply({}, ones, rngs={"dropout": key})
+        return augment(config, images, jnp.zeros(len(images), jnp.int32), key), dropout.apply({}, ones, rngs={"dropout": key})
 
     def on(count: int) -> Any:
         split = sharding.split(sharding.make_mesh(count))

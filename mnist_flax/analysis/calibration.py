@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from mnist_flax import metrics
-from mnist_flax.analysis.evaluation import DOUBTFUL_BELOW, Predictor, predict_logits
+from mnist_flax.analysis.evaluation import DOUBTFUL_BELOW, Predictor, ink, predict_logits
 from mnist_flax.data.splits import Examples
 
 LIMIT = 20.0  # temperatures are searched from 1 / LIMIT to LIMIT
@@ -33,12 +33,13 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
 def calibrate(predictor: Predictor, holdout: Examples) -> Predictor:
     """Returns the predictor, or committee, with temperature and doubt fitted on held-out rows; the defaults without."""
-    raw = dataclasses.replace(predictor, temperature=1.0, doubtful_below=DOUBTFUL_BELOW)
+    raw = dataclasses.replace(predictor, temperature=1.0, doubtful_below=DOUBTFUL_BELOW, most_ink=1.0)
     if not len(holdout.label):
         return raw
     logits = predict_logits(raw, holdout.image)
     temperature = fit_temperature(logits, holdout.label)
-    return dataclasses.replace(raw, temperature=temperature, doubtful_below=fit_doubt(logits / temperature))
+    below, most_ink = fit_doubt(logits / temperature), float(ink(holdout.image).max())
+    return dataclasses.replace(raw, temperature=temperature, doubtful_below=below, most_ink=most_ink)
 
 
 def fit_doubt(logits: np.ndarray) -> float:

@@ -39,6 +39,7 @@ class Predictor:
     views: int = 1
     temperature: float = 1.0  # what the logits are divided by, after averaging
     doubtful_below: float = DOUBTFUL_BELOW  # an answer with a smaller probability is doubtful
+    most_ink: float = 1.0  # an image whose mean grey, of 1, is larger is doubtful whatever the answer
     batch_size: int = 2000  # images per call, rounded up to a multiple of the number of devices
     # devices to split a batch over, capped at those available; 0 means all accelerators, or one CPU
     num_devices: int = 0
@@ -93,6 +94,26 @@ def predict_logits(predictor: Predictor, images: np.ndarray) -> np.ndarray:
     return combine_members(member_logits(predictor, images), predictor.temperature)
 
 
+def doubt(predictor: Predictor, log_probs: np.ndarray, images: np.ndarray) -> np.ndarray:
+    """Computes how likely an answer is wrong, `f64[N,C], u8[N,28,28,1] -> f64[N]`.
+
+    That is 1 minus the probability of the answer, or 1 for an image with more ink than any digit that was held out:
+    networks can be confident about noise and filled shapes.
+    """
+    return np.where(ink(images) > predictor.most_ink, 1.0, -np.expm1(log_probs.max(axis=-1)))
+
+
+def answer(predictor: Predictor, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Computes the log probabilities, and which answers are doubtful: `u8[N,28,28,1] -> f64[N,C], bool[N]`."""
+    log_probs = metrics.log_probabilities(predict_logits(predictor, images))
+    return log_probs, doubt(predictor, log_probs, images) > 1 - predictor.doubtful_below
+
+
+def ink(images: np.ndarray) -> np.ndarray:
+    """Computes the mean grey of images, of 1: `u8[N,28,28,1] -> f64[N]`."""
+    return np.asarray(images.mean(axis=(1, 2, 3)) / 255)
+
+
 def combine_members(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     """Computes the log of the members' mean probabilities, divided by the temperature: `f32[M,N,C] -> f32[N,C]`."""
     together = logits[0] if len(logits) == 1 else metrics.log_mean_probabilities(logits).astype(np.float32)
@@ -145,8 +166,8 @@ class RunInfo(NamedTuple):
 def load_predictor(workdir: pathlib.Path, checkpoint: str = "latest") -> tuple[Predictor, RunInfo]:
     """Loads a checkpoint (`latest`, `best` on hold-out rows, or a step) of a run, or of all members of a population.
 
-    The temperature, and the probability below which an answer is doubtful, are those fitted at the end of training if
-    this is the last checkpoint, else the defaults.
+    The temperature, and what makes an answer doubtful, are those fitted at the end of training if this is the last
+    checkpoint, else the defaults.
 
     Raises:
       WorkdirError: there is no such checkpoint, it is damaged, or the members differ in config or data.
@@ -188,7 +209,7 @@ def _member_folders(workdir: pathlib.Path, result: dict[str, Any]) -> list[pathl
 
 def stored_fit(result: Any) -> dict[str, float]:
     """Returns what was fitted, from a summary or `population.json`: the defaults for what is missing or invalid."""
-    fitted = {"temperature": 1.0, "doubtful_below": DOUBTFUL_BELOW}
+    fitted = {"temperature": 1.0, "doubtful_below": DOUBTFUL_BELOW, "most_ink": 1.0}
     for name in fitted:
         value = result.get(name) if isinstance(result, dict) else None
         if isinstance(value, int | float) and 0 < value < math.inf:

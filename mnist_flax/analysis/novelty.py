@@ -10,7 +10,7 @@ import numpy as np
 from mnist_flax import metrics
 from mnist_flax.analysis.calibration import FALSE_ALARMS
 from mnist_flax.analysis.corruptions import hashed_uniform
-from mnist_flax.analysis.evaluation import Facts, Predictor, combine_members, member_logits
+from mnist_flax.analysis.evaluation import Facts, Predictor, combine_members, doubt, member_logits
 from mnist_flax.config import Config, replace
 from mnist_flax.data.framing import frame
 from mnist_flax.data.load import load_splits
@@ -27,15 +27,17 @@ def doubt_scores(predictor: Predictor, images: np.ndarray) -> dict[str, np.ndarr
     """Computes measures of doubt, `u8[N,28,28,1] -> f64[N]` each; the larger, the less the picture is a digit.
 
     Returns:
-      `max_probability`: 1 minus the probability of the answer. `energy`: minus the log of the summed exponentials of
-      the logits (Liu et al., 2020) of the image itself, without views, averaged over the members. Of a committee also
-      `disagreement`: how much the answer tells about the member, in nats (Smith and Gal, 2018).
+      `doubt`: what `predict` uses, from the probability and the ink (`evaluation.doubt`). `max_probability`: 1 minus
+      the probability of the answer. `energy`: minus the log of the summed exponentials of the logits (Liu et al., 2020)
+      of the image itself, without views, averaged over the members. Of a committee also `disagreement`: how much the
+      answer tells about the member, in nats (Smith and Gal, 2018).
     """
     logits = member_logits(predictor, images)
     # The mean over views is a log probability, whose energy is 0.
     one_view = logits if predictor.views == 1 else member_logits(dataclasses.replace(predictor, views=1), images)
     log_probs = metrics.log_probabilities(combine_members(logits, predictor.temperature))
     scores = {
+        "doubt": doubt(predictor, log_probs, images),
         "max_probability": -np.expm1(log_probs.max(axis=-1)),
         "energy": -np.mean(np.logaddexp.reduce(one_view.astype(np.float64), axis=-1), axis=0),
     }

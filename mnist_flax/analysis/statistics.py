@@ -175,6 +175,7 @@ def population_result(
         "committee": score(combine_members(logits, fitted.temperature), label),
         "temperature": fitted.temperature,
         "doubtful_below": fitted.doubtful_below,
+        "most_ink": fitted.most_ink,
         "agreement": agreement(logits, label),
     }
     arrays = {"test_probs": np.exp(metrics.log_probabilities(logits)).astype(np.float32), "test_label": label}
