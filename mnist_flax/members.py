@@ -15,7 +15,7 @@ import numpy as np
 
 from mnist_flax import drivers, rng, sharding
 from mnist_flax.analysis.calibration import calibrate
-from mnist_flax.analysis.evaluation import Evaluation, Predictor, evaluate, make_predictor
+from mnist_flax.analysis.evaluation import Evaluation, Predictor, evaluate, fit_of, make_predictor
 from mnist_flax.analysis.report.write import write_report
 from mnist_flax.config import Config
 from mnist_flax.data import batches
@@ -212,9 +212,7 @@ def finish(member: Member, splits: Splits) -> None:
         "test_accuracy": evaluation.accuracy,
         "test_loss": evaluation.loss,
         "test_examples": evaluation.examples,
-        "temperature": predictor.temperature,
-        "doubtful_below": predictor.doubtful_below,
-        "most_ink": predictor.most_ink,
+        **fit_of(predictor),
         "train_seconds": log.seconds,
         "images_per_second": config.num_train * config.train.epochs / log.seconds,
         "restarts": log.restarts,

@@ -133,10 +133,10 @@ def test_erase_blanks_one_square(examples: Examples) -> None:
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 def test_every_entry_changes_images_and_keeps_their_form(name: str, examples: Examples) -> None:
     images = jnp.asarray(examples.image[:8])
-    strength = 3 if AUGMENTATIONS[name].whole else 0.5
-    out = augment(strengths(**{name: strength}), images, LABELS[: len(images)], KEY)
+    strength = 6 if AUGMENTATIONS[name].whole else 0.9
+    out = augment(strengths(**{name: strength}), images, jnp.ones(len(images), jnp.int32), KEY)
     assert (out.dtype, out.shape) == (images.dtype, images.shape)
-    assert (np.asarray(out) != np.asarray(images)).any(axis=(1, 2, 3)).sum() >= 7
+    assert (np.asarray(out) != np.asarray(images)).any(axis=(1, 2, 3)).sum() >= 5
 
 
 def test_augment_does_not_depend_on_the_batch(examples: Examples) -> None:
@@ -178,8 +178,8 @@ def test_new_entries_need_nothing_else(examples: Examples, monkeypatch: pytest.M
     np.testing.assert_array_equal(out, 255 - images[:, :, ::-1])
 
 
-def test_an_entry_is_either_a_move_or_a_change() -> None:
-    with pytest.raises(ValueError, match="either move or change"):
+def test_an_entry_is_one_kind_of_operation() -> None:
+    with pytest.raises(ValueError, match="one of move, change and rewrite"):
         Augmentation("nothing", 1)
-    with pytest.raises(ValueError, match="either move or change"):
+    with pytest.raises(ValueError, match="one of move, change and rewrite"):
         dataclasses.replace(AUGMENTATIONS["erase"], move=AUGMENTATIONS["shift"].move)

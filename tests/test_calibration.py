@@ -12,7 +12,7 @@ from scipy.optimize import minimize
 
 from mnist_flax.analysis import calibration
 from mnist_flax.analysis.calibration import calibrate, calibration_scores, fit_temperature
-from mnist_flax.analysis.evaluation import DOUBTFUL_BELOW, answer, evaluate, load_predictor, predict_logits
+from mnist_flax.analysis.evaluation import UNFITTED, answer, evaluate, load_predictor, predict_logits
 from mnist_flax.analysis.run_data import load_data, select_examples
 from mnist_flax.analysis.scores import evaluate_workdir, evaluation_table
 from mnist_flax.data.splits import Examples
@@ -94,7 +94,7 @@ def test_one_percent_of_the_hold_out_rows_are_doubted() -> None:
     logits, _ = draws(1.0, 1000)
     below = calibration.fit_doubt(logits)
     assert np.sum(np.exp(log_probabilities(logits)).max(axis=-1) < below) == 10
-    assert calibration.fit_doubt(logits[:99]) == DOUBTFUL_BELOW
+    assert calibration.fit_doubt(logits[:99]) == UNFITTED["doubtful_below"]
 
 
 def test_doubt_is_stored_with_the_run_and_loaded(tmp_path: pathlib.Path) -> None:
@@ -108,7 +108,7 @@ def test_doubt_is_stored_with_the_run_and_loaded(tmp_path: pathlib.Path) -> None
     del summary["doubtful_below"], summary["most_ink"]  # as of a run from before they were stored
     (workdir / "summary.json").write_text(json.dumps(summary))
     old, _ = load_predictor(workdir)
-    assert (old.doubtful_below, old.most_ink) == (DOUBTFUL_BELOW, 1.0)
+    assert (old.doubtful_below, old.most_ink) == (UNFITTED["doubtful_below"], 1.0)
 
 
 def test_more_ink_than_any_digit_is_doubtful_whatever_the_answer() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from mnist_flax import metrics
-from mnist_flax.analysis.evaluation import DOUBTFUL_BELOW, Predictor, ink, predict_logits
+from mnist_flax.analysis.evaluation import UNFITTED, Predictor, ink, predict_logits
 from mnist_flax.data.splits import Examples
 
 LIMIT = 20.0  # temperatures are searched from 1 / LIMIT to LIMIT
@@ -33,7 +33,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
 def calibrate(predictor: Predictor, holdout: Examples) -> Predictor:
     """Returns the predictor, or committee, with temperature and doubt fitted on held-out rows; the defaults without."""
-    raw = dataclasses.replace(predictor, temperature=1.0, doubtful_below=DOUBTFUL_BELOW, most_ink=1.0)
+    raw: Predictor = dataclasses.replace(predictor, **UNFITTED)  # type: ignore[arg-type]  # they are floats
     if not len(holdout.label):
         return raw
     logits = predict_logits(raw, holdout.image)
@@ -52,7 +52,7 @@ def fit_doubt(logits: np.ndarray) -> float:
       The probability; the default if there are too few examples for a single false alarm.
     """
     if len(logits) * FALSE_ALARMS < 1:
-        return DOUBTFUL_BELOW
+        return UNFITTED["doubtful_below"]
     return float(np.quantile(np.exp(metrics.log_probabilities(logits).max(axis=-1)), FALSE_ALARMS))
 
 

@@ -25,7 +25,8 @@ Facts = dict[str, Any]  # ready for JSON
 POPULATION = "population.json"
 KINDS = ("seeds", "folds")  # of populations
 VIEW_SHIFTS = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))  # by how many pixels each view is shifted down and right
-DOUBTFUL_BELOW = 0.95  # where there are no hold-out rows to choose it by
+# The fields of a predictor that are fitted on hold-out rows, and their values without.
+UNFITTED = {"temperature": 1.0, "doubtful_below": 0.95, "most_ink": 1.0}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,7 +39,7 @@ class Predictor:
     # 1, or 5 to average the probabilities of an image and its shifts by one pixel up, down, left and right
     views: int = 1
     temperature: float = 1.0  # what the logits are divided by, after averaging
-    doubtful_below: float = DOUBTFUL_BELOW  # an answer with a smaller probability is doubtful
+    doubtful_below: float = UNFITTED["doubtful_below"]  # an answer with a smaller probability is doubtful
     most_ink: float = 1.0  # an image whose mean grey, of 1, is larger is doubtful whatever the answer
     batch_size: int = 2000  # images per call, rounded up to a multiple of the number of devices
     # devices to split a batch over, capped at those available; 0 means all accelerators, or one CPU
@@ -92,6 +93,11 @@ def _shifted(images: np.ndarray, down: int, right: int) -> np.ndarray:
 def predict_logits(predictor: Predictor, images: np.ndarray) -> np.ndarray:
     """Computes the logits, `u8[N,28,28,1] -> f32[N,C]`: those of `combine_members`."""
     return combine_members(member_logits(predictor, images), predictor.temperature)
+
+
+def fit_of(predictor: Predictor) -> dict[str, float]:
+    """Returns what was fitted, by name, to be stored with the run."""
+    return {name: getattr(predictor, name) for name in UNFITTED}
 
 
 def doubt(predictor: Predictor, log_probs: np.ndarray, images: np.ndarray) -> np.ndarray:
@@ -209,7 +215,7 @@ def _member_folders(workdir: pathlib.Path, result: dict[str, Any]) -> list[pathl
 
 def stored_fit(result: Any) -> dict[str, float]:
     """Returns what was fitted, from a summary or `population.json`: the defaults for what is missing or invalid."""
-    fitted = {"temperature": 1.0, "doubtful_below": DOUBTFUL_BELOW, "most_ink": 1.0}
+    fitted = dict(UNFITTED)
     for name in fitted:
         value = result.get(name) if isinstance(result, dict) else None
         if isinstance(value, int | float) and 0 < value < math.inf:
