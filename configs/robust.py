@@ -35,6 +35,4 @@ def get_config() -> ConfigDict:
     config.optimizer.schedule = "one_cycle"
     config.train.batch_size = 128
     config.train.epochs = 10
-    config.eval.batch_size = 500  # five views each
-    config.eval.views = 5
     return config
