@@ -36,8 +36,8 @@ class LoadedTeacher(NamedTuple):
     fingerprint: str
 
 
-def load_teacher(config: Config, workdir: pathlib.Path) -> LoadedTeacher | None:
-    """Loads the last weights of the teacher that a config names, if it names one, for a student in `workdir`.
+def load_teacher(config: Config, workdir: pathlib.Path | None = None) -> LoadedTeacher | None:
+    """Loads the last weights of the teacher that a config names, if it names one, for a student in `workdir`, if any.
 
     Raises:
       ConfigError: its folder does not hold a finished run or population with the classes of the student's dataset, or
@@ -46,7 +46,7 @@ def load_teacher(config: Config, workdir: pathlib.Path) -> LoadedTeacher | None:
     if not config.train.teacher:
         return None
     folder, field = pathlib.Path(config.train.teacher), f"config.train.teacher = {config.train.teacher!r}"
-    if folder.resolve().is_relative_to(workdir.resolve()):
+    if workdir and folder.resolve().is_relative_to(workdir.resolve()):
         raise ConfigError(f"{field}: is this run's own folder, --workdir={workdir}; name another for one of them")
     if not folder.is_dir():
         raise ConfigError(f"{field}: there is no such folder; train the teacher first, or name where it is")

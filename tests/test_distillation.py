@@ -52,7 +52,7 @@ def student_of(folder: pathlib.Path, config: Config = STUDENT) -> Config:
 
 def loaded(folder: pathlib.Path) -> LoadedTeacher:
     """The run or population in a folder, as a teacher."""
-    teacher = load_teacher(student_of(folder), pathlib.Path("student"))
+    teacher = load_teacher(student_of(folder))
     assert teacher is not None
     return teacher
 
