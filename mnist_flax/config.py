@@ -37,6 +37,7 @@ class Program:
     optimizer: OptimizerConfig
     loss: str
     label_smoothing: float
+    teacher_weight: float
     batch_size: int
     steps_per_epoch: int
     num_steps: int
@@ -113,6 +114,7 @@ class Config:
             optimizer=self.optimizer,
             loss=self.train.loss,
             label_smoothing=self.train.label_smoothing,
+            teacher_weight=self.train.teacher_weight,
             batch_size=self.train.batch_size,
             steps_per_epoch=self.steps_per_epoch,
             num_steps=self.num_steps,

@@ -22,7 +22,7 @@ LAYERS = [
     ["drivers", "memory"],
     ["run"],
     ["analysis"],
-    ["exporting"],
+    ["exporting", "distillation"],
     ["members"],
     ["train"],
     ["main", "evaluate", "report", "predict", "population", "export", "demo", "robustness", "__main__"],

@@ -167,6 +167,7 @@ class RunInfo(NamedTuple):
     fingerprint: str  # that of the training data
     steps: tuple[int, ...]  # finished updates of each member
     runs: tuple[Run, ...]  # the run, or all members
+    is_final: bool  # whether the results in the folder are of these weights
 
 
 def load_predictor(workdir: pathlib.Path, checkpoint: str = "latest") -> tuple[Predictor, RunInfo]:
@@ -188,11 +189,11 @@ def load_predictor(workdir: pathlib.Path, checkpoint: str = "latest") -> tuple[P
         if run.record["fingerprint"] != fingerprint or run.config.program != config.program:
             raise WorkdirError(f"{folder}: was trained with another config or on other data than {folders[0]}")
     steps = tuple(int(run.state.step) for run in runs)
-    is_last = set(steps) == {result.get("steps", config.num_steps)}
+    is_final = set(steps) == {result.get("steps")}
     variables = [eval_variables(run.state) for run in runs]
-    predictor = make_predictor(config, *variables, **(stored_fit(result) if is_last else {}))
+    predictor = make_predictor(config, *variables, **(stored_fit(result) if is_final else {}))
     kind = str(result["kind"]) if is_population else "run"
-    return predictor, RunInfo(kind, config, fingerprint, steps, runs)
+    return predictor, RunInfo(kind, config, fingerprint, steps, runs, is_final)
 
 
 def _member_folders(workdir: pathlib.Path, result: dict[str, Any]) -> list[pathlib.Path]:
