@@ -83,7 +83,7 @@ def test_the_target_is_made_of_label_and_mean_probabilities(seeds: pathlib.Path,
     teacher = loaded(seeds).networks.replace(temperature=np.float32(1.7))
     new, sums = step_once(PLAIN.program, state, batch, KEY, teacher)
 
-    images = np.asarray(augment(PLAIN.augment, batch["image"], rng.stream(KEY, "augment", 0)))
+    images = np.asarray(augment(PLAIN.augment, batch["image"], batch["label"], rng.stream(KEY, "augment", 0)))
     assert (images != examples.image[:20]).any()
     predictor, _ = load_predictor(seeds)
     mean = np.mean(np.exp(metrics.log_probabilities(member_logits(predictor, images))), axis=0)
