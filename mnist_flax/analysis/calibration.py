@@ -11,6 +11,7 @@ from mnist_flax.data.splits import Examples
 
 LIMIT = 20.0  # temperatures are searched from 1 / LIMIT to LIMIT
 FALSE_ALARMS = 0.01  # the share of the hold-out digits that are called doubtful
+INK_MARGIN = 1.2  # an image is doubtful if it has this many times the ink of the fullest hold-out digit
 NUM_BINS = 15  # bins of the reliability diagram (as in Guo et al., 2017)
 
 
@@ -38,7 +39,7 @@ def calibrate(predictor: Predictor, holdout: Examples) -> Predictor:
         return raw
     logits = predict_logits(raw, holdout.image)
     temperature = fit_temperature(logits, holdout.label)
-    below, most_ink = fit_doubt(logits / temperature), float(ink(holdout.image).max())
+    below, most_ink = fit_doubt(logits / temperature), INK_MARGIN * float(ink(holdout.image).max())
     return dataclasses.replace(raw, temperature=temperature, doubtful_below=below, most_ink=most_ink)
 
 

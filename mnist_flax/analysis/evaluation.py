@@ -103,8 +103,8 @@ def fit_of(predictor: Predictor) -> dict[str, float]:
 def doubt(predictor: Predictor, log_probs: np.ndarray, images: np.ndarray) -> np.ndarray:
     """Computes how likely an answer is wrong, `f64[N,C], u8[N,28,28,1] -> f64[N]`.
 
-    That is 1 minus the probability of the answer, or 1 for an image with more ink than any digit that was held out:
-    networks can be confident about noise and filled shapes.
+    That is 1 minus the probability of the answer, or 1 for an image with much more ink than any digit that was held
+    out: networks can be confident about noise and filled shapes.
     """
     return np.where(ink(images) > predictor.most_ink, 1.0, -np.expm1(log_probs.max(axis=-1)))
 
