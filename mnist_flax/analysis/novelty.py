@@ -11,11 +11,12 @@ from mnist_flax import metrics
 from mnist_flax.analysis.calibration import FALSE_ALARMS
 from mnist_flax.analysis.corruptions import hashed_uniform
 from mnist_flax.analysis.evaluation import Facts, Predictor, combine_members, doubt, member_logits
-from mnist_flax.config import Config, replace
+from mnist_flax.config import Config
 from mnist_flax.data.framing import frame
 from mnist_flax.data.load import load_splits
 from mnist_flax.data.splits import Examples
 from mnist_flax.errors import DataError
+from mnist_flax.sections import DataConfig
 
 COUNT = 2_000  # pictures of each kind, at most
 TURNABLE = (2, 3, 4, 5, 7)  # digits that are not digits when turned by a quarter
@@ -84,11 +85,13 @@ def _fashion(config: Config) -> np.ndarray | None:
     """Returns clothes, or None if they are not on this machine."""
     if config.data.name == "fashion_mnist":
         return None
-    rows = dict.fromkeys(("data__num_train", "data__holdout", "data__folds", "data__fold"), 0)
     for source in ("tfds", "raw"):
         try:
-            used = replace(config, data__name="fashion_mnist", data__source=source, data__on_missing="error", **rows)
-            return np.asarray(load_splits(used).test.image)[:COUNT]
+            data = DataConfig(
+                name="fashion_mnist", source=source, data_dir=config.data.data_dir, raw_dir=config.data.raw_dir,
+                on_missing="error",
+            )  # fmt: skip
+            return np.asarray(load_splits(Config(data=data)).test.image)[:COUNT]
         except DataError:
             continue
     return None
