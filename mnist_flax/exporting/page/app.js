@@ -3,8 +3,6 @@
 const DOUBTFUL = 0.8; // below this probability an answer is a guess
 const KINDS = { right: "Right", mistake: "Mistakes", corrupted: "Corrupted" };
 
-const isWide = matchMedia("(min-width: 60rem)"); // room for the maps beside the pad
-
 const $ = (selector) => document.querySelector(selector);
 
 class App {
@@ -73,14 +71,13 @@ class App {
   }
 
   showAnswer(probabilities, other, best) {
-    $("#bars").classList.toggle("still", this.pad.pointer !== null);
     this.bars.update(probabilities, other, probabilities ? best : -1);
     const name = this.data.classes[best];
     const sure = probabilities && probabilities[best] >= DOUBTFUL;
-    setText($("#digit"), probabilities ? name : "–");
+    $("#digit").textContent = probabilities ? name : "–";
     $("#digit").classList.toggle("long", Boolean(probabilities) && name.length > 2);
     $("#digit").classList.toggle("doubtful", Boolean(probabilities) && !sure);
-    setText($("#confidence"), !probabilities ? "nothing drawn yet" : sure ? percentage(probabilities[best]) : `a guess: ${percentage(probabilities[best])}`);
+    $("#confidence").textContent = !probabilities ? "nothing drawn yet" : sure ? percentage(probabilities[best]) : `a guess: ${percentage(probabilities[best])}`;
     if (this.announceNext) {
       this.announceNext = false;
       $("#live").textContent = probabilities ? `${sure ? "" : "A guess: "}${name}, ${percentage(probabilities[best])}` : "The pad is empty.";
@@ -115,7 +112,7 @@ class App {
     if (!other) return;
     const best = other.indexOf(Math.max(...other));
     const { title } = this.data.checkpoints[1 - this.chosen];
-    setText($("#legend"), `Thin bars: ${title}, which reads ${this.data.classes[best]} (${percentage(other[best])})`);
+    $("#legend").textContent = `Thin bars: ${title}, which reads ${this.data.classes[best]} (${percentage(other[best])})`;
   }
 
   // Examples -------------------------------------------------------------------------------------------------------------
@@ -169,7 +166,7 @@ class App {
       }
     }, { rootMargin: "300px" });
     this.maps = this.network().stages.map((stage) => {
-      const maps = new Maps(stage, mapSize(stage.node.shape), isWide.matches);
+      const maps = new Maps(stage, mapSize(stage.node.shape));
       const { height, width, channels } = maps;
       const size = height * width > 1 ? `${channels} maps of ${height} × ${width}` : `${channels} values`;
       maps.canvas.setAttribute("aria-label", `${stage.title}, ${size}. The arrow keys choose a value to explain.`);
@@ -216,11 +213,11 @@ class App {
     this.explain();
   }
 
-  // Below the pad where there is room, else below the maps that were touched.
+  // Beside the maps where there is room, else below the maps that were touched.
   placeInspector() {
     const panel = $("#inspector");
-    panel.hidden = false;
-    const home = isWide.matches ? $("#aside") : this.selected.maps.figure;
+    panel.classList.add("filled");
+    const home = matchMedia("(min-width: 60rem)").matches ? $("#aside") : this.selected.maps.figure;
     if (panel.parentElement !== home) home.append(panel);
   }
 

@@ -1,7 +1,6 @@
 // What is drawn on the page: digits, maps, bars, and the arithmetic of one value.
 
 const LEVELS = 255; // steps of the colour scale on each side of 0
-const GAP = 1; // between two maps, in pixels of their canvas
 
 // The colours of the page's current theme, read from its style sheet.
 function readTheme() {
@@ -17,7 +16,7 @@ function readTheme() {
     scale[LEVELS + i] = mix(positive, (i / LEVELS) ** 0.7);
     scale[LEVELS - i] = mix(negative, (i / LEVELS) ** 0.7);
   }
-  return { ink: color("--ink"), scale };
+  return { ink: color("--ink"), gap: mix(color("--paper"), 1), scale };
 }
 
 // The place of a value on the colour scale; `most` is the largest absolute value.
@@ -32,18 +31,11 @@ function cssColor(theme, value, most) {
   return { background: `rgb(${rgb})`, color: dark ? "#fff" : "#000" };
 }
 
-// Paints a 28x28 image: white on black as the network gets it, or, with an ink [r, g, b], on nothing.
+// Paints a 28x28 image: white on black as the network gets it, or, with an ink, on nothing.
 function paintDigit(context, pixels, ink = null) {
   const image = context.createImageData(SIDE, SIDE);
-  const cells = new Uint32Array(image.data.buffer);
-  const color = ink && (ink[2] << 16) | (ink[1] << 8) | ink[0];
-  for (let i = 0; i < cells.length; i++) cells[i] = ink ? (pixels[i] << 24) | color : (255 << 24) | (pixels[i] * 0x010101);
+  pixels.forEach((value, i) => image.data.set(ink ? [...ink, value] : [value, value, value, 255], 4 * i));
   context.putImageData(image, 0, 0);
-}
-
-// Changes a text only if it is another one: the browser would lay out the same text again.
-function setText(element, text) {
-  if (element.textContent !== text) element.textContent = text;
 }
 
 function element(tag, attributes = {}, ...children) {
@@ -52,19 +44,17 @@ function element(tag, attributes = {}, ...children) {
   return made;
 }
 
-// The maps of one stage, side by side on one canvas, which the browser magnifies: a value is a square of `zoom` of the
-// canvas's pixels, and each of these at most 4 pixels of the page wide. So is the gap between two maps.
+// The maps of one stage, side by side on one canvas.
 class Maps {
-  constructor(stage, { height, width, channels }, isWide) {
+  constructor(stage, { height, width, channels }) {
     Object.assign(this, { stage, height, width, channels });
-    this.columns = Math.min(channels, width > (isWide ? 24 : 16) ? 8 : 16);
+    this.columns = Math.min(channels, width >= 16 ? 8 : 16);
     this.rows = Math.ceil(channels / this.columns);
-    const side = clamp(Math.floor((this.columns === 8 ? 96 : 48) / width), 1, 24); // of a value on the page
-    this.zoom = Math.ceil(side / 4);
+    this.zoom = Math.max(1, Math.round((width >= 16 ? 72 : 36) / width));
+    this.gap = this.zoom * width > 50 ? 4 : 3;
     this.canvas = element("canvas", { className: "maps", tabIndex: 0,
-      width: this.columns * (width * this.zoom + GAP) - GAP,
-      height: this.rows * (height * this.zoom + GAP) - GAP });
-    this.canvas.style.width = `${this.canvas.width * Math.floor(side / this.zoom)}px`;
+      width: this.columns * (width * this.zoom + this.gap) - this.gap,
+      height: this.rows * (height * this.zoom + this.gap) - this.gap });
     this.canvas.setAttribute("role", "application"); // so that the arrow keys reach it
     this.context = this.canvas.getContext("2d");
     this.image = this.context.createImageData(this.canvas.width, this.canvas.height);
@@ -74,7 +64,7 @@ class Maps {
   }
 
   paint(values, theme) {
-    const { height, width, channels, columns, zoom, cells } = this;
+    const { height, width, channels, columns, zoom, gap, cells } = this;
     const across = this.canvas.width;
     let low = 0, high = 0;
     for (let i = 0; i < height * width * channels; i++) {
@@ -82,27 +72,27 @@ class Maps {
       if (values[i] > high) high = values[i];
     }
     const most = Math.max(-low, high);
+    cells.fill(theme.gap);
     for (let channel = 0; channel < channels; channel++) {
-      const left = (channel % columns) * (width * zoom + GAP);
-      const top = Math.floor(channel / columns) * (height * zoom + GAP);
+      const left = (channel % columns) * (width * zoom + gap);
+      const top = Math.floor(channel / columns) * (height * zoom + gap);
       for (let y = 0; y < height; y++) {
         const start = (top + y * zoom) * across + left;
-        for (let x = 0, at = start; x < width; x++) {
-          const color = theme.scale[level(values[(y * width + x) * channels + channel], most)];
-          for (const end = at + zoom; at < end; at++) cells[at] = color;
+        for (let x = 0, at = start; x < width; x++, at += zoom) {
+          cells.fill(theme.scale[level(values[(y * width + x) * channels + channel], most)], at, at + zoom);
         }
         for (let copy = 1; copy < zoom; copy++) cells.copyWithin(start + copy * across, start, start + width * zoom);
       }
     }
     this.context.putImageData(this.image, 0, 0);
-    setText(this.range, low < 0 ? `${format(low)} to ${format(high)}` : `0 to ${format(high)}`);
+    this.range.textContent = low < 0 ? `${format(low)} to ${format(high)}` : `0 to ${format(high)}`;
   }
 
   // The value under a point of the screen; null between the maps.
   placeAt(clientX, clientY) {
     const box = this.canvas.getBoundingClientRect();
     const scale = this.canvas.width / box.width;
-    const pitch = [this.height * this.zoom + GAP, this.width * this.zoom + GAP];
+    const pitch = [this.height * this.zoom + this.gap, this.width * this.zoom + this.gap];
     const at = [(clientY - box.top) * scale, (clientX - box.left) * scale];
     const tile = at.map((value, axis) => Math.floor(value / pitch[axis]));
     const [y, x] = at.map((value, axis) => Math.floor((value - tile[axis] * pitch[axis]) / this.zoom));
@@ -123,8 +113,8 @@ class Maps {
   mark(place) {
     this.marker.hidden = !place;
     if (!place) return;
-    const left = (place.channel % this.columns) * (this.width * this.zoom + GAP) + place.x * this.zoom;
-    const top = Math.floor(place.channel / this.columns) * (this.height * this.zoom + GAP) + place.y * this.zoom;
+    const left = (place.channel % this.columns) * (this.width * this.zoom + this.gap) + place.x * this.zoom;
+    const top = Math.floor(place.channel / this.columns) * (this.height * this.zoom + this.gap) + place.y * this.zoom;
     const percent = (length, whole) => `${(100 * length) / whole}%`;
     Object.assign(this.marker.style, {
       left: percent(left, this.canvas.width), top: percent(top, this.canvas.height),
@@ -152,7 +142,7 @@ class Bars {
       row.classList.toggle("best", i === best);
       track.children[0].style.transform = `scaleX(${probabilities ? probabilities[i] : 0})`;
       track.children[1].style.transform = `scaleX(${others ? others[i] : 0})`;
-      setText(percent, probabilities ? percentage(probabilities[i]) : "");
+      percent.textContent = probabilities ? percentage(probabilities[i]) : "";
     });
   }
 }
