@@ -67,9 +67,7 @@ class Config:
         dataset = DATASETS[self.data.name]
         yield from self.data.check(dataset.num_train, dataset.num_classes)
         yield from self.model.check(IMAGE_SIZE)
-        yield from self.augment.check()
-        if self.augment.pens and dataset.class_names[1:8:6] != ("1", "7"):
-            yield f"config.augment.pens = {self.augment.pens}: must be 0, because {self.data.name} holds no digits"
+        yield from self.augment.check(dataset.class_names)
         yield from self.train.check(self.num_train)
         yield from self.optimizer.check(self.train.epochs)
         yield from self.eval.check()

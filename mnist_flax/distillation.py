@@ -37,11 +37,11 @@ class LoadedTeacher(NamedTuple):
 
 
 def load_teacher(config: Config, workdir: pathlib.Path | None = None) -> LoadedTeacher | None:
-    """Loads the last weights of the teacher that a config names, if it names one, for a student in `workdir`, if any.
+    """Loads the teacher that a config names, with its last weights; None if it names none.
 
     Raises:
       ConfigError: its folder does not hold a finished run or population with the classes of the student's dataset, or
-        is the student's own.
+        lies in `workdir`, the student's own folder.
     """
     if not config.train.teacher:
         return None

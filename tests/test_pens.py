@@ -58,5 +58,5 @@ def test_a_black_image_stays_black() -> None:
 
 
 def test_pens_are_for_digits_only() -> None:
-    with pytest.raises(ConfigError, match=r"augment.pens = 0.5: must be 0, because fashion_mnist holds no digits"):
+    with pytest.raises(ConfigError, match=r"augment.pens = 0.5: must be 0 for a dataset without the classes 1, 7"):
         Config.from_dict({"data": {"name": "fashion_mnist"}, "augment": {"pens": 0.5}})

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from mnist_flax import metrics
-from mnist_flax.analysis.evaluation import UNFITTED, Predictor, ink, predict_logits
+from mnist_flax.analysis.evaluation import UNFITTED, Predictor, mean_grey, predict_logits
 from mnist_flax.data.splits import Examples
 
 LIMIT = 20.0  # temperatures are searched from 1 / LIMIT to LIMIT
@@ -39,7 +39,7 @@ def calibrate(predictor: Predictor, holdout: Examples) -> Predictor:
         return raw
     logits = predict_logits(raw, holdout.image)
     temperature = fit_temperature(logits, holdout.label)
-    below, most_ink = fit_doubt(logits / temperature), INK_MARGIN * float(ink(holdout.image).max())
+    below, most_ink = fit_doubt(logits / temperature), INK_MARGIN * float(mean_grey(holdout.image).max())
     return dataclasses.replace(raw, temperature=temperature, doubtful_below=below, most_ink=most_ink)
 
 

@@ -40,7 +40,7 @@ class Predictor:
     views: int = 1
     temperature: float = 1.0  # what the logits are divided by, after averaging
     doubtful_below: float = UNFITTED["doubtful_below"]  # an answer with a smaller probability is doubtful
-    most_ink: float = 1.0  # an image whose mean grey, of 1, is larger is doubtful whatever the answer
+    most_ink: float = 1.0  # an image with a larger `mean_grey` is doubtful, whatever the answer
     batch_size: int = 2000  # images per call, rounded up to a multiple of the number of devices
     # devices to split a batch over, capped at those available; 0 means all accelerators, or one CPU
     num_devices: int = 0
@@ -101,12 +101,12 @@ def fit_of(predictor: Predictor) -> dict[str, float]:
 
 
 def doubt(predictor: Predictor, log_probs: np.ndarray, images: np.ndarray) -> np.ndarray:
-    """Computes how likely an answer is wrong, `f64[N,C], u8[N,28,28,1] -> f64[N]`.
+    """Computes how much an answer is in doubt, from 0 to 1: `f64[N,C], u8[N,28,28,1] -> f64[N]`.
 
     That is 1 minus the probability of the answer, or 1 for an image with much more ink than any digit that was held
     out: networks can be confident about noise and filled shapes.
     """
-    return np.where(ink(images) > predictor.most_ink, 1.0, -np.expm1(log_probs.max(axis=-1)))
+    return np.where(mean_grey(images) > predictor.most_ink, 1.0, -np.expm1(log_probs.max(axis=-1)))
 
 
 def answer(predictor: Predictor, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -115,8 +115,8 @@ def answer(predictor: Predictor, images: np.ndarray) -> tuple[np.ndarray, np.nda
     return log_probs, doubt(predictor, log_probs, images) > 1 - predictor.doubtful_below
 
 
-def ink(images: np.ndarray) -> np.ndarray:
-    """Computes the mean grey of images, of 1: `u8[N,28,28,1] -> f64[N]`."""
+def mean_grey(images: np.ndarray) -> np.ndarray:
+    """Computes how much of an image is ink, from 0 (black) to 1 (white): `u8[N,28,28,1] -> f64[N]`."""
     return np.asarray(images.mean(axis=(1, 2, 3)) / 255)
 
 

@@ -4,8 +4,8 @@ To add an operation, add an entry before the config is built; the config field `
 """
 
 import functools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mnist_flax import rng
 from mnist_flax.checks import within
-from mnist_flax.data.pens import pens
+from mnist_flax.data.pens import CLASSES, pens
 
 PIECES = 2  # that clutter adds to an image, at most
 FARTHEST = 12  # pixels that it moves a piece along each axis, at most
@@ -39,6 +39,7 @@ class Augmentation:
       high: the largest strength; the smallest is 0, which turns the operation off.
       open_high: `high` itself is not allowed.
       whole: the strength is an integer.
+      classes: the class names that the operation takes some labels to have; other datasets are refused.
     """
 
     strength: str
@@ -48,6 +49,7 @@ class Augmentation:
     rewrite: Rewrite | None = None
     open_high: bool = False
     whole: bool = False
+    classes: Mapping[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if sum(operation is not None for operation in (self.move, self.change, self.rewrite)) != 1:
@@ -133,7 +135,7 @@ def clutter(pixels: float, image: Array, key: Array) -> Array:
 # Rewrites come first, then all moves together, then the changes, each in this order. Moves map output to input
 # coordinates, so the image shows them in the reverse order.
 AUGMENTATIONS: dict[str, Augmentation] = {
-    "pens": Augmentation("share of ones and sevens that get a flag or a bar", 1, rewrite=pens),
+    "pens": Augmentation("share of ones and sevens that get a flag or a bar", 1, rewrite=pens, classes=CLASSES),
     "elastic": Augmentation("sd of the displacement, in pixels", 10, move=elastic),
     "shear": Augmentation("largest slant, in degrees", 90, move=shear, open_high=True),
     "rotate": Augmentation("largest angle, in degrees", 180, move=rotate),
@@ -174,10 +176,13 @@ class AugmentConfig:
         """Returns the type of each field."""
         return {name: int if entry.whole else float for name, entry in AUGMENTATIONS.items()}
 
-    def check(self) -> Iterator[str]:
-        """Yields a message for each strength that is out of range."""
+    def check(self, class_names: Sequence[str]) -> Iterator[str]:
+        """Yields a message for each strength that is out of range, or not for a dataset with these classes."""
         for name, strength in self.strengths:
             entry = AUGMENTATIONS[name]
+            if any(class_names[label : label + 1] != (wanted,) for label, wanted in entry.classes.items()):
+                wanted = ", ".join(entry.classes.values())
+                yield f"config.augment.{name} = {strength}: must be 0 for a dataset without the classes {wanted}"
             yield from within(f"augment.{name}", strength, 0, entry.high, open_high=entry.open_high)
 
 
