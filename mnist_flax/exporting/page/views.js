@@ -2,6 +2,7 @@
 
 const LEVELS = 255; // steps of the colour scale on each side of 0
 const GAP = 1; // between two maps, in pixels of their canvas
+const ROOM = 832; // for a row of maps on a wide page
 
 // The colours of the page's current theme, read from its style sheet.
 function readTheme() {
@@ -52,14 +53,15 @@ function element(tag, attributes = {}, ...children) {
   return made;
 }
 
-// The maps of one stage, side by side on one canvas, which the browser magnifies: a value is a square of `zoom` of the
-// canvas's pixels, and each of these at most 4 pixels of the page wide. So is the gap between two maps.
+// The maps of one stage, side by side on one canvas, which the browser magnifies: a value is a square of `zoom` times
+// `zoom` of its pixels, each at most 4 pixels of the page wide, and so is the gap between two maps.
 class Maps {
   constructor(stage, { height, width, channels }, isWide) {
     Object.assign(this, { stage, height, width, channels });
-    this.columns = Math.min(channels, width > (isWide ? 24 : 16) ? 8 : 16);
+    const most = isWide ? (width === 1 ? 32 : width <= 24 ? 16 : 8) : width <= 16 ? 16 : 8; // maps in a row
+    this.columns = Math.min(channels, most);
     this.rows = Math.ceil(channels / this.columns);
-    const side = clamp(Math.floor((this.columns === 8 ? 96 : 48) / width), 1, 24); // of a value on the page
+    const side = clamp(Math.floor((ROOM / most - 4) / width), 1, 24); // of a value on the page
     this.zoom = Math.ceil(side / 4);
     this.canvas = element("canvas", { className: "maps", tabIndex: 0,
       width: this.columns * (width * this.zoom + GAP) - GAP,
@@ -98,16 +100,17 @@ class Maps {
     setText(this.range, low < 0 ? `${format(low)} to ${format(high)}` : `0 to ${format(high)}`);
   }
 
-  // The value under a point of the screen; null between the maps.
+  // The value under a point of the screen; a gap belongs to the maps before it. Null beyond the maps.
   placeAt(clientX, clientY) {
     const box = this.canvas.getBoundingClientRect();
     const scale = this.canvas.width / box.width;
     const pitch = [this.height * this.zoom + GAP, this.width * this.zoom + GAP];
     const at = [(clientY - box.top) * scale, (clientX - box.left) * scale];
     const tile = at.map((value, axis) => Math.floor(value / pitch[axis]));
-    const [y, x] = at.map((value, axis) => Math.floor((value - tile[axis] * pitch[axis]) / this.zoom));
+    const within = at.map((value, axis) => Math.floor((value - tile[axis] * pitch[axis]) / this.zoom));
+    const [y, x] = [Math.min(within[0], this.height - 1), Math.min(within[1], this.width - 1)];
     const channel = tile[0] * this.columns + tile[1];
-    const inside = x >= 0 && y >= 0 && x < this.width && y < this.height && tile[1] < this.columns && channel < this.channels;
+    const inside = x >= 0 && y >= 0 && tile[1] >= 0 && tile[1] < this.columns && channel < this.channels;
     return inside ? { y, x, channel } : null;
   }
 
