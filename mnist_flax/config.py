@@ -37,6 +37,7 @@ class Program:
     optimizer: OptimizerConfig
     loss: str
     label_smoothing: float
+    teacher_weight: float
     batch_size: int
     steps_per_epoch: int
     num_steps: int
@@ -67,6 +68,8 @@ class Config:
         yield from self.data.check(dataset.num_train, dataset.num_classes)
         yield from self.model.check(IMAGE_SIZE)
         yield from self.augment.check()
+        if self.augment.pens and dataset.class_names[1:8:6] != ("1", "7"):
+            yield f"config.augment.pens = {self.augment.pens}: must be 0, because {self.data.name} holds no digits"
         yield from self.train.check(self.num_train)
         yield from self.optimizer.check(self.train.epochs)
         yield from self.eval.check()
@@ -111,6 +114,7 @@ class Config:
             optimizer=self.optimizer,
             loss=self.train.loss,
             label_smoothing=self.train.label_smoothing,
+            teacher_weight=self.train.teacher_weight,
             batch_size=self.train.batch_size,
             steps_per_epoch=self.steps_per_epoch,
             num_steps=self.num_steps,

@@ -24,7 +24,7 @@ from mnist_flax.data import batches
 from mnist_flax.data.batches import Batch
 from mnist_flax.data.splits import Examples
 from mnist_flax.errors import ConfigError
-from mnist_flax.step import TrainState, forward, init_state, train_step, train_steps
+from mnist_flax.step import Teacher, TrainState, forward, init_state, train_step, train_steps
 
 Advance = Callable[[TrainState, int], tuple[TrainState, dict[str, np.ndarray]]]
 
@@ -34,10 +34,10 @@ jit_forward = jax.jit(forward, static_argnames="program")
 
 
 class Job(NamedTuple):
-    """M runs of one program, and what they train on.
+    """M runs of one program, what they train on, and their teacher, if they have one.
 
     Each run has its seed and the row numbers that it trains on, `i32[R]`, of the same examples, which are on the host.
-    The other two fields are those of `TrainConfig`.
+    The next two fields are those of `TrainConfig`.
     """
 
     program: Program
@@ -46,6 +46,7 @@ class Job(NamedTuple):
     examples: Examples
     num_devices: int = 0
     epochs_per_dispatch: int = 0
+    teacher: Teacher | None = None
 
 
 def job_mesh(program: Program, num_runs: int, num_devices: int) -> Mesh:
@@ -85,7 +86,7 @@ def runs_take_turns() -> bool:
 
 
 def over_runs(steps: Callable[..., Any], mesh: Mesh, num_runs: int) -> Callable[..., Any]:
-    """Maps `steps(state, order, key, examples, num_steps)` over the leading axis M of its first three arguments.
+    """Maps `steps(state, order, key, shared, num_steps)` over the leading axis M of its first three arguments.
 
     Runs that take turns (`lax.map`) give the same bits as separate runs; under `vmap` they agree up to rounding.
     """
@@ -101,9 +102,9 @@ def over_runs(steps: Callable[..., Any], mesh: Mesh, num_runs: int) -> Callable[
 
     # Runs do not communicate, so shard_map gives each device its own program; XLA does not have to discover that.
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=(own, own, own, whole, whole), out_specs=own, check_vma=False)
-    def on_device(states: TrainState, orders: Array, keys: Array, examples: Examples, num_steps: Array) -> Any:
+    def on_device(states: TrainState, orders: Array, keys: Array, shared: Any, num_steps: Array) -> Any:
         def one(run: tuple[TrainState, Array, Array]) -> Any:
-            return steps(*run, examples, num_steps)
+            return steps(*run, shared, num_steps)
 
         runs = (states, orders, keys)
         return jax.lax.map(one, runs) if runs_take_turns() else jax.vmap(one)(runs)
@@ -132,21 +133,22 @@ def scan_steps(job: Job, states: TrainState) -> Advance:
         placed: Array = sharding.place(jnp.stack(drawn), by_order)
         return placed
 
-    def steps(state: TrainState, order: Array, key: Array, examples: Examples, num_steps: Array) -> Any:
-        return train_steps(program, state, examples, order, key, num_steps)
+    def steps(state: TrainState, order: Array, key: Array, shared: Any, num_steps: Array) -> Any:
+        examples, teacher = shared
+        return train_steps(program, state, examples, order, key, num_steps, teacher)
 
-    keys, examples = sharding.place(jnp.stack(root_keys), by_run), sharding.place(job.examples, everywhere)
+    keys, shared = sharding.place(jnp.stack(root_keys), by_run), sharding.place((job.examples, job.teacher), everywhere)
     step = int(jax.device_get(states.step)[0])
     compiled = (
         jax.jit(over_runs(steps, mesh, num_runs), donate_argnums=0, out_shardings=by_run)
-        .lower(states, orders(step // order_steps), keys, examples, sharding.place(np.int32(0), everywhere))
+        .lower(states, orders(step // order_steps), keys, shared, sharding.place(np.int32(0), everywhere))
         .compile()
     )
 
     def advance(states: TrainState, num_steps: int) -> tuple[TrainState, dict[str, np.ndarray]]:
         step = int(jax.device_get(states.step)[0])
         count = sharding.place(np.int32(num_steps), everywhere)
-        states, metrics = compiled(states, orders(step // order_steps), keys, examples, count)
+        states, metrics = compiled(states, orders(step // order_steps), keys, shared, count)
         return states, {name: column[:, :num_steps] for name, column in sharding.gather(metrics).items()}
 
     return advance
@@ -158,18 +160,18 @@ def stream_steps(job: Job, states: TrainState) -> Advance:
     mesh = job_mesh(program, 1, job.num_devices)
     everywhere, by_batch = sharding.replicated(mesh), sharding.split(mesh)
     root, rows = rng.root_key(job.seeds[0]), jax.device_put(job.rows[0])
-    key = sharding.place(root, everywhere)
+    shared = sharding.place((root, job.teacher), everywhere)
     streams: dict[int, Iterator[Batch]] = {}  # keyed by the step of their next batch
 
-    def one_step(states: TrainState, batch: Batch, key: Array) -> Any:
-        state, metrics = train_step(program, jax.tree.map(lambda leaf: leaf[0], states), batch, key)
+    def one_step(states: TrainState, batch: Batch, shared: Any) -> Any:
+        state, metrics = train_step(program, jax.tree.map(lambda leaf: leaf[0], states), batch, *shared)
         return jax.tree.map(lambda leaf: leaf[None], state), metrics
 
     batch = {
         name: jax.ShapeDtypeStruct((program.batch_size, *array.shape[1:]), array.dtype, sharding=by_batch)
         for name, array in job.examples._asdict().items()
     }
-    compiled = jax.jit(one_step, donate_argnums=0, out_shardings=everywhere).lower(states, batch, key).compile()
+    compiled = jax.jit(one_step, donate_argnums=0, out_shardings=everywhere).lower(states, batch, shared).compile()
 
     def advance(states: TrainState, num_steps: int) -> tuple[TrainState, dict[str, np.ndarray]]:
         step = int(jax.device_get(states.step)[0])
@@ -177,7 +179,7 @@ def stream_steps(job: Job, states: TrainState) -> Advance:
             streams[step] = batches.stream_batches(job.examples, rows, root, step, program.batch_size, by_batch)
         feed, of_steps = streams.pop(step), []
         for _ in range(num_steps):
-            states, metrics = compiled(states, next(feed), key)
+            states, metrics = compiled(states, next(feed), shared)
             of_steps.append(metrics)
         streams[step + num_steps] = feed
         return states, jax.tree.map(lambda *values: np.stack(values)[None], *jax.device_get(of_steps))

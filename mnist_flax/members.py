@@ -15,12 +15,13 @@ import numpy as np
 
 from mnist_flax import drivers, rng, sharding
 from mnist_flax.analysis.calibration import calibrate
-from mnist_flax.analysis.evaluation import Evaluation, Predictor, evaluate, make_predictor
+from mnist_flax.analysis.evaluation import Evaluation, Predictor, evaluate, fit_of, make_predictor
 from mnist_flax.analysis.report.write import write_report
 from mnist_flax.config import Config
 from mnist_flax.data import batches
 from mnist_flax.data.registry import IMAGE_SIZE
 from mnist_flax.data.splits import Examples, Splits
+from mnist_flax.distillation import LoadedTeacher, doubts
 from mnist_flax.errors import WorkdirError
 from mnist_flax.exporting import demo
 from mnist_flax.exporting.graph import ExportError
@@ -49,6 +50,7 @@ class Member:
     state: TrainState
     log: RunLog
     is_finished: bool
+    teacher: LoadedTeacher | None = None
 
     @property
     def step(self) -> int:
@@ -57,7 +59,12 @@ class Member:
 
 
 def open_member(
-    config: Config, workdir: pathlib.Path, splits: Splits, fork: pathlib.Path | None, stack: contextlib.ExitStack
+    config: Config,
+    workdir: pathlib.Path,
+    splits: Splits,
+    fork: pathlib.Path | None,
+    teacher: LoadedTeacher | None,
+    stack: contextlib.ExitStack,
 ) -> Member:
     """Claims a run's folder and restores its newest checkpoint, or begins the run.
 
@@ -72,11 +79,11 @@ def open_member(
     for line in skipped:
         logger.warning("%s: %s", workdir, line)
     if found:
-        check_origin(found.record["origin"], fork, workdir)
+        check_origin(found.record["origin"], fork, teacher, workdir)
         state, record = found.state, found.record
     else:
         state, origin = begin(config, fork)
-        record = {"origin": origin}
+        record = {"origin": origin | {"teacher": teacher.origin if teacher else None}}
     is_finished = found is not None and is_complete(config, record["step"], workdir)
     writes = is_primary and not is_finished
     if writes:
@@ -85,7 +92,7 @@ def open_member(
     log = RunLog(config, workdir if writes else None, record, learning_rate=rate)
     rows, holdout_rows = batches.rows_of(splits.train.label, config.data)
     holdout = Examples(splits.train.image[holdout_rows], splits.train.label[holdout_rows])
-    return Member(config, workdir, rows, holdout, store, state, log, is_finished)
+    return Member(config, workdir, rows, holdout, store, state, log, is_finished, teacher)
 
 
 def is_complete(config: Config, step: int, workdir: pathlib.Path) -> bool:
@@ -131,16 +138,25 @@ def begin(config: Config, fork: pathlib.Path | None) -> tuple[TrainState, dict[s
     return state.replace(**weights, ema=ema), origin
 
 
-def check_origin(origin: Mapping[str, Any], fork: pathlib.Path | None, workdir: pathlib.Path) -> None:
+def check_origin(
+    origin: Mapping[str, Any], fork: pathlib.Path | None, teacher: LoadedTeacher | None, workdir: pathlib.Path
+) -> None:
     """Compares how a run began with how this command would begin it, and warns of other versions.
 
     Raises:
-      WorkdirError: `fork` is given, and the run began without it.
+      WorkdirError: `fork` is given, and the run began without it; or its teacher is not `teacher`, wherever that is.
     """
     if fork and not origin["fork"]:
         raise WorkdirError(
             f"--fork={fork}: {workdir} holds a run that began without it; leave it out to continue that run, or name"
             " another --workdir"
+        )
+    teachers = (origin.get("teacher"), teacher.origin if teacher else None)
+    old, new = (f"{one['workdir']} (digest {one['digest'][:12]})" if one else "none" for one in teachers)
+    if len({one and one["digest"] for one in teachers}) > 1:
+        raise WorkdirError(
+            f"{workdir}: holds a run with another teacher: {old} there, {new} now; to continue that run, set"
+            " config.train.teacher to where its teacher is, or to '' for none; or name another --workdir"
         )
     there, here = origin["versions"], versions()
     differing = [name for name in there | here if there.get(name) != here.get(name)]
@@ -167,6 +183,10 @@ def announce(members: Sequence[Member], splits: Splits) -> None:
         splits.name, splits.source, splits.fingerprint[:12], config.num_train, config.num_holdout,
         len(splits.test.label),
     )  # fmt: skip
+    if teacher := members[0].teacher:
+        logger.info("learning from %(workdir)s, networks: %(networks)d, digest: %(digest).12s", teacher.origin)
+        for doubt in doubts(teacher, config, splits):
+            logger.warning("config.train.teacher = %r: %s", config.train.teacher, doubt)
     runs = str(workdir) if len(members) == 1 else f"{len(members)} runs in {workdir.parent}"
     if step:
         logger.info("resuming %s at step %d of %d", runs, step, config.num_steps)
@@ -212,12 +232,11 @@ def finish(member: Member, splits: Splits) -> None:
         "test_accuracy": evaluation.accuracy,
         "test_loss": evaluation.loss,
         "test_examples": evaluation.examples,
-        "temperature": predictor.temperature,
-        "doubtful_below": predictor.doubtful_below,
+        **fit_of(predictor),
         "train_seconds": log.seconds,
         "images_per_second": config.num_train * config.train.epochs / log.seconds,
         "restarts": log.restarts,
-        "fork": log.origin["fork"],
+        **{name: log.origin.get(name) for name in ("fork", "teacher")},
         "num_devices": sharding.make_mesh(config.train.num_devices).size,
         "num_processes": jax.process_count(),
         "earlier_versions": log.versions[:-1],

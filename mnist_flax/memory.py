@@ -14,13 +14,13 @@ from mnist_flax import rng
 from mnist_flax.config import Config, Program
 from mnist_flax.data.registry import IMAGE_SIZE
 from mnist_flax.errors import ConfigError
-from mnist_flax.step import TrainState, eval_variables, forward, init_state
+from mnist_flax.step import Teacher, TrainState, eval_variables, forward, init_state
 
 HARMLESS_SIZE = 4096  # with no larger batch or layer, the 0.1 s that tracing takes at the start are saved
 PRODUCTS = ("conv_general_dilated", "dot_general")
 
 
-def check_memory(config: Config) -> None:
+def check_memory(config: Config, teacher: Teacher | None = None) -> None:
     """Checks that weights, a training batch and an evaluation batch can fit into memory; nothing is allocated.
 
     The estimates are lower bounds: what passes can still be too large, what is refused cannot fit.
@@ -29,7 +29,7 @@ def check_memory(config: Config) -> None:
       ConfigError: one of them cannot fit.
     """
     sizes = [config.train.batch_size, config.eval.batch_size, *jax.tree.leaves(dataclasses.astuple(config.model))]
-    if max(size for size in sizes if type(size) is int) <= HARMLESS_SIZE:
+    if teacher is None and max(size for size in sizes if type(size) is int) <= HARMLESS_SIZE:
         return
     available = available_bytes()
     state = jax.eval_shape(lambda: init_state(config.program, rng.root_key(0)))
@@ -39,6 +39,7 @@ def check_memory(config: Config) -> None:
         f"config.model: {config.model}: its weights and their optimizer state need": weights,
         # Going backwards needs what every layer made of the batch.
         f"config.train.batch_size = {config.train.batch_size}: a training step needs at least": weights
+        + sum(_num_bytes(leaf) for leaf in jax.tree.leaves(teacher))
         + config.train.batch_size * sum(outputs),
         f"config.eval.batch_size = {config.eval.batch_size}: an evaluation needs at least": config.eval.batch_size
         * max(outputs),

@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
 
     found = list(files.find_files(argv[1:]))
     outcomes = pool.read_all(found)  # starts processes, so before JAX is imported
-    from mnist_flax.analysis.evaluation import load_predictor, predict_logits
+    from mnist_flax.analysis.evaluation import answer, load_predictor
     from mnist_flax.data.registry import DATASETS
 
     predictor, info = load_predictor(workdir, values.checkpoint)
@@ -51,21 +51,19 @@ def main(argv: Sequence[str]) -> None:
         column = max(5, *map(len, class_names))
         print(f"{'file':<{width}}  {'digit':>{column}}  probability  top {reading.TOP}", flush=True)
     failed = 0
-    answers = reading.classify_all(
-        outcomes, functools.partial(predict_logits, predictor), _BATCH_SIZE, predictor.doubtful_below
-    )
-    for number, (name, answer) in enumerate(answers, 1):
-        if not isinstance(answer, list):
+    results = reading.classify_all(outcomes, functools.partial(answer, predictor), _BATCH_SIZE)
+    for number, (name, result) in enumerate(results, 1):
+        if not isinstance(result, list):
             failed += 1
             if values.json:
-                print(json.dumps({"file": name, "error": str(answer)}), flush=True)
+                print(json.dumps({"file": name, "error": str(result)}), flush=True)
             else:
-                print(f"{name}: {answer}", file=sys.stderr, flush=True)
+                print(f"{name}: {result}", file=sys.stderr, flush=True)
             continue
-        line = reading.as_json(name, answer, class_names)
-        print(line if values.json else reading.as_table(name, answer, width, class_names), flush=True)
+        line = reading.as_json(name, result, class_names)
+        print(line if values.json else reading.as_table(name, result, width, class_names), flush=True)
         if values.save_preprocessed:
-            images = [digit.image for digit in answer]
+            images = [digit.image for digit in result]
             files.save_images(images, pathlib.Path(values.save_preprocessed), number, name)
     if failed:
         raise PicturesError(f"{failed} of {len(found)} pictures could not be read")

@@ -69,6 +69,10 @@ class TrainConfig:
       epochs: passes over the training rows.
       loss: a key of `LOSSES`.
       label_smoothing: this fraction of each one-hot label is spread over all classes.
+      teacher: the folder of a finished run or population whose probabilities for the same augmented images are learned
+        (distillation); empty means none. It may move: a resumed run compares the weights in it, not its name.
+      teacher_weight: with a teacher, the loss is this share of the cross-entropy with its probabilities; the rest is
+        that of the labels.
       driver: `scan` (many steps per compiled call, with the data on the device) or `stream` (one batch per call, sent
         from the host); it changes speed and memory, never the result.
       epochs_per_dispatch: how many epochs to train per device call, so that a fast device does not wait for the host;
@@ -87,6 +91,8 @@ class TrainConfig:
     epochs: int = 5
     loss: str = "cross_entropy"
     label_smoothing: float = 0.0
+    teacher: str = cadence("")
+    teacher_weight: float = 1.0
     driver: str = cadence("scan")
     epochs_per_dispatch: int = cadence(0)
     num_devices: int = cadence(0)
@@ -103,6 +109,7 @@ class TrainConfig:
         yield from within("train.epochs", self.epochs, 1)
         yield from among("train.loss", self.loss, LOSSES)
         yield from within("train.label_smoothing", self.label_smoothing, 0, 1, open_high=True)
+        yield from within("train.teacher_weight", self.teacher_weight, 0, 1, open_low=True)
         yield from among("train.driver", self.driver, DRIVERS)
         for name in ("epochs_per_dispatch", "num_devices", "log_every_steps"):
             yield from within(f"train.{name}", getattr(self, name), 0)

@@ -41,12 +41,26 @@ class TrainState(flax.struct.PyTreeNode):
     ema: Any
 
 
+class Teacher(flax.struct.PyTreeNode):
+    """Trained networks whose mean probabilities a student learns; like the examples, an argument of its steps.
+
+    Attributes:
+      members: the variables of M networks, stacked: each leaf has a leading axis M.
+      temperature: `f32[]`, what the log of the mean probabilities is divided by.
+      program: that of the networks, static.
+    """
+
+    members: Any
+    temperature: Any
+    program: Program = flax.struct.field(pytree_node=False)
+
+
 class StepView(NamedTuple):
     """What a logged metric may look at: one step, before the weights change.
 
     Attributes:
       logits: `f32[B,C]`.
-      losses: `f32[B]`, with label smoothing.
+      losses: `f32[B]`, with label smoothing and the teacher's share.
       labels: `i32[B]`.
       is_example: `bool[B]`; the other places of the batch are padding.
       grads: the gradient of the mean loss.
@@ -115,10 +129,25 @@ def eval_variables(state: TrainState) -> Variables:
     return {"params": state.ema or state.params, "batch_stats": state.batch_stats}
 
 
-def loss_fn(program: Program, params: Any, batch_stats: Any, batch: Batch, key: Array) -> tuple[Array, Any]:
+def soft_targets(teacher: Teacher, images: Array) -> Array:
+    """Computes the teacher's probabilities, `u8[B,28,28,1] -> f32[B,C]`, as `evaluate` does with one view.
+
+    The networks take turns, so that compile time and memory do not grow with their number.
+    """
+    log_probs = jax.lax.map(
+        lambda variables: jax.nn.log_softmax(forward(teacher.program, variables, images)), teacher.members
+    )
+    return jax.nn.softmax(jax.nn.logsumexp(log_probs, axis=0) / teacher.temperature)
+
+
+def loss_fn(
+    program: Program, params: Any, batch_stats: Any, batch: Batch, key: Array, targets: Array | None = None
+) -> tuple[Array, Any]:
     """Computes the mean loss of a batch in training, `f32[]`; places labelled `NO_LABEL` have no weight.
 
-    Beside it, returns the logits, the losses `f32[B]` and the running statistics after the batch. `key` is for dropout.
+    Beside it, returns the logits, the losses `f32[B]` and the running statistics after the batch. `key` is for dropout,
+    and `targets` are the `soft_targets` of a teacher. Cross-entropy is linear in its target, so weighing the two losses
+    is the same as weighing labels and probabilities (Hinton, Vinyals and Dean, 2015).
     """
     is_example = batch["label"] != batches.NO_LABEL
     logits, updates = program.model.module(program.num_classes, train=True).apply(
@@ -129,20 +158,26 @@ def loss_fn(program: Program, params: Any, batch_stats: Any, batch: Batch, key: 
         mutable=["batch_stats"],
     )
     losses = LOSSES[program.loss](logits, batch["label"], label_smoothing=program.label_smoothing)
+    if targets is not None:
+        weight = program.teacher_weight
+        losses = (1.0 - weight) * losses + weight * optax.softmax_cross_entropy(logits, targets)
     total = jnp.sum(losses, where=is_example)
     return total / jnp.sum(is_example, dtype=jnp.int32), (logits, losses, updates.get("batch_stats", {}))
 
 
-def train_step(program: Program, state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
+def train_step(
+    program: Program, state: TrainState, batch: Batch, key: Array, teacher: Teacher | None = None
+) -> tuple[TrainState, Metrics]:
     """Makes one update: augment, forward, loss, gradient, optimiser, moving average.
 
-    `key` is the run's root key, the same at every step. The metrics are those of the batch, which holds at least one
-    example, under the weights before the update.
+    `key` is the run's root key, the same at every step. A teacher sees the same augmented images (Beyer et al., 2022).
+    The metrics are those of the batch, which holds at least one example, under the weights before the update.
     """
-    images = augment(program.augment, batch["image"], rng.stream(key, "augment", state.step))
+    images = augment(program.augment, batch["image"], batch["label"], rng.stream(key, "augment", state.step))
     augmented: Batch = {"image": images, "label": batch["label"]}
+    targets = soft_targets(teacher, images) if teacher else None
     grads, (logits, losses, batch_stats) = jax.grad(loss_fn, argnums=1, has_aux=True)(
-        program, state.params, state.batch_stats, augmented, rng.stream(key, "dropout", state.step)
+        program, state.params, state.batch_stats, augmented, rng.stream(key, "dropout", state.step), targets
     )
     updates, opt_state = _optimizer(program).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -171,7 +206,13 @@ def moving_average(decay: float, ema: Any, params: Any, step: Array) -> Any:
 
 
 def train_steps(
-    program: Program, state: TrainState, examples: Examples, order: Array, key: Array, num_steps: Array | int
+    program: Program,
+    state: TrainState,
+    examples: Examples,
+    order: Array,
+    key: Array,
+    num_steps: Array | int,
+    teacher: Teacher | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Makes `num_steps` updates in one loop on the device.
 
@@ -182,7 +223,7 @@ def train_steps(
     length = order.shape[0]
 
     def step(state: TrainState) -> tuple[TrainState, Metrics]:
-        return train_step(program, state, batches.take(examples, order[state.step % length]), key)
+        return train_step(program, state, batches.take(examples, order[state.step % length]), key, teacher)
 
     def body(i: Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
         state, history = carry

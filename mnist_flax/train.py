@@ -19,6 +19,7 @@ from mnist_flax.analysis import statistics
 from mnist_flax.config import Config, replace
 from mnist_flax.data.load import adapt_to_dataset, load_splits
 from mnist_flax.data.splits import Examples, Splits
+from mnist_flax.distillation import LoadedTeacher, load_teacher
 from mnist_flax.errors import NonFiniteLossError, WorkdirError
 from mnist_flax.members import Member, announce, evaluate_holdout, finish, open_member
 from mnist_flax.memory import check_memory
@@ -44,8 +45,6 @@ def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = No
       fork: the folder of another run, whose latest weights a new run starts from, at step 0 and with a fresh optimiser.
         A resumed run does not read it again.
 
-    Several processes call this with the same arguments after `processes.join`; only the primary writes.
-
     Raises:
       UserError: the data, the workdir or the config does not allow it; or the loss is no longer finite.
       Interrupted: a signal asked to stop; the state is saved.
@@ -59,10 +58,11 @@ def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = No
             f"--workdir={workdir}: holds a population; name another folder, or continue it with"
             " python -m mnist_flax.population"
         )
-    check_memory(config)  # before anything is read or written
+    teacher = load_teacher(config, workdir)
+    check_memory(config, teacher and teacher.networks)  # before data are read and anything is written
     drivers.job_mesh(config.program, 1, config.train.num_devices)
     splits = load_splits(config)
-    (member,) = fit_all({workdir: adapt_to_dataset(config, splits)}, splits, fork=fork)
+    (member,) = fit_all({workdir: adapt_to_dataset(config, splits)}, splits, fork=fork, teacher=teacher)
     return member.state
 
 
@@ -75,7 +75,8 @@ def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, fol
     workdirs.check(workdir)
     if (workdir / workdirs.CHECKPOINTS).exists():
         raise WorkdirError(f"--workdir={workdir}: holds a run, not a population; name another folder")
-    check_memory(config)
+    teacher = load_teacher(config, workdir)
+    check_memory(config, teacher and teacher.networks)
     splits = load_splits(config)
     configs = member_configs(adapt_to_dataset(config, splits), seeds=seeds, folds=folds)
     if folds and config.data.holdout:
@@ -83,7 +84,7 @@ def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, fol
     with workdirs.claim(workdir):
         folder = workdir / workdirs.MEMBERS
         folders = [workdirs.inside(workdir, workdirs.MEMBERS, name) for name in configs]
-        members = fit_all(dict(zip(folders, configs.values(), strict=True)), splits)
+        members = fit_all(dict(zip(folders, configs.values(), strict=True)), splits, teacher=teacher)
         result = statistics.load_population_result(workdir) if all(member.is_finished for member in members) else None
         if result and [member["name"] for member in result["members"]] == list(configs):
             logger.info("%s is finished; a larger --seeds, or more epochs, trains further", workdir)
@@ -114,7 +115,11 @@ def member_configs(config: Config, *, seeds: int = 0, folds: int = 0) -> dict[st
 
 
 def fit_all(
-    configs: Mapping[pathlib.Path, Config], splits: Splits, *, fork: pathlib.Path | None = None
+    configs: Mapping[pathlib.Path, Config],
+    splits: Splits,
+    *,
+    fork: pathlib.Path | None = None,
+    teacher: LoadedTeacher | None = None,
 ) -> list[Member]:
     """Trains every run, given by folder and config, to its end; those of equal programs train together.
 
@@ -122,7 +127,7 @@ def fit_all(
       UserError, Interrupted: as for `fit`.
     """
     with stop_request(processes.stop_signals()) as request, contextlib.ExitStack() as stack, processes.bound_together():
-        members = [open_member(config, workdir, splits, fork, stack) for workdir, config in configs.items()]
+        members = [open_member(config, workdir, splits, fork, teacher, stack) for workdir, config in configs.items()]
         unfinished = [member for member in members if not member.is_finished]
         if unfinished and processes.is_primary():
             announce(unfinished, splits)
@@ -207,7 +212,8 @@ def compile_steps(members: Sequence[Member], examples: Examples) -> tuple[TrainS
     """Stacks the states of the runs, and compiles the driver that advances them."""
     program, train = members[0].config.program, members[0].config.train
     seeds, rows = [member.config.seed for member in members], [member.rows for member in members]
-    job = drivers.Job(program, seeds, rows, examples, train.num_devices, train.epochs_per_dispatch)
+    teacher = members[0].teacher and members[0].teacher.networks
+    job = drivers.Job(program, seeds, rows, examples, train.num_devices, train.epochs_per_dispatch, teacher)
     states = drivers.stack([member.state for member in members], job)
     return states, drivers.driver(train.driver, job, states)
 

@@ -56,7 +56,7 @@ def bench(config: Config, *, batch_sizes: Sequence[int], repeats: int, latencies
     from PIL import Image
 
     from mnist_flax import rng
-    from mnist_flax.analysis.evaluation import evaluate, make_predictor, predict_logits
+    from mnist_flax.analysis.evaluation import answer, evaluate, make_predictor, predict_logits
     from mnist_flax.data.splits import Examples
     from mnist_flax.drivers import jit_init_state
     from mnist_flax.pictures.reading import classify
@@ -82,9 +82,8 @@ def bench(config: Config, *, batch_sizes: Sequence[int], repeats: int, latencies
     evaluating = seconds_of(lambda: evaluate(predictor, examples), repeats)
     print("single images ...", file=sys.stderr)
     one_image = seconds_of(logits(1, 1), latencies)
-    one_by_one = functools.partial(predict_logits, dataclasses.replace(predictor, batch_size=1))
-    below = predictor.doubtful_below
-    reading = seconds_of(lambda: classify(read_digits(picture.getvalue()), one_by_one, below), latencies)
+    one_by_one = functools.partial(answer, dataclasses.replace(predictor, batch_size=1))
+    reading = seconds_of(lambda: classify(read_digits(picture.getvalue()), one_by_one), latencies)
     speeds = {}
     for batch_size in batch_sizes:
         print(f"batches of {batch_size} ...", file=sys.stderr)

@@ -71,13 +71,16 @@ def timed_steps(config: Config, num_steps: int) -> Callable[[], float]:
 
     from mnist_flax import rng
     from mnist_flax.data.splits import Examples
+    from mnist_flax.distillation import load_teacher
     from mnist_flax.drivers import Job, driver, jit_init_state, stack
 
     generator = np.random.default_rng(0)
     count = config.num_train
     images = generator.integers(0, 256, (count, IMAGE_SIZE, IMAGE_SIZE, 1), dtype=np.uint8)
     examples = Examples(images, generator.integers(0, config.num_classes, count).astype(np.int32))
-    job = Job(config.program, [config.seed], [np.arange(count, dtype=np.int32)], examples)
+    teacher = load_teacher(config)
+    rows = np.arange(count, dtype=np.int32)
+    job = Job(config.program, [config.seed], [rows], examples, teacher=teacher and teacher.networks)
     states = stack([jit_init_state(config.program, rng.root_key(config.seed))], job)
     advance = driver(config.train.driver, job, states)
 

@@ -25,6 +25,7 @@ from mnist_flax.config import Config, replace
 from mnist_flax.data import batches
 from mnist_flax.data.load import load_splits
 from mnist_flax.data.splits import Splits
+from mnist_flax.distillation import load_teacher
 from mnist_flax.run import compilation
 from mnist_flax.step import eval_variables
 
@@ -60,7 +61,8 @@ def scores(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 def run(config: Config, splits: Splits) -> dict[str, Any]:
     """Trains one variant, and scores its last step on the held-out rows."""
     rows, held = batches.rows_of(splits.train.label, config.data)
-    job = drivers.Job(config.program, [config.seed], [rows], splits.train)
+    teacher = load_teacher(config)
+    job = drivers.Job(config.program, [config.seed], [rows], splits.train, teacher=teacher and teacher.networks)
     states = drivers.stack([drivers.jit_init_state(config.program, rng.root_key(config.seed))], job)
     advance = drivers.driver("scan", job, states)
     started, cpu = time.perf_counter(), time.process_time()

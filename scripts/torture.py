@@ -147,9 +147,9 @@ def damage(path: pathlib.Path, kind: str, chance: random.Random) -> None:
 def where(workdir: pathlib.Path, mode: str) -> Iterator[str]:
     """Yields what a process was doing when it died, judging by the files in its folder."""
     if mode == "end":
-        pieces = (workdirs.WEIGHTS, workdirs.SUMMARY, f"{REPORT}/index.html")
+        pieces = (workdirs.WEIGHTS, f"{REPORT}/index.html", workdirs.SUMMARY)  # in the order of writing
         missing = next((name for name in pieces if not (workdir / name).exists()), None)
-        yield f"before {missing}" if missing else "after the report"
+        yield f"before {missing}" if missing else "after the summary"
         return
     if not workdir.exists():
         yield "before the folder was made"
@@ -174,7 +174,8 @@ def hit(
     while tally["hits"] < wanted:
         process = Process(workdir, driver)
         try:
-            process.process.wait(timeout=chance.uniform(0.3 * seconds if mode == "end" else 0, seconds))
+            # At the end, the first seconds only start Python and read the checkpoint.
+            process.process.wait(timeout=chance.uniform(0.4 * seconds if mode == "end" else 0, seconds))
         except subprocess.TimeoutExpired:
             process.process.send_signal(signum)
         status, said = process.finish()

@@ -13,7 +13,8 @@ pytestmark = pytest.mark.smoke
 LAYERS = [
     ["errors"],
     ["checks", "rng", "metrics", "sharding", "ops", "run.console", "run.signals"],
-    ["models", "optimizer", "losses", "data.registry", "data.augment", "data.framing"],
+    ["models", "optimizer", "losses", "data.registry", "data.pens", "data.framing"],
+    ["data.augment"],
     ["sections"],
     ["config"],
     ["preset", "data", "run.workdir", "run.compilation", "run.provenance", "run.processes", "run.storage", "pictures"],
@@ -21,7 +22,7 @@ LAYERS = [
     ["drivers", "memory"],
     ["run"],
     ["analysis"],
-    ["exporting"],
+    ["exporting", "distillation"],
     ["members"],
     ["train"],
     ["main", "evaluate", "report", "predict", "population", "export", "demo", "robustness", "__main__"],

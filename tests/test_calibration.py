@@ -12,7 +12,7 @@ from scipy.optimize import minimize
 
 from mnist_flax.analysis import calibration
 from mnist_flax.analysis.calibration import calibrate, calibration_scores, fit_temperature
-from mnist_flax.analysis.evaluation import DOUBTFUL_BELOW, evaluate, load_predictor, predict_logits
+from mnist_flax.analysis.evaluation import UNFITTED, answer, evaluate, load_predictor, predict_logits
 from mnist_flax.analysis.run_data import load_data, select_examples
 from mnist_flax.analysis.scores import evaluate_workdir, evaluation_table
 from mnist_flax.data.splits import Examples
@@ -94,7 +94,7 @@ def test_one_percent_of_the_hold_out_rows_are_doubted() -> None:
     logits, _ = draws(1.0, 1000)
     below = calibration.fit_doubt(logits)
     assert np.sum(np.exp(log_probabilities(logits)).max(axis=-1) < below) == 10
-    assert calibration.fit_doubt(logits[:99]) == DOUBTFUL_BELOW
+    assert calibration.fit_doubt(logits[:99]) == UNFITTED["doubtful_below"]
 
 
 def test_doubt_is_stored_with_the_run_and_loaded(tmp_path: pathlib.Path) -> None:
@@ -104,6 +104,16 @@ def test_doubt_is_stored_with_the_run_and_loaded(tmp_path: pathlib.Path) -> None
     config, splits = load_data(info.config, info.fingerprint, {})
     fitted = calibrate(predictor, select_examples(config, splits, "holdout"))
     assert predictor.doubtful_below == summary["doubtful_below"] == pytest.approx(fitted.doubtful_below)
-    del summary["doubtful_below"]  # as of a run from before it was stored
+    assert predictor.most_ink == summary["most_ink"] == fitted.most_ink < 0.5
+    del summary["doubtful_below"], summary["most_ink"]  # as of a run from before they were stored
     (workdir / "summary.json").write_text(json.dumps(summary))
-    assert load_predictor(workdir)[0].doubtful_below == DOUBTFUL_BELOW
+    old, _ = load_predictor(workdir)
+    assert (old.doubtful_below, old.most_ink) == (UNFITTED["doubtful_below"], 1.0)
+
+
+def test_more_ink_than_any_digit_is_doubtful_whatever_the_answer() -> None:
+    predictor, _ = load_predictor(tiny_run.workdir())
+    digits = np.stack([np.full((28, 28, 1), grey, np.uint8) for grey in (0, 80, 255)])
+    sure = dataclasses.replace(predictor, doubtful_below=0.01, most_ink=80 / 255)
+    assert answer(sure, digits)[1].tolist() == [False, False, True]
+    assert not answer(dataclasses.replace(sure, most_ink=1.0), digits)[1].any()

@@ -114,6 +114,10 @@ def test_another_version_is_refused_and_nothing_moved(
         ({"restarts": None}, "record.restarts = None: must be int"),
         ({"origin": {"versions": {}}}, "record.origin.fork is missing"),
         ({"origin": {"fork": None, "versions": {"jax": 1}}}, "record.origin.versions.jax = 1: must be str"),
+        (
+            {"origin": {"fork": None, "versions": {}, "teacher": {"workdir": "a", "networks": "b", "digest": "c"}}},
+            "record.origin.teacher.networks = 'b': must be int",
+        ),
         ({"versions": {}}, "record.versions = {}: must be an array"),
         ({"log": [3]}, "record.log[0] = 3: must be an object"),
         ({"log": [record(6)["log"][0] | {"step": 2**70}]}, "record.log[0].step = 1180591620717411303424: is too large"),

@@ -37,6 +37,8 @@ def test_a_changed_field_survives_json() -> None:
         ({"train__epochs": True}, r"config.train.epochs = True: must be of type int, not bool"),
         ({"train__epochs": 0}, r"config.train.epochs = 0: must be at least 1"),
         ({"train__tensorboard": 1}, r"config.train.tensorboard = 1: must be of type bool"),
+        ({"train__teacher_weight": 0}, r"config.train.teacher_weight = 0.0: must be above 0 and at most 1"),
+        ({"train__teacher_weight": 1.1}, r"config.train.teacher_weight = 1.1: must be above 0 and at most 1"),
         ({"optimizer__learning_rate": float("nan")}, r"config.optimizer.learning_rate = nan: must be finite"),
         ({"optimizer__learning_rate": -0.1}, r"config.optimizer.learning_rate = -0.1: must be above 0"),
         ({"optimizer__name": "adma"}, r"config.optimizer.name = 'adma': did you mean 'adam'"),
@@ -89,6 +91,7 @@ def test_configs_compare_every_field_and_share_their_program() -> None:
         {"seed": 1},
         {"data__fold": 2},
         {"train__driver": "stream"},
+        {"train__teacher": "runs/teacher"},
         {"data__raw_dir": "x"},
         {"checkpoint__every_steps": 5},
     ):

@@ -3,12 +3,15 @@
 import pathlib
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 
 from mnist_flax.config import Config, replace
 from mnist_flax.data.registry import DATASETS
 from mnist_flax.errors import ConfigError
 from mnist_flax.memory import check_memory
+from mnist_flax.step import Teacher
 from mnist_flax.train import fit
 
 pytestmark = pytest.mark.smoke
@@ -38,6 +41,12 @@ def test_sizes_that_cannot_fit_are_refused(fields: dict[str, Any], message: str,
 def test_steps_that_cannot_be_counted_are_refused(epochs: int) -> None:
     with pytest.raises(ConfigError, match=r"config.train.epochs = .*: steps are counted in 32 bits"):
         replace(Config(), optimizer__schedule="one_cycle", train__epochs=epochs)
+
+
+def test_a_teacher_counts() -> None:
+    weights = jax.ShapeDtypeStruct((2**40,), np.float32)
+    with pytest.raises(ConfigError, match=r"config.train.batch_size = 64: a training step needs at least 4,096.\d GiB"):
+        check_memory(Config(), Teacher({"params": weights}, np.float32(1), Config().program))
 
 
 def test_ordinary_sizes_pass() -> None:

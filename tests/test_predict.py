@@ -17,6 +17,7 @@ from mnist_flax import config as config_lib
 from mnist_flax import train
 from mnist_flax.config import Config
 from mnist_flax.data.embedded import embedded_digits
+from mnist_flax.metrics import log_probabilities
 from mnist_flax.pictures import files, pool, segment
 from mnist_flax.pictures import reading as readings_lib
 from mnist_flax.pictures.decode import PictureError
@@ -207,17 +208,17 @@ def digit(value: int, suspect: bool = False) -> segment.Digit:
     return segment.Digit(np.full((28, 28), value, np.uint8), (0, 0, 9, 9), suspect)
 
 
-def logits(images: np.ndarray) -> np.ndarray:
-    """The class is the brightness; from 10 on, all classes are equally probable."""
-    return 20.0 * (np.arange(10) == images[:, :1, 0, 0]).astype(np.float32)
+def answer(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The class is the brightness; from 10 on, all classes are equally probable, which is doubtful."""
+    logits = 20.0 * (np.arange(10) == images[:, :1, 0, 0]).astype(np.float32)
+    return log_probabilities(logits), images[:, 0, 0, 0] >= 10
 
 
 def test_doubt_follows_the_probability_and_the_shape() -> None:
-    found = readings_lib.classify([digit(3), digit(30), digit(4, suspect=True)], logits, 0.5)
+    found = readings_lib.classify([digit(3), digit(30), digit(4, suspect=True)], answer)
     assert [r.doubtful for r in found] == [False, True, True]
     assert [r.digit for r in found] == [3, 0, 4]
     assert found[1].probability == pytest.approx(0.1)
-    assert not readings_lib.classify([digit(30)], logits, 0.09)[0].doubtful
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 100])
@@ -229,7 +230,7 @@ def test_batches_go_across_pictures_and_keep_their_order(batch_size: int) -> Non
         ("c", [digit(3)]),
         ("d", [digit(4), digit(5), digit(6)]),
     ]
-    found = dict(readings_lib.classify_all(pictures, logits, batch_size, 0.5))
+    found = dict(readings_lib.classify_all(pictures, answer, batch_size))
     assert list(found) == ["a", "b", "c", "d"]
     assert found.pop("b") is wrong
     assert {name: [r.digit for r in answer] for name, answer in found.items() if isinstance(answer, list)} == {

@@ -110,18 +110,26 @@ def test_strangers_are_no_digits_and_the_same_every_time(test: Examples, monkeyp
     assert len(first["letters"]) == len(novelty.LETTERS) * len(novelty.FONTS) * 5
 
 
+def test_clothes_are_looked_for_whatever_the_run_was_trained_with(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MNIST_FLAX_RAW_DIR", raising=False)
+    config = replace(small_population.CONFIG, augment__pens=0.3, data__data_dir=str(tmp_path))
+    assert novelty._fashion(config) is None
+
+
 def test_doubt_of_a_committee_and_its_threshold(test: Examples, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(novelty, "_fashion", lambda config: None)
     predictor, info = load_predictor(small_population.seeds())
     facts = novelty.novelty_facts(predictor, test, test, info.config)
-    assert set(facts["scores"]) == {"max_probability", "energy", "disagreement"}
+    assert set(facts["scores"]) == {"doubt", "max_probability", "energy", "disagreement"}
     for of in facts["scores"].values():
         assert of["false_alarms"] == pytest.approx(0.01, abs=0.006)
     assert facts["scores"][facts["best"]]["mean_auroc"] == max(of["mean_auroc"] for of in facts["scores"].values())
     alone = novelty.novelty_facts(
         load_predictor(small_population.seeds() / "members" / "seed-3")[0], test, None, info.config
     )
-    assert set(alone["scores"]) == {"max_probability", "energy"}
+    assert set(alone["scores"]) == {"doubt", "max_probability", "energy"}
     assert alone["scores"]["energy"]["threshold"] is None
 
 

@@ -100,8 +100,8 @@ def test_distortions_and_dropout_masks_do_not_depend_on_the_number_of_devices(ex
     dropout = Dropout(0.3, train=True)
 
     def random(images: jax.Array, key: jax.Array) -> Any:
-        ones = jnp.ones((len(images), 7, 5))
-        return augment(config, images, key), dropout.apply({}, ones, rngs={"dropout": key})
+        ones, labels = jnp.ones((len(images), 7, 5)), jnp.zeros(len(images), jnp.int32)
+        return augment(config, images, labels, key), dropout.apply({}, ones, rngs={"dropout": key})
 
     def on(count: int) -> Any:
         split = sharding.split(sharding.make_mesh(count))

@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 
 from mnist_flax import metrics
-from mnist_flax.analysis.evaluation import DOUBTFUL_BELOW, Predictor, predict_logits
+from mnist_flax.analysis.evaluation import UNFITTED, Predictor, ink, predict_logits
 from mnist_flax.data.splits import Examples
 
 LIMIT = 20.0  # temperatures are searched from 1 / LIMIT to LIMIT
 FALSE_ALARMS = 0.01  # the share of the hold-out digits that are called doubtful
+INK_MARGIN = 1.2  # an image is doubtful if it has this many times the ink of the fullest hold-out digit
 NUM_BINS = 15  # bins of the reliability diagram (as in Guo et al., 2017)
 
 
@@ -33,12 +34,13 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
 def calibrate(predictor: Predictor, holdout: Examples) -> Predictor:
     """Returns the predictor, or committee, with temperature and doubt fitted on held-out rows; the defaults without."""
-    raw = dataclasses.replace(predictor, temperature=1.0, doubtful_below=DOUBTFUL_BELOW)
+    raw: Predictor = dataclasses.replace(predictor, **UNFITTED)  # type: ignore[arg-type]  # they are floats
     if not len(holdout.label):
         return raw
     logits = predict_logits(raw, holdout.image)
     temperature = fit_temperature(logits, holdout.label)
-    return dataclasses.replace(raw, temperature=temperature, doubtful_below=fit_doubt(logits / temperature))
+    below, most_ink = fit_doubt(logits / temperature), INK_MARGIN * float(ink(holdout.image).max())
+    return dataclasses.replace(raw, temperature=temperature, doubtful_below=below, most_ink=most_ink)
 
 
 def fit_doubt(logits: np.ndarray) -> float:
@@ -51,7 +53,7 @@ def fit_doubt(logits: np.ndarray) -> float:
       The probability; the default if there are too few examples for a single false alarm.
     """
     if len(logits) * FALSE_ALARMS < 1:
-        return DOUBTFUL_BELOW
+        return UNFITTED["doubtful_below"]
     return float(np.quantile(np.exp(metrics.log_probabilities(logits).max(axis=-1)), FALSE_ALARMS))
 
 

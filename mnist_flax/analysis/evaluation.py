@@ -25,7 +25,8 @@ Facts = dict[str, Any]  # ready for JSON
 POPULATION = "population.json"
 KINDS = ("seeds", "folds")  # of populations
 VIEW_SHIFTS = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))  # by how many pixels each view is shifted down and right
-DOUBTFUL_BELOW = 0.95  # where there are no hold-out rows to choose it by
+# The fields of a predictor that are fitted on hold-out rows, and their values without.
+UNFITTED = {"temperature": 1.0, "doubtful_below": 0.95, "most_ink": 1.0}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,7 +39,8 @@ class Predictor:
     # 1, or 5 to average the probabilities of an image and its shifts by one pixel up, down, left and right
     views: int = 1
     temperature: float = 1.0  # what the logits are divided by, after averaging
-    doubtful_below: float = DOUBTFUL_BELOW  # an answer with a smaller probability is doubtful
+    doubtful_below: float = UNFITTED["doubtful_below"]  # an answer with a smaller probability is doubtful
+    most_ink: float = 1.0  # an image whose mean grey, of 1, is larger is doubtful whatever the answer
     batch_size: int = 2000  # images per call, rounded up to a multiple of the number of devices
     # devices to split a batch over, capped at those available; 0 means all accelerators, or one CPU
     num_devices: int = 0
@@ -93,6 +95,31 @@ def predict_logits(predictor: Predictor, images: np.ndarray) -> np.ndarray:
     return combine_members(member_logits(predictor, images), predictor.temperature)
 
 
+def fit_of(predictor: Predictor) -> dict[str, float]:
+    """Returns what was fitted, by name, to be stored with the run."""
+    return {name: getattr(predictor, name) for name in UNFITTED}
+
+
+def doubt(predictor: Predictor, log_probs: np.ndarray, images: np.ndarray) -> np.ndarray:
+    """Computes how likely an answer is wrong, `f64[N,C], u8[N,28,28,1] -> f64[N]`.
+
+    That is 1 minus the probability of the answer, or 1 for an image with much more ink than any digit that was held
+    out: networks can be confident about noise and filled shapes.
+    """
+    return np.where(ink(images) > predictor.most_ink, 1.0, -np.expm1(log_probs.max(axis=-1)))
+
+
+def answer(predictor: Predictor, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Computes the log probabilities, and which answers are doubtful: `u8[N,28,28,1] -> f64[N,C], bool[N]`."""
+    log_probs = metrics.log_probabilities(predict_logits(predictor, images))
+    return log_probs, doubt(predictor, log_probs, images) > 1 - predictor.doubtful_below
+
+
+def ink(images: np.ndarray) -> np.ndarray:
+    """Computes the mean grey of images, of 1: `u8[N,28,28,1] -> f64[N]`."""
+    return np.asarray(images.mean(axis=(1, 2, 3)) / 255)
+
+
 def combine_members(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     """Computes the log of the members' mean probabilities, divided by the temperature: `f32[M,N,C] -> f32[N,C]`."""
     together = logits[0] if len(logits) == 1 else metrics.log_mean_probabilities(logits).astype(np.float32)
@@ -140,13 +167,14 @@ class RunInfo(NamedTuple):
     fingerprint: str  # that of the training data
     steps: tuple[int, ...]  # finished updates of each member
     runs: tuple[Run, ...]  # the run, or all members
+    is_final: bool  # whether the results in the folder are of these weights
 
 
 def load_predictor(workdir: pathlib.Path, checkpoint: str = "latest") -> tuple[Predictor, RunInfo]:
     """Loads a checkpoint (`latest`, `best` on hold-out rows, or a step) of a run, or of all members of a population.
 
-    The temperature, and the probability below which an answer is doubtful, are those fitted at the end of training if
-    this is the last checkpoint, else the defaults.
+    The temperature, and what makes an answer doubtful, are those fitted at the end of training if this is the last
+    checkpoint, else the defaults.
 
     Raises:
       WorkdirError: there is no such checkpoint, it is damaged, or the members differ in config or data.
@@ -161,11 +189,11 @@ def load_predictor(workdir: pathlib.Path, checkpoint: str = "latest") -> tuple[P
         if run.record["fingerprint"] != fingerprint or run.config.program != config.program:
             raise WorkdirError(f"{folder}: was trained with another config or on other data than {folders[0]}")
     steps = tuple(int(run.state.step) for run in runs)
-    is_last = set(steps) == {result.get("steps", config.num_steps)}
+    is_final = set(steps) == {result.get("steps")}
     variables = [eval_variables(run.state) for run in runs]
-    predictor = make_predictor(config, *variables, **(stored_fit(result) if is_last else {}))
+    predictor = make_predictor(config, *variables, **(stored_fit(result) if is_final else {}))
     kind = str(result["kind"]) if is_population else "run"
-    return predictor, RunInfo(kind, config, fingerprint, steps, runs)
+    return predictor, RunInfo(kind, config, fingerprint, steps, runs, is_final)
 
 
 def _member_folders(workdir: pathlib.Path, result: dict[str, Any]) -> list[pathlib.Path]:
@@ -188,7 +216,7 @@ def _member_folders(workdir: pathlib.Path, result: dict[str, Any]) -> list[pathl
 
 def stored_fit(result: Any) -> dict[str, float]:
     """Returns what was fitted, from a summary or `population.json`: the defaults for what is missing or invalid."""
-    fitted = {"temperature": 1.0, "doubtful_below": DOUBTFUL_BELOW}
+    fitted = dict(UNFITTED)
     for name in fitted:
         value = result.get(name) if isinstance(result, dict) else None
         if isinstance(value, int | float) and 0 < value < math.inf:

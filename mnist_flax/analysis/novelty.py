@@ -10,12 +10,13 @@ import numpy as np
 from mnist_flax import metrics
 from mnist_flax.analysis.calibration import FALSE_ALARMS
 from mnist_flax.analysis.corruptions import hashed_uniform
-from mnist_flax.analysis.evaluation import Facts, Predictor, combine_members, member_logits
-from mnist_flax.config import Config, replace
+from mnist_flax.analysis.evaluation import Facts, Predictor, combine_members, doubt, member_logits
+from mnist_flax.config import Config
 from mnist_flax.data.framing import frame
 from mnist_flax.data.load import load_splits
 from mnist_flax.data.splits import Examples
 from mnist_flax.errors import DataError
+from mnist_flax.sections import DataConfig
 
 COUNT = 2_000  # pictures of each kind, at most
 TURNABLE = (2, 3, 4, 5, 7)  # digits that are not digits when turned by a quarter
@@ -27,15 +28,17 @@ def doubt_scores(predictor: Predictor, images: np.ndarray) -> dict[str, np.ndarr
     """Computes measures of doubt, `u8[N,28,28,1] -> f64[N]` each; the larger, the less the picture is a digit.
 
     Returns:
-      `max_probability`: 1 minus the probability of the answer. `energy`: minus the log of the summed exponentials of
-      the logits (Liu et al., 2020) of the image itself, without views, averaged over the members. Of a committee also
-      `disagreement`: how much the answer tells about the member, in nats (Smith and Gal, 2018).
+      `doubt`: what `predict` uses, from the probability and the ink (`evaluation.doubt`). `max_probability`: 1 minus
+      the probability of the answer. `energy`: minus the log of the summed exponentials of the logits (Liu et al., 2020)
+      of the image itself, without views, averaged over the members. Of a committee also `disagreement`: how much the
+      answer tells about the member, in nats (Smith and Gal, 2018).
     """
     logits = member_logits(predictor, images)
     # The mean over views is a log probability, whose energy is 0.
     one_view = logits if predictor.views == 1 else member_logits(dataclasses.replace(predictor, views=1), images)
     log_probs = metrics.log_probabilities(combine_members(logits, predictor.temperature))
     scores = {
+        "doubt": doubt(predictor, log_probs, images),
         "max_probability": -np.expm1(log_probs.max(axis=-1)),
         "energy": -np.mean(np.logaddexp.reduce(one_view.astype(np.float64), axis=-1), axis=0),
     }
@@ -82,11 +85,13 @@ def _fashion(config: Config) -> np.ndarray | None:
     """Returns clothes, or None if they are not on this machine."""
     if config.data.name == "fashion_mnist":
         return None
-    rows = dict.fromkeys(("data__num_train", "data__holdout", "data__folds", "data__fold"), 0)
     for source in ("tfds", "raw"):
         try:
-            used = replace(config, data__name="fashion_mnist", data__source=source, data__on_missing="error", **rows)
-            return np.asarray(load_splits(used).test.image)[:COUNT]
+            data = DataConfig(
+                name="fashion_mnist", source=source, data_dir=config.data.data_dir, raw_dir=config.data.raw_dir,
+                on_missing="error",
+            )  # fmt: skip
+            return np.asarray(load_splits(Config(data=data)).test.image)[:COUNT]
         except DataError:
             continue
     return None

@@ -15,6 +15,7 @@ from mnist_flax.analysis.evaluation import (
     POPULATION,
     Facts,
     combine_members,
+    fit_of,
     make_predictor,
     member_logits,
     predict_logits,
@@ -173,8 +174,7 @@ def population_result(
         "members": rows,
         **spreads(rows),
         "committee": score(combine_members(logits, fitted.temperature), label),
-        "temperature": fitted.temperature,
-        "doubtful_below": fitted.doubtful_below,
+        **fit_of(fitted),
         "agreement": agreement(logits, label),
     }
     arrays = {"test_probs": np.exp(metrics.log_probabilities(logits)).astype(np.float32), "test_label": label}

@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 
 from mnist_flax import rng
 from mnist_flax.checks import within
+from mnist_flax.data.pens import pens
 
-PIECES = 2  # that clutter adds to an image
+PIECES = 2  # that clutter adds to an image, at most
 FARTHEST = 12  # pixels that it moves a piece along each axis, at most
 
 Move = Callable[[float, Array, Array, Array], tuple[Array, Array]]  # strength, y, x, key
 Change = Callable[[float, Array, Array], Array]  # strength, image, key
+Rewrite = Callable[[float, Array, Array, Array], Array]  # strength, image, label, key
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class Augmentation:
 
     A geometric operation has `move(strength, y, x, key) -> (y, x)`: it maps output pixel coordinates `f32[H,W]`,
     relative to the centre of the image, to the coordinates to sample from. All moves share one resampling.
-    Any other operation has `change(strength, image, key) -> image`, on `u8[H,W,1]`.
+    Any other operation has `change(strength, image, key) -> image`, on `u8[H,W,1]`, or, if it depends on the class,
+    `rewrite(strength, image, label, key) -> image`.
 
     Attributes:
       strength: what the strength in the config means, with its unit.
@@ -42,12 +45,13 @@ class Augmentation:
     high: float
     move: Move | None = None
     change: Change | None = None
+    rewrite: Rewrite | None = None
     open_high: bool = False
     whole: bool = False
 
     def __post_init__(self) -> None:
-        if (self.move is None) == (self.change is None):
-            raise ValueError("an Augmentation has either move or change")
+        if sum(operation is not None for operation in (self.move, self.change, self.rewrite)) != 1:
+            raise ValueError("an Augmentation has one of move, change and rewrite")
 
 
 def shift(pixels: float, y: Array, x: Array, key: Array) -> tuple[Array, Array]:
@@ -108,8 +112,8 @@ def erase(pixels: float, image: Array, key: Array) -> Array:
 def clutter(pixels: float, image: Array, key: Array) -> Array:
     """Adds pieces of the digit's own strokes, mirrored or turned, at random places, as around a digit in a form.
 
-    Each piece is a square around a random pixel; where it overlaps the digit, the lighter pixel is kept. Mnih et al.
-    (2014) trained on MNIST cluttered with pieces of other digits.
+    Each piece is a square around a random pixel, added with probability 1/2; where it overlaps the digit, the lighter
+    pixel is kept. Mnih et al. (2014) trained on MNIST cluttered with pieces of other digits.
     """
     size = jnp.array(image.shape[:2])
     result = image
@@ -118,16 +122,18 @@ def clutter(pixels: float, image: Array, key: Array) -> Array:
         middle = jax.random.randint(at, (2,), 0, size)
         rows, columns = (jnp.abs(jnp.arange(n) - middle[axis]) <= pixels / 2 for axis, n in enumerate(image.shape[:2]))
         piece = jnp.where((rows[:, None] & columns[None, :])[..., None], image, jnp.zeros_like(image))
-        flips = jax.random.bernoulli(turn, shape=(3,))
+        flips = jax.random.bernoulli(turn, shape=(4,))
         piece = jnp.where(flips[0], piece[::-1], piece)
         piece = jnp.where(flips[1], piece[:, ::-1], piece)
         piece = jnp.where(flips[2], piece.transpose(1, 0, 2), piece)
-        result = jnp.maximum(result, shifted(piece, FARTHEST, to))
+        result = jnp.where(flips[3], jnp.maximum(result, shifted(piece, FARTHEST, to)), result)
     return result
 
 
-# Applied in this order. Moves map output to input coordinates, so the image shows them in the reverse order.
+# Rewrites come first, then all moves together, then the changes, each in this order. Moves map output to input
+# coordinates, so the image shows them in the reverse order.
 AUGMENTATIONS: dict[str, Augmentation] = {
+    "pens": Augmentation("share of ones and sevens that get a flag or a bar", 1, rewrite=pens),
     "elastic": Augmentation("sd of the displacement, in pixels", 10, move=elastic),
     "shear": Augmentation("largest slant, in degrees", 90, move=shear, open_high=True),
     "rotate": Augmentation("largest angle, in degrees", 180, move=rotate),
@@ -175,22 +181,26 @@ class AugmentConfig:
             yield from within(f"augment.{name}", strength, 0, entry.high, open_high=entry.open_high)
 
 
-def augment(config: AugmentConfig, images: Array, key: Array) -> Array:
-    """Augments each image of a batch independently, `u8[B,H,W,1] -> u8[B,H,W,1]`.
+def augment(config: AugmentConfig, images: Array, labels: Array, key: Array) -> Array:
+    """Augments each image of a batch independently, `u8[B,H,W,1], i32[B] -> u8[B,H,W,1]`.
 
     Args:
       config: the strengths.
       images: 0 is the background, which also fills in at the borders.
+      labels: their classes.
       key: the step's key. An image's draws depend on its index in the batch, not on the other images or the devices.
     """
     if not config.strengths:
         return images
     keys = rng.per_example(key, len(images))
-    return jax.vmap(functools.partial(distort, dict(config.strengths)))(images, keys)
+    return jax.vmap(functools.partial(distort, dict(config.strengths)))(images, labels, keys)
 
 
-def distort(strengths: dict[str, float], image: Array, key: Array) -> Array:
-    """Applies the operations with these strengths to one image, `u8[H,W,1] -> u8[H,W,1]`."""
+def distort(strengths: dict[str, float], image: Array, label: Array, key: Array) -> Array:
+    """Applies the operations with these strengths to one image, `u8[H,W,1], i32[] -> u8[H,W,1]`."""
+    for name, strength in strengths.items():
+        if rewrite := AUGMENTATIONS[name].rewrite:
+            image = rewrite(strength, image, label, _key(key, name))
     moves = {name for name in strengths if AUGMENTATIONS[name].move}
     if moves == {"shift"}:
         image = shifted(image, strengths["shift"], _key(key, "shift"))

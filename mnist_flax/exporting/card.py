@@ -47,6 +47,9 @@ def _recipe(predictor: Predictor, info: RunInfo) -> dict[str, Any]:
         for field, (_, value) in sorted(differences(Config(model=type(config.model)()), config).items())
         if field not in ("seed", "train.batch_size", "train.epochs") and not field.startswith("data.")
     }
+    if teacher := info.runs[0].record["origin"].get("teacher"):
+        name = pathlib.PurePath(teacher["workdir"]).name
+        changed["teacher"] = f"`{name}`, networks: {teacher['networks']}, digest: `{teacher['digest']}`"
     dtype = config.model.dtype
     return {
         "networks": f"{len(predictor.members)}, whose probabilities are averaged" if info.kind != "run" else 1,

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mnist_flax import metrics
 from mnist_flax.pictures.decode import PictureError
 from mnist_flax.pictures.segment import Digit
 
@@ -28,28 +27,26 @@ class Reading(NamedTuple):
     image: np.ndarray  # `u8[28,28]`, the input of the network
 
 
-Logits = Callable[[np.ndarray], np.ndarray]  # u8[N,28,28,1] -> f32[N,C]
+# u8[N,28,28,1] -> log probabilities f64[N,C], and which answers are doubtful, bool[N]
+Answer = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
-def classify(digits: Sequence[Digit], predict_logits: Logits, doubtful_below: float) -> list[Reading]:
-    """Classifies the digits of one picture or of several; an answer below the given probability is doubtful."""
+def classify(digits: Sequence[Digit], answer: Answer) -> list[Reading]:
+    """Classifies the digits of one picture or of several."""
     if not digits:
         return []
-    probs = np.exp(metrics.log_probabilities(predict_logits(np.stack([digit.image for digit in digits])[..., None])))
+    log_probs, doubtful = answer(np.stack([digit.image for digit in digits])[..., None])
     readings = []
-    for digit, row in zip(digits, probs, strict=True):
+    for digit, row, is_doubtful in zip(digits, np.exp(log_probs), doubtful, strict=True):
         top = [(int(label), float(row[label])) for label in np.argsort(-row, kind="stable")[:TOP]]
-        readings.append(
-            Reading(*top[0], top, digit.box, bool(row.max() < doubtful_below or digit.suspect), digit.image)
-        )
+        readings.append(Reading(*top[0], top, digit.box, bool(is_doubtful) or digit.suspect, digit.image))
     return readings
 
 
 def classify_all(
     pictures: Iterable[tuple[str, list[Digit] | PictureError]],
-    predict_logits: Logits,
+    answer: Answer,
     batch_size: int,
-    doubtful_below: float,
 ) -> Iterator[tuple[str, list[Reading] | PictureError]]:
     """Classifies the digits of many pictures, in batches across pictures; yields the pictures in order."""
     waiting: list[tuple[str, list[Digit] | PictureError]] = []
@@ -57,7 +54,7 @@ def classify_all(
 
     def flush() -> Iterator[tuple[str, list[Reading] | PictureError]]:
         found = [digit for _, digits in waiting if isinstance(digits, list) for digit in digits]
-        readings = iter(classify(found, predict_logits, doubtful_below))
+        readings = iter(classify(found, answer))
         for name, digits in waiting:
             yield name, [next(readings) for _ in digits] if isinstance(digits, list) else digits
         waiting.clear()

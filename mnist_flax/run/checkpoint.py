@@ -16,8 +16,9 @@ from mnist_flax.step import TrainState, init_state
 
 SCHEMA = 2  # of the checkpoint format; incremented when an older program could not read it correctly
 
-# The schema of a record: a dict is an object with at least these keys ("*" stands for any other key), a list is an
-# array whose items all match its one element, a tuple (schema, None) may be null, and a type stands for its values.
+# The schema of a record: a dict is an object with at least these keys ("name?" may be missing, "*" stands for any other
+# key), a list is an array whose items all match its one element, a tuple (schema, None) may be null, and a type stands
+# for its values.
 _NUMBER = int | float
 _LINE = {"step": int, "epoch": _NUMBER, "split": str, "seconds": _NUMBER, "*": int | float | None}
 _RECORD = {
@@ -29,7 +30,11 @@ _RECORD = {
     "step": int,
     "seconds": _NUMBER,
     "restarts": int,
-    "origin": {"fork": ({"workdir": str, "step": int}, None), "versions": {"*": str}},
+    "origin": {
+        "fork": ({"workdir": str, "step": int}, None),
+        "teacher?": ({"workdir": str, "networks": int, "digest": str}, None),  # missing in older checkpoints
+        "versions": {"*": str},
+    },
     "versions": [{"*": str}],
     "log": [_LINE],
     "window": [{"loss": _NUMBER, "accuracy": _NUMBER, "examples": _NUMBER, "*": _NUMBER}],
@@ -185,9 +190,10 @@ def _mismatches(value: Any, shape: Any, path: str) -> Iterator[str]:
         if not isinstance(value, dict):
             yield f"{path} = {value!r:.60}: must be an object"
             return
-        yield from (f"{path}.{name} is missing" for name in shape if name != "*" and name not in value)
+        yield from (f"{path}.{name} is missing" for name in shape if name[-1] not in "*?" and name not in value)
         for name, item in value.items():
-            yield from _mismatches(item, shape.get(name, shape.get("*", object)), f"{path}.{name}")
+            schema = shape.get(name, shape.get(f"{name}?", shape.get("*", object)))
+            yield from _mismatches(item, schema, f"{path}.{name}")
     elif isinstance(shape, list):
         if not isinstance(value, list):
             yield f"{path} = {value!r:.60}: must be an array"

@@ -1,0 +1,80 @@
+"""The teacher of a run: a finished run or population whose probabilities a student learns (`step.soft_targets`)."""
+
+import hashlib
+import pathlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from mnist_flax.analysis.evaluation import load_predictor
+from mnist_flax.config import Config
+from mnist_flax.data import batches
+from mnist_flax.data.registry import DATASETS
+from mnist_flax.data.splits import Splits
+from mnist_flax.errors import ConfigError, WorkdirError
+from mnist_flax.run import checkpoint
+from mnist_flax.sections import DataConfig
+from mnist_flax.step import Teacher
+
+
+class LoadedTeacher(NamedTuple):
+    """A teacher on the host, and where it comes from.
+
+    Attributes:
+      networks: what a training step takes.
+      origin: for the record of the student: `workdir`, the number of `networks`, and the `digest` of all that a student
+        learns from.
+      data: the rows that each network was trained on, as its config says.
+      fingerprint: that of the data.
+    """
+
+    networks: Teacher
+    origin: dict[str, Any]
+    data: tuple[DataConfig, ...]
+    fingerprint: str
+
+
+def load_teacher(config: Config, workdir: pathlib.Path | None = None) -> LoadedTeacher | None:
+    """Loads the last weights of the teacher that a config names, if it names one, for a student in `workdir`, if any.
+
+    Raises:
+      ConfigError: its folder does not hold a finished run or population with the classes of the student's dataset, or
+        is the student's own.
+    """
+    if not config.train.teacher:
+        return None
+    folder, field = pathlib.Path(config.train.teacher), f"config.train.teacher = {config.train.teacher!r}"
+    if workdir and folder.resolve().is_relative_to(workdir.resolve()):
+        raise ConfigError(f"{field}: is this run's own folder, --workdir={workdir}; name another for one of them")
+    if not folder.is_dir():
+        raise ConfigError(f"{field}: there is no such folder; train the teacher first, or name where it is")
+    try:
+        predictor, info = load_predictor(folder)
+    except WorkdirError as error:
+        raise ConfigError(f"{field}: {error}") from error
+    if not info.is_final:
+        raise ConfigError(f"{field}: is not finished; the command that trains it continues it")
+    theirs, ours = (DATASETS[name].class_names for name in (info.config.data.name, config.data.name))
+    if theirs != ours:
+        raise ConfigError(
+            f"{field}: knows the {len(theirs)} classes of {info.config.data.name}, not the {len(ours)} of"
+            f" {config.data.name}; name a teacher of this dataset"
+        )
+    members = jax.tree.map(lambda *leaves: np.stack(leaves), *jax.device_get(predictor.members))
+    teacher, digest = Teacher(members, np.float32(predictor.temperature), predictor.program), hashlib.sha256()
+    for name, leaf in checkpoint.leaves(teacher).items():
+        digest.update(f"{name} {leaf.dtype}{leaf.shape}".encode() + leaf.tobytes())
+    origin = {"workdir": str(folder), "networks": len(predictor.members), "digest": digest.hexdigest()}
+    return LoadedTeacher(teacher, origin, tuple(run.config.data for run in info.runs), info.fingerprint)
+
+
+def doubts(teacher: LoadedTeacher, config: Config, splits: Splits) -> Iterator[str]:
+    """Yields what may mislead: that the teacher learned from other data, or from rows that the student holds out."""
+    if teacher.fingerprint != splits.fingerprint:
+        yield f"was trained on other data (fingerprint {teacher.fingerprint[:12]})"
+        return
+    _, held_out = batches.rows_of(splits.train.label, config.data)
+    if any(np.isin(held_out, batches.rows_of(splits.train.label, data)[0]).any() for data in teacher.data):
+        yield "was trained on rows that this run holds out, so its hold-out scores are too good"
