@@ -145,7 +145,7 @@ def test_demo_paints_every_value_where_the_pointer_finds_it(width: int, workdir:
         draw_by_mouse(page, SEVEN)
         stages = page.evaluate(
             """app.maps.map((maps) => {
-                 const { stage, canvas, context, marker, height, width, channels } = maps;
+                 const { stage, canvas, cells, marker, height, width, channels } = maps;
                  const { data } = app.network().values.get(stage.node.name);
                  const most = Math.max(...data.map(Math.abs));
                  app.paint(maps);
@@ -155,9 +155,9 @@ def test_demo_paints_every_value_where_the_pointer_finds_it(width: int, workdir:
                    const inside = marker.getBoundingClientRect(), box = canvas.getBoundingClientRect();
                    const [x, top] = [inside.x + inside.width / 2, inside.y + inside.height / 2];
                    const share = canvas.width / box.width;
-                   const found = context.getImageData((x - box.x) * share, (top - box.y) * share, 1, 1);
+                   const [row, column] = [top - box.y, x - box.x].map((at) => Math.floor(at * share));
                    const wanted = app.theme.scale[level(data[indexOf(stage.node.shape, place)], most)];
-                   return [place, maps.placeAt(x, top), wanted, new Uint32Array(found.data.buffer)[0]];
+                   return [place, maps.placeAt(x, top), wanted, cells[row * canvas.width + column]];
                  }));
                })"""
         )

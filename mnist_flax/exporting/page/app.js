@@ -175,7 +175,7 @@ class App {
       maps.canvas.setAttribute("aria-label", `${stage.title}, ${size}. The arrow keys choose a value to explain.`);
       const heading = element("h3", {}, stage.title, element("span", { className: "size", textContent: size }), maps.range);
       const figure = element("section", { className: "stage" }, heading, element("div", { className: "frame" }, maps.canvas, maps.marker));
-      if (stage.title === "Logits" && channels <= maps.columns && this.data.classes.every((name) => name.length <= 2)) figure.lastChild.append(this.classLabels());
+      if (stage.title === "Logits" && channels <= maps.columns && this.data.classes.every((name) => name.length <= 2)) figure.append(this.classLabels(maps.canvas.style.width));
       $("#stages").append(figure);
       maps.figure = figure;
       observer.observe(figure);
@@ -184,8 +184,9 @@ class App {
     });
   }
 
-  classLabels() {
+  classLabels(width) {
     const labels = element("div", { className: "classes" }, ...this.data.classes.map((name) => element("span", { textContent: name })));
+    labels.style.width = width;
     labels.setAttribute("aria-hidden", "true");
     return labels;
   }
