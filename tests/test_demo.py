@@ -189,6 +189,7 @@ def test_demo_shows_the_explanation_below_the_maps_on_a_phone(workdir: pathlib.P
 def test_demo_compares_two_checkpoints(page: Any, workdir: pathlib.Path) -> None:
     early, late = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
     assert page.locator("#checkpoints label").all_inner_texts() == [f"step {late:,} (end)", f"step {early:,}"]
+    settle(page)  # the first answer does not wait for it
     assert page.inner_text("#legend").startswith(f"Thin bars: step {early:,}, which reads ")
     draw_by_mouse(page, SEVEN)
     page.locator("#checkpoints label").nth(1).click()

@@ -55,7 +55,8 @@ class App {
     this.pixels = this.pad.pixels();
     const blank = this.pad.isEmpty && !this.pad.backdrop;
     const probabilities = this.network().run(this.pixels);
-    const other = this.data.checkpoints.length > 1 ? this.network(1 - this.chosen).run(this.pixels) : null;
+    const isFirst = !document.documentElement.dataset.ready; // the other checkpoint does not delay the first answer
+    const other = isFirst || this.data.checkpoints.length < 2 ? null : this.network(1 - this.chosen).run(this.pixels);
     const best = probabilities.indexOf(Math.max(...probabilities));
     this.pad.paint(this.theme.ink);
     paintDigit($("#seen").getContext("2d"), this.pixels);
@@ -69,7 +70,8 @@ class App {
       if (maps.isVisible) this.paint(maps);
     });
     this.explain();
-    document.documentElement.dataset.ready ??= "true";
+    document.documentElement.dataset.ready = "true";
+    if (isFirst) this.update();
   }
 
   showAnswer(probabilities, other, best) {

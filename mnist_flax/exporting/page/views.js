@@ -185,9 +185,9 @@ function windowTable(caption, window, cell, theme) {
   return table;
 }
 
-// Two decimals without the leading 0, so that numbers fit into small cells.
+// Two decimals without the leading 0, or one from 1 on, so that numbers fit into small cells.
 function shortNumber(value) {
-  return value.toFixed(2).replace("-", "−").replace(/^(−?)0\./, "$1.");
+  return value.toFixed(Math.abs(value) < 0.995 ? 2 : 1).replace("-", "−").replace(/^(−?)0\./, "$1.");
 }
 
 // The same for windows that are too large for numbers.
