@@ -248,7 +248,7 @@ def finish(member: Member, splits: Splits) -> None:
         evaluation.loss, log.seconds,
     )  # fmt: skip
     if config.train.demo:
-        write_demo_page(predictor, evaluation, splits, workdir, log.step)
+        write_demo_page(config, predictor, evaluation, splits, workdir, log.step)
     if config.train.report:
         page = write_report(
             config,
@@ -265,7 +265,7 @@ def finish(member: Member, splits: Splits) -> None:
 
 
 def write_demo_page(
-    predictor: Predictor, evaluation: Evaluation, splits: Splits, workdir: pathlib.Path, step: int
+    config: Config, predictor: Predictor, evaluation: Evaluation, splits: Splits, workdir: pathlib.Path, step: int
 ) -> None:
     """Writes the page to draw digits on, unless the network contains an operation that it does not know.
 
@@ -273,10 +273,11 @@ def write_demo_page(
       WorkdirError: it cannot be written.
     """
     try:
-        checkpoint = demo.Checkpoint(f"step {step:,} (end)", graph_of(predictor))
+        checkpoints = [demo.Checkpoint(demo.title_of(step, config), graph_of(predictor))]
+        checkpoints += demo.earlier_checkpoint(workdir, step)
     except ExportError as error:
         logger.warning("no page to draw digits on: %s", error)
         return
     path = workdir / demo.FILE
-    demo.write_page([checkpoint], predictor, evaluation, splits, title=workdir.absolute().name, path=path)
+    demo.write_page(checkpoints, predictor, evaluation, splits, title=workdir.absolute().name, path=path)
     logger.info("draw digits: %s", path)

@@ -1,6 +1,9 @@
 """The demo page in a browser: drawing, stepping through the layers and inspecting values, as a user would."""
 
+import base64
+import json
 import pathlib
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +16,9 @@ from browser import SEVEN, browser, draw_by_mouse, draw_by_touch, opened, settle
 
 from mnist_flax.analysis.evaluation import load_predictor, predict_logits
 from mnist_flax.config import replace
-from mnist_flax.exporting.demo import write_demo
+from mnist_flax.exporting.demo import earlier_checkpoint, write_demo
+from mnist_flax.exporting.inference import graph_of
+from mnist_flax.exporting.textbook import textbook_order
 from mnist_flax.train import fit
 
 MINUS = "\N{MINUS SIGN}"
@@ -134,6 +139,45 @@ def test_demo_explains_values_by_keys(page: Any) -> None:
     assert page.evaluate("app.example") == 0  # the keys did not step through the examples as well
 
 
+@pytest.mark.parametrize("width", [1280, 390])
+def test_demo_paints_every_value_where_the_pointer_finds_it(width: int, workdir: pathlib.Path, chromium: Any) -> None:
+    with opened(chromium, workdir / "demo.html", width=width) as page:
+        draw_by_mouse(page, SEVEN)
+        stages = page.evaluate(
+            """app.maps.map((maps) => {
+                 const { stage, canvas, cells, marker, height, width, channels } = maps;
+                 const { data } = app.network().values.get(stage.node.name);
+                 const most = Math.max(...data.map(Math.abs));
+                 app.paint(maps);
+                 return [0, 1, channels - 1].flatMap((channel) => [0, height - 1].map((y) => {
+                   const place = { y, x: width >> 1, channel };
+                   maps.mark(place);
+                   const inside = marker.getBoundingClientRect(), box = canvas.getBoundingClientRect();
+                   const [x, top] = [inside.x + inside.width / 2, inside.y + inside.height / 2];
+                   const share = canvas.width / box.width;
+                   const [row, column] = [top - box.y, x - box.x].map((at) => Math.floor(at * share));
+                   const wanted = app.theme.scale[level(data[indexOf(stage.node.shape, place)], most)];
+                   return [place, maps.placeAt(x, top), wanted, cells[row * canvas.width + column]];
+                 }));
+               })"""
+        )
+        assert len(stages) >= 5
+        for place, pointed_at, wanted, painted in [value for stage in stages for value in stage]:
+            assert pointed_at == place
+            assert painted == wanted
+        assert len({painted for stage in stages for *_, painted in stage}) > 5
+
+
+def test_demo_bars_follow_a_stroke_at_once(page: Any) -> None:
+    durations = []
+    for act in (page.mouse.down, page.mouse.up):
+        page.locator("#pad").hover()
+        act()
+        settle(page)
+        durations.append(page.evaluate("getComputedStyle(document.querySelector('.bar')).transitionDuration"))
+    assert durations == ["0s", "0.09s"]
+
+
 def test_demo_shows_the_explanation_below_the_maps_on_a_phone(workdir: pathlib.Path, chromium: Any) -> None:
     with opened(chromium, workdir / "demo.html", width=390, has_touch=True) as page:
         page.locator("canvas.maps").nth(2).tap(position={"x": 60, "y": 20})
@@ -145,6 +189,7 @@ def test_demo_shows_the_explanation_below_the_maps_on_a_phone(workdir: pathlib.P
 def test_demo_compares_two_checkpoints(page: Any, workdir: pathlib.Path) -> None:
     early, late = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
     assert page.locator("#checkpoints label").all_inner_texts() == [f"step {late:,} (end)", f"step {early:,}"]
+    settle(page)  # the first answer does not wait for it
     assert page.inner_text("#legend").startswith(f"Thin bars: step {early:,}, which reads ")
     draw_by_mouse(page, SEVEN)
     page.locator("#checkpoints label").nth(1).click()
@@ -153,6 +198,26 @@ def test_demo_compares_two_checkpoints(page: Any, workdir: pathlib.Path) -> None
     pixels = np.array(page.evaluate("Array.from(app.pixels)"), np.uint8).reshape(1, 28, 28, 1)
     wanted = predict_logits(load_predictor(workdir, str(early))[0], pixels)[0]
     np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+def test_training_writes_a_page_that_compares_the_first_checkpoint_with_the_last(tmp_path: pathlib.Path) -> None:
+    config = replace(tiny_run.CONFIG, train__demo=True, checkpoint__keep_latest=3)
+    fit(config, tmp_path / "run")
+    data = json.loads(re.findall(r'id="data">(.*?)</script>', (tmp_path / "run" / "demo.html").read_text())[0])
+    steps = [config.num_steps, config.steps_per_epoch]
+    assert [entry["title"] for entry in data["checkpoints"]] == [f"step {steps[0]} (end)", f"step {steps[1]}"]
+    early, late = (load_predictor(tmp_path / "run", str(step))[0] for step in reversed(steps))
+    for entry, predictor in zip(data["checkpoints"], (late, early), strict=True):
+        assert base64.b64decode(entry["weights"]) == textbook_order(graph_of(predictor)).weights()
+
+
+def test_a_damaged_checkpoint_is_not_compared(workdir: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    copy = pathlib.Path(shutil.copytree(workdir, tmp_path / "run"))
+    first = min(copy.joinpath("checkpoints").iterdir(), key=lambda path: int(path.name))
+    assert len(earlier_checkpoint(copy, CONFIG.num_steps)) == 1
+    for file in filter(pathlib.Path.is_file, first.rglob("*")):
+        file.write_bytes(b"")
+    assert earlier_checkpoint(copy, CONFIG.num_steps) == []
 
 
 def test_demo_names_everything_that_can_be_focused(page: Any) -> None:

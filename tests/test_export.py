@@ -163,8 +163,18 @@ def test_the_model_card_tells_what_is_known(workdir: pathlib.Path) -> None:
     accuracy = json.loads((workdir / "summary.json").read_text())["test_accuracy"]
     assert f"| test accuracy | {accuracy:.2%} of 360 images (95 % interval " in card.read_text()
     assert "| `config.optimizer.learning_rate` | `0.01` |" in card.read_text()
-    assert "Robustness" not in card.read_text()
-    results = {"mean_accuracy": 0.5, "corruptions": {"blur": {"accuracy": 0.25, "loss": 1.0, "ece": 0.1}}}
+    assert "| under corruptions | not measured; " in card.read_text()
+    assert "calibration error" not in card.read_text()
+    test = {"ece": 0.0123, "brier": 0.4}
+    (workdir / "report").mkdir()
+    (workdir / "report" / "metrics.json").write_text(json.dumps({"run": {"step": 1}, "test": test}))
+    export_workdir(workdir, "npz", overrides={})
+    assert "calibration error" not in card.read_text()  # of another step
+    step = json.loads((workdir / "summary.json").read_text())["steps"]
+    (workdir / "report" / "metrics.json").write_text(json.dumps({"run": {"step": step}, "test": test}))
+    export_workdir(workdir, "npz", overrides={})
+    assert "| expected calibration error on the test set | 1.23% |" in card.read_text()
+    results = {"step": step, "mean_accuracy": 0.5, "corruptions": {"blur": {"accuracy": 0.25, "loss": 1.0, "ece": 0.1}}}
     (workdir / "robustness.json").write_text(json.dumps(results))
     export_workdir(workdir, "npz", overrides={})
     assert "| blur | 25.00% |" in card.read_text()

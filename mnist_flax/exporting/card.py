@@ -7,6 +7,7 @@ import jax
 
 from mnist_flax import metrics
 from mnist_flax.analysis.evaluation import POPULATION, Predictor, RunInfo
+from mnist_flax.analysis.report.write import REPORT_FOLDER
 from mnist_flax.config import Config, differences
 from mnist_flax.run import workdir as workdirs
 
@@ -29,8 +30,8 @@ def text(workdir: pathlib.Path, predictor: Predictor, info: RunInfo) -> str:
     tables = {
         "Data": data,
         "Recipe": _recipe(predictor, info),
-        "Results": _scores(workdir, predictor, info),
-        "Robustness": _robustness(workdir),
+        "Accuracy and calibration": _scores(workdir, predictor, info),
+        "Robustness": _robustness(workdir, info),
     }
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
@@ -64,7 +65,6 @@ def _recipe(predictor: Predictor, info: RunInfo) -> dict[str, Any]:
 
 def _scores(workdir: pathlib.Path, predictor: Predictor, info: RunInfo) -> dict[str, str]:
     result = _read(workdir / (workdirs.SUMMARY if info.kind == "run" else POPULATION))
-    evaluation = _read(workdir / f"evaluation-test-{info.config.data.name.replace('/', '-')}.json")
     if info.kind == "run":
         examples, accuracy, loss = (result.get(f"test_{name}") for name in ("examples", "accuracy", "loss"))
     else:
@@ -74,17 +74,28 @@ def _scores(workdir: pathlib.Path, predictor: Predictor, info: RunInfo) -> dict[
         low, high = metrics.wilson_interval(round(accuracy * examples), examples)
         rows["test accuracy"] = f"{accuracy:.2%} of {examples:,} images (95 % interval {low:.2%} to {high:.2%})"
         rows["test loss"] = f"{loss:.4f}"
-    if evaluation.get("step") == max(info.steps) and "ece" in evaluation:
-        rows["expected calibration error on the test set"] = f"{evaluation['ece']:.2%}"
-        rows["Brier score on the test set"] = f"{evaluation['brier']:.4f}"
+    calibration = _calibration(workdir, info)
+    if "ece" in calibration:
+        rows["expected calibration error on the test set"] = f"{calibration['ece']:.2%}"
+        rows["Brier score on the test set"] = f"{calibration['brier']:.4f}"
     fitted = ", fitted on the rows held out" * (predictor.temperature != 1)
     return rows | {"temperature": f"{predictor.temperature:.3f}{fitted}"}
 
 
-def _robustness(workdir: pathlib.Path) -> dict[str, str]:
+def _calibration(workdir: pathlib.Path, info: RunInfo) -> dict[str, Any]:
+    """Returns the scores on the test set at this step, of the verb `evaluate` or else of the report."""
+    evaluation = _read(workdir / f"evaluation-test-{info.config.data.name.replace('/', '-')}.json")
+    if evaluation.get("step") == max(info.steps):
+        return evaluation
+    report = _read(workdir / REPORT_FOLDER / "metrics.json")
+    of_report: dict[str, Any] = report["test"] if report.get("run", {}).get("step") == max(info.steps) else {}
+    return of_report
+
+
+def _robustness(workdir: pathlib.Path, info: RunInfo) -> dict[str, str]:
     result = _read(workdir / "robustness.json")
-    if "mean_accuracy" not in result:
-        return {}
+    if result.get("step") != max(info.steps) or "mean_accuracy" not in result:
+        return {"under corruptions": "not measured; `python -m mnist_flax.robustness --workdir=DIR` does"}
     rows = {name: f"{row['accuracy']:.2%}" for name, row in result.get("corruptions", {}).items()}
     return {"mean accuracy under corruptions": f"{result['mean_accuracy']:.2%}", **rows}
 

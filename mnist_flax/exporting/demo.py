@@ -1,6 +1,7 @@
 """Writes the demo page: one HTML file in which a trained network reads what you draw, and shows how it does so."""
 
 import base64
+import contextlib
 import itertools
 import json
 import pathlib
@@ -10,11 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mnist_flax import metrics
-from mnist_flax.analysis.evaluation import Evaluation, Predictor, RunInfo, evaluate, load_predictor
+from mnist_flax.analysis.evaluation import Evaluation, Predictor, evaluate, load_predictor
 from mnist_flax.analysis.report import facts
 from mnist_flax.analysis.run_data import load_data
+from mnist_flax.config import Config
 from mnist_flax.data.registry import DATASETS
 from mnist_flax.data.splits import Splits
+from mnist_flax.errors import WorkdirError
 from mnist_flax.exporting.graph import Graph
 from mnist_flax.exporting.inference import graph_of
 from mnist_flax.exporting.textbook import textbook_order
@@ -61,14 +64,27 @@ def write_demo(
     predictor, info = load_predictor(workdir, checkpoint)
     _, splits = load_data(info.config, info.fingerprint, overrides or {})
     evaluation = evaluate(predictor, splits.test)
-    checkpoints = [Checkpoint(_title(info), graph_of(predictor))]
-    steps = steps_in(workdir / workdirs.CHECKPOINTS)
-    if info.kind == "run" and steps[0] < info.steps[0]:
-        early, early_info = load_predictor(workdir, str(steps[0]))
-        checkpoints.append(Checkpoint(_title(early_info), graph_of(early)))
+    checkpoints = [Checkpoint(title_of(max(info.steps), info.config), graph_of(predictor))]
+    if info.kind == "run":
+        checkpoints += earlier_checkpoint(workdir, info.steps[0])
     path = output or workdir / FILE
     write_page(checkpoints, predictor, evaluation, splits, title=workdir.absolute().name, path=path)
     return path
+
+
+def title_of(step: int, config: Config) -> str:
+    """Returns what the page calls a checkpoint."""
+    return f"step {step:,}" + (" (end)" if step == config.num_steps else "")
+
+
+def earlier_checkpoint(workdir: pathlib.Path, step: int) -> list[Checkpoint]:
+    """Returns the earliest intact checkpoint of a run before `step`, to compare with; none if there is none."""
+    for earlier in steps_in(workdir / workdirs.CHECKPOINTS):
+        if earlier < step:
+            with contextlib.suppress(WorkdirError):  # a damaged one
+                predictor, info = load_predictor(workdir, str(earlier))
+                return [Checkpoint(title_of(earlier, info.config), graph_of(predictor))]
+    return []
 
 
 def write_page(
@@ -115,11 +131,6 @@ def write_page(
         data=json.dumps(data).replace("<", "\\u003c"),  # so that no text in the data can close the script element
     )
     workdirs.write_text(path, page, remedy="name another file with --output=FILE")
-
-
-def _title(info: RunInfo) -> str:
-    step = max(info.steps)
-    return f"step {step:,}" + (" (end)" if step == info.config.num_steps else "")
 
 
 def _source(name: str) -> str:

@@ -3,6 +3,8 @@
 const DOUBTFUL = 0.8; // below this probability an answer is a guess
 const KINDS = { right: "Right", mistake: "Mistakes", corrupted: "Corrupted" };
 
+const isWide = matchMedia("(min-width: 60rem)"); // room for the maps beside the pad
+
 const $ = (selector) => document.querySelector(selector);
 
 class App {
@@ -53,7 +55,8 @@ class App {
     this.pixels = this.pad.pixels();
     const blank = this.pad.isEmpty && !this.pad.backdrop;
     const probabilities = this.network().run(this.pixels);
-    const other = this.data.checkpoints.length > 1 ? this.network(1 - this.chosen).run(this.pixels) : null;
+    const isFirst = !document.documentElement.dataset.ready; // the other checkpoint does not delay the first answer
+    const other = isFirst || this.data.checkpoints.length < 2 ? null : this.network(1 - this.chosen).run(this.pixels);
     const best = probabilities.indexOf(Math.max(...probabilities));
     this.pad.paint(this.theme.ink);
     paintDigit($("#seen").getContext("2d"), this.pixels);
@@ -67,17 +70,19 @@ class App {
       if (maps.isVisible) this.paint(maps);
     });
     this.explain();
-    document.documentElement.dataset.ready ??= "true";
+    document.documentElement.dataset.ready = "true";
+    if (isFirst) this.update();
   }
 
   showAnswer(probabilities, other, best) {
+    $("#bars").classList.toggle("still", this.pad.pointer !== null);
     this.bars.update(probabilities, other, probabilities ? best : -1);
     const name = this.data.classes[best];
     const sure = probabilities && probabilities[best] >= DOUBTFUL;
-    $("#digit").textContent = probabilities ? name : "–";
+    setText($("#digit"), probabilities ? name : "–");
     $("#digit").classList.toggle("long", Boolean(probabilities) && name.length > 2);
     $("#digit").classList.toggle("doubtful", Boolean(probabilities) && !sure);
-    $("#confidence").textContent = !probabilities ? "nothing drawn yet" : sure ? percentage(probabilities[best]) : `a guess: ${percentage(probabilities[best])}`;
+    setText($("#confidence"), !probabilities ? "nothing drawn yet" : sure ? percentage(probabilities[best]) : `a guess: ${percentage(probabilities[best])}`);
     if (this.announceNext) {
       this.announceNext = false;
       $("#live").textContent = probabilities ? `${sure ? "" : "A guess: "}${name}, ${percentage(probabilities[best])}` : "The pad is empty.";
@@ -112,7 +117,7 @@ class App {
     if (!other) return;
     const best = other.indexOf(Math.max(...other));
     const { title } = this.data.checkpoints[1 - this.chosen];
-    $("#legend").textContent = `Thin bars: ${title}, which reads ${this.data.classes[best]} (${percentage(other[best])})`;
+    setText($("#legend"), `Thin bars: ${title}, which reads ${this.data.classes[best]} (${percentage(other[best])})`);
   }
 
   // Examples -------------------------------------------------------------------------------------------------------------
@@ -166,13 +171,13 @@ class App {
       }
     }, { rootMargin: "300px" });
     this.maps = this.network().stages.map((stage) => {
-      const maps = new Maps(stage, mapSize(stage.node.shape));
+      const maps = new Maps(stage, mapSize(stage.node.shape), isWide.matches);
       const { height, width, channels } = maps;
       const size = height * width > 1 ? `${channels} maps of ${height} × ${width}` : `${channels} values`;
       maps.canvas.setAttribute("aria-label", `${stage.title}, ${size}. The arrow keys choose a value to explain.`);
       const heading = element("h3", {}, stage.title, element("span", { className: "size", textContent: size }), maps.range);
       const figure = element("section", { className: "stage" }, heading, element("div", { className: "frame" }, maps.canvas, maps.marker));
-      if (stage.title === "Logits" && channels <= maps.columns) figure.lastChild.append(this.classLabels());
+      if (stage.title === "Logits" && channels <= maps.columns && this.data.classes.every((name) => name.length <= 2)) figure.append(this.classLabels(maps.canvas.style.width));
       $("#stages").append(figure);
       maps.figure = figure;
       observer.observe(figure);
@@ -181,8 +186,9 @@ class App {
     });
   }
 
-  classLabels() {
+  classLabels(width) {
     const labels = element("div", { className: "classes" }, ...this.data.classes.map((name) => element("span", { textContent: name })));
+    labels.style.width = width;
     labels.setAttribute("aria-hidden", "true");
     return labels;
   }
@@ -213,11 +219,11 @@ class App {
     this.explain();
   }
 
-  // Beside the maps where there is room, else below the maps that were touched.
+  // Below the pad where there is room, else below the maps that were touched.
   placeInspector() {
     const panel = $("#inspector");
-    panel.classList.add("filled");
-    const home = matchMedia("(min-width: 60rem)").matches ? $("#aside") : this.selected.maps.figure;
+    panel.hidden = false;
+    const home = isWide.matches ? $("#aside") : this.selected.maps.figure;
     if (panel.parentElement !== home) home.append(panel);
   }
 

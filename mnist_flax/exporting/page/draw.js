@@ -3,6 +3,7 @@
 const PAD = 280; // the pad's side in its own units
 const PEN = 20; // width of the pen in these units
 const MARGIN = 20; // around the pad in the raster, for strokes that are widened beyond its edge
+const RASTER = (PAD + 2 * MARGIN) / 2; // side of the raster in pixels
 
 class Pad {
   // onDraw(finished) is called after every change; finished is false while a stroke goes on.
@@ -12,8 +13,7 @@ class Pad {
     this.strokes = []; // each a list of [x, y]
     this.backdrop = null; // a 28x28 image shown instead of strokes
     this.pointer = null;
-    const side = PAD + 2 * MARGIN;
-    this.rasterContext = Object.assign(document.createElement("canvas"), { width: side, height: side })
+    this.rasterContext = Object.assign(document.createElement("canvas"), { width: RASTER, height: RASTER })
       .getContext("2d", { willReadFrequently: true });
     canvas.addEventListener("pointerdown", (event) => this.start(event));
     canvas.addEventListener("pointermove", (event) => this.move(event));
@@ -69,20 +69,20 @@ class Pad {
     return !this.strokes.length;
   }
 
-  // The drawing as grey values, white on black: u8[320 * 320].
+  // The drawing as grey values, white on black: u8[160 * 160].
   //
   // A pen thinner than a tenth of the drawing would fade in the small image, so its strokes are widened to that, as
   // mnist_flax.predict widens the strokes of a picture.
   raster() {
     const context = this.rasterContext;
-    const { width: side } = context.canvas;
     context.setTransform(1, 0, 0, 1, 0, 0);
     context.fillStyle = "#000";
-    context.fillRect(0, 0, side, side);
+    context.fillRect(0, 0, RASTER, RASTER);
+    context.scale(0.5, 0.5);
     context.translate(MARGIN, MARGIN);
     drawStrokes(context, this.strokes, Math.max(PEN, 0.1 * this.extent()), "#fff");
-    const { data } = context.getImageData(0, 0, side, side);
-    const grey = new Uint8Array(side * side);
+    const { data } = context.getImageData(0, 0, RASTER, RASTER);
+    const grey = new Uint8Array(RASTER * RASTER);
     for (let i = 0; i < grey.length; i++) grey[i] = data[4 * i];
     return grey;
   }
@@ -99,8 +99,7 @@ class Pad {
 
   // The 28x28 pixels for the network.
   pixels() {
-    const side = PAD + 2 * MARGIN;
-    return this.backdrop ?? frame(this.raster(), side, side);
+    return this.backdrop ?? frame(this.raster(), RASTER, RASTER);
   }
 
   // Shows the drawing, as sharp as the screen is; ink is [r, g, b].

@@ -1,6 +1,8 @@
 // What is drawn on the page: digits, maps, bars, and the arithmetic of one value.
 
 const LEVELS = 255; // steps of the colour scale on each side of 0
+const GAP = 1; // between two maps, in pixels of their canvas
+const ROOM = 832; // for a row of maps on a wide page
 
 // The colours of the page's current theme, read from its style sheet.
 function readTheme() {
@@ -16,7 +18,7 @@ function readTheme() {
     scale[LEVELS + i] = mix(positive, (i / LEVELS) ** 0.7);
     scale[LEVELS - i] = mix(negative, (i / LEVELS) ** 0.7);
   }
-  return { ink: color("--ink"), gap: mix(color("--paper"), 1), scale };
+  return { ink: color("--ink"), scale };
 }
 
 // The place of a value on the colour scale; `most` is the largest absolute value.
@@ -31,11 +33,18 @@ function cssColor(theme, value, most) {
   return { background: `rgb(${rgb})`, color: dark ? "#fff" : "#000" };
 }
 
-// Paints a 28x28 image: white on black as the network gets it, or, with an ink, on nothing.
+// Paints a 28x28 image: white on black as the network gets it, or, with an ink [r, g, b], on nothing.
 function paintDigit(context, pixels, ink = null) {
   const image = context.createImageData(SIDE, SIDE);
-  pixels.forEach((value, i) => image.data.set(ink ? [...ink, value] : [value, value, value, 255], 4 * i));
+  const cells = new Uint32Array(image.data.buffer);
+  const color = ink && (ink[2] << 16) | (ink[1] << 8) | ink[0];
+  for (let i = 0; i < cells.length; i++) cells[i] = ink ? (pixels[i] << 24) | color : (255 << 24) | (pixels[i] * 0x010101);
   context.putImageData(image, 0, 0);
+}
+
+// Changes a text only if it is another one: the browser would lay out the same text again.
+function setText(element, text) {
+  if (element.textContent !== text) element.textContent = text;
 }
 
 function element(tag, attributes = {}, ...children) {
@@ -44,17 +53,20 @@ function element(tag, attributes = {}, ...children) {
   return made;
 }
 
-// The maps of one stage, side by side on one canvas.
+// The maps of one stage, side by side on one canvas, which the browser magnifies: a value is a square of `zoom` times
+// `zoom` of its pixels, each at most 4 pixels of the page wide, and so is the gap between two maps.
 class Maps {
-  constructor(stage, { height, width, channels }) {
+  constructor(stage, { height, width, channels }, isWide) {
     Object.assign(this, { stage, height, width, channels });
-    this.columns = Math.min(channels, width >= 16 ? 8 : 16);
+    const most = isWide ? (width === 1 ? 32 : width <= 24 ? 16 : 8) : width <= 16 ? 16 : 8; // maps in a row
+    this.columns = Math.min(channels, most);
     this.rows = Math.ceil(channels / this.columns);
-    this.zoom = Math.max(1, Math.round((width >= 16 ? 72 : 36) / width));
-    this.gap = this.zoom * width > 50 ? 4 : 3;
+    const side = clamp(Math.floor((ROOM / most - 4) / width), 1, 24); // of a value on the page
+    this.zoom = Math.ceil(side / 4);
     this.canvas = element("canvas", { className: "maps", tabIndex: 0,
-      width: this.columns * (width * this.zoom + this.gap) - this.gap,
-      height: this.rows * (height * this.zoom + this.gap) - this.gap });
+      width: this.columns * (width * this.zoom + GAP) - GAP,
+      height: this.rows * (height * this.zoom + GAP) - GAP });
+    this.canvas.style.width = `${this.canvas.width * Math.floor(side / this.zoom)}px`;
     this.canvas.setAttribute("role", "application"); // so that the arrow keys reach it
     this.context = this.canvas.getContext("2d");
     this.image = this.context.createImageData(this.canvas.width, this.canvas.height);
@@ -64,7 +76,7 @@ class Maps {
   }
 
   paint(values, theme) {
-    const { height, width, channels, columns, zoom, gap, cells } = this;
+    const { height, width, channels, columns, zoom, cells } = this;
     const across = this.canvas.width;
     let low = 0, high = 0;
     for (let i = 0; i < height * width * channels; i++) {
@@ -72,32 +84,33 @@ class Maps {
       if (values[i] > high) high = values[i];
     }
     const most = Math.max(-low, high);
-    cells.fill(theme.gap);
     for (let channel = 0; channel < channels; channel++) {
-      const left = (channel % columns) * (width * zoom + gap);
-      const top = Math.floor(channel / columns) * (height * zoom + gap);
+      const left = (channel % columns) * (width * zoom + GAP);
+      const top = Math.floor(channel / columns) * (height * zoom + GAP);
       for (let y = 0; y < height; y++) {
         const start = (top + y * zoom) * across + left;
-        for (let x = 0, at = start; x < width; x++, at += zoom) {
-          cells.fill(theme.scale[level(values[(y * width + x) * channels + channel], most)], at, at + zoom);
+        for (let x = 0, at = start; x < width; x++) {
+          const color = theme.scale[level(values[(y * width + x) * channels + channel], most)];
+          for (const end = at + zoom; at < end; at++) cells[at] = color;
         }
         for (let copy = 1; copy < zoom; copy++) cells.copyWithin(start + copy * across, start, start + width * zoom);
       }
     }
     this.context.putImageData(this.image, 0, 0);
-    this.range.textContent = low < 0 ? `${format(low)} to ${format(high)}` : `0 to ${format(high)}`;
+    setText(this.range, low < 0 ? `${format(low)} to ${format(high)}` : `0 to ${format(high)}`);
   }
 
-  // The value under a point of the screen; null between the maps.
+  // The value under a point of the screen; a gap belongs to the maps before it. Null beyond the maps.
   placeAt(clientX, clientY) {
     const box = this.canvas.getBoundingClientRect();
     const scale = this.canvas.width / box.width;
-    const pitch = [this.height * this.zoom + this.gap, this.width * this.zoom + this.gap];
+    const pitch = [this.height * this.zoom + GAP, this.width * this.zoom + GAP];
     const at = [(clientY - box.top) * scale, (clientX - box.left) * scale];
     const tile = at.map((value, axis) => Math.floor(value / pitch[axis]));
-    const [y, x] = at.map((value, axis) => Math.floor((value - tile[axis] * pitch[axis]) / this.zoom));
+    const within = at.map((value, axis) => Math.floor((value - tile[axis] * pitch[axis]) / this.zoom));
+    const [y, x] = [Math.min(within[0], this.height - 1), Math.min(within[1], this.width - 1)];
     const channel = tile[0] * this.columns + tile[1];
-    const inside = x >= 0 && y >= 0 && x < this.width && y < this.height && tile[1] < this.columns && channel < this.channels;
+    const inside = x >= 0 && y >= 0 && tile[1] >= 0 && tile[1] < this.columns && channel < this.channels;
     return inside ? { y, x, channel } : null;
   }
 
@@ -113,8 +126,8 @@ class Maps {
   mark(place) {
     this.marker.hidden = !place;
     if (!place) return;
-    const left = (place.channel % this.columns) * (this.width * this.zoom + this.gap) + place.x * this.zoom;
-    const top = Math.floor(place.channel / this.columns) * (this.height * this.zoom + this.gap) + place.y * this.zoom;
+    const left = (place.channel % this.columns) * (this.width * this.zoom + GAP) + place.x * this.zoom;
+    const top = Math.floor(place.channel / this.columns) * (this.height * this.zoom + GAP) + place.y * this.zoom;
     const percent = (length, whole) => `${(100 * length) / whole}%`;
     Object.assign(this.marker.style, {
       left: percent(left, this.canvas.width), top: percent(top, this.canvas.height),
@@ -142,7 +155,7 @@ class Bars {
       row.classList.toggle("best", i === best);
       track.children[0].style.transform = `scaleX(${probabilities ? probabilities[i] : 0})`;
       track.children[1].style.transform = `scaleX(${others ? others[i] : 0})`;
-      percent.textContent = probabilities ? percentage(probabilities[i]) : "";
+      setText(percent, probabilities ? percentage(probabilities[i]) : "");
     });
   }
 }
@@ -172,9 +185,9 @@ function windowTable(caption, window, cell, theme) {
   return table;
 }
 
-// Two decimals without the leading 0, so that numbers fit into small cells.
+// Two decimals without the leading 0, or one from 1 on, so that numbers fit into small cells.
 function shortNumber(value) {
-  return value.toFixed(2).replace("-", "−").replace(/^(−?)0\./, "$1.");
+  return value.toFixed(Math.abs(value) < 0.995 ? 2 : 1).replace("-", "−").replace(/^(−?)0\./, "$1.");
 }
 
 // The same for windows that are too large for numbers.
