@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -112,17 +112,21 @@ def test_what_dead_runs_left_is_cleaned_away(workdir: pathlib.Path) -> None:
     assert steps(workdir) == [3, 6]
 
 
-@pytest.mark.parametrize("harm", [pathlib.Path.unlink, truncate, empty, zero, flip])
+HARMS = [pathlib.Path.unlink, truncate, empty, zero, flip]
+
+
+# Each file gets one harm, and all five in the slow tests.
+@pytest.mark.parametrize("first", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, len(HARMS)))])
 def test_damage_to_any_file_is_noticed(
-    workdir: pathlib.Path, tmp_path_factory: pytest.TempPathFactory, harm: Callable[..., None]
+    workdir: pathlib.Path, tmp_path_factory: pytest.TempPathFactory, first: int
 ) -> None:
     newest = workdir / workdirs.CHECKPOINTS / "6"
     files = sorted(path.relative_to(newest) for path in newest.rglob("*") if path.is_file())
     assert len(files) > 8
-    for name in files:
+    for i, name in enumerate(files, first):
         copy = tmp_path_factory.mktemp("copy") / "run"
         shutil.copytree(workdir, copy)
-        harm(copy / workdirs.CHECKPOINTS / "6" / name)
+        HARMS[i % len(HARMS)](copy / workdirs.CHECKPOINTS / "6" / name)
         with open_store(SMALL, FINGERPRINT, copy) as store:
             found, skipped = store.restore_latest()
             assert found and same(found.state, at(initial_state(), 3)), name

@@ -36,13 +36,7 @@ def quiet(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 # Each writes one kind of file, or none; the other moments are slow tests.
-KINDS = [
-    "before its first checkpoint",
-    "while Orbax writes",
-    "between a save and its rename",
-    "while a line is written",
-]
-KINDS += ["before its summary"]
+KINDS = ["while Orbax writes", "between a save and its rename", "while a line is written", "before its summary"]
 
 
 @pytest.mark.parametrize(
@@ -116,7 +110,8 @@ def test_run_without_its_last_checkpoint_is_not_finished(
     ("signum", "wait", "message"),
     [
         (signal.SIGTERM, "images/s", "stopped at step "),
-        (signal.SIGINT, "rows to train on", "stopped at step "),  # while it compiles
+        # While it compiles.
+        pytest.param(signal.SIGINT, "rows to train on", "stopped at step ", marks=pytest.mark.slow),
         pytest.param(signal.SIGHUP, "images/s", "stopped at step ", marks=pytest.mark.slow),
     ],
 )
@@ -183,8 +178,7 @@ def test_signal_while_a_preset_runs_is_not_its_error(tmp_path: pathlib.Path) -> 
     "redirection",
     [
         "2>&1 | head -1 >&2",
-        ">&- 2>&- <&-",
-        *(pytest.param(text, marks=pytest.mark.slow) for text in ("2>&-", "2>/dev/full")),
+        *(pytest.param(text, marks=pytest.mark.slow) for text in (">&- 2>&- <&-", "2>&-", "2>/dev/full")),
     ],
 )
 def test_run_continues_without_a_console(tmp_path: pathlib.Path, redirection: str) -> None:

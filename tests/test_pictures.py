@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from drawings import Array, difference, draw, encode, only
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from mnist_flax.pictures import decode as decode_lib
 from mnist_flax.pictures.decode import PictureError, decode
@@ -156,6 +156,18 @@ def test_rulings_are_taken_out(wanted: Array, squared: bool) -> None:
         if squared:
             grey[:, place : place + 3] = np.minimum(grey[:, place : place + 3], 90)
     assert difference(only(encode(grey)).image, wanted) < 12
+
+
+@pytest.mark.parametrize("turn", [0, 10, 35])
+@pytest.mark.parametrize(("width", "height"), [(70, 90), (80, 80), (95, 85)])
+def test_a_zero_in_thick_strokes_is_no_printed_box(width: int, height: int, turn: int) -> None:
+    image = Image.new("L", (160, 160))
+    left, top = 80 - width // 2, 80 - height // 2
+    ImageDraw.Draw(image).ellipse((left, top, left + width, top + height), outline=255, width=10)
+    digit = only(encode(np.asarray(image.rotate(turn, Image.Resampling.BICUBIC))))
+    assert not digit.suspect
+    assert (digit.image[12:16, 12:16] == 0).all()
+    assert min(digit.box[2] - digit.box[0], digit.box[3] - digit.box[1]) > 60
 
 
 @pytest.mark.parametrize("speck", [(4, 4), (10, 10), (18, 2), (1, 50)])

@@ -66,7 +66,10 @@ def test_a_preset_says_what_it_is_what_it_reaches_and_how_to_run_it(name: str) -
     assert "@@" not in doc, "a figure is missing"
 
 
-@pytest.mark.parametrize("name", PRESETS)
+# Those that differ from another in widths and epochs only are slow tests.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("small", "best"))) for name in PRESETS]
+)
 def test_a_preset_trains(name: str) -> None:
     config, _ = load(name)
     # Narrow layers and small batches compile and run fast; everything else is the preset's own.

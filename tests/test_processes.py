@@ -92,13 +92,15 @@ def test_two_processes_are_one_run(pair: tuple[pathlib.Path, list[Ended]], alone
     assert "accuracy" not in other.stderr + other.stdout  # only the primary prints
 
 
+@pytest.mark.slow
 def test_four_processes_that_feed_their_rows_are_one_run(tmp_path: pathlib.Path, alone: pathlib.Path) -> None:
     ended = end(start_together(4, tmp_path, "--config.train.driver=stream"))
     assert [process.returncode for process in ended] == [0] * 4, ended
     assert_same_run(tmp_path / "run", alone)
 
 
-@pytest.mark.parametrize("dead", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("dead", [0, 1])
 def test_killed_process_ends_the_others_and_the_restart_equals_a_quiet_run(
     pair: tuple[pathlib.Path, list[Ended]], alone: pathlib.Path, tmp_path: pathlib.Path, dead: int
 ) -> None:
@@ -127,6 +129,7 @@ def test_killed_process_ends_the_others_and_the_restart_equals_a_quiet_run(
     assert outcome(tmp_path / "run") == outcome(pair[0])
 
 
+@pytest.mark.slow
 def test_signal_to_one_stops_all_at_the_same_step(tmp_path: pathlib.Path) -> None:
     started = start_together(2, tmp_path, "--config.train.epochs=100000")
     deadline = time.monotonic() + 120

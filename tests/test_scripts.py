@@ -140,6 +140,7 @@ def test_a_start_that_fails_is_told(tmp_path: pathlib.Path) -> None:
         script("bench_startup").start("nowhere.py", str(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_whole_run_is_measured() -> None:
     result = script("bench_process").bench(replace(SMALL, model__widths=(8,), model__pools=(2,)), repeats=1)
     assert 0 < result["train_seconds_median"] < result["seconds_median"]

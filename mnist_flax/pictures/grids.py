@@ -13,6 +13,7 @@ from scipy import ndimage
 _SMALLEST = 60  # pixels: the minimum shorter side at which lines can be distinguished from strokes
 _SIDE = 400  # pixels: lines are detected in a reduced image, at most this large
 _SPAN = 0.62  # the minimum share of its piece's width or height that a ruling covers
+_STRAIGHT = 0.88  # the minimum share of a printed line that is inked along a straight line; the sides of a 0 are curved
 _TURNS = np.tan(np.deg2rad(np.arange(-8, 8.01, 0.5)))
 
 
@@ -99,13 +100,12 @@ def _is_open_box(level: list[Line], upright: list[Line], size: tuple[int, ...]) 
     slopes = [side.slope] + [-line.slope for line in across]
     # Two lines across are sides of a box only if all three lie at the border.
     at_border = not 0.15 < place < 0.85 and min(middles) < 0.15 and max(middles) > 0.85
-    are_straight = min(line.share for line in [side, *across]) > 0.88 and np.ptp(slopes) < 0.16
-    return bool((len(across) > 2 or at_border) and are_straight)
+    return bool((len(across) > 2 or at_border) and np.ptp(slopes) < 0.16)
 
 
 def _alike(lines: list[Line], thickest: float) -> list[Line]:
-    """Removes lines that are thicker than the others or differ in slope: those are strokes."""
-    lines = [line for line in lines if line.last - line.first < thickest]
+    """Removes lines that are curved, thicker than the others or of another slope: those are strokes."""
+    lines = [line for line in lines if line.share > _STRAIGHT and line.last - line.first < thickest]
     if len(lines) < 3:
         return lines
     thickness = float(np.median([line.last - line.first for line in lines]))
