@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     config.model.widths = (48, 96, 96)
     config.model.dense = (128,)
     config.model.batch_norm = True
-    config.model.conv_dropout = 0.1
+    config.model.conv_dropout = 0.15
     config.model.dropout = 0.4
     config.model.init = "he_normal"
     config.augment.shift = 2
@@ -34,5 +34,6 @@ def get_config() -> ConfigDict:
     config.optimizer.weight_decay = 1e-2
     config.optimizer.schedule = "one_cycle"
     config.train.batch_size = 128
-    config.train.epochs = 10
+    config.train.epochs = 14
+    config.train.augment_until = 0.7
     return config

@@ -37,6 +37,7 @@ class Program:
     optimizer: OptimizerConfig
     loss: str
     label_smoothing: float
+    augment_until: float
     teacher_weight: float
     batch_size: int
     steps_per_epoch: int
@@ -112,6 +113,7 @@ class Config:
             optimizer=self.optimizer,
             loss=self.train.loss,
             label_smoothing=self.train.label_smoothing,
+            augment_until=self.train.augment_until,
             teacher_weight=self.train.teacher_weight,
             batch_size=self.train.batch_size,
             steps_per_epoch=self.steps_per_epoch,
@@ -191,7 +193,7 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Returns the fields that differ and whose difference changes a run's result, dotted, with both values."""
     there, now = _result_fields(old), _result_fields(new)
     changed = {name: (there.get(name), now.get(name)) for name in there | now if there.get(name) != now.get(name)}
-    if not SCHEDULES[new.optimizer.schedule].needs_end:
+    if not SCHEDULES[new.optimizer.schedule].needs_end and new.train.augment_until == 1:
         changed.pop("train.epochs", None)
     return changed
 

@@ -69,6 +69,8 @@ class TrainConfig:
       epochs: passes over the training rows.
       loss: a key of `LOSSES`.
       label_smoothing: this fraction of each one-hot label is spread over all classes.
+      augment_until: images are augmented on this share of the steps; the last steps see them as they are, which fits
+        the network to clean images again (He et al., 2019).
       teacher: the folder of a finished run or population whose probabilities for the same augmented images are learned
         (distillation); empty means none. It may move: a resumed run compares the weights in it, not its name.
       teacher_weight: with a teacher, the loss is this share of the cross-entropy with its probabilities; the rest is
@@ -91,6 +93,7 @@ class TrainConfig:
     epochs: int = 5
     loss: str = "cross_entropy"
     label_smoothing: float = 0.0
+    augment_until: float = 1.0
     teacher: str = cadence("")
     teacher_weight: float = 1.0
     driver: str = cadence("scan")
@@ -109,6 +112,7 @@ class TrainConfig:
         yield from within("train.epochs", self.epochs, 1)
         yield from among("train.loss", self.loss, LOSSES)
         yield from within("train.label_smoothing", self.label_smoothing, 0, 1, open_high=True)
+        yield from within("train.augment_until", self.augment_until, 0, 1, open_low=True)
         yield from within("train.teacher_weight", self.teacher_weight, 0, 1, open_low=True)
         yield from among("train.driver", self.driver, DRIVERS)
         for name in ("epochs_per_dispatch", "num_devices", "log_every_steps"):

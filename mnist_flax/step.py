@@ -165,6 +165,20 @@ def loss_fn(
     return total / jnp.sum(is_example, dtype=jnp.int32), (logits, losses, updates.get("batch_stats", {}))
 
 
+def augmented_images(program: Program, batch: Batch, key: Array, step: Array) -> Array:
+    """Augments the images of a step, `u8[B,H,W,1]`, unless it is one of the last, which see them as they are."""
+
+    def augmented() -> Array:
+        return augment(program.augment, batch["image"], batch["label"], rng.stream(key, "augment", step))
+
+    if program.augment_until == 1:
+        return augmented()
+    images: Array = jax.lax.cond(
+        step < round(program.augment_until * program.num_steps), augmented, lambda: batch["image"]
+    )
+    return images
+
+
 def train_step(
     program: Program, state: TrainState, batch: Batch, key: Array, teacher: Teacher | None = None
 ) -> tuple[TrainState, Metrics]:
@@ -173,7 +187,7 @@ def train_step(
     `key` is the run's root key, the same at every step. A teacher sees the same augmented images (Beyer et al., 2022).
     The metrics are those of the batch, which holds at least one example, under the weights before the update.
     """
-    images = augment(program.augment, batch["image"], batch["label"], rng.stream(key, "augment", state.step))
+    images = augmented_images(program, batch, key, state.step)
     augmented: Batch = {"image": images, "label": batch["label"]}
     targets = soft_targets(teacher, images) if teacher else None
     grads, (logits, losses, batch_stats) = jax.grad(loss_fn, argnums=1, has_aux=True)(

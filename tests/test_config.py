@@ -37,6 +37,7 @@ def test_a_changed_field_survives_json() -> None:
         ({"train__epochs": True}, r"config.train.epochs = True: must be of type int, not bool"),
         ({"train__epochs": 0}, r"config.train.epochs = 0: must be at least 1"),
         ({"train__tensorboard": 1}, r"config.train.tensorboard = 1: must be of type bool"),
+        ({"train__augment_until": 0}, r"config.train.augment_until = 0.0: must be above 0 and at most 1"),
         ({"train__teacher_weight": 0}, r"config.train.teacher_weight = 0.0: must be above 0 and at most 1"),
         ({"train__teacher_weight": 1.1}, r"config.train.teacher_weight = 1.1: must be above 0 and at most 1"),
         ({"optimizer__learning_rate": float("nan")}, r"config.optimizer.learning_rate = nan: must be finite"),
@@ -135,6 +136,8 @@ def test_more_epochs_are_a_difference_only_to_a_schedule_that_depends_on_them() 
     for schedule, expected in (("constant", {}), ("step", {}), ("cosine", {"train.epochs": (5, 6)})):
         config = replace(Config(), optimizer__schedule=schedule)
         assert differences(config, replace(config, train__epochs=6)) == expected
+    config = replace(Config(), train__augment_until=0.8)  # the last steps are other ones
+    assert differences(config, replace(config, train__epochs=6)) == {"train.epochs": (5, 6)}
 
 
 def test_steps_count_every_row() -> None:

@@ -41,6 +41,7 @@ CONFIG = replace(
     augment__shift=1,
     data__num_train=92,
     train__batch_size=16,
+    train__augment_until=0.5,
     optimizer__ema_decay=0.9,
     **SGD,
 )

@@ -165,6 +165,20 @@ def test_a_step_depends_on_seed_and_step_and_nothing_else(examples: Examples) ->
     assert len({float(s["loss"]) for s in (sums, of_other_seed, of_other_step)}) == 3
 
 
+def test_the_last_steps_see_images_as_they_are(examples: Examples) -> None:
+    plain = replace(SMALL, train__augment_until=0.5)
+    config = replace(plain, augment__rotate=10.0)
+    state, batch = jit_init_state(config.program, KEY), batch_of(examples, 20)
+
+    def loss(config: Config, step: int) -> float:
+        _, sums = step_once(config.program, state.replace(step=jnp.int32(step)), batch, KEY)
+        return float(sums["loss"])
+
+    assert config.num_steps == 25
+    for step in (0, 11, 12, 24):
+        assert (loss(config, step) == pytest.approx(loss(plain, step), rel=1e-5)) == (step >= 12)
+
+
 def run_epochs(config: Config, examples: Examples, cuts: list[int]) -> tuple[TrainState, list[Metrics]]:
     """Trains from each cut to the next, in calls that never cross the end of an epoch."""
     rows, on_device = jnp.arange(96), jax.device_put(examples)
