@@ -50,7 +50,7 @@ if [ "$complete" != "$(wanted "$lock")" ] && [ "$complete" != "$(wanted requirem
   install --require-hashes -r "$lock"
   install --no-deps --no-build-isolation -e .
   # pip compiles one file after another, tests of the packages included; that takes as long as everything else it does.
-  has_uv || "$python" -m compileall -qq -j 0 -x '/tests?/' "$venv/lib" mnist_flax || true
+  has_uv || "$python" -m compileall -qq -j 0 -x 'site-packages/.*/tests?/' "$venv/lib" mnist_flax || true
   wanted "$lock" >"$venv/complete"
 fi
 exec 9>&-
