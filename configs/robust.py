@@ -3,7 +3,8 @@
 Trained with affine distortion, pieces of strokes beside the digit, and ones and sevens as other countries write them,
 but with no corruption of MNIST-C except the affine ones; `docs/trust.md` says what it scores on the others.
 
-Measured: 99.64 +- 0.05 % test accuracy (mean and sd, n = 3, one view).
+Measured: 99.62 +- 0.04 % test accuracy, 96.14 +- 0.28 % over the corruptions of MNIST-C (mean and sd, n = 3);
+22 minutes of training on one CPU core.
 
     scripts/train --config=configs/robust.py
 """
