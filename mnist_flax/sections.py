@@ -69,8 +69,8 @@ class TrainConfig:
       epochs: passes over the training rows.
       loss: a key of `LOSSES`.
       label_smoothing: this fraction of each one-hot label is spread over all classes.
-      augment_until: images are augmented on this share of the steps; the last steps see them as they are, which fits
-        the network to clean images again (He et al., 2019).
+      augment_until: the share of the steps that augment their images; the remaining steps, at the end, train on the
+        original images, which makes the network more accurate on those (He et al., 2019).
       teacher: the folder of a finished run or population whose probabilities for the same augmented images are learned
         (distillation); empty means none. It may move: a resumed run compares the weights in it, not its name.
       teacher_weight: with a teacher, the loss is this share of the cross-entropy with its probabilities; the rest is

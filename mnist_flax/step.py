@@ -166,7 +166,7 @@ def loss_fn(
 
 
 def augmented_images(program: Program, batch: Batch, key: Array, step: Array) -> Array:
-    """Augments the images of a step, `u8[B,H,W,1]`, unless it is one of the last, which see them as they are."""
+    """Returns the images that a step trains on, `u8[B,H,W,1]`: augmented, or the originals after `augment_until`."""
 
     def augmented() -> Array:
         return augment(program.augment, batch["image"], batch["label"], rng.stream(key, "augment", step))

@@ -49,7 +49,7 @@ if [ "$complete" != "$(wanted "$lock")" ] && [ "$complete" != "$(wanted requirem
   fi
   install --require-hashes -r "$lock"
   install --no-deps --no-build-isolation -e .
-  # pip compiles one file after another, tests of the packages included; that takes as long as everything else it does.
+  # pip would compile on one core, with the packages' tests, which doubles the time of the installation.
   has_uv || "$python" -m compileall -qq -j 0 -x 'site-packages/.*/tests?/' "$venv/lib" mnist_flax || true
   wanted "$lock" >"$venv/complete"
 fi

@@ -165,7 +165,7 @@ def test_a_step_depends_on_seed_and_step_and_nothing_else(examples: Examples) ->
     assert len({float(s["loss"]) for s in (sums, of_other_seed, of_other_step)}) == 3
 
 
-def test_the_last_steps_see_images_as_they_are(examples: Examples) -> None:
+def test_the_last_steps_train_on_the_original_images(examples: Examples) -> None:
     plain = replace(SMALL, train__augment_until=0.5)
     config = replace(plain, augment__rotate=10.0)
     state, batch = jit_init_state(config.program, KEY), batch_of(examples, 20)

@@ -39,7 +39,7 @@ class Augmentation:
       high: the largest strength; the smallest is 0, which turns the operation off.
       open_high: `high` itself is not allowed.
       whole: the strength is an integer.
-      classes: the class names that the operation takes some labels to have; other datasets are refused.
+      classes: names of the labels that the operation applies to; a dataset without them is refused.
     """
 
     strength: str
@@ -177,7 +177,7 @@ class AugmentConfig:
         return {name: int if entry.whole else float for name, entry in AUGMENTATIONS.items()}
 
     def check(self, class_names: Sequence[str]) -> Iterator[str]:
-        """Yields a message for each strength that is out of range, or not for a dataset with these classes."""
+        """Yields a message for each strength that is out of range, or whose operation does not fit these classes."""
         for name, strength in self.strengths:
             entry = AUGMENTATIONS[name]
             if any(class_names[label : label + 1] != (wanted,) for label, wanted in entry.classes.items()):

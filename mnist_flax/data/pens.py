@@ -6,7 +6,7 @@ from jax import Array
 
 from mnist_flax import rng
 
-CLASSES = {1: "1", 7: "7"}  # the labels that are rewritten, and the names of their classes
+CLASSES = {1: "1", 7: "7"}  # the labels that are rewritten, and their names
 INK = 128  # from this grey on, a pixel belongs to the stroke
 
 

@@ -83,12 +83,12 @@ def _scores(workdir: pathlib.Path, predictor: Predictor, info: RunInfo) -> dict[
 
 
 def _calibration(workdir: pathlib.Path, info: RunInfo) -> dict[str, Any]:
-    """Returns the scores on the test set at this step, of the verb `evaluate` or else of the report."""
+    """Returns the scores on the test set at this step: those of `evaluate` if it was run, else those of the report."""
     evaluation = _read(workdir / f"evaluation-test-{info.config.data.name.replace('/', '-')}.json")
     if evaluation.get("step") == max(info.steps):
         return evaluation
     report = _read(workdir / REPORT_FOLDER / "metrics.json")
-    of_report: dict[str, Any] = report["test"] if report.get("run", {}).get("step") == max(info.steps) else {}
+    of_report: dict[str, Any] = report.get("test", {}) if report.get("run", {}).get("step") == max(info.steps) else {}
     return of_report
 
 

@@ -13,7 +13,7 @@ from scipy import ndimage
 _SMALLEST = 60  # pixels: the minimum shorter side at which lines can be distinguished from strokes
 _SIDE = 400  # pixels: lines are detected in a reduced image, at most this large
 _SPAN = 0.62  # the minimum share of its piece's width or height that a ruling covers
-_STRAIGHT = 0.88  # the minimum share of a printed line that is inked along a straight line; the sides of a 0 are curved
+_STRAIGHT = 0.88  # the minimum share of a line's length that is inked: printed lines have more, a curved 0 less
 _TURNS = np.tan(np.deg2rad(np.arange(-8, 8.01, 0.5)))
 
 
