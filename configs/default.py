@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     """Returns what differs from the defaults."""
     config = default_config_dict()
     config.data.holdout = 2_000
-    config.checkpoint.keep_latest = 6  # all, so that the page to draw on compares the first epoch with the last
+    config.checkpoint.keep_latest = 6  # all six epochs, so that the demo page compares the first with the last
     config.model.init = "he_normal"
     config.augment.shift = 1
     config.optimizer.name = "adamw"

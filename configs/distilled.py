@@ -1,4 +1,4 @@
-"""The network of `accurate.py`, trained on the mean probabilities of ten others (distillation; Hinton et al., 2015).
+"""The network of `accurate.py`, trained on the mean probabilities of ten such networks (Hinton et al., 2015).
 
 Measured: not yet. First train the teacher, ten networks of `accurate.py`:
 

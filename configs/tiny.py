@@ -1,4 +1,4 @@
-"""For tests and quick experiments, trains in seconds: a small network on 1,800 rows of MNIST.
+"""A small network on 1,800 rows of MNIST that trains in seconds, for tests and quick experiments.
 
 Measured: 89.23 +- 1.20 % test accuracy (mean and sd, n = 5), 0.3 s of training on two CPU cores.
 

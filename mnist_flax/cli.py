@@ -1,4 +1,4 @@
-"""What all commands share: turns flags into a Config, and user errors into one message and an exit status."""
+"""Shared by all commands: turns flags into a Config, and a user error into one message and an exit status."""
 
 import contextlib
 import functools
@@ -32,7 +32,7 @@ VERBS = {
 
 
 def main() -> None:
-    """Runs `mnist-flax VERB [flags]`, exactly as `python -m mnist_flax.VERB [flags]`."""
+    """Runs `mnist-flax VERB [flags]`, exactly like `python -m mnist_flax.VERB [flags]`."""
     verb = sys.argv[1] if len(sys.argv) > 1 else ""
     if verb in VERBS:
         del sys.argv[1]
@@ -69,13 +69,13 @@ def config() -> Any:
     """
     if FLAGS.config is None:
         raise ConfigError("--config is missing: name a preset or a file, such as --config=configs/default.py")
-    from mnist_flax import preset  # only now: --help and a wrong flag need not wait for JAX, which the models import
+    from mnist_flax import preset  # imports JAX, which --help and flag errors need not wait for
 
     return preset.load_config(preset.find_preset(FLAGS.config), FLAGS.override)
 
 
 def define_run(subject: str = "the folder of a run or a population", output: str | None = None) -> None:
-    """Defines `--workdir`, `--checkpoint` and, with the text of its help, `--output`, for commands that read a run."""
+    """Defines the flags of commands that read a run: `--workdir`, `--checkpoint` and, given its help, `--output`."""
     flags.DEFINE_string("workdir", None, subject)
     flags.DEFINE_string("checkpoint", "latest", "latest, best (on hold-out rows) or a step")
     if output:
@@ -92,13 +92,13 @@ def workdir() -> pathlib.Path:
 
 
 def run(main: Callable[[Sequence[str]], None], *, takes_files: bool = False) -> None:
-    """Parses the flags, calls `main` with the program's name and the files that are named beside them, and exits.
+    """Parses the flags, calls `main` with the program's name and any file arguments, and exits.
 
-    A `UserError` ends the program with its message and exit status; any other exception is a bug, and prints
-    its traceback. A signal ends the program immediately, unless a loop handles it (`signals.stop_request`).
+    A `UserError` ends the program with its message and exit status; any other exception is a bug and prints
+    its traceback. A signal ends the program immediately, unless `signals.stop_request` handles it.
     """
-    # Importing JAX and tracing create a million long-lived objects. The default, a garbage collection every 700
-    # objects, costs 0.2 of the 1.8 s to the first step.
+    # Importing JAX and tracing create a million long-lived objects. With the default threshold, garbage collection
+    # takes 0.2 s of the 1.8 s to the first step.
     gc.set_threshold(100_000)
     console.open_streams()
     console.log_to_console()
@@ -117,7 +117,7 @@ def run(main: Callable[[Sequence[str]], None], *, takes_files: bool = False) -> 
 
 
 def _parse(arguments: Sequence[str], *, takes_files: bool) -> Sequence[str]:
-    """Parses the command line strictly."""
+    """Parses the command line; unknown flags and unexpected arguments are errors."""
     if "override" in FLAGS:
         arguments = _with_overrides(arguments)
     if any(re.fullmatch(r"--?help(short|full|xml)?", argument) for argument in arguments):
@@ -145,6 +145,8 @@ def _with_overrides(arguments: Sequence[str]) -> list[str]:
             return [*result, argument, *rest]
         if match:
             is_negated, field, value = match.groups()
+            if is_negated and value is not None:
+                raise ConfigError(f"{argument}: takes no value; write --config.{field}{value} or --noconfig.{field}")
             if value is None:
                 has_value = not is_negated and rest and not rest[0].startswith("--")
                 value = "=" + (rest.pop(0) if has_value else "false" if is_negated else "true")

@@ -1,4 +1,4 @@
-"""The config of a run: frozen, typed, validated dataclasses, composed from the parts that own them.
+"""The config of a run: frozen, typed, validated dataclasses, one for each section.
 
 A preset (`configs/*.py`) starts from `default_config_dict()` and sets only what differs; `Config.from_dict` turns the
 result into a frozen `Config`. Every mistake raises `ConfigError` with the field, its value and the remedy, before any
@@ -27,9 +27,9 @@ from mnist_flax.sections import CheckpointConfig, DataConfig, EvalConfig, TrainC
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """The part of a config that compiled code depends on: the one static argument of every jitted function.
+    """The part of a config that compiled code depends on: hashable, and a static argument of jitted functions.
 
-    Runs whose programs are equal share their compiled code, whatever their seeds, folds, paths and cadence.
+    Runs with equal programs share compiled code, even if they differ in seed, fold, paths or `cadence` fields.
     """
 
     model: ModelConfig
@@ -81,7 +81,7 @@ class Config:
 
     @property
     def num_rows(self) -> int:
-        """The number of rows in use: trained on or held out."""
+        """The number of rows of the training split in use, including held-out rows."""
         return self.data.num_train or DATASETS[self.data.name].num_train
 
     @property
@@ -106,7 +106,7 @@ class Config:
 
     @property
     def program(self) -> Program:
-        """What compiled code depends on."""
+        """The fields that compiled code depends on."""
         return Program(
             model=self.model,
             augment=self.augment,
@@ -121,9 +121,19 @@ class Config:
             num_classes=self.num_classes,
         )
 
+    def unused(self) -> Iterator[str]:
+        """Yields a message for changed fields that have no effect on this run."""
+        if names := [f"config.optimizer.{name}" for name in self.optimizer.unused()]:
+            name, rate = self.optimizer.name, self.optimizer.schedule
+            yield f"{', '.join(names)}: changed, but {name} with the schedule {rate} does not use it"
+        if self.train.augment_until < 1 and not self.augment.strengths:
+            yield f"config.train.augment_until = {self.train.augment_until}: has no effect without an augmentation"
+        if self.train.teacher_weight < 1 and not self.train.teacher:
+            yield f"config.train.teacher_weight = {self.train.teacher_weight}: has no effect without a teacher"
+
     @classmethod
     def from_dict(cls, values: Any) -> Self:
-        """Builds the config from nested values, strictly; what is left out keeps its default.
+        """Builds a config from nested mappings; fields that are left out keep their defaults.
 
         Raises:
           ConfigError: a field is unknown, or its value has the wrong type or is out of range.
@@ -156,7 +166,7 @@ class Config:
 
 
 def _section_dict(section: Any) -> dict[str, Any]:
-    """Returns the fields of one section; that of the model carries the family's name."""
+    """Returns the fields of one section; the model section also has `name`, its family."""
     if isinstance(section, AugmentConfig):
         return section.to_dict()
     names = [{"name": name} for name, family in MODELS.items() if family is type(section)]
@@ -164,9 +174,9 @@ def _section_dict(section: Any) -> dict[str, Any]:
 
 
 def default_config_dict(model: str = "cnn") -> ConfigDict:
-    """Returns all defaults of a model family as a ConfigDict: what a `get_config()` starts from.
+    """Returns all defaults of a model family as a ConfigDict, for a `get_config()` to start from.
 
-    It accepts any field and value; `Config.from_dict` checks them all.
+    The ConfigDict accepts any field and value; `Config.from_dict` checks them all.
 
     Raises:
       ConfigError: there is no such family.
@@ -177,10 +187,10 @@ def default_config_dict(model: str = "cnn") -> ConfigDict:
 
 
 def replace(config: Config, **fields: Any) -> Config:
-    """Returns a config with some fields changed, named with two underscores for a dot: `train__epochs=3`.
+    """Returns a config with some fields changed; `train__epochs=3` sets `train.epochs`.
 
     Raises:
-      ConfigError: as `Config.from_dict`.
+      ConfigError: see `Config.from_dict`.
     """
     values = config.to_dict()
     for name, value in fields.items():
@@ -190,16 +200,16 @@ def replace(config: Config, **fields: Any) -> Config:
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """Returns the fields that differ and whose difference changes a run's result, dotted, with both values."""
+    """Returns the old and new value of each field that differs and affects results, by its dotted name."""
     there, now = _result_fields(old), _result_fields(new)
     changed = {name: (there.get(name), now.get(name)) for name in there | now if there.get(name) != now.get(name)}
     if not SCHEDULES[new.optimizer.schedule].needs_end and new.train.augment_until == 1:
-        changed.pop("train.epochs", None)
+        changed.pop("train.epochs", None)  # no step depends on how many follow
     return changed
 
 
 def _result_fields(config: Config) -> dict[str, Any]:
-    """Returns the value of every field that changes a result, by its dotted name."""
+    """Returns the value of every field that affects results, by its dotted name."""
     found: dict[str, Any] = {"seed": config.seed}
     for section, values in config.to_dict().items():
         if isinstance(values, dict):
@@ -210,7 +220,7 @@ def _result_fields(config: Config) -> dict[str, Any]:
 
 
 def _build(cls: type, values: Any, path: str) -> Any:
-    """Builds a dataclass from a mapping, strictly."""
+    """Builds a dataclass from a mapping, and rejects unknown fields and values of the wrong type."""
     if dataclasses.is_dataclass(values) and isinstance(values, cls):
         values = _section_dict(values)
     if isinstance(values, ConfigDict):
@@ -236,7 +246,7 @@ def _build(cls: type, values: Any, path: str) -> Any:
 
 
 def _convert(kind: Any, value: Any, path: str) -> Any:
-    """Checks one value against its declared type; an int serves as a float, a list as a tuple, nothing else."""
+    """Checks that a value has the declared type; only int to float and list to tuple are converted."""
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{path} = {value!r}: must be a tuple, such as ({value!r},)")

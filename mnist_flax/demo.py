@@ -1,8 +1,8 @@
-"""Writes a page on which you draw a digit and watch the network read it: one file that needs no server and no network.
+"""Writes a page on which you draw a digit and watch the network read it: one file that works offline.
 
     python -m mnist_flax.demo --workdir=runs/default [--checkpoint=latest|best|STEP] [--output=FILE]
 
-The page holds the weights; open it in any browser. It is written to demo.html in --workdir.
+The page contains the weights; open it in any browser. The default file is demo.html in --workdir.
 """
 
 import pathlib
@@ -18,7 +18,7 @@ FLAGS = flags.FLAGS
 
 def main(_: Sequence[str]) -> None:
     """Writes the page that the flags describe."""
-    from mnist_flax.exporting.demo import write_demo  # only now: --help need not wait for it
+    from mnist_flax.exporting.demo import write_demo  # imported here, so --help does not wait for it
 
     workdir, overrides = cli.workdir(), run_data.given_overrides()
     output = pathlib.Path(FLAGS.output) if FLAGS.output else None

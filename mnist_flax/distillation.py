@@ -1,4 +1,4 @@
-"""The teacher of a run: a finished run or population whose probabilities a student learns (`step.soft_targets`)."""
+"""Loads the teacher of a run: a finished run or population whose probabilities the run learns (`step.soft_targets`)."""
 
 import hashlib
 import pathlib
@@ -20,14 +20,14 @@ from mnist_flax.step import Teacher
 
 
 class LoadedTeacher(NamedTuple):
-    """A teacher on the host, and where it comes from.
+    """A teacher in host memory, and where it comes from.
 
     Attributes:
-      networks: what a training step takes.
-      origin: for the record of the student: `workdir`, the number of `networks`, and the `digest` of all that a student
-        learns from.
-      data: the rows that each network was trained on, as its config says.
-      fingerprint: that of the data.
+      networks: the teacher as a training step takes it.
+      origin: stored with the student: the teacher's `workdir`, its number of `networks`, and the `digest` of their
+        variables and temperature.
+      data: the data config of each network, which determines its training rows.
+      fingerprint: the fingerprint of the training data.
     """
 
     networks: Teacher
@@ -37,11 +37,11 @@ class LoadedTeacher(NamedTuple):
 
 
 def load_teacher(config: Config, workdir: pathlib.Path | None = None) -> LoadedTeacher | None:
-    """Loads the teacher that a config names, with its last weights; None if it names none.
+    """Loads the teacher that a config names, from its latest checkpoint; returns None if it names no teacher.
 
     Raises:
-      ConfigError: its folder does not hold a finished run or population with the classes of the student's dataset, or
-        lies in `workdir`, the student's own folder.
+      ConfigError: the teacher's folder does not hold a finished run or population with the student's classes, or it
+        lies inside `workdir`, the student's own folder.
     """
     if not config.train.teacher:
         return None
@@ -71,7 +71,7 @@ def load_teacher(config: Config, workdir: pathlib.Path | None = None) -> LoadedT
 
 
 def doubts(teacher: LoadedTeacher, config: Config, splits: Splits) -> Iterator[str]:
-    """Yields what may mislead: that the teacher learned from other data, or from rows that the student holds out."""
+    """Yields a warning if the teacher was trained on other data, or on rows that the student holds out."""
     if teacher.fingerprint != splits.fingerprint:
         yield f"was trained on other data (fingerprint {teacher.fingerprint[:12]})"
         return

@@ -16,7 +16,7 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """A dataset is missing, unreachable, corrupt, or not the one that its name promises."""
+    """A dataset is missing, unreachable, corrupt, or different from what its name says."""
 
 
 class WorkdirError(UserError):
@@ -30,6 +30,6 @@ class LostPeerError(UserError):
 
 
 class NonFiniteLossError(UserError):
-    """The loss became NaN or infinite; training on would only corrupt the weights."""
+    """The loss or a weight became NaN or infinite; further training would only corrupt the weights."""
 
     exit_status = 3

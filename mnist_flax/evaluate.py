@@ -1,8 +1,8 @@
-"""Evaluates a run, or a population as one network, on a whole split, and prints the scores with their intervals.
+"""Evaluates a run, or a population as a committee, on a whole split, and prints the scores with 95 % intervals.
 
-    python -m mnist_flax.evaluate --workdir=runs/default [--split=train|holdout|test] [--checkpoint=best|latest|STEP]
+    python -m mnist_flax.evaluate --workdir=runs/default [--split=train|holdout|test] [--checkpoint=latest|best|STEP]
 
-`--config.data.name=kmnist` evaluates on another dataset; only the fields that say which data, and where, can be given.
+`--config.data.name=kmnist` evaluates on another dataset; only data.name, source, data_dir and raw_dir can be set.
 """
 
 import json

@@ -2,8 +2,8 @@
 
     python -m mnist_flax.export --workdir=runs/default --format=onnx|stablehlo|npz [--output=DIR]
 
-The file goes to export/ in the workdir, with a model card. It is first compared with the network on 1,000 test images;
-if a logit differs by more than 1e-4, nothing is written and the exit status is not 0.
+The file goes to export/ in the workdir, with a model card. First, its outputs are compared with the network's on 1,000
+test images; if a logit or a probability differs by more than 1e-4, nothing is written and the exit status is not 0.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ FLAGS = flags.FLAGS
 
 def main(_: Sequence[str]) -> None:
     """Exports what the flags describe."""
-    from mnist_flax.exporting.formats import FORMATS, export_workdir  # only now: --help need not wait for it
+    from mnist_flax.exporting.formats import FORMATS, export_workdir  # imported here, so --help does not wait for it
 
     workdir, overrides = cli.workdir(), run_data.given_overrides()
     if FLAGS.format not in FORMATS:

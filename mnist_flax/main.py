@@ -3,12 +3,12 @@
     python -m mnist_flax.main --config=configs/default.py
 
 Any field of the config can be overridden: --config.optimizer.learning_rate=0.05 --config.model.widths="(16,32)".
-The same command again continues a run that was stopped, or reports that it is finished. `--fork=DIR` starts a new run
+Repeating the command continues a run that was stopped, or reports that it is finished. `--fork=DIR` starts a new run
 from the weights of the run in DIR.
 
-With --distributed, several processes train one network: start the same command in each, on a shared file system. JAX
-detects the rest on SLURM, GKE and Cloud TPU; elsewhere set it with --coordinator=HOST:PORT --num_processes=2
---process_index=0, then 1.
+With --distributed, several processes train one network: start the same command in each, on a shared file system. On
+SLURM, Open MPI, GKE and Cloud TPU, JAX detects the processes. Elsewhere, add --coordinator=HOST:PORT --num_processes=2
+and --process_index=0 in the first process, --process_index=1 in the second.
 """
 
 import pathlib
@@ -30,7 +30,7 @@ def main(_: Sequence[str]) -> None:
     for name in CLUSTER:
         if FLAGS[name].present and not FLAGS.distributed:
             raise ConfigError(f"--{name}: is used only with --distributed; add that, or leave it out")
-    from mnist_flax import train  # only now: --help and a wrong flag need not wait for JAX
+    from mnist_flax import train  # imports JAX, which --help and flag errors need not wait for
     from mnist_flax.run import compilation, processes
 
     compilation.keep_programs()

@@ -1,4 +1,4 @@
-"""The runs that train together: how each is opened, announced, evaluated and finished."""
+"""Opens, announces, evaluates and finishes the runs that train together."""
 
 import contextlib
 import dataclasses
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class Member:
-    """A run that is open for training on `rows`, `i32[R]`; its state is that after `log.step` updates."""
+    """A run that is open for training on `rows`, `i32[R]`; between saves, its state may lag behind `log.step`."""
 
     config: Config
     workdir: pathlib.Path
@@ -54,7 +54,7 @@ class Member:
 
     @property
     def step(self) -> int:
-        """Finished updates."""
+        """The number of finished updates."""
         return self.log.step
 
 
@@ -66,7 +66,7 @@ def open_member(
     teacher: LoadedTeacher | None,
     stack: contextlib.ExitStack,
 ) -> Member:
-    """Claims a run's folder and restores its newest checkpoint, or begins the run.
+    """Claims a run's folder, and restores its newest checkpoint or starts a new run.
 
     Raises:
       UserError: the folder cannot be used, or holds another run.
@@ -96,9 +96,9 @@ def open_member(
 
 
 def is_complete(config: Config, step: int, workdir: pathlib.Path) -> bool:
-    """Returns whether nothing is left to do after a checkpoint. The summary is what a run writes last."""
+    """Returns whether a run at `step` is finished: no step is left, and its summary, written last, is there."""
     found = workdirs.read_json(workdir / workdirs.SUMMARY)
-    summary = found if isinstance(found, dict) else {}  # if it is damaged, it is written again
+    summary = found if isinstance(found, dict) else {}  # a damaged summary is written again
     are_numbers = isinstance(summary.get("epochs"), int) and isinstance(summary.get("test_accuracy"), float)
     if step < config.num_steps or summary.get("steps") != step or not are_numbers:
         return False
@@ -111,7 +111,7 @@ def is_complete(config: Config, step: int, workdir: pathlib.Path) -> bool:
 
 
 def begin(config: Config, fork: pathlib.Path | None) -> tuple[TrainState, dict[str, Any]]:
-    """Returns the first state of a new run, and how it begins, as JSON.
+    """Returns the initial state of a new run, and its `origin`, ready for JSON.
 
     Raises:
       WorkdirError: there is no checkpoint to fork, or its weights do not fit this config's network.
@@ -131,7 +131,7 @@ def begin(config: Config, fork: pathlib.Path | None) -> tuple[TrainState, dict[s
             f"--fork={fork}: its weights do not fit this config's network:\n" + "\n".join(lines) + "\nGive config.model"
             f" the values that it has in {fork / workdirs.CONFIG}."
         )
-    # The moving average continues from theirs, or starts at the weights; it must not share memory with them.
+    # The moving average starts at that of `source`, or at its weights, but must not share memory with them.
     ema = jax.tree.map(jnp.copy, source.state.ema or source.state.params) if config.optimizer.ema_decay else {}
     origin["fork"] = {"workdir": str(fork), "step": source.record["step"]}
     logger.info("starting with the weights of %s at step %d", fork, source.record["step"])
@@ -141,10 +141,10 @@ def begin(config: Config, fork: pathlib.Path | None) -> tuple[TrainState, dict[s
 def check_origin(
     origin: Mapping[str, Any], fork: pathlib.Path | None, teacher: LoadedTeacher | None, workdir: pathlib.Path
 ) -> None:
-    """Compares how a run began with how this command would begin it, and warns of other versions.
+    """Checks that a resumed run has the fork and the teacher of this command, and warns if versions differ.
 
     Raises:
-      WorkdirError: `fork` is given, and the run began without it; or its teacher is not `teacher`, wherever that is.
+      WorkdirError: `fork` is given, but the run began without one; or its teacher has other weights than `teacher`.
     """
     if fork and not origin["fork"]:
         raise WorkdirError(
@@ -165,15 +165,12 @@ def check_origin(
 
 
 def announce(members: Sequence[Member], splits: Splits) -> None:
-    """Prints what is about to be trained, on what, and where it goes."""
+    """Logs the network, the data and the folder of the runs that are about to be trained."""
     config, workdir, step = members[0].config, members[0].workdir, members[0].step
     if config.model.dtype != "float32" and jax.default_backend() == "cpu":
         logger.warning("config.model.dtype = %r: is several times slower than 'float32' on a CPU", config.model.dtype)
-    if unused := config.optimizer.unused():
-        logger.warning(
-            "%s: changed, but %s with the schedule %s does not use it",
-            ", ".join(f"config.optimizer.{name}" for name in unused), config.optimizer.name, config.optimizer.schedule,
-        )  # fmt: skip
+    for message in config.unused():
+        logger.warning("%s", message)
     images = jnp.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 1))
     style = {"width": 100, "force_terminal": False, "no_color": True}
     module = config.model.module(config.num_classes)
@@ -204,12 +201,12 @@ def evaluate_holdout(member: Member) -> dict[str, Any] | None:
 
 
 def finish(member: Member, splits: Splits) -> None:
-    """Evaluates on the test set, once and whole, and writes the weights, the report and, last, the summary.
+    """Evaluates a run on the whole test set, and writes its weights, demo page, report and, last, summary.
 
-    A run that dies before its summary is written does all of this again when it is resumed, with the same result.
+    If the process dies before the summary is written, a resumed run does all of this again, with the same result.
 
     Raises:
-      WorkdirError: something cannot be written, the last checkpoint included, which is written meanwhile.
+      WorkdirError: a file, or the last checkpoint (saved in the background), cannot be written.
     """
     config, workdir, log = member.config, member.workdir, member.log
     variables = eval_variables(member.state)
@@ -267,10 +264,10 @@ def finish(member: Member, splits: Splits) -> None:
 def write_demo_page(
     config: Config, predictor: Predictor, evaluation: Evaluation, splits: Splits, workdir: pathlib.Path, step: int
 ) -> None:
-    """Writes the page to draw digits on, unless the network contains an operation that it does not know.
+    """Writes the demo page, unless the network contains an operation that the page does not support.
 
     Raises:
-      WorkdirError: it cannot be written.
+      WorkdirError: the page cannot be written.
     """
     try:
         checkpoints = [demo.Checkpoint(demo.title_of(step, config), graph_of(predictor))]

@@ -1,4 +1,4 @@
-"""How much memory a run needs at least, so that one that cannot fit is refused before anything is allocated."""
+"""Estimates the minimum memory of a run, and refuses a run that cannot fit before anything is allocated."""
 
 import dataclasses
 import math
@@ -10,20 +10,21 @@ import jax
 import numpy as np
 from jax.extend.core import jaxprs_in_params
 
-from mnist_flax import rng
+from mnist_flax import rng, sharding
 from mnist_flax.config import Config, Program
 from mnist_flax.data.registry import IMAGE_SIZE
 from mnist_flax.errors import ConfigError
 from mnist_flax.step import Teacher, TrainState, eval_variables, forward, init_state
 
-HARMLESS_SIZE = 4096  # with no larger batch or layer, the 0.1 s that tracing takes at the start are saved
+HARMLESS_SIZE = 4096  # if no batch or layer is larger, the check is skipped, which saves 0.1 s of tracing
 PRODUCTS = ("conv_general_dilated", "dot_general")
 
 
 def check_memory(config: Config, teacher: Teacher | None = None) -> None:
     """Checks that weights, a training batch and an evaluation batch can fit into memory; nothing is allocated.
 
-    The estimates are lower bounds: what passes can still be too large, what is refused cannot fit.
+    The estimates are lower bounds for one device, or for the CPU devices of a process, which share its memory: what
+    passes can still be too large.
 
     Raises:
       ConfigError: one of them cannot fit.
@@ -32,16 +33,19 @@ def check_memory(config: Config, teacher: Teacher | None = None) -> None:
     if teacher is None and max(size for size in sizes if type(size) is int) <= HARMLESS_SIZE:
         return
     available = available_bytes()
+    mesh = sharding.make_mesh(config.train.num_devices)
+    num_parts = jax.process_count() if jax.default_backend() == "cpu" else mesh.size  # of a batch
     state = jax.eval_shape(lambda: init_state(config.program, rng.root_key(0)))
     weights = sum(_num_bytes(leaf) for leaf in jax.tree.leaves(state))
     outputs = list(_product_bytes(config.program, state))  # of one image, in the order of the layers
     needs = {
         f"config.model: {config.model}: its weights and their optimizer state need": weights,
-        # Going backwards needs what every layer made of the batch.
+        # The backward pass needs every layer's output for the whole batch.
         f"config.train.batch_size = {config.train.batch_size}: a training step needs at least": weights
         + sum(_num_bytes(leaf) for leaf in jax.tree.leaves(teacher))
-        + config.train.batch_size * sum(outputs),
+        + config.train.batch_size // num_parts * sum(outputs),
         f"config.eval.batch_size = {config.eval.batch_size}: an evaluation needs at least": config.eval.batch_size
+        // num_parts
         * max(outputs),
     }
     for subject, needed in needs.items():
@@ -51,7 +55,7 @@ def check_memory(config: Config, teacher: Teacher | None = None) -> None:
 
 
 def _product_bytes(program: Program, state: TrainState) -> Iterator[int]:
-    """Yields the size of what each convolution and matrix product makes of one image."""
+    """Yields the output size, in bytes, of each convolution and matrix product for one image."""
     image = jax.ShapeDtypeStruct((1, IMAGE_SIZE, IMAGE_SIZE, 1), np.uint8)
 
     def products(jaxpr: Any) -> Iterator[int]:
@@ -70,7 +74,7 @@ def _num_bytes(leaf: Any) -> int:
 
 
 def available_bytes() -> int:
-    """Returns the memory of the first device; of a CPU, that of the machine."""
+    """Returns the memory of the first device in bytes; on a CPU, the memory of the machine."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return int(stats["bytes_limit"])

@@ -118,14 +118,14 @@ def per_class(confusion: np.ndarray) -> PerClass:
 def wilson_interval(successes: np.ndarray | int, trials: np.ndarray | int, level: float = 0.95) -> np.ndarray:
     """Computes the score interval of a proportion, `[...], [...] -> f64[...,2]` (Wilson, 1927).
 
-    Unlike plus or minus 1.96 standard errors, it is valid near 0 and 1, where good classifiers are. With no trials it
-    is [0, 1]. SciPy's `binomtest(...).proportion_ci` takes only one proportion at a time.
+    Unlike plus or minus 1.96 standard errors, it is valid near 0 and 1, where the scores of good classifiers lie. With
+    no trials it is [0, 1]. SciPy's `binomtest(...).proportion_ci` takes only one proportion at a time.
     """
     z = statistics.NormalDist().inv_cdf((1 + level) / 2)
     k, n = np.asarray(successes, np.float64), np.asarray(trials, np.float64)
     middle = (k + z**2 / 2) / (n + z**2)
     half = z / (n + z**2) * np.sqrt(k * (n - k) / np.maximum(n, 1) + z**2 / 4)
-    # For k = 0 and k = n the formula gives exactly 0 and 1, except for rounding.
+    # In exact arithmetic, the formula gives low = 0 for k = 0, and high = 1 for k = n.
     low, high = np.where(k == 0, 0.0, middle - half), np.where(k == n, 1.0, middle + half)
     return np.stack([low, high], axis=-1)
 
@@ -133,8 +133,9 @@ def wilson_interval(successes: np.ndarray | int, trials: np.ndarray | int, level
 def f1_interval(right: np.ndarray | int, involved: np.ndarray | int, level: float = 0.95) -> np.ndarray:
     """Computes the interval of an F1 score, `[...], [...] -> f64[...,2]` ("Wilson indirect"; Lam et al., 2023).
 
-    Of the `involved` examples, which have the class as label or prediction, a share J has it as both (`right`). J is a
-    proportion, so Wilson's interval applies, and F1 = 2 J / (1 + J) increases with J, so its ends map to F1's.
+    The `involved` examples have the class as label or prediction; a share J of them has it as both (`right`). J is a
+    proportion, so it has a Wilson interval. F1 = 2 J / (1 + J) increases with J, so it maps the ends of that interval
+    to those of the F1 interval.
     """
     ends = wilson_interval(right, involved, level)
     return 2 * ends / (1 + ends)

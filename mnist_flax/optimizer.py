@@ -1,4 +1,4 @@
-"""Learning-rate schedules and optimisers: one entry each turns the config into an optax transformation."""
+"""Learning-rate schedules and optimisers: each entry builds an optax schedule or transformation from the config."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,23 +12,24 @@ from mnist_flax.checks import among, within
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """The optimiser, its learning rate over the run, and what happens to gradients and weights around it.
+    """The optimiser, learning-rate schedule, weight decay, gradient clipping, and moving average of the weights.
 
     Attributes:
       name: a key of `OPTIMIZERS`.
       learning_rate: the peak of the schedule.
-      b1, b2, eps: decay rates and stabiliser of Adam and its relatives.
-      momentum, nesterov: of SGD, and `momentum` also of Muon.
-      adam_fraction: `muon` leaves all but the convolution kernels to AdamW, at this fraction of the learning rate.
+      b1, b2, eps: the decay rates and epsilon of `adam`, `adamw` and `muon`.
+      momentum, nesterov: for `sgd`; `muon` also reads `momentum`.
+      adam_fraction: `muon` trains all but the convolution kernels with AdamW, at this fraction of the learning rate.
       weight_decay: applied to kernels, not to biases or norms. L2 (added to the gradient) for `adam` and `sgd`,
-        decoupled for the others. With `muon`, to convolution kernels only.
+        decoupled for the others. `muon` decays convolution kernels only.
       clip_norm: largest global norm of the gradient; 0 turns clipping off.
       schedule: a key of `SCHEDULES`.
       warmup_epochs: linear warm-up from 0 before any schedule but `one_cycle`, which has its own.
-      start_fraction, peak_at: `one_cycle` starts at this fraction of the peak and reaches it at this fraction of
-        the run.
+      start_fraction, peak_at: `one_cycle` starts at `start_fraction` times the peak, and reaches the peak at the
+        fraction `peak_at` of the run.
       end_fraction: the last learning rate of `cosine`, `linear` and `one_cycle`, as a fraction of the peak.
-      decay_rate, decay_epochs: `exponential` and `step` multiply by this rate over this many epochs.
+      decay_rate, decay_epochs: the learning rate is multiplied by `decay_rate` every `decay_epochs` epochs, gradually
+        (`exponential`) or at once (`step`).
       ema_decay: evaluate an exponential moving average of the weights with this decay; 0 evaluates the weights.
     """
 
@@ -70,7 +71,7 @@ class OptimizerConfig:
             yield "config.optimizer.nesterov = True: needs config.optimizer.momentum above 0"
 
     def unused(self) -> list[str]:
-        """Returns the fields that were changed but that the chosen optimiser and schedule do not read."""
+        """Returns the changed fields that the chosen optimiser and schedule do not read."""
         default = OptimizerConfig()
         entries: list[Optimizer | Schedule] = [*OPTIMIZERS.values(), *SCHEDULES.values()]
         optional = {field for entry in entries for field in entry.fields}
@@ -79,7 +80,7 @@ class OptimizerConfig:
 
 
 class RunLength(NamedTuple):
-    """The length of a run, in updates."""
+    """The length of a run in updates, without the warm-up."""
 
     num_steps: int
     steps_per_epoch: int
@@ -88,8 +89,8 @@ class RunLength(NamedTuple):
 class Schedule(NamedTuple):
     """A learning rate over a run, as a function of the number of finished updates.
 
-    `fields` are those of `OptimizerConfig` that it reads, `learning_rate` aside. A finished run can be trained further
-    unless the schedule depends on where the run ends (`needs_end`).
+    `fields` names the fields of `OptimizerConfig` that it reads, except `learning_rate`. `needs_end` says
+    that it depends on where the run ends, so a finished run cannot be trained further.
     """
 
     make: Callable[[OptimizerConfig, RunLength], optax.Schedule]
@@ -98,7 +99,7 @@ class Schedule(NamedTuple):
 
 
 def _one_cycle(o: OptimizerConfig, run: RunLength) -> optax.Schedule:
-    """Smith and Topin (2018), with cosine flanks."""
+    """Smith and Topin (2018), with cosine ramps."""
     peak_step = min(max(1, round(o.peak_at * run.num_steps)), max(1, run.num_steps - 1))
     scales = {peak_step: 1 / o.start_fraction, run.num_steps: o.end_fraction}
     return optax.piecewise_interpolate_schedule("cosine", o.learning_rate * o.start_fraction, scales)
@@ -145,21 +146,21 @@ def is_decayed(params: optax.Params) -> optax.Params:
 
 
 class Optimizer(NamedTuple):
-    """An update rule at a scheduled learning rate; `fields` are those of `OptimizerConfig` that it reads besides."""
+    """An update rule at a scheduled learning rate; `fields` names the fields of `OptimizerConfig` that `make` reads."""
 
     make: Callable[[OptimizerConfig, optax.Schedule], optax.GradientTransformation]
     fields: tuple[str, ...]
 
 
 def _with_l2(o: OptimizerConfig, rule: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Adds the gradient of the L2 penalty before the update rule sees the gradient."""
+    """Adds the gradient of the L2 penalty to the gradient before the update rule."""
     return optax.chain(optax.add_decayed_weights(o.weight_decay, mask=is_decayed), rule) if o.weight_decay else rule
 
 
 def _muon(o: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
     """Jordan et al. (2024): orthogonalised momentum for convolution kernels, AdamW for all other weights.
 
-    A convolution's kernel counts as a matrix from its patches to its output channels.
+    A convolution kernel is treated as a matrix that maps patches to output channels.
     """
     from optax.contrib import MuonDimensionNumbers, muon
 
@@ -200,6 +201,6 @@ OPTIMIZERS: dict[str, Optimizer] = {
 
 
 def optimizer(o: OptimizerConfig, num_steps: int, steps_per_epoch: int) -> optax.GradientTransformation:
-    """Returns the whole chain: clip the gradient, then the update rule at the scheduled learning rate."""
+    """Returns the whole chain: gradient clipping, then the update rule at the scheduled learning rate."""
     rule = OPTIMIZERS[o.name].make(o, schedule(o, num_steps, steps_per_epoch))
     return optax.chain(optax.clip_by_global_norm(o.clip_norm), rule) if o.clip_norm else rule

@@ -1,10 +1,11 @@
-"""Trains many runs of one config together, as a population, or compares two results.
+"""Trains many runs of one config together, as a population, or compares two runs or populations.
 
     python -m mnist_flax.population --config=configs/tiny.py --seeds=10
     python -m mnist_flax.population --config=configs/one_conv_sgd.py --folds=5
     python -m mnist_flax.population --compare=runs/tiny-seeds10,runs/tiny-seeds20
 
-Each member is a run with its own folder in members/. The same command again resumes; a larger --seeds adds members.
+Each member is a run with its own folder in members/. Repeating the command resumes. A larger --seeds adds members if
+--workdir names the same folder.
 """
 
 import json
@@ -20,7 +21,7 @@ FLAGS = flags.FLAGS
 
 
 def main(_: Sequence[str]) -> None:
-    """Trains a population or compares two results, depending on the flags."""
+    """Trains a population or compares two folders, depending on the flags."""
     if FLAGS.compare:
         print(comparison_text(FLAGS.compare))
         return
@@ -39,10 +40,10 @@ def main(_: Sequence[str]) -> None:
 
 
 def comparison_text(folders: Sequence[str]) -> str:
-    """Compares the results in two folders.
+    """Compares two folders of runs or populations; returns a table or JSON.
 
     Raises:
-      ConfigError: there are not two folders, or a training flag is given.
+      ConfigError: the number of folders is not two, or a training flag is given.
     """
     for name in ("config", "seeds", "folds", "workdir"):
         if FLAGS[name].present:

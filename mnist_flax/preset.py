@@ -1,4 +1,4 @@
-"""Loads preset files: a `get_config()`, plus flags that override its fields, becomes a Config.
+"""Loads preset files: calls `get_config()`, applies the overrides from the flags, and builds a Config.
 
 A preset is a program, so it may fail in any way. Each failure is reported in one message that names the file, the line,
 and the field or the error.
@@ -44,7 +44,7 @@ def find_preset(name: str) -> pathlib.Path:
 
 
 def load_config(path: pathlib.Path, overrides: Iterable[str] = ()) -> Config:
-    """Runs a preset and returns its Config, with some fields overridden, such as `train.epochs=3`.
+    """Runs a preset and returns its Config, after applying overrides such as `train.epochs=3`.
 
     Raises:
       ConfigError: the preset fails, or one of its fields or overrides is wrong.
@@ -55,7 +55,7 @@ def load_config(path: pathlib.Path, overrides: Iterable[str] = ()) -> Config:
     except ConfigError as error:
         raise ConfigError(f"{error} ({_place(path, str(error))})") from error
     fields = config.to_dict()
-    for override in overrides:
+    for override in sorted(overrides, key=lambda override: not override.startswith("model.name=")):  # that one first
         if override.startswith("model.name=") and override[11:] != fields["model"]["name"]:
             fields["model"] = default_config_dict(override[11:])["model"].to_dict()  # the defaults of the new family
         _override(fields, override)
@@ -66,11 +66,11 @@ def execute(path: pathlib.Path) -> dict[str, Any]:
     """Runs a preset, and returns the result of its `get_config()` as nested dicts.
 
     Raises:
-      ConfigError: it fails, or returns something else.
+      ConfigError: the preset fails, has no `get_config()`, or returns something else.
     """
     module = types.ModuleType(f"preset_{path.stem}")
     module.__file__ = str(path)
-    sys.modules[module.__name__] = module  # where dataclasses look up the types of their fields
+    sys.modules[module.__name__] = module  # dataclasses look up the types of their fields there
     sys.path.append(str(path.parent))  # a preset may import modules from its folder, such as another preset
     try:
         exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
@@ -100,7 +100,7 @@ def _describe(error: BaseException, path: pathlib.Path) -> str:
 
 
 def _place(path: pathlib.Path, message: str) -> str:
-    """Returns the file, and the line that sets the field with which a message begins, if one can be found."""
+    """Returns the file and, if it can be found, the line that sets the field named at the start of a message."""
     field = message.partition(" ")[0].strip(":").split("[")[0].split(".")[1:]
     name, section = (field or [""])[-1], (field[-2:-1] or [""])[0]
     line = 0
@@ -131,7 +131,7 @@ def _override(fields: dict[str, Any], override: str) -> None:
 
 
 def _convert(old: Any, text: str, path: str) -> Any:
-    """Parses the text of a flag as the type of the value that it replaces."""
+    """Converts the text of a flag to the type of the value that it replaces."""
     if isinstance(old, str):
         return text
     try:

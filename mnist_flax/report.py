@@ -2,8 +2,8 @@
 
     python -m mnist_flax.report --workdir=runs/default [--checkpoint=latest|best|STEP] [--output=DIR]
 
-Training writes a report when it finishes. Use this verb to rewrite it, or to report an unfinished run or another
-checkpoint.
+Training writes a report when it finishes. Use this command to write it again, or to write one for an
+unfinished run or another checkpoint.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Derives PRNG keys; no other module does.
+"""Derives the PRNG keys of a run.
 
 Every random number in a run is a function of the run's root key, a name for its purpose, and indices such as the step
 or the epoch. No random state is carried from step to step, so none needs to be saved.
@@ -27,7 +27,7 @@ def stream(key: Array, name: str, *indices: Array | int) -> Array:
 
 
 def per_example(key: Array, batch_size: int) -> Array:
-    """Returns `key[B]`, one for each position in a batch.
+    """Returns `key[B]`, one key for each position in a batch.
 
     An example's random numbers then depend only on its position, not on how the batch is split over devices
     (jax issue 40232).

@@ -20,7 +20,7 @@ FLAGS = flags.FLAGS
 
 def main(_: Sequence[str]) -> None:
     """Evaluates what the flags describe."""
-    from mnist_flax.analysis import robustness, robustness_page  # only now: --help need not wait for it
+    from mnist_flax.analysis import robustness, robustness_page  # imported here to keep --help fast
 
     workdir = cli.workdir()
     outcome = robustness.robustness_of_workdir(

@@ -13,7 +13,7 @@ VIEWS = (1, 5)
 
 
 def cadence(default: Any) -> Any:
-    """Declares a field that does not affect results, such as how often to save; it may change when a run resumes."""
+    """Declares a field that may change when a run resumes, because its value does not affect results."""
     return dataclasses.field(default=default, metadata={"changes_result": False})
 
 
@@ -69,12 +69,13 @@ class TrainConfig:
       epochs: passes over the training rows.
       loss: a key of `LOSSES`.
       label_smoothing: this fraction of each one-hot label is spread over all classes.
-      augment_until: the share of the steps that augment their images; the remaining steps, at the end, train on the
-        original images, which makes the network more accurate on those (He et al., 2019).
-      teacher: the folder of a finished run or population whose probabilities for the same augmented images are learned
-        (distillation); empty means none. It may move: a resumed run compares the weights in it, not its name.
-      teacher_weight: with a teacher, the loss is this share of the cross-entropy with its probabilities; the rest is
-        that of the labels.
+      augment_until: the share of the steps that augment their images. The remaining steps, at the end, train on the
+        original images, which improves accuracy on unaugmented images (He et al., 2019).
+      teacher: the folder of a finished run or population to distil from: the network learns the teacher's
+        probabilities for the same augmented images. Empty means none. The folder may move: a resumed run compares the
+        weights in it, not its path.
+      teacher_weight: the weight of the cross-entropy with the teacher's probabilities; the loss on the labels has the
+        weight 1 minus this.
       driver: `scan` (many steps per compiled call, with the data on the device) or `stream` (one batch per call, sent
         from the host); it changes speed and memory, never the result.
       epochs_per_dispatch: how many epochs to train per device call, so that a fast device does not wait for the host;
@@ -82,8 +83,8 @@ class TrainConfig:
         calls of about half a second, and of one epoch at most. It changes speed, never the result.
       num_devices: devices to train and evaluate on, counted over all processes; each batch is split evenly over them.
         0 means all accelerators, or one CPU device per process, because CPU devices share the cores.
-      log_every_steps: each line of `metrics.jsonl` averages this many steps, or fewer at the end of an epoch; 0 means
-        one line per epoch.
+      log_every_steps: write a line to `metrics.jsonl` every this many steps and at the end of every epoch, averaged
+        over the steps since the last line; 0 means one line per epoch.
       tensorboard: write TensorBoard events.
       report: write `report/index.html` at the end.
       demo: write `demo.html`, a page to draw digits on, at the end.
@@ -145,7 +146,7 @@ class CheckpointConfig:
     """When to save the state, and how many checkpoints to keep.
 
     Attributes:
-      every_epochs: save every this many epochs; 0 saves only the final state, which is always saved.
+      every_epochs: save every this many epochs; 0 turns this off. The final state is always saved.
       every_steps: also save every this many steps, even in the middle of an epoch; 0 turns this off.
       every_seconds: also save when this many seconds have passed since the last save; 0 turns this off.
       keep_latest: how many of the newest checkpoints to keep.

@@ -1,8 +1,8 @@
-"""Placement of arrays on a mesh of devices: batches are split over the devices, everything else is replicated.
+"""Places arrays on a mesh of devices: batches are split over the devices, everything else is replicated.
 
-The steps do not depend on it. From the sharding of their arguments, XLA compiles them for many devices, including the
-all-reduce of the gradients; with one device, the program does not change. Several processes share one mesh, each holds
-its own part of it, and all must make the same calls in the same order.
+The steps do not depend on the devices. XLA compiles them for many devices, including the all-reduce of the gradients,
+according to the sharding of their arguments; with one device, the program does not change. Several processes share one
+mesh: each holds its own part of it, and all must make the same calls in the same order.
 """
 
 from typing import Any
@@ -52,7 +52,7 @@ def split(mesh: Mesh, axis: int = 0) -> NamedSharding:
 
 
 def place(tree: Any, sharding: NamedSharding) -> Any:
-    """Places arrays, identical in every process, with a sharding; arrays that already have it are not moved."""
+    """Places arrays that are identical in every process; arrays that already have this sharding are not moved."""
     if sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)
     return jax.tree.map(lambda leaf: _place_own_part(leaf, sharding), tree)
@@ -80,7 +80,7 @@ def place_rows(tree: Any, sharding: NamedSharding, batch_size: int) -> Any:
     """Puts this process's rows (`own_rows`) on its devices; the rows of all processes together make the batch."""
     if sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)
-    with jax.transfer_guard("allow"):  # as above
+    with jax.transfer_guard("allow"):  # as in `_place_own_part`
         return jax.tree.map(
             lambda rows: jax.make_array_from_process_local_data(sharding, rows, (batch_size, *rows.shape[1:])), tree
         )

@@ -20,17 +20,17 @@ from mnist_flax.losses import LOSSES
 from mnist_flax.optimizer import optimizer
 
 Variables = dict[str, Any]  # what linen's `apply` takes: params and batch_stats
-Metrics = dict[str, Array]  # sums over examples; divided by `examples` they are means
+Metrics = dict[str, Array]  # sums over examples; dividing by `examples` gives the means
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """All that a run carries from step to step: arrays only.
+    """Everything that a run carries from step to step, as arrays.
 
     Attributes:
       step: `i32[]`, finished updates.
       params: the weights.
       batch_stats: running means and variances of batch norm; empty without it.
-      opt_state: of the optax chain.
+      opt_state: the state of the optax chain.
       ema: moving average of the weights; empty when `optimizer.ema_decay` is 0.
     """
 
@@ -42,12 +42,12 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 class Teacher(flax.struct.PyTreeNode):
-    """Trained networks whose mean probabilities a student learns; like the examples, an argument of its steps.
+    """Trained networks whose mean probabilities a student learns, passed to each step as an argument.
 
     Attributes:
       members: the variables of M networks, stacked: each leaf has a leading axis M.
-      temperature: `f32[]`, what the log of the mean probabilities is divided by.
-      program: that of the networks, static.
+      temperature: `f32[]`, which divides the log of the mean probabilities.
+      program: the program of the networks; static.
     """
 
     members: Any
@@ -56,13 +56,13 @@ class Teacher(flax.struct.PyTreeNode):
 
 
 class StepView(NamedTuple):
-    """What a logged metric may look at: one step, before the weights change.
+    """What a logged metric can read: the values of one step, before the weights change.
 
     Attributes:
       logits: `f32[B,C]`.
-      losses: `f32[B]`, with label smoothing and the teacher's share.
+      losses: `f32[B]`, including label smoothing and distillation.
       labels: `i32[B]`.
-      is_example: `bool[B]`; the other places of the batch are padding.
+      is_example: `bool[B]`, False for padding.
       grads: the gradient of the mean loss.
       params: the weights before the step.
     """
@@ -93,7 +93,7 @@ def scale_pixels(program: Program, images: Array) -> Array:
 def crop(program: Program, images: Array) -> Array:
     """Cuts off the pixels that no logit depends on, `u8[B,28,28,1] -> u8[B,S,S,1]`.
 
-    That saves a sixth of the arithmetic of the classic networks.
+    This saves a sixth of the arithmetic of the classic networks.
     """
     size = program.model.seen_size(images.shape[1])
     return images[:, :size, :size]
@@ -118,21 +118,21 @@ def _optimizer(program: Program) -> optax.GradientTransformation:
 
 
 def forward(program: Program, variables: Variables, images: Array) -> Array:
-    """Computes the logits as at test time, `u8[B,28,28,1] -> f32[B,C]`."""
+    """Computes the logits in evaluation mode, `u8[B,28,28,1] -> f32[B,C]`."""
     module = program.model.module(program.num_classes)
     logits: Any = module.apply(variables, scale_pixels(program, crop(program, images)))
     return logits
 
 
 def eval_variables(state: TrainState) -> Variables:
-    """Returns what `forward` takes: the averaged weights if there are any, else the weights."""
+    """Returns what `forward` takes: the moving average of the weights if there is one, else the weights."""
     return {"params": state.ema or state.params, "batch_stats": state.batch_stats}
 
 
 def soft_targets(teacher: Teacher, images: Array) -> Array:
-    """Computes the teacher's probabilities, `u8[B,28,28,1] -> f32[B,C]`, as `evaluate` does with one view.
+    """Computes the teacher's probabilities, `u8[B,28,28,1] -> f32[B,C]`, as `evaluate` does without shifted views.
 
-    The networks take turns, so that compile time and memory do not grow with their number.
+    The networks run one after the other, so that compile time and memory do not grow with their number.
     """
     log_probs = jax.lax.map(
         lambda variables: jax.nn.log_softmax(forward(teacher.program, variables, images)), teacher.members
@@ -143,11 +143,11 @@ def soft_targets(teacher: Teacher, images: Array) -> Array:
 def loss_fn(
     program: Program, params: Any, batch_stats: Any, batch: Batch, key: Array, targets: Array | None = None
 ) -> tuple[Array, Any]:
-    """Computes the mean loss of a batch in training, `f32[]`; places labelled `NO_LABEL` have no weight.
+    """Computes the mean training loss of a batch, `f32[]`, ignoring padding (`NO_LABEL`).
 
-    Beside it, returns the logits, the losses `f32[B]` and the running statistics after the batch. `key` is for dropout,
-    and `targets` are the `soft_targets` of a teacher. Cross-entropy is linear in its target, so weighing the two losses
-    is the same as weighing labels and probabilities (Hinton, Vinyals and Dean, 2015).
+    Also returns the logits, the losses `f32[B]` and the updated running statistics. `key` is for dropout, and `targets`
+    are the `soft_targets` of a teacher. Cross-entropy is linear in its target, so mixing the two losses is the same as
+    mixing labels and probabilities (Hinton, Vinyals and Dean, 2015).
     """
     is_example = batch["label"] != batches.NO_LABEL
     logits, updates = program.model.module(program.num_classes, train=True).apply(
@@ -185,7 +185,7 @@ def train_step(
     """Makes one update: augment, forward, loss, gradient, optimiser, moving average.
 
     `key` is the run's root key, the same at every step. A teacher sees the same augmented images (Beyer et al., 2022).
-    The metrics are those of the batch, which holds at least one example, under the weights before the update.
+    The batch holds at least one example. Its metrics are computed with the weights before the update.
     """
     images = augmented_images(program, batch, key, state.step)
     augmented: Batch = {"image": images, "label": batch["label"]}
@@ -209,9 +209,9 @@ def train_step(
 
 
 def moving_average(decay: float, ema: Any, params: Any, step: Array) -> Any:
-    """Moves the average of the weights towards the weights.
+    """Updates the exponential moving average of the weights.
 
-    The decay grows as (1 + t) / (10 + t) up to its value, so that the first weights fade (An et al., 2020).
+    The decay grows as (1 + t) / (10 + t) up to `decay`, so that the initial weights fade (An et al., 2020).
     """
     if not decay:
         return ema
@@ -230,9 +230,9 @@ def train_steps(
 ) -> tuple[TrainState, Metrics]:
     """Makes `num_steps` updates in one loop on the device.
 
-    `order`, `i32[S,B]`, holds the rows of every batch of one or more epochs, and `state.step % S` is the place in it.
-    `num_steps` is at most what is left of it; if it is traced, one program serves any part. The metrics are `[S]`, 0
-    past `num_steps`.
+    `order`, `i32[S,B]`, holds the rows of every batch of one or more epochs; the next batch is number `state.step % S`.
+    `num_steps` is at most the number of batches left; if it is traced, one compiled loop runs any number of steps. The
+    metrics are `[S]`, with zeros after the first `num_steps`.
     """
     length = order.shape[0]
 

@@ -1,6 +1,6 @@
-"""The loop: trains runs together, logs, evaluates and saves them.
+"""The training loop: trains runs together, logs, evaluates and saves them.
 
-A single run is a population of one: there is one loop, and it does not know how many runs it trains.
+A single run is a population of one: the same loop trains any number of runs.
 """
 
 import contextlib
@@ -32,25 +32,25 @@ from mnist_flax.step import TrainState, eval_variables
 
 logger = logging.getLogger(__name__)
 
-# How long the device works on one call: the longest that the progress bar, a signal or a timed checkpoint waits.
+# The target duration of a call to the device, and so the delay of the progress bar, signals and timed checkpoints.
 DISPATCH_SECONDS = 0.5
 
 
 def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = None) -> TrainState:
-    """Trains a run to its end, from wherever it is, and returns its last state.
+    """Starts or resumes a run, trains it to its end, and returns its final state.
 
     Args:
-      config: of the run. If its dataset cannot be had, that of the substitute is used (`adapt_to_dataset`).
+      config: the run's config, which `adapt_to_dataset` changes if a substitute dataset is used.
       workdir: the run's folder; created if it is missing, resumed if it holds checkpoints.
-      fork: the folder of another run, whose latest weights a new run starts from, at step 0 and with a fresh optimiser.
-        A resumed run does not read it again.
+      fork: the folder of another run. A new run starts from its latest weights, at step 0 and with a fresh optimiser;
+        a resumed run does not read it again.
 
     Raises:
-      UserError: the data, the workdir or the config does not allow it; or the loss is no longer finite.
+      UserError: the data, the workdir or the config cannot be used, or the loss is no longer finite.
       Interrupted: a signal asked to stop; the state is saved.
 
-    Several processes call this with the same arguments after `processes.join`; the primary claims the folder, logs and
-    writes.
+    In a multi-process run, every process calls this with the same arguments after `processes.join`; only the primary
+    claims the folder, prints, and writes logs and results.
     """
     workdirs.check(workdir)
     if (workdir / workdirs.MEMBERS).exists():
@@ -67,7 +67,7 @@ def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = No
 
 
 def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, folds: int = 0) -> dict[str, Any]:
-    """Trains M seeds, or K folds, to their end, from wherever they are, and returns what `population.json` holds.
+    """Starts or resumes M seeds or K folds, trains them to their end, and returns the contents of `population.json`.
 
     Raises:
       UserError, Interrupted: as for `fit`.
@@ -86,7 +86,8 @@ def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, fol
         folders = [workdirs.inside(workdir, workdirs.MEMBERS, name) for name in configs]
         members = fit_all(dict(zip(folders, configs.values(), strict=True)), splits, teacher=teacher)
         result = statistics.load_population_result(workdir) if all(member.is_finished for member in members) else None
-        if result and [member["name"] for member in result["members"]] == list(configs):
+        expected = (list(configs), members[0].config.num_steps)
+        if result and ([member["name"] for member in result["members"]], result["steps"]) == expected:
             logger.info("%s is finished; a larger --seeds, or more epochs, trains further", workdir)
             return result
         named = {member.workdir.name: (member.config, eval_variables(member.state)) for member in members}
@@ -96,14 +97,14 @@ def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, fol
 
 
 def member_configs(config: Config, *, seeds: int = 0, folds: int = 0) -> dict[str, Config]:
-    """Returns the configs of M seeds, or of K folds, by the names of the members.
+    """Returns the configs of M seeds, or of K folds, keyed by member name.
 
-    The first member has the seed of `config`, the others those that follow. Each fold holds out another part of the
-    training rows, instead of `data.holdout`. Members get no report and no demo page, which would cost more than the
-    training; their verbs write one on request.
+    The first member has the seed of `config`; the others have the seeds that follow. Each fold holds out another part
+    of the training rows, instead of `data.holdout`. Members get no report and no demo page, which would take longer
+    than the training; the commands `report` and `demo` write them on request.
 
     Raises:
-      ConfigError: there are not as many seeds, or the rows cannot be divided so.
+      ConfigError: the last seed is too large, or the rows cannot be split into so many folds.
     """
     config = replace(config, train__report=False, train__demo=False)
     if not folds:
@@ -121,7 +122,7 @@ def fit_all(
     fork: pathlib.Path | None = None,
     teacher: LoadedTeacher | None = None,
 ) -> list[Member]:
-    """Trains every run, given by folder and config, to its end; those of equal programs train together.
+    """Trains every run, given by folder and config, to its end; runs with equal programs train together.
 
     Raises:
       UserError, Interrupted: as for `fit`.
@@ -134,15 +135,15 @@ def fit_all(
         train_all(unfinished, splits.train, request)
         for member in unfinished:
             finish(member, splits)
-        processes.agree(0)  # none leaves before the primary has written everything
+        processes.agree(0)  # no process leaves before the primary has written everything
     return members
 
 
 def train_all(members: Sequence[Member], examples: Examples, request: StopRequest) -> None:
-    """Makes all the updates that are left; runs that are behind the others catch up first.
+    """Makes all remaining updates; runs that are behind the others catch up first.
 
     Raises:
-      NonFiniteLossError: nothing is saved after the last good checkpoints.
+      NonFiniteLossError: a loss or weight is not finite; the last good checkpoints are kept.
       Interrupted: a signal asked to stop; all runs are saved.
     """
     while behind := [member for member in members if member.step < member.config.num_steps]:
@@ -154,7 +155,7 @@ def train_all(members: Sequence[Member], examples: Examples, request: StopReques
 
 
 def train_group(members: Sequence[Member], examples: Examples, *, until: int, request: StopRequest) -> None:
-    """Trains runs of one program that are all at one step up to another step.
+    """Trains runs of the same program, all at the same step, up to the step `until`.
 
     Raises:
       NonFiniteLossError, Interrupted: as for `train_all`.
@@ -168,7 +169,7 @@ def train_group(members: Sequence[Member], examples: Examples, *, until: int, re
         raise stopped(config, step, signum)
 
     progress = Progress(config, step, num_runs=len(members), quiet=not processes.is_primary())
-    num_steps = config.num_steps if config.train.epochs_per_dispatch else 1  # of the next call, at most
+    num_steps = config.num_steps if config.train.epochs_per_dispatch else 1  # the maximum for the next call
     last_save = mark = time.perf_counter()
     calls = itertools.count()
     with contextlib.closing(progress):
@@ -219,10 +220,10 @@ def compile_steps(members: Sequence[Member], examples: Examples) -> tuple[TrainS
 
 
 def log_steps(members: Sequence[Member], metrics: Mapping[str, np.ndarray], seconds: float) -> None:
-    """Logs the metrics `[M,n]` of some steps; each run counts its share of the time.
+    """Logs the metrics `[M,n]` of n steps; each run counts an equal share of the time.
 
     Raises:
-      NonFiniteLossError: names the run.
+      NonFiniteLossError: a loss is not finite; the message names the run.
     """
     for i, member in enumerate(members):
         try:
@@ -232,7 +233,7 @@ def log_steps(members: Sequence[Member], metrics: Mapping[str, np.ndarray], seco
 
 
 def unstack(members: Sequence[Member], states: TrainState, step: int) -> None:
-    """Gives each run its own state, on the host; a weight that is not finite stops the program."""
+    """Copies each run's state to the host, and checks that its weights are finite."""
     on_host = jax.device_get(states)
     for i, member in enumerate(members):
         member.state = jax.tree.map(lambda leaf, i=i: np.array(leaf[i]), on_host)
@@ -241,15 +242,15 @@ def unstack(members: Sequence[Member], states: TrainState, step: int) -> None:
 
 
 def stopped(config: Config, step: int, signum: int) -> Interrupted:
-    """Returns what ends the program when a signal asked for it and `step` is saved, or no step was made."""
+    """Returns the exception that ends the program on a signal; `step` is already saved, or no step was made."""
     message = f"stopped at step {step} of {config.num_steps}; nothing is lost: the same command continues from here"
     return Interrupted(message, signum)
 
 
 def next_num_steps(config: Config, num_steps: int, rate: float) -> int:
-    """Returns how many steps the next call makes, at most: up to twice as many, until it takes `DISPATCH_SECONDS`.
+    """Returns the maximum number of steps of the next call: those of `DISPATCH_SECONDS`, but at most twice `num_steps`.
 
-    `rate` is in steps a second. If the config says how many epochs a call makes, the number stays.
+    `rate` is in steps per second. If the config sets `epochs_per_dispatch`, the number does not change.
     """
     if config.train.epochs_per_dispatch:
         return num_steps
@@ -259,14 +260,25 @@ def next_num_steps(config: Config, num_steps: int, rate: float) -> int:
 def next_stop(config: Config, step: int) -> int:
     """Returns the first step after `step` at which the host has something to do.
 
-    That is the end of an epoch, or of the epochs of a call, a checkpoint by steps, or the end of the run.
+    That is the end of an epoch (or of `epochs_per_dispatch` epochs), a multiple of `every_steps`, or the last step.
     """
-    stride = max(1, config.train.epochs_per_dispatch) * config.steps_per_epoch
+    stride = steps_per_order(config)
     every = config.checkpoint.every_steps or config.num_steps
     return min((step // stride + 1) * stride, (step // every + 1) * every, config.num_steps)
 
 
+def steps_per_order(config: Config) -> int:
+    """Returns the number of steps of an epoch, or of the `epochs_per_dispatch` epochs of one call."""
+    return max(1, config.train.epochs_per_dispatch) * config.steps_per_epoch
+
+
 def is_save_due(config: Config, step: int) -> bool:
-    """Returns whether the cadence by epochs or steps, or the end of the run, asks for a checkpoint at `step`."""
-    cadences = (config.checkpoint.every_epochs * config.steps_per_epoch, config.checkpoint.every_steps)
-    return step == config.num_steps or any(every and step % every == 0 for every in cadences)
+    """Returns whether a checkpoint is due at `step`, by epochs, by steps or because the run ends.
+
+    A call of several epochs saves at its end if a checkpoint by epochs was due within it.
+    """
+    limits, stride = config.checkpoint, steps_per_order(config)
+    every = limits.every_epochs * config.steps_per_epoch
+    by_epochs = every and step % stride == 0 and step // every > (step - stride) // every
+    by_steps = limits.every_steps and step % limits.every_steps == 0
+    return bool(by_epochs or by_steps or step == config.num_steps)

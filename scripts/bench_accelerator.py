@@ -6,9 +6,10 @@ One call trains a full epoch on random pixels: shuffling, augmentation, gradient
 Besides its time, each line has the compile time, the peak memory so far, the device's own matrix-product rate in that
 dtype and the share of it that the network reaches (`flop_utilisation`), the speed of n devices relative to n times that
 of one (`scaling_efficiency`), and the energy, if nvidia-smi reports the power. On GPUs with PyTorch installed, it also
-measures the same network in PyTorch, tuned as a user could: channels_last, bfloat16 or TF32, torch.compile, the step as
-a CUDA graph, the data on the device. To try it on a CPU, set XLA_FLAGS=--xla_force_host_platform_device_count=4 and use
-small numbers.
+measures the network in PyTorch, tuned as a user could: channels_last, bfloat16 or TF32, torch.compile, the step as a
+CUDA graph, the data on the device. The PyTorch network has only convolutions, ReLU, max pooling and dense layers, so
+use a `cnn` without batch norm and dropout. To try the script on a CPU, set
+XLA_FLAGS=--xla_force_host_platform_device_count=4 and use small numbers.
 """
 
 import contextlib
@@ -90,7 +91,7 @@ def run_program(config: Config, num_runs: int = 1) -> Program:
 
 
 def torch_program(config: Config) -> Program:
-    """Builds the same network in PyTorch, compiled, with the step captured in a CUDA graph; a call trains one epoch."""
+    """Builds a `cnn` in PyTorch, compiled, with the step captured in a CUDA graph; a call trains one epoch."""
     import torch
     from torch import nn
 
@@ -146,7 +147,7 @@ def torch_program(config: Config) -> Program:
 
 
 def matmul_rate(dtype: str) -> float:
-    """Measures one device's matrix-product rate for a dtype at JAX's default precision: the best of five, in FLOP/s."""
+    """Measures one device's matrix-product rate for a dtype at JAX's default precision, in FLOP/s: the best of five."""
     import jax
     import jax.numpy as jnp
 
@@ -222,7 +223,7 @@ def results(config: Config) -> Iterator[dict[str, Any]]:
     import jax
 
     rates: dict[str, float] = {}
-    first: dict[Any, float] = {}  # the speed on one device, by all other settings
+    first: dict[Any, float] = {}  # the speed on one device, keyed by all other settings
     counts = [int(count) for count in FLAGS.devices] or [2**i for i in range(jax.device_count().bit_length())]
     kinds = [(driver, 1) for driver in FLAGS.drivers] + [("members", int(count)) for count in FLAGS.members]
     has_torch = jax.default_backend() == "gpu" and importlib.util.find_spec("torch") is not None

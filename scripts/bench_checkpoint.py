@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
     }
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     for pair in range(PAIRS.value + 1):
-        for kind in kinds if pair % 2 else reversed(kinds):  # neither is always the first
+        for kind in kinds if pair % 2 else reversed(kinds):  # each kind goes first every other time
             span = seconds_of(kinds[kind])
             print(f"{kind} checkpoints: {span:.2f} s{'' if pair else ' (warming up)'}", file=sys.stderr, flush=True)
             if pair:

@@ -5,10 +5,10 @@
 Requires the playwright package and Chromium. `first_answer_ms` is the time from opening the file to the first
 prediction (median over fresh pages). `update_ms` is the time per pen movement (median): rasterising, framing, running
 every checkpoint, and painting the feature maps visible in a window 900 pixels high. `update_cpu_ms` is the mean CPU
-time of the page's process for the same, which depends less on what else the machine does; `update_all_maps_ms` and
-`update_all_maps_cpu_ms` are with all maps visible. `forward_ms` is one forward pass. The redrawn digits are the
-skeletons of test images, drawn as strokes on the page: `page_accuracy` is the accuracy of the page, `predict_accuracy`
-that of `mnist_flax.predict` on the same drawings saved as pictures. Prints one JSON line.
+time per pen movement, which depends less on other work on the machine; `update_all_maps_ms` and
+`update_all_maps_cpu_ms` are the same with all maps visible. `forward_ms` is one forward pass. The redrawn digits are
+the skeletons of test images, drawn as strokes on the page: `page_accuracy` is the accuracy of the page,
+`predict_accuracy` that of `mnist_flax.predict` on the same drawings saved as pictures. Prints one JSON line.
 """
 
 import base64
@@ -71,7 +71,7 @@ def _turn(path: Sequence[tuple[int, int]], place: tuple[int, int]) -> float:
 
 
 def redrawn(page: Any, workdir: pathlib.Path, count: int) -> dict[str, Any]:
-    """Compares the page with `predict` on redrawn test images, taken at even intervals from the test set."""
+    """Compares the page with `predict` on redrawn test images, which are evenly spaced in the test set."""
     from mnist_flax.analysis.evaluation import load_predictor, predict_logits
     from mnist_flax.analysis.run_data import load_data
     from mnist_flax.pictures.segment import read_digits
@@ -167,7 +167,7 @@ def _update_times(chromium: Any, address: str, updates: int, height: int) -> dic
 
 
 def _cpu_seconds(chromium: Any) -> float:
-    """Returns the CPU time that the processes of all open pages have used."""
+    """Returns the CPU time that all open pages have used, in seconds."""
     processes = chromium.new_browser_cdp_session().send("SystemInfo.getProcessInfo")["processInfo"]
     return float(sum(process["cpuTime"] for process in processes if process["type"] == "renderer"))
 

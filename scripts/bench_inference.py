@@ -2,9 +2,10 @@
 
     python scripts/bench_inference.py --config=configs/default.py
 
-Everything is compiled and warm. `evaluate_seconds` times `evaluation.evaluate`, scores included, on as many images as
-the test set has; `one_image` the logits of one image; `picture` one picture, from the bytes of a PNG to the digit. The
-weights are untrained and the pixels random, because no speed here depends on them. Prints one JSON line.
+Everything is compiled and warm. `evaluate_seconds` is the time of `evaluation.evaluate`, including scores, on as many
+images as the test set has. `one_image` is the time to compute the logits of one image; `picture` is the time to read
+one picture, from the bytes of a PNG to the digit. The weights are untrained and the pixels random, because no speed
+here depends on them. Prints one JSON line.
 """
 
 import dataclasses

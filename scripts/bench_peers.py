@@ -3,15 +3,16 @@
     python scripts/bench_peers.py --config=configs/three_conv_adam.py --repeats=5       # one epoch, warmed up
     python scripts/bench_peers.py --config=configs/default.py --repeats=3 --whole       # the whole process
 
-All train the network of the config, a `cnn` or a `resnet` with ReLU and max-pooling, with the same optimiser, schedule,
-batch size and precision (f32) on the same rows. Each has its own program in scripts/peers/ and its own environment,
-which this script makes under .venv/peers/. The Flax peer supports only the network of `three_conv_adam`, and only the
-PyTorch peer can rotate, scale and shear. The programs take turns, so that load on the machine affects all alike; a
-ratio is our time divided by the peer's within one turn.
+All programs train the network of the config, a `cnn` or a `resnet` with ReLU and max-pooling, with the same optimiser,
+schedule, batch size and precision (f32) on the same rows. They are in scripts/peers/. Each peer has its own
+environment, which this script makes under .venv/peers/. The Flax peer supports only the network of `three_conv_adam`,
+and only the PyTorch peer can rotate, scale and shear. The programs take turns, so that load on the machine affects all
+alike; a ratio is our time divided by the peer's within one turn.
 
-One epoch: all programs start and train an untimed epoch; then one works while the others wait. The whole process: from
-its start, through evaluation on the test set, to its exit, after an untimed run of ours and an untimed epoch of each
-peer. Ours is `python -m mnist_flax.main`, which also saves checkpoints, TensorBoard events and a report.
+By default, all programs start and train an untimed epoch; then they take turns to train timed epochs. With `--whole`,
+whole processes are timed, from start to exit, including evaluation on the test set; before that, ours makes an untimed
+run, and each peer trains an untimed epoch. Ours is then `python -m mnist_flax.main`, which also saves checkpoints,
+TensorBoard events and a report.
 """
 
 import contextlib
@@ -50,7 +51,7 @@ class Peer(NamedTuple):
       module: its module in scripts/peers/.
       variant: its `--variant`.
       packages: the packages of its environment.
-      any_network: whether it supports any `config.model`, or only the classic network.
+      any_network: whether it supports any `cnn` and `resnet`, or only the network of `three_conv_adam`.
       distorts: whether it supports rotating, scaling and shearing.
     """
 
@@ -61,9 +62,9 @@ class Peer(NamedTuple):
     distorts: bool = False
 
 
-# For the peers: by default, glibc returns the memory of each large array to the system and faults it in again. On a
-# virtual machine that takes a third of PyTorch's time, and its tuning guide suggests other allocators. Ours does not
-# need this.
+# Environment variables for the peers. By default, glibc returns the memory of each large array to the system, and
+# faults in new pages for the next one. On a virtual machine, this takes a third of PyTorch's time; PyTorch's tuning
+# guide suggests other allocators. Our program does not need this.
 TUNED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**26)}
 
 PYTORCH = ("torch==2.13.0", "numpy")
@@ -79,7 +80,7 @@ PEERS = {
     ),
 }
 
-# Fields of `config.model` of which the peers support only this value; they support any value of the others.
+# The peers support only these values of these fields of `config.model`, and any value of its other fields.
 NETWORK = {
     "activation": "relu",
     "pooling": "max",
@@ -169,7 +170,7 @@ def interpreter(peer: Peer) -> pathlib.Path:
 
 
 def command(name: str, config: Config, data: pathlib.Path) -> list[str]:
-    """Returns the command line of ours or of a peer."""
+    """Returns the command line of our program or of a peer."""
     peer = PEERS.get(name, Peer("ours"))
     python = str(interpreter(peer)) if peer.packages else sys.executable
     arguments = [f"--config={config.to_json()}", f"--data={data}", f"--variant={peer.variant}"]
@@ -196,7 +197,7 @@ def write_data(config: Config, path: pathlib.Path) -> None:
 
 
 class Worker:
-    """A running program that trains an epoch each time it is asked to."""
+    """A running program that trains an epoch on each request."""
 
     def __init__(self, command: Sequence[str]) -> None:
         """Starts the program."""
@@ -324,7 +325,7 @@ def tell(name: str, turn: int, seconds: float) -> None:
 
 
 def compared(seconds: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """Computes each program's median and our ratio to it, turn by turn, and the fastest peer."""
+    """Computes each program's median, the ratio of our time to its time in each turn, and the fastest peer."""
     ratios = {
         name: [our / its for our, its in zip(seconds[OURS], spans, strict=True)] for name, spans in seconds.items()
     }

@@ -2,9 +2,9 @@
 
     python scripts/bench_population.py --config=configs/tiny.py --seeds=10 --repeats=3
 
-Each side is what a user would type: `python -m mnist_flax.main` once for each of `seeds` seeds, and
-`python -m mnist_flax.population` once. Seconds are those of whole processes, including start-up and compilation;
-`train_seconds` cover the steps alone. Use a quiet machine.
+Each side is what a user would run: `mnist_flax.main` once for each seed, and `mnist_flax.population` once. Seconds are
+those of whole processes, including start-up and compilation; fields with `train` in their names cover the training
+steps alone. Use a quiet machine.
 """
 
 import datetime
@@ -48,7 +48,7 @@ def train_seconds(runs: Sequence[pathlib.Path]) -> float:
 
 
 def once(seeds: range, folder: pathlib.Path) -> dict[str, Any]:
-    """Trains both ways, and compares the accuracies."""
+    """Trains both ways; returns the seconds, and whether the accuracies are the same."""
     singles = [folder / f"single-{seed}" for seed in seeds]
     single_seconds = sum(
         execute("main", f"--config.seed={seed}", f"--workdir={run}")[0]

@@ -13,7 +13,7 @@ temporary folder, and read with `python -m mnist_flax.predict`:
   quality 40 to 80.
 - table, shadow, grid, turned: photographs of one to five digits; see render_photographs.py.
 
-The renderer shares no code with the reader. The reader was tuned with --split=train only.
+The renderer shares no code with the reader that `predict` uses. The reader was tuned with --split=train only.
 """
 
 import datetime
@@ -41,7 +41,7 @@ Array = np.ndarray
 
 
 class Scene(NamedTuple):
-    """What is drawn on the paper: the ink coverage of each pixel, `f32[H,W]` in [0, 1]; the digits' size in pixels."""
+    """What is drawn on the paper: the ink coverage of each pixel, `f32[H,W]` in [0, 1]; the digit size in pixels."""
 
     ink: Array
     digit_size: float

@@ -3,9 +3,9 @@
     python scripts/bench_startup.py --config=configs/default.py --repeats=5
 
 A cold start has an empty compilation cache; a warm start uses the cache that the preceding cold start filled. In both,
-the dataset is already decoded. Each start is a separate process. One JSON line for cold starts and one for warm starts
-give the seconds in total and by part, measured in the main thread: `import` (until all imports are done), `data`
-(waiting for the images), `compile` (the training loop: tracing, and XLA or its cache), `first_step`, and `rest`
+the dataset is already decoded. Each start is a separate process. Prints one JSON line for cold starts and one for warm
+starts, with the seconds in total and by part, measured in the main thread: `import` (until all imports are done),
+`data` (waiting for the images), `compile` (the training loop: tracing, and XLA or its cache), `first_step`, and `rest`
 (initial weights, workdir, log).
 """
 

@@ -2,8 +2,8 @@
 
     python scripts/bench_steps.py --config=configs/three_conv_adam.py --batch_sizes=64,256
 
-Each line has images/s (median and all repeats) and the share of this machine's f32 matrix-product rate, measured
-between the repeats, that the network reaches. Its FLOPs are those of plain convolutions, whatever form is used.
+Each line has images/s (median and all repeats), this machine's f32 matrix-product rate, measured between the repeats,
+and the share of it that the network reaches. FLOPs are counted as for plain convolutions, whatever form is used.
 """
 
 import datetime

@@ -3,10 +3,11 @@
     python scripts/check_exports.py [--networks=default,resnet] [--onnxruntime_web=DIR]
     python scripts/check_exports.py --workdir=runs/default      # a trained run or population instead
 
-The weights are the initial ones with some noise, so that no bias, mean or variance is 0 or 1;
-`committee` is two networks of `tiny`. A difference is the largest of any logit or probability over 1,000 test images,
-and `logit` is the largest logit. With a folder in which `npm install onnxruntime-web` was run, node also runs each ONNX
-file in onnxruntime-web, with WebAssembly. Prints one JSON line; the exit status is not 0 if a format is refused.
+The weights are the initial ones with some noise, so that no bias, mean or variance is 0 or 1; `committee` is two
+networks of `tiny`. Each figure is the largest difference of any logit or probability over 1,000 test images, except
+`logit`, the largest absolute logit. With `--onnxruntime_web`, a folder in which `npm install onnxruntime-web` was run,
+node also runs each ONNX file in onnxruntime-web (WebAssembly), and the logits are compared. Prints one JSON line. Fails
+if a network cannot be exported to a format, or if its file differs too much.
 """
 
 import datetime
@@ -34,7 +35,7 @@ from mnist_flax.run.provenance import provenance
 from mnist_flax.sections import DataConfig
 from mnist_flax.step import init_state
 
-# The images are in batches of 333, so that the last one has another size.
+# Batches of 333 images, so that the last batch has another size.
 NODE = """
 const [model, images, logits] = process.argv.slice(1);
 const fs = require("fs");
@@ -56,7 +57,7 @@ ort.env.wasm.numThreads = 1;
 
 
 def networks() -> dict[str, list[Config]]:
-    """Returns the presets, the families that no preset uses, and a committee, by name: the configs of their members."""
+    """Returns the members' configs of every network, by name: presets, families that no preset uses, a committee."""
     configs = {path.stem: preset.load_config(path) for path in sorted(preset.FOLDER.glob("*.py"))}
     used = {type(config.model) for config in configs.values()}
     configs |= {name: Config(model=family()) for name, family in MODELS.items() if family not in used}
@@ -82,7 +83,7 @@ def with_noise(members: Sequence[Config]) -> Predictor:
 
 
 def differences(predictor: Predictor, images: np.ndarray, web: str) -> dict[str, float]:
-    """Writes a predictor in each format, and returns how much each file differs from it."""
+    """Writes a predictor in each format; returns each file's largest difference from it, and the largest logit."""
     logits = predict_logits(in_float32(predictor), images)
     found = {"logit": float(np.abs(logits).max())}
     for name, chosen in FORMATS.items():
@@ -95,7 +96,7 @@ def differences(predictor: Predictor, images: np.ndarray, web: str) -> dict[str,
 
 
 def run_in_node(model: bytes, images: np.ndarray, web: str) -> np.ndarray:
-    """Runs an ONNX file in onnxruntime-web, installed in the folder `web`; returns the logits, flat."""
+    """Runs an ONNX file in onnxruntime-web, installed in the folder `web`; returns the flattened logits."""
     with tempfile.TemporaryDirectory() as folder:
         names = [pathlib.Path(folder, name) for name in ("model.onnx", "images", "logits")]
         names[0].write_bytes(model)
@@ -105,7 +106,7 @@ def run_in_node(model: bytes, images: np.ndarray, web: str) -> np.ndarray:
 
 
 def versions(web: str) -> dict[str, str]:
-    """Returns the versions of what runs the files."""
+    """Returns the versions of the packages that write and run the files."""
     found = {name: importlib.metadata.version(name) for name in ("onnx", "onnxruntime", "jax", "numpy")}
     if web:
         package = pathlib.Path(web, "node_modules", "onnxruntime-web", "package.json")

@@ -1,6 +1,6 @@
 """Renders a dataset's images as photographs of handwritten digits, as a phone would take them on a desk.
 
-Used by bench_predict.py. The renderer shares no code with the reader. The kinds:
+Used by bench_predict.py. The renderer shares no code with the reader that `predict` uses. The kinds:
 
 - table: a sheet on a table, with the sheet's edge in view on one to four sides.
 - shadow: a sheet under a hard shadow, which may fall across the digits.
@@ -19,7 +19,7 @@ KINDS = ("table", "shadow", "grid", "turned")
 
 
 def pen_stroke(image: Array, size: float, random: np.random.Generator) -> Array:
-    """Draws an image of the dataset with a sharp pen, `u8[28,28] -> f32[h,w]`, its longer side `size`."""
+    """Redraws an image with a sharp pen, `u8[28,28] -> f32[h,w]`, so that its longer side is `size` pixels."""
     rows, columns = np.flatnonzero(image.any(1)), np.flatnonzero(image.any(0))
     tight = np.pad(image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1], 4).astype(np.float32) / 255
     zoom = max(size / max(len(rows), len(columns)), 4.0)
@@ -130,7 +130,7 @@ def table_top(shape: tuple[int, ...], random: np.random.Generator) -> Array:
 
 
 def hard_shadow(shape: tuple[int, ...], random: np.random.Generator) -> Array:
-    """Returns the light under a sharp shadow, `f32[H,W]`: the shadow of a straight edge, of fingers or of a phone."""
+    """Returns the brightness under the sharp shadow of a straight edge, of fingers or of a phone, `f32[H,W]`."""
     y, x = np.mgrid[0 : shape[0], 0 : shape[1]].astype(np.float32)
     side = max(shape)
     angle = random.uniform(0, 2 * np.pi)

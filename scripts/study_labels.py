@@ -1,11 +1,12 @@
 """Measures how many wrong labels confident learning finds: flipped on purpose, or those known in MNIST's test set.
 
     python scripts/study_labels.py --config=configs/fast.py [--share=0.01] [--folds=4] [--workdir=runs/flipped]
-    python scripts/study_labels.py --config=configs/fast.py --known [--folds=10] [--workdir=runs/known]
+    python scripts/study_labels.py --config=configs/fast.py --known --workdir=runs/known [--folds=10]
 
-Prints one line of JSON: the precision among the K most doubtful labels, where K is the number of flipped ones (their
-recall is then the same), and the recall of those that confident learning suspects. `--known` trains folds of the 10,000
-test rows instead, and counts how many of the fifteen known errors are among the most doubtful labels.
+Prints one line of JSON: the share of flipped labels among the K most doubtful ones, where K is the number of flipped
+labels (so precision and recall are equal), and the share of the flipped labels that confident learning suspects.
+`--known` trains folds of the 10,000 test rows instead, and counts how many of the fifteen known errors are among the
+most doubtful labels.
 """
 
 import gzip
@@ -28,11 +29,11 @@ FLAGS = flags.FLAGS
 FLIPPED, KNOWN = "mnist_flipped", "mnist_test_rows"
 DATASETS[FLIPPED] = Dataset(num_classes=10, num_train=60_000, num_test=10_000)
 DATASETS[KNOWN] = Dataset(num_classes=10, num_train=10_000, num_test=10_000)
-LISTED = (15, 30, 50, 100)  # how many of the most doubtful labels are looked at for the known errors
+LISTED = (15, 30, 50, 100)  # known errors are counted among this many of the most doubtful labels
 
 
 def flipped(label: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
-    """Returns labels of which a share is wrong, and which ones, `i32[N] -> i32[N], bool[N]`."""
+    """Flips a share of the labels; returns the labels, and which ones are wrong: `i32[N] -> i32[N], bool[N]`."""
     generator = np.random.default_rng(0)
     label, wrong = np.array(label), np.zeros(len(label), bool)
     wrong[generator.choice(len(label), round(share * len(label)), replace=False)] = True
@@ -41,14 +42,14 @@ def flipped(label: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def known(splits: Splits) -> np.ndarray:
-    """Returns which labels of the test set are known to be wrong, `bool[N]`."""
+    """Returns which test labels are known to be wrong, `bool[N]`."""
     wrong = np.zeros(len(splits.test.label), bool)
     wrong[list(DATASETS["mnist"].doubtful_test_rows)] = True
     return wrong
 
 
 def write_dataset(train: Examples, test: Examples, folder: pathlib.Path) -> None:
-    """Writes official files."""
+    """Writes a dataset as IDX files with MNIST's file names."""
     arrays = (train.image[..., 0], train.label, test.image[..., 0], test.label)
     folder.mkdir(parents=True, exist_ok=True)
     for file, array in zip(IDX_FILES, arrays, strict=True):
@@ -61,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
     """Trains the folds and prints the scores."""
     del argv
     config = cli.config()
-    workdir = pathlib.Path(FLAGS.workdir)
+    workdir = pathlib.Path(FLAGS.workdir or ("runs/known" if FLAGS.known else "runs/flipped"))
     splits = load_splits(config)
     train, name, wrong = splits.test, KNOWN, known(splits)
     if not FLAGS.known:
@@ -94,5 +95,7 @@ if __name__ == "__main__":
     flags.DEFINE_float("share", 0.01, "the share of the training labels that are flipped", lower_bound=1e-4)
     flags.DEFINE_boolean("known", False, "train on folds of the test rows, and look for the labels known to be wrong")
     flags.DEFINE_integer("folds", 4, "parts of the rows, each predicted by the others", lower_bound=2)
-    flags.DEFINE_string("workdir", "runs/flipped", "where the data and the folds are written")
+    flags.DEFINE_string(
+        "workdir", None, "where the data and the folds are written; default: runs/flipped, or runs/known"
+    )
     cli.run(main)

@@ -3,7 +3,7 @@
 The search needs many short runs of very different networks rather than exact reproducibility, so it uses PyTorch, not
 this package. Each finished run appends one JSON line with its recipe, hold-out accuracy, loss and CPU time.
 
-    OMP_NUM_THREADS=1 python scripts/study_recipes.py --jobs=jobs.jsonl --output=scripts/results/study.jsonl
+    OMP_NUM_THREADS=1 python scripts/study_recipes.py --data=DIR --jobs=jobs.jsonl --output=scripts/results/study.jsonl
 
 A job is a JSON object whose keys override `DEFAULTS`. A network is a comma-separated list of layers: `c5x32` is a 5x5
 convolution to 32 channels with batch norm and ReLU (suffix `v`: VALID padding, `s`: stride 2), `r3x64` the same with a
@@ -268,7 +268,7 @@ def run(job: dict[str, Any], images: Tensor, labels: Tensor) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Runs the jobs in a file that no process has claimed yet; the file may grow in the meantime."""
+    """Runs those jobs in a file that no other process has claimed; the file may grow in the meantime."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)

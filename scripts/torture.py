@@ -9,11 +9,12 @@ runs alternate between the scan and the stream driver. A quiet run is one that n
   damage              SIGKILL, and a file of the newest checkpoint truncated, zeroed or deleted
   end                 SIGKILL, one to three times, while the run evaluates and writes weights, summary and report
   console             standard error is closed, full, or a pipe whose reader exits; the run must finish as usual
-  disk                file sizes are limited to a random fraction of the largest file of a quiet run
+  disk                no file may grow beyond a random size, at most that of the largest file of a quiet run
 
-The same command then restarts the disturbed run and must finish it; if it does not, the run counts as needing help.
-Then all arrays of the last checkpoint, the weights and metrics.jsonl (except the seconds) must match those of a quiet
-run bit for bit, and summary and report must be complete. Each mode prints one line of JSON to standard output.
+In every mode but `console`, the same command then restarts the disturbed run. A run that does not finish counts as
+needing help. In a finished run, all arrays of the last checkpoint, the weights and metrics.jsonl (except the seconds)
+must match those of a quiet run bit for bit, and summary and report must be complete. Each mode prints one line of JSON
+to standard output.
 """
 
 import collections
@@ -145,7 +146,7 @@ def damage(path: pathlib.Path, kind: str, chance: random.Random) -> None:
 
 
 def where(workdir: pathlib.Path, mode: str) -> Iterator[str]:
-    """Yields what a process was doing when it died, judging by the files in its folder."""
+    """Yields how far a run had got when its process died, judging by the files in its folder."""
     if mode == "end":
         pieces = (workdirs.WEIGHTS, f"{REPORT}/index.html", workdirs.SUMMARY)  # in the order of writing
         missing = next((name for name in pieces if not (workdir / name).exists()), None)
@@ -167,14 +168,14 @@ def hit(
     """Starts a run one to three times, and sends each process a signal at a random time.
 
     Returns:
-      How often what happened, and what help the run would have needed: empty if none.
+      How often each event happened, and the error if the run needed help, else an empty string.
     """
     tally: collections.Counter[str] = collections.Counter()
     wanted, signum = chance.randint(1, 3), SIGNALS[mode]
     while tally["hits"] < wanted:
         process = Process(workdir, driver)
         try:
-            # At the end, the first seconds only start Python and read the checkpoint.
+            # In mode `end`, a process first spends seconds on starting Python and reading the checkpoint.
             process.process.wait(timeout=chance.uniform(0.4 * seconds if mode == "end" else 0, seconds))
         except subprocess.TimeoutExpired:
             process.process.send_signal(signum)
@@ -195,7 +196,7 @@ def hit(
 
 
 def lose_console(workdir: pathlib.Path, driver: str, seconds: float, chance: random.Random) -> tuple[str, str]:
-    """Trains without a working stderr; returns how it was lost, and the error, empty if none."""
+    """Trains without a working stderr; returns how stderr was lost, and the error, empty if none."""
     kind = chance.choice(("closed", "full", "reader leaves"))
     if kind == "closed":
         process = Process(workdir, driver, prepare=functools.partial(os.close, 2))
@@ -212,7 +213,7 @@ def lose_console(workdir: pathlib.Path, driver: str, seconds: float, chance: ran
 
 
 def fill_disk(workdir: pathlib.Path, driver: str, largest: int, chance: random.Random) -> tuple[str, str]:
-    """Trains with a limit on file size; returns which file hit the limit, and what went wrong, empty if nothing."""
+    """Trains with a limit on file size; returns which file hit the limit, and the error, empty if none."""
     limit = int(largest ** chance.uniform(0.5, 1))
     limits = (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
     process = Process(workdir, driver, prepare=functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, limits))
@@ -254,7 +255,7 @@ def disturb(
     """Disturbs one run in the given mode, then lets the same command finish it.
 
     Returns:
-      How often what happened, and what help the run would have needed: empty if none.
+      How often each event happened, and the error if the run needed help, else an empty string.
     """
     warm = workdir.with_name(f"warm-{driver}")
     if mode == "console":

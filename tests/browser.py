@@ -1,4 +1,4 @@
-"""A headless Chromium for tests of pages, which are skipped if there is none."""
+"""A headless Chromium for tests of pages; without Chromium these tests are skipped."""
 
 import contextlib
 import pathlib
@@ -12,7 +12,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 Point = tuple[float, float]
 
-# Places on the pad, as shares of its side.
+# Points of a stroke on the pad, as fractions of its side.
 SEVEN: tuple[Point, ...] = ((0.25, 0.22), (0.5, 0.21), (0.76, 0.22), (0.6, 0.52), (0.46, 0.82))
 
 
@@ -30,7 +30,7 @@ def browser() -> Iterator[Any]:
 
 @contextlib.contextmanager
 def opened(chromium: Any, path: pathlib.Path, *, width: int = 1280, **options: Any) -> Iterator[Any]:
-    """Opens a demo page, waits for its first answer, and checks at the end that nothing was requested or logged."""
+    """Opens a demo page, waits for its first answer, and checks at the end that it loaded and logged nothing else."""
     context = chromium.new_context(viewport={"width": width, "height": 844}, **options)
     page = context.new_page()
     requests: list[str] = []
@@ -47,7 +47,7 @@ def opened(chromium: Any, path: pathlib.Path, *, width: int = 1280, **options: A
 
 
 def settle(page: Any) -> None:
-    """Waits until what was asked for has been drawn."""
+    """Waits for two frames, so that all changes are drawn."""
     page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
 

@@ -6,14 +6,14 @@ import os
 import pathlib
 from collections.abc import Iterator
 
-# Before JAX is imported: several devices on one CPU. Compiling takes longer than running what tests train, so LLVM
-# optimises nothing, as in JAX's own tests. XLA's passes, and so the fusions, stay.
+# Set before JAX is imported: eight devices on one CPU. Tests spend more time compiling than running, so LLVM's
+# optimisations are off, as in JAX's own tests. XLA's own passes, such as fusion, stay on.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
     "--xla_llvm_disable_expensive_passes=true " + os.environ.get("XLA_FLAGS", "")
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests and the processes that they start share compiled programs: many train the same small networks.
+# Tests and the processes they start share a cache of compiled programs: many train the same small networks.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).resolve().parent.parent / ".pytest_cache" / "programs")
 )
@@ -27,13 +27,13 @@ from idx_files import Published
 
 from mnist_flax.data.splits import Examples
 
-gc.set_threshold(100_000)  # as the command line does: tracing creates many objects that stay
+gc.set_threshold(100_000)  # as the command line does: tracing creates many long-lived objects
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_legacy_prng_key", "error")
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-# Files with few but long tests come first, so that at the end no worker is left alone with one.
+# Files with few but long tests run first, so that none of them is still running when all other workers are done.
 LONG = ("test_processes", "test_faults", "test_extension", "test_sharding", "test_resume", "test_parity")
 
 
@@ -50,7 +50,7 @@ def root() -> pathlib.Path:
 
 @pytest.fixture
 def data_messages() -> Iterator[list[str]]:
-    """What `mnist_flax.data` logs from INFO on: level and text."""
+    """Collects what `mnist_flax.data` logs at INFO and above, as `LEVEL: text`."""
     logged: list[str] = []
 
     class Listener(logging.Handler):
@@ -68,13 +68,13 @@ def data_messages() -> Iterator[list[str]]:
 
 @pytest.fixture
 def small(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Published:
-    """A small dataset with the name mnist, whose official files are in a folder."""
+    """A small dataset called mnist, with its official files in a folder."""
     return Published(tmp_path, monkeypatch)
 
 
 @pytest.fixture(scope="session")
 def examples() -> Examples:
-    """96 pictures that can be learned: the label is the place of a bright bar, among noise."""
+    """96 images that can be learned: noise with a bright bar, whose position is the label."""
     generator = np.random.default_rng(0)
     label = np.arange(96, dtype=np.int32) % 10
     image = generator.integers(0, 60, (96, 28, 28, 1), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""Digits drawn with lines, as files of any format, and how much two framed digits differ."""
+"""Draws digits with lines, encodes them in any file format, and measures how much two framed digits differ."""
 
 import io
 from typing import Any
@@ -11,12 +11,12 @@ from mnist_flax.pictures.segment import read_digits
 
 Array = np.ndarray
 
-# Strokes in a box of 100x100; the last number of a digit's entry is how many strokes do not touch the others.
+# The strokes of each digit in a box of 100x100: lists of points (x, y).
 STROKES: dict[str, list[list[tuple[int, int]]]] = {
     "1": [[(50, 0), (50, 100)]],
     "4": [[(30, 0), (20, 55), (80, 55)], [(65, 20), (65, 100)]],
     "7": [[(20, 5), (80, 5), (40, 100)]],
-    "L": [[(25, 0), (25, 100), (75, 100)]],  # no digit, but not symmetric in any way
+    "L": [[(25, 0), (25, 100), (75, 100)]],  # not a digit, but it has no symmetry
     "5": [[(45, 22), (30, 45), (70, 60), (60, 95), (25, 95)], [(45, 2), (80, 2)]],
 }
 
@@ -42,5 +42,5 @@ def only(content: bytes) -> pictures.Digit:
 
 
 def difference(one: Array, other: Array) -> float:
-    """The mean difference of grey values; two unlike digits differ by 30 and more."""
+    """The mean absolute difference of grey values; two different digits differ by 30 or more."""
     return float(np.abs(one.astype(float) - other).mean())

@@ -1,6 +1,6 @@
 """Runs a module or a script as `python` would, but in a fork of a process that has imported the libraries already.
 
-Tests of imports, signals and lost consoles start a process of their own instead (`small_run.start`).
+Tests of imports, signals and closed consoles start a new process instead (`small_run.start`).
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from typing import IO
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-# What most verbs import. None of these makes a thread or opens a device, which a fork would not have.
+# What most verbs import. None of these starts a thread or opens a device: a fork would inherit neither.
 LIBRARIES = ("jax", "flax.linen", "optax", "orbax.checkpoint", "matplotlib.figure", "sklearn.datasets", "PIL.Image")
 OURS = ("mnist_flax.preset", "mnist_flax.train", "mnist_flax.analysis.report.write", "mnist_flax.pictures.segment")
 
@@ -55,10 +55,10 @@ def _server() -> subprocess.Popen[str]:
 
 
 def _serve(requests: IO[str], answers: IO[str]) -> None:
-    """Forks for every line of `requests` and answers with the exit status; returns in a fork, or at the end."""
+    """Forks for every line of `requests` and answers with the exit status; returns in each fork, and at the end."""
     for line in requests:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # JAX warns of its threads, which do not exist yet
+            warnings.simplefilter("ignore")  # JAX warns about forking with threads, but none has started yet
             pid = os.fork()
         if not pid:
             return _become(**json.loads(line))
@@ -66,7 +66,7 @@ def _serve(requests: IO[str], answers: IO[str]) -> None:
 
 
 def _become(arguments: list[str], cwd: str, env: dict[str, str], streams: list[str]) -> None:
-    """Does in this process what `python ARGUMENTS` does."""
+    """Does what `python ARGUMENTS` does, in this process."""
     for number, path in enumerate(streams):
         os.dup2(os.open(path, os.O_RDWR), number)
     os.chdir(cwd)

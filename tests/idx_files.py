@@ -39,7 +39,7 @@ def idx(array: np.ndarray) -> bytes:
 
 
 def random_arrays(name: str, num_train: int = 70, num_test: int = 50, seed: int = 0) -> Arrays:
-    """Returns random images u8[N,28,28] and labels u8[N] of every class that fits, by split."""
+    """Returns random images u8[N,28,28], and labels u8[N] that cycle through the classes, by split."""
     rng = np.random.default_rng(seed)
     num_classes = DATASETS[name].num_classes
     return {
@@ -69,7 +69,7 @@ def write_files(folder: Path, name: str, arrays: Arrays) -> None:
 
 
 def make_official(patch: pytest.MonkeyPatch, folder: Path, name: str, arrays: Arrays, url: str) -> None:
-    """Makes the files in a folder the official ones of a dataset: numbers of rows, addresses, sizes and checksums."""
+    """Registers the files in a folder as a dataset's official ones: numbers of rows, addresses, sizes and checksums."""
     files = []
     for file in DATASETS[name].files:
         content = (folder / file.name).read_bytes()

@@ -17,7 +17,7 @@ take_in = RunLog.steps
 
 
 def steps_and_die(self: RunLog, metrics: Mapping[str, np.ndarray], seconds: float) -> None:
-    """Ends this process like a power cut, after the steps that bring it to the one it is to die at."""
+    """Ends this process like a power cut, as soon as it has logged step `die_at`."""
     take_in(self, metrics, seconds)
     if self.step >= die_at:
         os.kill(os.getpid(), signal.SIGKILL)

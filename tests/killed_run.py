@@ -24,20 +24,20 @@ def die(*_: Any, **__: Any) -> Any:
 
 
 def instead(owner: Any, name: str, replacement: Callable[..., Any], *, calls: int = 1) -> None:
-    """Puts a function in the place of another, from one of its calls on; before that, the old one is called."""
+    """Replaces a function from its call number `calls` on; earlier calls still reach the old function."""
     old, count = getattr(owner, name), iter(range(1, 10**6))
     setattr(owner, name, lambda *a, **k: replacement(*a, **k) if next(count) >= calls else old(*a, **k))
 
 
 def half_a_line(path: pathlib.Path, content: bytes) -> None:
-    """Writes the half of what it should, and dies."""
+    """Writes half of a line, and dies."""
     with path.open("ab") as file:
         file.write(content[: len(content) // 2])
     die()
 
 
 def half_a_folder(path: pathlib.Path, **_: Any) -> None:
-    """Deletes some of a folder, and dies."""
+    """Deletes the files of a checkpoint's state, and dies."""
     for file in (path / "state").rglob("*"):
         if file.is_file():
             file.unlink()
@@ -52,7 +52,7 @@ def orbax_writing() -> None:
 
 
 def after(owner: Any, name: str) -> None:
-    """Dies when a function has done its work."""
+    """Dies right after a function has returned."""
     old = getattr(owner, name)
     setattr(owner, name, lambda *a, **k: (old(*a, **k), die()))
 

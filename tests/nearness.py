@@ -1,16 +1,16 @@
-"""Arrays to compute with, and how near two results have to be."""
+"""Random arrays, and a comparison of two results with a tolerance."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Both sides round f32 sums of up to 1,000 terms (1e-6 of the result's scale); Winograd's transforms add at most 4e-5
-# at the largest of many entries (see winograd._POINTS). A wrong coefficient or a shifted window is off by 1e-1.
+# Both sides round f32 sums of up to 1,000 terms (1e-6 of the result's scale). Winograd's transforms add at most 4e-5 in
+# the worst of many entries (2e-6 root mean square, see winograd._POINTS). A wrong coefficient or window is off by 1e-1.
 TOLERANCE = 2e-4
 
 
 def assert_near(actual: jax.Array, expected: jax.Array, tolerance: float = TOLERANCE) -> None:
-    """Differs by less than the tolerance times the size of the expected values."""
+    """Checks that the difference is less than the tolerance times the largest expected value."""
     assert actual.shape == expected.shape
     assert actual.dtype == expected.dtype
     actual64, expected64 = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
@@ -19,5 +19,5 @@ def assert_near(actual: jax.Array, expected: jax.Array, tolerance: float = TOLER
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
-    """Normal values that bfloat16 holds exactly; drawn by NumPy, for JAX would compile a program for every shape."""
+    """Normal values that are exact in bfloat16. NumPy draws them: JAX would compile a program for every shape."""
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(jnp.bfloat16).astype(np.float32))

@@ -1,4 +1,4 @@
-"""Pages of reports, parsed, and reports of networks that know nothing."""
+"""A parser that checks the HTML of reports, and reports of untrained networks."""
 
 import html.parser
 import json
@@ -23,7 +23,7 @@ VOID = {"meta", "img", "br", "link", "hr", "input"}
 
 
 class Page(html.parser.HTMLParser):
-    """The elements of a page; one that is closed wrongly is an error."""
+    """The elements of a page; a wrong or missing closing tag is an error."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Page(html.parser.HTMLParser):
 
 
 def made_up_split(num_classes: int, examples: int) -> tuple[np.ndarray, Examples]:
-    """Logits that are often right, and noise with the labels."""
+    """Logits that are often right, and examples: images of noise with labels."""
     generator = np.random.default_rng(0)
     label = np.arange(examples, dtype=np.int32) % num_classes
     logits = generator.normal(0, 1, (examples, num_classes)).astype(np.float32)
@@ -76,7 +76,7 @@ def made_up(
     model: ModelConfig | None = None,
     **fields: Any,
 ) -> tuple[dict[str, Any], str]:
-    """The numbers and the page of a network that knows nothing, but whose logits are often right."""
+    """The numbers and the page of an untrained network, with made-up logits that are often right."""
     logits, split = made_up_split(DATASETS[dataset].num_classes, examples)
     evaluation = Evaluation(
         loss=float(np.mean(metrics.negative_log_likelihood(logits, split.label))),

@@ -24,7 +24,7 @@ def at(state: TrainState, step: int) -> TrainState:
 
 
 def record(step: int) -> dict[str, Any]:
-    """What a log of that many steps returns as its snapshot."""
+    """The snapshot that a log would return at a step."""
     return {
         "step": step,
         "seconds": 0.5,
@@ -48,7 +48,7 @@ def same(left: Any, right: Any) -> bool:
 
 
 def restored(workdir: pathlib.Path, config: Config = SMALL) -> tuple[int | None, list[str]]:
-    """The step of what is restored, and what was skipped."""
+    """The step of the checkpoint that is restored, and messages about those that were skipped."""
     with open_store(config, FINGERPRINT, workdir) as store:
         found, skipped = store.restore_latest()
     return (int(found.state.step) if found else None), skipped

@@ -1,4 +1,4 @@
-"""Small finished populations on scikit-learn's digits, trained once for all tests of a file."""
+"""Small finished populations on scikit-learn's digits, trained once in each test process."""
 
 import functools
 import pathlib
@@ -46,5 +46,5 @@ def seeds() -> pathlib.Path:
 
 
 def folds() -> pathlib.Path:
-    """The folder of a population of three folds of 220 rows, so of unequal size."""
+    """The folder of a population: 220 rows in three folds, whose sizes therefore differ."""
     return pathlib.Path(_folder("folds").name, "folds")

@@ -1,4 +1,4 @@
-"""A run of one second that uses everything that could break a resume, and the results of a run, to compare."""
+"""A run of one second that uses everything that could break a resume, and functions that compare results of runs."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from mnist_flax.run import workdir as workdirs
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-# Two epochs of seven steps, the last on eight rows, of the embedded digits.
+# Two epochs on the embedded digits, of seven steps each; the last step of an epoch has only eight rows.
 SMALL = replace(
     Config(),
     data__name="digits",
@@ -40,7 +40,7 @@ SMALL = replace(
 
 
 def lines(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns metrics.jsonl, but for the seconds; every line has to be whole."""
+    """Returns metrics.jsonl without the seconds; every line must be complete."""
     text = (workdir / workdirs.METRICS).read_text()
     assert text.endswith("\n")
     records = [json.loads(line) for line in text.splitlines()]
@@ -50,7 +50,7 @@ def lines(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def events(workdir: pathlib.Path) -> list[tuple[int, str, float]]:
-    """Returns step, tag and value of everything in the event files, in their order, as TensorBoard reads them."""
+    """Returns step, tag and value of all events, in the order of the files, as TensorBoard reads them."""
     from tensorboardX.proto.event_pb2 import Event, SessionLog
     from tensorboardX.record_writer import masked_crc32c
 
@@ -70,7 +70,7 @@ def events(workdir: pathlib.Path) -> list[tuple[int, str, float]]:
 
 
 def outcome(workdir: pathlib.Path) -> dict[str, Any]:
-    """Returns, by name, all that must be the same however a run came to its end."""
+    """Returns, by name, everything that must be the same however often a run was interrupted."""
     state = checkpoint.load_run(workdir).state
     return {
         **{name: leaf.tobytes() for name, leaf in checkpoint.leaves(state).items()},
@@ -81,7 +81,7 @@ def outcome(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def steps(workdir: pathlib.Path) -> list[int]:
-    """Returns the steps of the checkpoints, and that nothing else is beside them."""
+    """Returns the steps of the checkpoints, and checks that their folder holds nothing else."""
     found = checkpoint.steps_in(workdir / workdirs.CHECKPOINTS)
     names = sorted(path.name for path in (workdir / workdirs.CHECKPOINTS).iterdir())
     assert names == sorted(map(str, found))
@@ -103,10 +103,10 @@ def config_file(config: Config, path: pathlib.Path) -> pathlib.Path:
 
 
 def environment(devices: int = 1) -> dict[str, str]:
-    """Returns the environment of a process of the tests, which compiles as they do and shares their programs."""
+    """Returns the environment of a child process: it compiles as the tests do and shares their compiled programs."""
     count = "--xla_force_host_platform_device_count="
     flags = re.sub(rf"{count}\d+", f"{count}{devices}", os.environ["XLA_FLAGS"])
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background job, whose children inherit it
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job; children would inherit it
         signal.signal(signal.SIGINT, signal.default_int_handler)
     return {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
 

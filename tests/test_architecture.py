@@ -1,4 +1,4 @@
-"""The structure of the package: which module may import which, and what each library is used for."""
+"""The structure of the package: which module may import which, and which folder may use which library."""
 
 import ast
 import pathlib
@@ -9,7 +9,8 @@ import pytest
 
 pytestmark = pytest.mark.smoke
 
-# A module imports only from lower layers and its own. A folder is one entry, unless some of its modules are listed.
+# A module imports only from earlier layers, and within its own layer only from its own folder. A module that is not
+# listed has the layer of its folder.
 LAYERS = [
     ["errors"],
     ["checks", "rng", "metrics", "sharding", "ops", "run.console", "run.signals"],
@@ -30,7 +31,7 @@ LAYERS = [
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 VERBS = LAYERS[-1]
 
-# Heavy or delicate libraries, each used in one place.
+# Each of these libraries is used in one folder, or nowhere.
 PLACES = {
     "tensorflow_datasets": {"data"},
     "orbax": {"run"},
@@ -45,7 +46,7 @@ LAZY = {
     *("tensorflow_datasets", "orbax", "matplotlib", "sklearn", "scipy", "skimage", "PIL", "tensorboardX"),
     *("onnx", "onnxruntime", "safetensors", "jinja2"),
 }
-NAMED_AFTER_OPERATIONS = {"exporting.primitives", "exporting.reference"}  # their functions are handlers
+NAMED_AFTER_OPERATIONS = {"exporting.primitives", "exporting.reference"}  # one function for each operation
 LONGEST_MODULE, LONGEST_FUNCTION = 350, 60  # lines
 
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "mnist_flax"
@@ -54,7 +55,7 @@ IDS = [str(path.relative_to(PACKAGE)) for path in FILES]
 
 
 def module_of(path: pathlib.Path) -> str:
-    """The dotted name of a file within the package; that of a folder for its __init__.py."""
+    """The dotted name of a module within the package; for an __init__.py, that of its folder."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -107,20 +108,20 @@ def test_libraries_are_used_in_one_place(path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)
-def test_heavy_libraries_are_imported_where_they_are_used(path: pathlib.Path) -> None:
+def test_heavy_libraries_are_not_imported_at_the_top(path: pathlib.Path) -> None:
     at_the_top = ast.Module([node for node in parse(path).body if isinstance(node, ast.Import | ast.ImportFrom)], [])
     if module_of(path).startswith("pictures"):
-        return  # is itself imported only when a picture is read
+        return  # this folder is imported only when a picture is read
     for name in imports(at_the_top):
         assert name.split(".")[0] not in LAZY, f"{module_of(path)} imports {name} at its top"
 
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)
-def test_importing_a_module_defines_no_flag_and_hides_nothing(path: pathlib.Path) -> None:
+def test_importing_a_module_defines_no_flag_and_no_import_is_hidden(path: pathlib.Path) -> None:
     tree = parse(path)
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.If):
-            continue  # not run on import, or only under __main__, which the next lines check
+            continue  # not run on import; the `if`s are checked below
         calls = [call.func for call in ast.walk(node) if isinstance(call, ast.Call)]
         names = [call.attr if isinstance(call, ast.Attribute) else getattr(call, "id", "") for call in calls]
         assert not [name for name in names if name.startswith("DEFINE_")]
@@ -154,7 +155,7 @@ def test_a_public_name_means_one_thing() -> None:
                 places[node.name].add(module_of(path))
     for names in places.values():
         names -= NAMED_AFTER_OPERATIONS
-    # The verbs have the same functions, and so have the formats of exports.
+    # All verbs define the same functions, and so do the export formats.
     alike = [{*VERBS, "cli"}, {"exporting.onnx", "exporting.stablehlo", "exporting.numpy_program"}]
     shared = {name: found for name, found in places.items() if not any(found <= group for group in alike)}
     assert not {name: found for name, found in shared.items() if len(found) > 1}

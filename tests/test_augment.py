@@ -1,4 +1,4 @@
-"""Random distortions: their random parameters, and their effect on an image."""
+"""Augmentation: the random parameters of each operation, and its effect on an image."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ SHAPE = (28, 28)
 
 
 def strengths(**given: Any) -> AugmentConfig:
-    """A config section: what is not given is off."""
+    """A config section; operations that are not named are off."""
     return AugmentConfig(**given)
 
 
@@ -35,11 +35,11 @@ def test_augment_with_everything_off_returns_the_images(examples: Examples) -> N
     assert augment(strengths(), images, LABELS[: len(images)], KEY) is images
 
 
-def test_shift_moves_whole_pixels_and_brings_in_paper(examples: Examples) -> None:
+def test_shift_moves_whole_pixels_and_fills_with_background(examples: Examples) -> None:
     image = np.asarray(examples.image[0])
     seen = set()
     for key in keys(60):
-        # How the first presets drew it: their results are to stay the same bit for bit.
+        # Drawn as for the first presets, whose results must stay the same bit for bit.
         drawn = jax.random.randint(jax.random.split(key)[0], (2,), -2, 3)
         dy, dx = int(drawn[0]), int(drawn[1])
         seen.add((dy, dx))
@@ -63,7 +63,7 @@ def test_resampled_equals_map_coordinates(examples: Examples) -> None:
 
 
 def at_the_limit(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
-    """Makes every uniform draw the same."""
+    """Makes every uniform draw return this value."""
     monkeypatch.setattr("jax.random.uniform", lambda key, minval: jnp.full((), value))
 
 
@@ -72,7 +72,7 @@ def test_rotate_by_a_quarter_turn_is_exact(examples: Examples, monkeypatch: pyte
     image = jnp.asarray(examples.image[2])
     turned = np.asarray(distort({"rotate": 90.0}, image, LABEL, KEY))[..., 0].astype(int)
     matches = [np.abs(turned - np.rot90(image[..., 0].astype(int), k)).max() <= 1 for k in (1, -1)]
-    assert sorted(matches) == [False, True]  # one of the two directions, up to the rounding of grey values
+    assert sorted(matches) == [False, True]  # it turns in exactly one direction; grey values may round differently
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_clutter_adds_pieces_of_the_image(examples: Examples) -> None:
     added = 0
     for key in jax.random.split(jax.random.key(0), 20):
         changed = np.asarray(distort({"clutter": 8}, image, LABEL, key)).astype(int) - np.asarray(image)
-        assert changed.min() >= 0  # nothing is taken away
+        assert changed.min() >= 0  # no pixel gets darker
         assert np.count_nonzero(changed) <= 2 * 9 * 9
         added += bool(changed.any())
     assert added > 5
@@ -131,7 +131,7 @@ def test_erase_blanks_one_square(examples: Examples) -> None:
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_every_entry_changes_images_and_keeps_their_form(name: str, examples: Examples) -> None:
+def test_every_entry_changes_images_and_keeps_shape_and_type(name: str, examples: Examples) -> None:
     images = jnp.asarray(examples.image[:8])
     strength = 6 if AUGMENTATIONS[name].whole else 0.9
     out = augment(strengths(**{name: strength}), images, jnp.ones(len(images), jnp.int32), KEY)
@@ -139,7 +139,7 @@ def test_every_entry_changes_images_and_keeps_their_form(name: str, examples: Ex
     assert (np.asarray(out) != np.asarray(images)).any(axis=(1, 2, 3)).sum() >= 5
 
 
-def test_augment_does_not_depend_on_the_batch(examples: Examples) -> None:
+def test_augment_depends_on_the_place_in_the_batch_but_not_on_its_size(examples: Examples) -> None:
     config = strengths(shift=2, rotate=10.0, scale=0.1, shear=5.0, elastic=0.5, stroke=0.3, erase=4)
     images = jnp.repeat(jnp.asarray(examples.image[:1]), 8, axis=0)
     augment_all = jax.jit(functools.partial(augment, config))
@@ -153,7 +153,7 @@ def test_draws_of_one_operation_do_not_depend_on_the_others() -> None:
         alone = source({name: 0.3}, SHAPE, KEY)
         again = source({name: 0.3, "shift": 2}, SHAPE, KEY)
         differences = [np.ptp(np.asarray(b - a)) for a, b in zip(alone, again, strict=True)]
-        assert max(differences) < 1e-4  # the same for all pixels: a shift
+        assert max(differences) < 1e-4  # `shift` moves all pixels alike, so the difference is constant
 
 
 def test_rotate_and_scale_stay_within_their_limits() -> None:
@@ -164,7 +164,7 @@ def test_rotate_and_scale_stay_within_their_limits() -> None:
         assert abs(np.rad2deg(np.arctan2(*along))) <= 20
 
 
-def test_new_entries_need_nothing_else(examples: Examples, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_entry_works_without_other_changes(examples: Examples, monkeypatch: pytest.MonkeyPatch) -> None:
     def invert(strength: float, image: Array, key: Array) -> Array:
         return jnp.where(jax.random.uniform(key) < strength, 255 - image, image)
 

@@ -1,4 +1,4 @@
-"""Row sets, the order of an epoch, and the batches they make."""
+"""Selecting rows, the order of an epoch, and the batches made from them."""
 
 import itertools
 
@@ -38,7 +38,7 @@ def test_order_is_the_same_inside_and_outside_jit() -> None:
     )
 
 
-def test_take_fills_up_with_places_without_an_example(examples: Examples) -> None:
+def test_take_gives_padding_no_label(examples: Examples) -> None:
     batch = batches.take(jax.device_put(examples), jnp.array([5, 2, -1]))
     assert batch["label"].tolist() == [5, 2, NO_LABEL]
     np.testing.assert_array_equal(batch["image"][:2], examples.image[[5, 2]])
@@ -46,7 +46,7 @@ def test_take_fills_up_with_places_without_an_example(examples: Examples) -> Non
 
 
 @pytest.mark.parametrize("start_step", [0, 3, 7, 8, 20])
-def test_stream_yields_what_the_scan_takes(examples: Examples, start_step: int) -> None:
+def test_stream_yields_the_same_batches_as_take(examples: Examples, start_step: int) -> None:
     rows = np.arange(3, 90, dtype=np.int32)  # 87 rows: 7 batches of 12 and one of 3
     placement = sharding.split(sharding.make_mesh(1))
     stream = batches.stream_batches(examples, jnp.asarray(rows), KEY, start_step, 12, placement)
@@ -70,14 +70,14 @@ def test_spread_rows_is_stratified_and_deterministic() -> None:
     assert (abs(np.bincount(labels[picked], minlength=10) - expected) <= 1).all()
 
 
-def test_spread_rows_of_none_and_of_all() -> None:
+def test_spread_rows_can_pick_none_or_all() -> None:
     labels = np.array([1, 0, 1, 2], np.int32)
     rows = np.arange(4, dtype=np.int32)
     assert batches.spread_rows(labels, rows, 0).tolist() == []
     assert batches.spread_rows(labels, rows, 4).tolist() == [0, 1, 2, 3]
 
 
-def test_split_rows_divides_what_num_train_leaves() -> None:
+def test_split_rows_takes_the_holdout_out_of_num_train() -> None:
     labels = np.tile(np.arange(10, dtype=np.int32), 100)
     train, held_out = batches.split_rows(labels, num_train=500, holdout=100)
     assert (len(train), len(held_out)) == (400, 100)

@@ -1,4 +1,4 @@
-"""The cache of decoded arrays, and folders that cannot be written."""
+"""The cache of decoded arrays, and read-only folders."""
 
 import contextlib
 import os
@@ -26,7 +26,7 @@ def test_cache_of_another_copy_is_not_used(small: Published, monkeypatch: pytest
 
 
 class Touch:
-    """An object whose pickle makes a file when it is read."""
+    """An object whose pickle creates a file when it is loaded."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -39,7 +39,7 @@ class Touch:
 def test_damaged_cache_is_rebuilt(small: Published, tmp_path: Path, data_messages: list[str], damage: str) -> None:
     small.load_raw()
     cache = small.cache
-    if damage in ("pixel", "fingerprint"):  # well-formed, so that no checksum of the zip format helps
+    if damage in ("pixel", "fingerprint"):  # valid zip archives, so zip's own checksums find nothing
         with np.load(cache) as arrays:
             content = dict(arrays)
         if damage == "pixel":
@@ -47,7 +47,7 @@ def test_damaged_cache_is_rebuilt(small: Published, tmp_path: Path, data_message
         else:
             content["fingerprint"] = np.array("0" * 64)
         np.savez(cache, **content)
-    elif damage == "pickle":  # which would run whatever its maker likes, were it opened as one
+    elif damage == "pickle":  # loading it would run any code that its author wrote
         with np.load(cache) as arrays:
             np.savez(cache, **{**arrays, "train_label": np.array([Touch(tmp_path / "run")], object)})
     else:
@@ -63,7 +63,7 @@ def test_damaged_cache_is_rebuilt(small: Published, tmp_path: Path, data_message
 
 @contextlib.contextmanager
 def read_only(folder: Path) -> Iterator[None]:
-    """Forbids writing to a folder; root, whom no permission binds, is an ordinary user meanwhile."""
+    """Makes a folder read-only; root ignores permissions, so the process becomes an ordinary user meanwhile."""
     root = os.geteuid() == 0
     for path in (folder, *folder.rglob("*")):
         path.chmod(0o555 if path.is_dir() else 0o444)
@@ -78,10 +78,10 @@ def read_only(folder: Path) -> Iterator[None]:
             path.chmod(0o755)
 
 
-def test_read_only_folder(small: Published, data_messages: list[str]) -> None:
+def test_read_only_folder_is_used_but_not_changed(small: Published, data_messages: list[str]) -> None:
     small.load_raw()
     cache = small.cache.relative_to(small.data_dir)
-    with tempfile.TemporaryDirectory() as shared:  # unlike tmp_path, it can be opened to other users
+    with tempfile.TemporaryDirectory() as shared:  # unlike tmp_path, it can be made readable by other users
         os.chmod(shared, 0o755)
         small.data_dir = Path(shutil.copytree(small.data_dir, Path(shared, "tfds")))
         (small.data_dir / cache).unlink()

@@ -1,4 +1,4 @@
-"""Temperatures: fitted on hold-out rows, stored with a run, and used when it is loaded."""
+"""Temperature and doubt: fitted on hold-out rows, stored with a run, and used when it is loaded."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from mnist_flax.metrics import log_probabilities, negative_log_likelihood
 
 
 def draws(temperature: float, num_examples: int = 20_000) -> tuple[np.ndarray, np.ndarray]:
-    """Logits, and labels that are drawn from their softmax at a temperature."""
+    """Random logits, and labels drawn from their softmax at a temperature."""
     generator = np.random.default_rng(0)
     logits = generator.normal(0, 3, (num_examples, 5)).astype(np.float32)
     labels = np.argmax(logits / temperature + generator.gumbel(size=logits.shape), axis=-1)
@@ -36,7 +36,7 @@ def test_temperature_recovers_the_one_that_labels_were_drawn_with(temperature: f
     assert after["loss"] <= before["loss"] and after["ece"] < 0.01
 
 
-def test_temperature_is_where_another_optimiser_finds_the_minimum() -> None:
+def test_temperature_equals_the_minimum_that_another_optimiser_finds() -> None:
     logits, labels = draws(1.7, 300)
     found = minimize(lambda t: np.mean(negative_log_likelihood(logits / t[0], labels)), [1.0], method="Nelder-Mead")
     assert fit_temperature(logits, labels) == pytest.approx(found.x[0], rel=1e-3)
@@ -105,7 +105,7 @@ def test_doubt_is_stored_with_the_run_and_loaded(tmp_path: pathlib.Path) -> None
     fitted = calibrate(predictor, select_examples(config, splits, "holdout"))
     assert predictor.doubtful_below == summary["doubtful_below"] == pytest.approx(fitted.doubtful_below)
     assert predictor.most_ink == summary["most_ink"] == fitted.most_ink < 0.5
-    del summary["doubtful_below"], summary["most_ink"]  # as of a run from before they were stored
+    del summary["doubtful_below"], summary["most_ink"]  # as in a run of a version that did not store them
     (workdir / "summary.json").write_text(json.dumps(summary))
     old, _ = load_predictor(workdir)
     assert (old.doubtful_below, old.most_ink) == (UNFITTED["doubtful_below"], 1.0)

@@ -1,4 +1,4 @@
-"""Checkpoints: which are kept, which are accepted as intact, and who can read them."""
+"""Checkpoints: which are kept, which count as damaged, and which programs can read them."""
 
 import pathlib
 import resource
@@ -45,14 +45,14 @@ def workdir(tmp_path: pathlib.Path) -> pathlib.Path:
     return save_two(tmp_path)
 
 
-def test_what_was_saved_comes_back_bit_for_bit(tmp_path: pathlib.Path) -> None:
+def test_checkpoint_restores_the_saved_state_bit_for_bit(tmp_path: pathlib.Path) -> None:
     with open_store(SMALL, FINGERPRINT, tmp_path) as store:
         assert store.restore_latest() == (None, [])
-        assert not list(tmp_path.iterdir())  # to look leaves nothing
+        assert not list(tmp_path.iterdir())  # looking for checkpoints creates no files
         saved = at(initial_state(), 5)
         keys = jax.tree.map(lambda leaf: leaf.copy(), saved)
         store.save(saved, record(5))
-        jax.tree.map(lambda leaf: leaf.delete(), saved)  # as donating it does
+        jax.tree.map(lambda leaf: leaf.delete(), saved)  # as a donated buffer is
         store.wait()
         found, _ = store.restore_latest()
     assert found
@@ -71,7 +71,7 @@ def test_what_was_saved_comes_back_bit_for_bit(tmp_path: pathlib.Path) -> None:
         ((1, 1), [0.1, 0.2, 0.9], [3]),
         ((1, 0), [0.9, 0.2, 0.1], [3]),
         ((1, 2), [0.5, 0.9, 0.7, 0.1], [2, 3, 4]),
-        ((1, 1), [0.5, 0.5, 0.4], [2, 3]),  # equally good: the later one
+        ((1, 1), [0.5, 0.5, 0.4], [2, 3]),  # of equally good ones the later is kept
         ((1, 1), [None, None, None], [3]),  # nothing held out
         ((1, 1), [0.5, None, None], [1, 3]),
     ],
@@ -84,7 +84,7 @@ def test_latest_and_the_best_are_kept(
         (tmp_path / "at once").mkdir()
         for step, accuracy in enumerate(accuracies, start=1):
             save(store, initial_state(), step, accuracy)
-    for step, accuracy in enumerate(accuracies, start=1):  # each by a process of its own
+    for step, accuracy in enumerate(accuracies, start=1):  # each by a new store, as after a restart
         (tmp_path / "apart").mkdir(exist_ok=True)
         with open_store(config, FINGERPRINT, tmp_path / "apart") as store:
             save(store, initial_state(), step, accuracy)
@@ -104,7 +104,7 @@ def test_best_latest_and_steps_can_be_loaded(tmp_path: pathlib.Path) -> None:
         load_run(tmp_path / "elsewhere")
 
 
-def test_what_dead_runs_left_is_cleaned_away(workdir: pathlib.Path) -> None:
+def test_leftovers_of_killed_runs_are_removed(workdir: pathlib.Path) -> None:
     folder = workdir / workdirs.CHECKPOINTS
     for name in ("9.unfinished", "9.unfinished.orbax-checkpoint-tmp-1", "2.unfinished"):
         shutil.copytree(folder / "6", folder / name)
@@ -115,7 +115,7 @@ def test_what_dead_runs_left_is_cleaned_away(workdir: pathlib.Path) -> None:
 HARMS = [pathlib.Path.unlink, truncate, empty, zero, flip]
 
 
-# Each file gets one harm, and all five in the slow tests.
+# Each file is damaged in one way here, and in all five ways in the slow tests.
 @pytest.mark.parametrize("first", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, len(HARMS)))])
 def test_damage_to_any_file_is_noticed(
     workdir: pathlib.Path, tmp_path_factory: pytest.TempPathFactory, first: int
@@ -133,12 +133,12 @@ def test_damage_to_any_file_is_noticed(
             assert len(skipped) == 1
             assert skipped[0].startswith("checkpoint 6 is damaged (")
             assert skipped[0].endswith(f"moved to {copy / workdirs.DAMAGED / '6'}")
-            save(store, initial_state(), 6)  # its step can be saved again
+            save(store, initial_state(), 6)  # the same step can be saved again
         assert restored(copy) == (6, [])
         assert steps(copy) == [3, 6]
 
 
-def test_damage_after_damage_leaves_what_it_finds(workdir: pathlib.Path) -> None:
+def test_second_damaged_checkpoint_does_not_replace_the_first(workdir: pathlib.Path) -> None:
     for count in (1, 2):
         empty(workdir / workdirs.CHECKPOINTS / "6" / "record" / "metadata")
         with open_store(SMALL, FINGERPRINT, workdir) as store:
@@ -157,7 +157,7 @@ def test_run_starts_anew_when_no_checkpoint_is_good(workdir: pathlib.Path) -> No
     assert sorted(path.name for path in (workdir / workdirs.DAMAGED).iterdir()) == ["3", "6"]
 
 
-def test_damaged_checkpoint_is_not_loaded_to_look_at(workdir: pathlib.Path) -> None:
+def test_loading_a_damaged_checkpoint_is_refused_and_moves_nothing(workdir: pathlib.Path) -> None:
     zero(workdir / workdirs.CHECKPOINTS / "6" / "state" / "manifest.ocdbt")
     with pytest.raises(WorkdirError, match=r"checkpoint 6 is damaged \(.+\); the others are: 3"):
         load_run(workdir)
@@ -165,13 +165,13 @@ def test_damaged_checkpoint_is_not_loaded_to_look_at(workdir: pathlib.Path) -> N
     with pytest.raises(WorkdirError, match="checkpoint 6 is damaged"):
         load_run(workdir)
     assert int(load_run(workdir, "best").state.step) == 3
-    assert steps(workdir) == [3, 6]  # nothing is moved by looking
+    assert steps(workdir) == [3, 6]  # loading moves nothing
 
 
 # A full disk ----------------------------------------------------------------------------------------------------------
 
 
-def test_file_that_cannot_grow_is_one_message_and_costs_only_that_checkpoint(
+def test_failed_write_gives_one_message_and_loses_only_that_checkpoint(
     workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = Store._write
@@ -191,7 +191,7 @@ def test_file_that_cannot_grow_is_one_message_and_costs_only_that_checkpoint(
         patch.setattr(Store, "_write", write_little)
         with open_store(SMALL, FINGERPRINT, workdir) as store:
             save(store, initial_state(), 9)
-    time.sleep(0.5)  # threads of TensorStore still write; the next run would be another process
+    time.sleep(0.5)  # TensorStore's threads are still writing; a real restart would be another process
     assert restored(workdir) == (6, [])
     assert steps(workdir) == [3, 6]
 
@@ -226,7 +226,7 @@ def test_full_disk_keeps_the_last_good_checkpoint(tiny_disk: pathlib.Path) -> No
     assert restored(tiny_disk) == (kept[-1], [])
 
 
-def test_failed_save_is_told_by_the_next_one(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_save_is_reported_by_the_next_one(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise WorkdirError("full")
 
@@ -277,20 +277,20 @@ print(sum(float(abs(leaf).sum()) for leaf in jax.tree.leaves(run.state.params)))
 """
 
 
-def test_devices_do_not_matter(tmp_path: pathlib.Path, workdir: pathlib.Path) -> None:
+def test_checkpoint_loads_on_any_number_of_devices(tmp_path: pathlib.Path, workdir: pathlib.Path) -> None:
     assert jax.device_count() == 8
     many = tmp_path / "many"
     many.mkdir()
     saved = run("-c", SAVE, str(many), SMALL.to_json(), "8", devices=8)
     assert saved.returncode == 0, saved.stderr
     assert same(load_run(many).state, initial_state())
-    for folder in (many, workdir):  # both were saved where there are eight
+    for folder in (many, workdir):  # both were saved by processes with eight devices
         loaded = run("-c", LOAD, str(folder), "1", devices=1)
         expected = sum(float(abs(leaf).sum()) for leaf in jax.tree.leaves(load_run(folder).state.params))
         assert float(loaded.stdout) == expected > 0, loaded.stderr
 
 
-def test_checksums_need_no_program_of_ours(workdir: pathlib.Path) -> None:
+def test_checksums_can_be_checked_with_sha256sum(workdir: pathlib.Path) -> None:
     if shutil.which("sha256sum") is None:
         pytest.skip("there is no sha256sum")
     command = ["sha256sum", "--check", "--strict", "--quiet", "files.sha256"]

@@ -1,4 +1,4 @@
-"""Checkpoints of another run, version or program, of strangers and behind links are refused, and nothing is moved."""
+"""Checkpoints that do not fit, are malformed or lie behind links are refused, and none is moved as damaged."""
 
 import json
 import logging
@@ -48,7 +48,7 @@ def test_another_config_or_other_data_are_refused_field_by_field(workdir: pathli
         f"name another --workdir; with --fork={workdir} it starts from that run's weights.",
     ):
         assert line in str(error.value)
-    assert "epochs" not in str(error.value)  # a constant learning rate does not ask how many there are
+    assert "epochs" not in str(error.value)  # a constant learning rate does not depend on the number of epochs
     assert steps(workdir) == [3, 6]
 
 
@@ -60,7 +60,7 @@ def test_epochs_may_not_change_under_a_schedule_that_depends_on_them(tmp_path: p
         restored(tmp_path, replace(config, train__epochs=3))
 
 
-def test_what_changes_no_result_may_change(workdir: pathlib.Path) -> None:
+def test_fields_that_change_no_result_may_differ(workdir: pathlib.Path) -> None:
     config = replace(
         SMALL, train__driver="stream", train__log_every_steps=1, checkpoint__every_steps=5, data__source="tfds"
     )
@@ -128,7 +128,7 @@ def test_another_version_is_refused_and_nothing_moved(
         ({"arrays": {".step": 3}}, "record.arrays..step = 3: must be str"),
     ],
 )
-def test_record_of_wrong_types_is_one_message(
+def test_record_with_wrong_types_gives_one_message(
     workdir: pathlib.Path, rewrite: Callable[[dict[str, Any]], None], fields: dict[str, Any], message: str
 ) -> None:
     rewrite(fields)
@@ -181,7 +181,7 @@ def test_checkpoint_deleted_while_it_is_read_is_not_damage(
     saved: list[pathlib.Path] = []
 
     def live_run(folder: pathlib.Path, target: Any) -> Any:
-        if not saved:  # a run saves two more, and deletes the one that is being read
+        if not saved:  # meanwhile a run saves two more and deletes the one that is being read
             saved.append(folder)
             with open_store(replace(SMALL, checkpoint__keep_best=0), FINGERPRINT, workdir) as store:
                 for step in (9, 12):
@@ -202,7 +202,7 @@ def test_checkpoint_deleted_while_it_is_read_is_not_damage(
         load_run(workdir, "9")
 
 
-def test_failed_read_leaves_the_log_level_of_absl(workdir: pathlib.Path) -> None:
+def test_failed_read_restores_the_log_level_of_absl(workdir: pathlib.Path) -> None:
     newest = workdir / workdirs.CHECKPOINTS / "6"
     (newest / "record" / "metadata").write_text("{")
     (newest / "files.sha256").write_text(storage.checksums(newest))

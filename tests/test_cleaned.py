@@ -1,4 +1,4 @@
-"""The network that cleans its image first."""
+"""`CleanedCNN`: its cleaning equals SciPy's filters, and its parameters are those of `CNN`."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def test_cleaning_is_a_rank_filter_and_a_top_hat() -> None:
     np.testing.assert_allclose(cleaned(jnp.asarray(x[..., None]))[..., 0], expected, atol=1e-6)
 
 
-def test_clean_digits_hardly_change_and_a_grey_background_goes() -> None:
+def test_clean_digits_hardly_change_and_a_grey_background_is_removed() -> None:
     digits = np.asarray(embedded_digits()[1].image)[:40].astype(np.float32) / 255
     once = np.asarray(cleaned(jnp.asarray(digits)))
     assert np.abs(once - digits).mean() < 0.06
@@ -33,7 +33,7 @@ def test_clean_digits_hardly_change_and_a_grey_background_goes() -> None:
         assert not np.asarray(cleaned(jnp.full((1, 28, 28, 1), grey))).any()
 
 
-def test_the_parameters_are_those_of_the_plain_network() -> None:
+def test_parameters_are_those_of_cnn_and_the_whole_image_is_seen() -> None:
     x = jnp.zeros((1, 28, 28, 1))
     trees = [family().module(10).init(jax.random.key(0), x) for family in (CNNConfig, CleanedCNNConfig)]
     plain, cleaned_tree = (jax.tree.map(jnp.shape, tree) for tree in trees)
@@ -42,7 +42,7 @@ def test_the_parameters_are_those_of_the_plain_network() -> None:
 
 
 @pytest.mark.parametrize("name", ["cnn", "cleaned_cnn"])
-def test_the_family_survives_the_config(name: str) -> None:
+def test_config_round_trips_through_json(name: str) -> None:
     config = Config.from_dict({"model": {"name": name}})
     assert config.to_dict()["model"]["name"] == name
     assert Config.from_json(config.to_json()) == config

@@ -1,6 +1,7 @@
-"""The command line: one clear message and an exit status for every mistake, and nothing written."""
+"""The command line: every mistake gets one clear message and an exit status, and nothing is written."""
 
 import io
+import itertools
 import os
 import pathlib
 import subprocess
@@ -121,6 +122,11 @@ def test_every_spelling_of_an_override_is_understood() -> None:
     ]
 
 
+def test_negated_override_takes_no_value() -> None:
+    with pytest.raises(ConfigError, match=r"--noconfig.train.report=true: takes no value; write --config.train.report"):
+        cli._with_overrides(["main", "--noconfig.train.report=true"])
+
+
 def test_override_gets_the_type_of_its_field() -> None:
     overrides = ["train.epochs=3", "model.widths=(3, 4)", "model.dense=5", "train.report=false", "seed=7"]
     overrides += ["optimizer.learning_rate=1e-2", "data.raw_dir=/a=b", "model.paddings=('SAME',)"]
@@ -131,8 +137,9 @@ def test_override_gets_the_type_of_its_field() -> None:
     assert (config.data.raw_dir, model["paddings"]) == ("/a=b", ("SAME",))
 
 
-def test_override_may_choose_another_family() -> None:
-    config = preset.load_config(preset.find_preset("tiny"), ["model.name=resnet", "model.dropout=0.5"])
+@pytest.mark.parametrize("overrides", [*itertools.permutations(["model.name=resnet", "model.dropout=0.5"])])
+def test_override_may_choose_another_family(overrides: tuple[str, ...]) -> None:
+    config = preset.load_config(preset.find_preset("tiny"), overrides)
     assert config.to_dict()["model"] == default_config_dict("resnet").model.to_dict() | {"dropout": 0.5}
 
 
@@ -155,7 +162,7 @@ def test_override_may_choose_another_family() -> None:
         ("train.batch_size=5000", "config.train.batch_size = 5000: more than the 1800 rows"),
     ],
 )
-def test_wrong_override_is_one_message(override: str, message: str) -> None:
+def test_wrong_override_gets_one_message(override: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         preset.load_config(preset.find_preset("tiny"), [override])
     assert message in str(error.value)
@@ -226,7 +233,7 @@ def test_wrong_value_in_a_preset_names_its_line(statement: str, message: str, tm
         ("\0", "SyntaxError: source code string cannot contain null bytes"),
     ],
 )
-def test_file_that_is_not_a_preset_is_one_message(text: str, message: str, tmp_path: pathlib.Path) -> None:
+def test_file_that_is_not_a_preset_gets_one_message(text: str, message: str, tmp_path: pathlib.Path) -> None:
     path = tmp_path / "bad.py"
     path.write_text(text)
     with pytest.raises(ConfigError) as error:
@@ -264,7 +271,7 @@ def test_preset_is_found_by_name_or_path(tmp_path: pathlib.Path, monkeypatch: py
 
 
 class Failing(io.StringIO):
-    """A stream on which nothing can be written."""
+    """A stream to which nothing can be written."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__()
@@ -312,7 +319,7 @@ cli.run(main)
         ("<&- >&- 2>&-", 0, ""),
     ],
 )
-def test_reader_that_leaves_ends_a_program_quietly(redirection: str, status: int, said: str) -> None:
+def test_closed_or_full_streams_give_an_exit_status_and_no_traceback(redirection: str, status: int, said: str) -> None:
     command = ["bash", "-c", f'set -o pipefail; "$0" -c "$1" {redirection}', sys.executable, PRINTS]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout + done.stderr) == (status, said)

@@ -20,11 +20,11 @@ def test_mcnemar_by_hand() -> None:
     assert comparison.mcnemar(a, a)["p"] == 1
 
 
-def test_t_by_hand() -> None:
+def test_t_test_by_hand() -> None:
     paired = comparison.t_test([1.0, 1.0, 1.0], [2.0, 3.0, 4.0], paired=True)
     assert paired["t"] == pytest.approx(2 * 3**0.5)
     assert (paired["df"], paired["difference"]) == (2, 2)
-    assert paired["p"] == pytest.approx(1 - 12**0.5 / (12 + 2) ** 0.5)  # Student's distribution with 2 df, closed form
+    assert paired["p"] == pytest.approx(1 - 12**0.5 / (12 + 2) ** 0.5)  # Student's t with 2 df, in closed form
     assert paired["interval"] == pytest.approx([2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5])
     welch = comparison.t_test([1.0, 2.0, 3.0], [4.0, 6.0], paired=False)
     assert welch["t"] == pytest.approx(3 / (1 / 3 + 2 / 2) ** 0.5)
@@ -54,7 +54,7 @@ def test_verdict_follows_the_members_if_there_are_any() -> None:
     assert "B is better than A" in comparison.comparison_table(runs)
     assert "50.000 points of accuracy, p = 0.002" in comparison.sentence(runs)
     assert comparison.compare_results(result_of(good, (1.0,)), result_of(bad, (0.5,)))["verdict"] == "a"
-    # The members decide where there are some: here the committees differ, and the members do not.
+    # For populations the members decide: here the committees differ, but the members do not.
     populations = comparison.compare_results(result_of(bad, (0.5, 0.9)), result_of(good, (0.9, 0.5)))
     assert populations["mcnemar"]["p"] < 0.05
     assert (populations["verdict"], populations["t"]["kind"]) == (None, "paired")
@@ -65,7 +65,7 @@ def test_verdict_follows_the_members_if_there_are_any() -> None:
     assert (welch["verdict"], welch["t"]["kind"]) == ("b", "Welch")
 
 
-def test_other_examples_are_not_compared() -> None:
+def test_results_on_different_examples_are_not_compared() -> None:
     one = result_of([0, 0], (1.0,))
     with pytest.raises(WorkdirError, match=r"is about mnist .* about kmnist .*only results on the same data"):
         comparison.compare_results(one, result_of([0, 0], (1.0,), fingerprint="0" * 64, dataset="kmnist"))

@@ -1,10 +1,12 @@
-"""Compiled programs outlive their process, and a cache that fails costs nothing but time."""
+"""The cache of compiled programs: later processes use it, and a broken cache costs nothing but time."""
 
 import os
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
+import jax
 import pytest
 
 from mnist_flax.run import compilation
@@ -45,7 +47,7 @@ def test_second_process_finds_the_programs_of_the_first(tmp_path: pathlib.Path) 
     assert second.splitlines()[-1] == first.splitlines()[-1]
 
 
-def test_jax_own_variables_go_first(tmp_path: pathlib.Path) -> None:
+def test_jax_own_variables_take_precedence(tmp_path: pathlib.Path) -> None:
     chosen = tmp_path / "chosen"
     run(XDG_CACHE_HOME=str(tmp_path / "user"), JAX_COMPILATION_CACHE_DIR=str(chosen))
     assert list(chosen.iterdir())
@@ -55,7 +57,7 @@ def test_jax_own_variables_go_first(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["no folder", "torn entries"])
-def test_broken_cache_costs_no_run(damage: str, tmp_path: pathlib.Path) -> None:
+def test_broken_cache_does_not_stop_a_run(damage: str, tmp_path: pathlib.Path) -> None:
     if damage == "no folder":
         (tmp_path / "file").touch()
         output = run(XDG_CACHE_HOME=str(tmp_path / "file"))
@@ -71,13 +73,23 @@ def test_broken_cache_costs_no_run(damage: str, tmp_path: pathlib.Path) -> None:
 
 
 def test_user_without_a_home_gets_a_message(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
-    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as it is without $HOME and an entry in passwd
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as without $HOME and a passwd entry
     for name in ("XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(OSError, match="is not an absolute path; set XDG_CACHE_HOME"):
         compilation.cache_dir()
     monkeypatch.chdir(tmp_path)
     compilation.keep_programs()
+    assert not list(tmp_path.iterdir())
+
+
+def test_bucket_is_left_to_jax(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "gs://bucket/programs")
+    monkeypatch.chdir(tmp_path)
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(jax.config, "update", given.__setitem__)
+    compilation.keep_programs()
+    assert given["jax_compilation_cache_dir"] == "gs://bucket/programs"
     assert not list(tmp_path.iterdir())
 
 

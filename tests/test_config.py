@@ -1,4 +1,4 @@
-"""The schema: what it accepts, what it rejects, and with which message."""
+"""The config: what it accepts, what it rejects, and with which message."""
 
 import dataclasses
 from typing import Any
@@ -76,7 +76,7 @@ def test_a_wrong_value_is_named_with_its_field_and_a_remedy(fields: dict[str, An
         replace(Config(), **fields)
 
 
-def test_rubbish_is_no_config() -> None:
+def test_rubbish_is_refused() -> None:
     for rubbish in (None, 5, "text", [1]):
         with pytest.raises(ConfigError, match="must be a group of fields"):
             Config.from_dict(rubbish)
@@ -86,7 +86,7 @@ def test_rubbish_is_no_config() -> None:
         Config.from_json("{")
 
 
-def test_configs_compare_every_field_and_share_their_program() -> None:
+def test_configs_compare_every_field_but_may_share_a_program() -> None:
     config = replace(Config(), data__folds=3)
     for fields in (
         {"seed": 1},
@@ -117,12 +117,28 @@ def test_a_family_of_models_brings_its_own_fields() -> None:
     assert changed["model.blocks"] == (None, 1)
 
 
-def test_fields_that_the_optimizer_does_not_read_are_found() -> None:
-    assert replace(Config(), optimizer__momentum=0.5, optimizer__decay_rate=0.5).optimizer.unused() == [
-        "decay_rate",
-        "momentum",
-    ]
-    assert replace(Config(), optimizer__name="sgd", optimizer__momentum=0.5).optimizer.unused() == []
+@pytest.mark.parametrize(
+    ("fields", "messages"),
+    [
+        (
+            {"optimizer__momentum": 0.5, "optimizer__decay_rate": 0.5},
+            [
+                "config.optimizer.decay_rate, config.optimizer.momentum: changed, but adam with the schedule constant"
+                " does not use it"
+            ],
+        ),
+        ({"optimizer__name": "sgd", "optimizer__momentum": 0.5}, []),
+        (
+            {"train__augment_until": 0.5},
+            ["config.train.augment_until = 0.5: has no effect without an augmentation"],
+        ),
+        ({"train__augment_until": 0.5, "augment__shift": 1}, []),
+        ({"train__teacher_weight": 0.5}, ["config.train.teacher_weight = 0.5: has no effect without a teacher"]),
+        ({"train__teacher_weight": 0.5, "train__teacher": "runs/teacher"}, []),
+    ],
+)
+def test_fields_without_effect_are_found(fields: dict[str, Any], messages: list[str]) -> None:
+    assert list(replace(Config(), **fields).unused()) == messages
 
 
 def test_differences_leave_out_what_changes_no_result() -> None:
@@ -136,7 +152,7 @@ def test_more_epochs_are_a_difference_only_to_a_schedule_that_depends_on_them() 
     for schedule, expected in (("constant", {}), ("step", {}), ("cosine", {"train.epochs": (5, 6)})):
         config = replace(Config(), optimizer__schedule=schedule)
         assert differences(config, replace(config, train__epochs=6)) == expected
-    config = replace(Config(), train__augment_until=0.8)  # the last steps are other ones
+    config = replace(Config(), train__augment_until=0.8)  # the last, unaugmented steps move
     assert differences(config, replace(config, train__epochs=6)) == {"train.epochs": (5, 6)}
 
 

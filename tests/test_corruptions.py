@@ -1,4 +1,4 @@
-"""The corruptions of MNIST-C: pure, reproducible, and what their definitions say."""
+"""The corruptions of MNIST-C: deterministic, reproducible, and equal to their definitions."""
 
 import functools
 import os
@@ -38,7 +38,7 @@ def golden() -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_corruption_is_the_same_everywhere_and_forever(name: str) -> None:
+def test_a_corruption_matches_its_golden_images(name: str) -> None:
     made = corrupt(name, digits()[:4], np.array([0, 1, 947, 9999]))
     if os.environ.get("UPDATE_GOLDEN"):
         stored = golden() if GOLDEN.exists() else {}
@@ -52,13 +52,13 @@ def test_a_corruption_is_the_same_everywhere_and_forever(name: str) -> None:
 def test_a_higher_severity_changes_an_image_more(name: str) -> None:
     images, index = digits(), np.arange(40)
     changes = [np.abs(corrupt(name, images, index, s).astype(float) - images).mean() for s in (1, 5)]
-    if name not in ("glass_blur", "spatter"):  # their published levels do not grow by this measure
+    if name not in ("glass_blur", "spatter"):  # by this measure, their published levels do not increase
         assert 0 < changes[0] < changes[1]
     assert all(changes)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_image_and_a_blank_image_are_no_problem(name: str) -> None:
+def test_empty_batches_and_blank_images_can_be_corrupted(name: str) -> None:
     assert corrupt(name, digits()[:0], np.arange(0)).shape == (0, 28, 28)
     for grey in (0, 255):
         assert np.isfinite(corrupt(name, np.full((1, 28, 28), grey, np.uint8), np.arange(1))).all()
@@ -78,7 +78,7 @@ def test_hashed_numbers_are_uniform_and_independent() -> None:
     ("shear", lambda s: [[1, -s * np.sin(0.4)], [0, np.cos(0.4)]]),
     ("scale", lambda s: [[1 / 0.7, 0], [0, 1 / 0.7]]),
 ])  # fmt: skip
-def test_an_affine_corruption_is_the_warp_of_scikit_image(name: str, matrix: object) -> None:
+def test_an_affine_corruption_equals_the_warp_of_scikit_image(name: str, matrix: object) -> None:
     assert callable(matrix)
     made, ways = corrupt(name, digits(), np.arange(40)), set()
     for image, result in zip(digits(), made, strict=True):

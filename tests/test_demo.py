@@ -28,7 +28,7 @@ CONFIG = replace(tiny_run.CONFIG, train__epochs=12, model__widths=WIDTHS, checkp
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A run with two checkpoints, long enough to read a drawn digit, with its page."""
+    """A run with two checkpoints and a demo page, trained long enough to read a drawn digit."""
     folder = tmp_path_factory.mktemp("demo") / "run"
     fit(CONFIG, folder)
     write_demo(folder)
@@ -53,7 +53,7 @@ def answer(page: Any) -> str:
 
 
 def probabilities_in_jax(workdir: pathlib.Path, page: Any) -> np.ndarray:
-    """What the run says of the 28x28 pixels that the page shows its network."""
+    """The run's probabilities for the 28x28 pixels that the page feeds to its network."""
     pixels = np.array(page.evaluate("Array.from(app.pixels)"), np.uint8).reshape(1, 28, 28, 1)
     logits = predict_logits(load_predictor(workdir)[0], pixels)[0]
     return np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
@@ -73,9 +73,9 @@ def test_demo_reads_a_drawn_seven(
         assert page.inner_text("#live").startswith("7, ") or page.inner_text("#live").startswith("A guess: 7, ")
         found = page.evaluate("Array.from(app.network().values.get(app.network().outputs.probabilities).data)")
         np.testing.assert_allclose(found, probabilities_in_jax(workdir, page), atol=1e-5)
-        assert page.evaluate("document.documentElement.scrollWidth") == width  # nothing is cut off at the right
+        assert page.evaluate("document.documentElement.scrollWidth") == width  # the page does not scroll sideways
         answer_end = page.locator("#bars").bounding_box()
-        assert answer_end["y"] + answer_end["height"] < 844  # the answer is in sight while drawing
+        assert answer_end["y"] + answer_end["height"] < 844  # the answer is visible while drawing
 
 
 def test_demo_undoes_and_clears_strokes(page: Any) -> None:
@@ -106,7 +106,7 @@ def test_demo_steps_through_examples_by_keys(page: Any, workdir: pathlib.Path) -
             assert ("read correctly" in page.inner_text("#caption")) == (kind == "right")
         page.keyboard.press("ArrowRight")
         settle(page)
-    assert page.evaluate("app.example") == 0  # after the last comes the first
+    assert page.evaluate("app.example") == 0  # the first example follows the last
     page.keyboard.press("ArrowLeft")
     settle(page)
     assert page.evaluate("app.example") == len(kinds) - 1
@@ -189,7 +189,7 @@ def test_demo_shows_the_explanation_below_the_maps_on_a_phone(workdir: pathlib.P
 def test_demo_compares_two_checkpoints(page: Any, workdir: pathlib.Path) -> None:
     early, late = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
     assert page.locator("#checkpoints label").all_inner_texts() == [f"step {late:,} (end)", f"step {early:,}"]
-    settle(page)  # the first answer does not wait for it
+    settle(page)  # the first answer does not wait for the other checkpoint
     assert page.inner_text("#legend").startswith(f"Thin bars: step {early:,}, which reads ")
     draw_by_mouse(page, SEVEN)
     page.locator("#checkpoints label").nth(1).click()
@@ -220,7 +220,7 @@ def test_a_damaged_checkpoint_is_not_compared(workdir: pathlib.Path, tmp_path: p
     assert earlier_checkpoint(copy, CONFIG.num_steps) == []
 
 
-def test_demo_names_everything_that_can_be_focused(page: Any) -> None:
+def test_demo_labels_everything_that_can_be_focused(page: Any) -> None:
     names = page.evaluate(
         """Array.from(document.querySelectorAll("button, input, canvas[tabindex]"), (element) =>
              element.getAttribute("aria-label") || element.labels?.[0]?.innerText || element.innerText)"""
@@ -229,7 +229,7 @@ def test_demo_names_everything_that_can_be_focused(page: Any) -> None:
     assert all(names)
 
 
-def test_demo_does_not_move_where_motion_is_unwelcome(workdir: pathlib.Path, chromium: Any) -> None:
+def test_demo_has_no_transitions_with_reduced_motion(workdir: pathlib.Path, chromium: Any) -> None:
     for motion, duration in (("no-preference", "0.09s"), ("reduce", "0s")):
         with opened(chromium, workdir / "demo.html", reduced_motion=motion) as page:
             assert page.evaluate("getComputedStyle(document.querySelector('.bar')).transitionDuration") == duration
@@ -240,7 +240,7 @@ def test_demo_verb_writes_where_it_is_told(workdir: pathlib.Path, tmp_path: path
     done = forked.run("-m", "mnist_flax.demo", f"--workdir={copy}", f"--output={tmp_path / 'page.html'}")
     assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'page.html'}\n"), done.stderr
     assert (tmp_path / "page.html").stat().st_size < 400_000
-    assert "<b>run" not in (tmp_path / "page.html").read_text()  # a name is text, never markup
+    assert "<b>run" not in (tmp_path / "page.html").read_text()  # the name is escaped
 
 
 def test_demo_without_a_workdir_is_refused() -> None:

@@ -19,6 +19,7 @@ from mnist_flax.data.framing import frame
 from mnist_flax.exporting.demo import PAGE
 from mnist_flax.exporting.graph import Graph, trace
 from mnist_flax.exporting.textbook import textbook_order
+from mnist_flax.models.cleaned import CleanedCNNConfig
 from mnist_flax.models.resnet import ResNetConfig
 from mnist_flax.step import crop, forward, init_state, scale_pixels
 
@@ -44,12 +45,13 @@ CONFIGS = {
         Config(), model__widths=(8,), model__pools=(3,), model__kernel_sizes=(5,), model__activation="silu"
     ),
     "resnet": replace(Config(), model=ResNetConfig(widths=(6, 10), blocks=2)),
+    "cleaned": replace(Config(), model=CleanedCNNConfig(widths=(6, 8), pools=(2,), dense=(12,), batch_norm=True)),
 }
 
 
 @pytest.fixture(scope="module")
 def page() -> Iterator[Any]:
-    """A blank page with the demo's functions that need no page."""
+    """A blank page with those scripts of the demo that do not need its elements."""
     with browser() as chromium:
         page = chromium.new_page()
         for name in ("framing", "network", "inspect"):
@@ -59,13 +61,13 @@ def page() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def images() -> np.ndarray:
-    """Three images of random strokes, `u8[3,28,28,1]`."""
+    """Three images of sparse random pixels, `u8[3,28,28,1]`."""
     generator = np.random.default_rng(0)
     return (generator.integers(0, 256, (3, 28, 28, 1)) * (generator.random((3, 28, 28, 1)) < 0.3)).astype(np.uint8)
 
 
 def variables_of(config: Config) -> Any:
-    """Random weights; biases and statistics too, which start at 0 and 1."""
+    """Random weights; biases and statistics, which start at 0 or 1, are changed too."""
     state = init_state(config.program, jax.random.key(0))
     leaves, tree = jax.tree.flatten({"params": state.params, "batch_stats": state.batch_stats})
     generator = np.random.default_rng(1)
@@ -78,7 +80,7 @@ def graph_of(config: Config, variables: Any) -> Graph:
 
 
 def load(page: Any, graph: Graph) -> None:
-    """Makes the page's `network`."""
+    """Sets the page's `network` to a graph."""
     weights = base64.b64encode(graph.weights()).decode()
     page.evaluate(
         """([graph, weights]) => {
@@ -90,7 +92,7 @@ def load(page: Any, graph: Graph) -> None:
 
 
 def layers_in_jax(config: Config, variables: Any, images: np.ndarray) -> dict[str, np.ndarray]:
-    """What every module with weights returns, by its path, and the logits."""
+    """The output of every module, by its path, and the logits."""
     module = config.program.model.module(config.num_classes)
 
     @jax.jit
@@ -133,7 +135,7 @@ def test_demo_layers_equal_jax(name: str, page: Any, images: np.ndarray) -> None
 
 
 def test_demo_operations_equal_their_definitions(page: Any) -> None:
-    """Those that no model family here uses."""
+    """These are operations that no model family of the package uses."""
     generator = np.random.default_rng(2)
     shift = jnp.asarray(generator.normal(size=(5, 4, 3)), jnp.float32)
 
@@ -144,6 +146,8 @@ def test_demo_operations_equal_their_definitions(page: Any) -> None:
         attention = jnp.einsum("nhwc,nhvc->nhwv", x, jnp.cos(x))
         x = jnp.einsum("nhwv,nhvc->nchw", jax.nn.softmax(attention), x)
         x = jnp.minimum(x, 2.0) ** 2 + jax.lax.erf(x) + jnp.sqrt(jnp.abs(x)) + jnp.sign(x)
+        whole = (4 * x).astype(jnp.int32)
+        x = x + whole.astype(jnp.float32) + whole.astype(bool).astype(jnp.float32)
         return jnp.stack([x.max((1, 2, 3)), x.min((1, 2, 3)), x.sum((1, 2, 3)), x.mean((1, 2, 3))], 1)
 
     graph = trace(everything, {"shift": shift})
@@ -174,7 +178,7 @@ def test_textbook_order_shows_activations_before_pooling() -> None:
 
 
 def explained(page: Any, pixels: np.ndarray, title: str, place: dict[str, int]) -> Any:
-    """What the page says about one value: all products, the steps after them, the part of the image, the value."""
+    """How the page explains a value: products, their sum, the steps that follow, the value, and its receptive field."""
     return page.evaluate(
         """([pixels, title, place]) => {
           network.run(Uint8Array.from(pixels));
@@ -218,8 +222,8 @@ def test_demo_explains_pooling_and_dense_layers(page: Any, images: np.ndarray) -
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_demo_explanations_lead_to_the_values(name: str, page: Any, images: np.ndarray) -> None:
-    """In every stage of every family the last line is the value that the map shows."""
+def test_demo_explanations_end_with_the_shown_values(name: str, page: Any, images: np.ndarray) -> None:
+    """In every stage of every family, the last line of an explanation is the value that the map shows."""
     load(page, textbook_order(graph_of(CONFIGS[name], variables_of(CONFIGS[name]))))
     stages = page.evaluate(
         """(pixels) => {

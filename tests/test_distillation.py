@@ -1,4 +1,4 @@
-"""Distillation: a student learns its teacher's probabilities, resumes exactly, and knows its teacher by the weights."""
+"""Distillation: a student learns its teacher's probabilities, resumes exactly, and knows its teacher by a digest."""
 
 import dataclasses
 import json
@@ -41,7 +41,7 @@ STUDENT = replace(
     optimizer__name="sgd",
     optimizer__learning_rate=0.1,
 )
-# The logits in training are those of `forward`, and the first step moves a weight by the rate times the gradient.
+# Training logits equal those of `forward`, and the first step moves a weight by the learning rate times the gradient.
 PLAIN = replace(STUDENT, model__batch_norm=False, model__dropout=0.0, optimizer__ema_decay=0.0)
 
 
@@ -59,13 +59,13 @@ def loaded(folder: pathlib.Path) -> LoadedTeacher:
 
 @pytest.fixture(scope="module")
 def seeds() -> pathlib.Path:
-    """The teacher, a population of three; who changes something in it makes a copy first."""
+    """The teacher, a population of three; a test that changes something in it makes a copy first."""
     return small_population.seeds()
 
 
 @pytest.fixture(scope="module")
 def student(seeds: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A finished student; nothing is trained in it."""
+    """A finished student; no test changes its folder."""
     workdir = tmp_path_factory.mktemp("student") / "run"
     fit(student_of(seeds), workdir)
     return workdir
@@ -76,7 +76,7 @@ def bias(state: TrainState) -> np.ndarray:
     return np.asarray(state.params["Dense_1"]["bias"])
 
 
-def test_the_target_is_made_of_label_and_mean_probabilities(seeds: pathlib.Path, examples: Examples) -> None:
+def test_the_target_mixes_label_and_mean_probabilities(seeds: pathlib.Path, examples: Examples) -> None:
     label = np.append(examples.label[:19], NO_LABEL)
     batch: Batch = {"image": jnp.asarray(examples.image[:20]), "label": jnp.asarray(label)}
     state = jit_init_state(PLAIN.program, KEY)
@@ -102,7 +102,7 @@ def test_a_student_that_equals_its_teacher_gets_no_gradient(examples: Examples) 
     state = jit_init_state(program, KEY)
     batch: Batch = {"image": jnp.asarray(examples.image[:20]), "label": jnp.asarray(examples.label[:20])}
     itself = Teacher(jax.tree.map(lambda leaf: leaf[None], eval_variables(state)), np.float32(1), program)
-    # With the label, or if a gradient flowed through the teacher too, the weights would move.
+    # If the labels had any weight, or a gradient flowed through the teacher, the weights would change.
     new, sums = step_once(program, state, batch, KEY, itself)
     assert float(sums["loss"]) / 20 > 1
     for one, other in zip(jax.tree.leaves(new.params), jax.tree.leaves(state.params), strict=True):
@@ -113,10 +113,10 @@ def test_drivers_and_devices_agree(seeds: pathlib.Path, student: pathlib.Path, t
     fit(replace(student_of(seeds), train__driver="stream", train__num_devices=2), tmp_path)
     for one, other in zip(lines(student), lines(tmp_path), strict=True):
         assert one["step"] == other["step"]
-        assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)  # two programs, which round differently
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)  # two programs round differently
 
 
-def test_two_students_are_what_single_ones_are(
+def test_students_of_a_population_equal_single_students(
     seeds: pathlib.Path, student: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     fit_population(student_of(seeds), tmp_path, seeds=2)
@@ -126,7 +126,7 @@ def test_two_students_are_what_single_ones_are(
 
 
 class Died(Exception):
-    """What is raised in the middle of a run."""
+    """Raised in the middle of a run."""
 
 
 def test_a_run_resumes_exactly_after_its_teacher_has_moved(
@@ -156,7 +156,7 @@ def test_another_teacher_is_refused_on_resume(
     shutil.copytree(seeds, tmp_path / "hotter")
     result = json.loads((seeds / "population.json").read_text())
     (tmp_path / "hotter" / "population.json").write_text(json.dumps(result | {"temperature": 2.0}))
-    for folder in (tmp_path / "hotter", seeds / "members" / "seed-3"):  # one member's weights are not all
+    for folder in (tmp_path / "hotter", seeds / "members" / "seed-3"):  # one member is another teacher
         message = rf"run with another teacher: {seeds} \(digest \w+\) there, {folder} \(digest \w+\) now; to continue"
         with pytest.raises(WorkdirError, match=message):
             fit(student_of(folder), student)
@@ -168,7 +168,7 @@ def test_another_teacher_is_refused_on_resume(
         check_origin(old, None, loaded(seeds), student)
 
 
-def test_what_cannot_teach_is_refused_before_data_are_loaded(
+def test_an_unusable_teacher_is_refused_before_data_are_loaded(
     seeds: pathlib.Path, student: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train, "load_splits", None)
@@ -196,7 +196,7 @@ def test_what_cannot_teach_is_refused_before_data_are_loaded(
     assert not (tmp_path / "run").exists()
 
 
-def test_what_a_teacher_should_not_have_seen_is_announced(seeds: pathlib.Path) -> None:
+def test_a_teacher_trained_on_holdout_rows_or_other_data_is_announced(seeds: pathlib.Path) -> None:
     teacher, splits = loaded(seeds), load_splits(STUDENT)
     assert not list(doubts(teacher, STUDENT, splits))  # both hold out the same rows
     (doubt,) = doubts(teacher, replace(STUDENT, data__holdout=30), splits)

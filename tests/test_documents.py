@@ -1,4 +1,4 @@
-"""The documents: every snippet runs, every command exists with its flags, and every link leads somewhere."""
+"""The documents: Python snippets run, every command exists with its flags, and every local link has a target."""
 
 import functools
 import pathlib
@@ -40,7 +40,7 @@ def commands(page: pathlib.Path) -> list[list[str]]:
 
 @functools.cache
 def help_of(program: str) -> str:
-    """What a verb or a script says about its flags."""
+    """The full help of a verb or a script."""
     script = [program] if program.startswith("scripts/") else ["-m", f"mnist_flax.{program}"]
     done = forked.run(*script, "--helpfull")
     return done.stdout + done.stderr
@@ -64,12 +64,12 @@ def test_command_of_a_document_exists_with_its_flags(command: tuple[str, ...]) -
 def test_python_of_a_document_runs(page: pathlib.Path, tmp_path: pathlib.Path) -> None:
     for i, block in enumerate(blocks(page, "python")):
         if "workdir" in block or "runs/" in block:
-            continue  # needs a trained run: tests/test_export.py and others execute these
+            continue  # needs a trained run: tests/test_export.py executes it
         first = re.match(r"# (\w+\.py)\n", block)
         name = first[1] if first else f"snippet_{i}.py"
         (tmp_path / name).write_text(block.replace("cli.main()", "pass"))
     for path in sorted(tmp_path.glob("*.py")):
-        # Presets name what a snippet before them adds.
+        # my_preset.py uses a model that my_net.py registers.
         load = f"import my_net; exec(open({str(path)!r}).read())" if path.stem == "my_preset" else ""
         command = [sys.executable, *(["-c", load + "\nget_config()"] if load else [str(path)])]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250)
@@ -88,7 +88,7 @@ def test_network_of_the_readme_trains(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
-def test_links_of_a_document_lead_somewhere(page: pathlib.Path) -> None:
+def test_local_links_of_a_document_have_a_target(page: pathlib.Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target

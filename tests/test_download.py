@@ -1,4 +1,4 @@
-"""Downloads from a local server that behaves, and misbehaves, like real ones."""
+"""Downloads from a local server that works, or fails as real servers do."""
 
 import contextlib
 import functools
@@ -21,7 +21,7 @@ from mnist_flax.errors import DataError
 
 @contextlib.contextmanager
 def served(folder: Path, handler: type[http.server.SimpleHTTPRequestHandler]) -> Iterator[str]:
-    """Serves a folder on this machine; gives its address."""
+    """Serves a folder on this machine, and yields its address."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=folder)) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
@@ -40,7 +40,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 
 class HalfHandler(Handler):
-    """Announces the whole file, sends half, hangs up."""
+    """Announces the whole file, sends half of it and hangs up."""
 
     def copyfile(self, source: Any, outputfile: Any) -> None:
         content = source.read()
@@ -57,14 +57,14 @@ class ScrambledHandler(Handler):
 
 
 @pytest.mark.parametrize("name", ["mnist", "emnist/letters"])
-def test_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data_messages: list[str], name: str) -> None:
+def test_download_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data_messages: list[str], name: str) -> None:
     small = Published(tmp_path, monkeypatch, name)
     with served(small.raw_dir, Handler) as url:
         small.at(url)
         small.check(small.load(), "download")
     assert any(f"downloading {url}" in message for message in data_messages)
     shutil.rmtree(small.copy)
-    small.check(small.load(), "download")  # from the files that were kept, because nobody serves them any more
+    small.check(small.load(), "download")  # from the downloaded files: the server is gone
 
 
 def test_interrupted_download_counts_as_unreachable(small: Published) -> None:
@@ -95,14 +95,14 @@ def test_download_reads_no_more_than_it_should(small: Published) -> None:
     assert not small.data_dir.exists()
 
 
-def test_missing_page_is_no_download(small: Published, tmp_path: Path) -> None:
+def test_missing_page_is_an_error(small: Published, tmp_path: Path) -> None:
     with served(tmp_path, Handler) as url:
         small.at(url)
         with pytest.raises(DataError, match="404"):
             small.load(source="download")
 
 
-def test_silent_host_is_given_up(small: Published, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silent_host_times_out(small: Published, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(download.TIMEOUTS) < 30
     monkeypatch.setattr(download, "TIMEOUTS", (0.2, 0.2))
     with socket.create_server(("127.0.0.1", 0)) as silent:

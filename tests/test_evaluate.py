@@ -50,7 +50,7 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("examples", [1, 6, 7, 8, 23])
 def test_evaluate_counts_every_example_once(examples: int) -> None:
-    """Of a batch of 7: one, one less, all, one more, and three and a bit; against each example alone."""
+    """Numbers of examples below, at and above a batch size of 7, compared with evaluating each example alone."""
     test = load_splits(tiny_run.CONFIG).test
     run = load_run(tiny_run.workdir())
     several, alone = (
@@ -59,14 +59,14 @@ def test_evaluate_counts_every_example_once(examples: int) -> None:
     image, label = test.image[:examples], test.label[:examples]
     logits = np.concatenate([predict_logits(alone, one[None]) for one in image])
     result = evaluate(several, Examples(image, label))
-    np.testing.assert_allclose(result.logits, logits, atol=1e-5)  # sums of another order
+    np.testing.assert_allclose(result.logits, logits, atol=1e-5)  # sums in another order
     assert result.examples == examples
     assert result.accuracy == np.mean(logits.argmax(axis=-1) == label)
     assert result.loss == pytest.approx(np.mean(negative_log_likelihood(logits, label)), abs=1e-5)
 
 
 def by_hand(predictor: Predictor, images: np.ndarray) -> np.ndarray:
-    """The mean of softmax over members and shifts, straight from `forward`."""
+    """The mean softmax over members and shifted views, computed directly with `forward`."""
     padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
     shifts = [(1, 1), (0, 1), (2, 1), (1, 0), (1, 2)][: predictor.views]
     probs = [
@@ -129,7 +129,7 @@ def test_scores_equal_scikit_learns(workdir: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize(("split", "part"), [("train", 0), ("holdout", 1)])
-def test_splits_are_the_rows_of_the_run(workdir: pathlib.Path, split: str, part: int) -> None:
+def test_evaluated_splits_are_the_rows_of_the_run(workdir: pathlib.Path, split: str, part: int) -> None:
     train = load_splits(tiny_run.CONFIG).train
     rows = batches.split_rows(train.label, 700, 100)[part]
     predictor, _ = load_predictor(workdir)
@@ -188,7 +188,7 @@ def test_other_dataset_has_all_rows_and_no_holdout(workdir: pathlib.Path, monkey
     result = evaluate_workdir(workdir, split="train", overrides={"data.name": "kmnist"})
     assert result["examples"] == len(train.label) and result["trained_on"] == "digits"
     assert [row["name"] for row in result["per_class"]][:3] == ["o", "ki", "su"]
-    assert asked[0].data.on_missing == "error"  # never the digits in place of what was asked for
+    assert asked[0].data.on_missing == "error"  # so the embedded digits never replace the dataset
     with pytest.raises(ConfigError, match="--split=holdout: the run held out no rows of kmnist"):
         evaluate_workdir(workdir, split="holdout", overrides={"data.name": "kmnist"})
 
@@ -198,7 +198,7 @@ def test_data_with_another_fingerprint_are_refused() -> None:
         load_data(tiny_run.CONFIG, "0123", {})
 
 
-def test_data_are_not_searched_where_the_run_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_paths_stored_in_a_run_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Config] = []
     split = Examples(np.zeros((5, 28, 28, 1), np.uint8), np.zeros(5, np.int32))
 
@@ -228,7 +228,7 @@ def test_folder_without_a_run_is_refused(tmp_path: pathlib.Path) -> None:
         evaluate_workdir(tmp_path, overrides={})
 
 
-def test_command_prints_json_as_it_is_saved(workdir: pathlib.Path) -> None:
+def test_command_prints_the_saved_json(workdir: pathlib.Path) -> None:
     done = command(f"--workdir={workdir}", "--split=holdout", "--checkpoint=best", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == json.loads((workdir / "evaluation-holdout-digits.json").read_text())
@@ -240,7 +240,7 @@ def test_command_prints_a_table(workdir: pathlib.Path) -> None:
     result = json.loads((workdir / "evaluation-test-digits.json").read_text())
     assert f"{result['correct']} of 360 right" in done.stdout
     assert f"accuracy {result['accuracy']:.2%}" in done.stdout
-    assert len(done.stdout.splitlines()) == 5 + 10  # one line is without the temperature
+    assert len(done.stdout.splitlines()) == 5 + 10  # one of the 5 shows the scores without the temperature
 
 
 def test_command_writes_to_output_only(workdir: pathlib.Path, tmp_path: pathlib.Path) -> None:
@@ -252,7 +252,7 @@ def test_command_writes_to_output_only(workdir: pathlib.Path, tmp_path: pathlib.
 
 
 def test_command_prints_before_it_fails_to_write(workdir: pathlib.Path) -> None:
-    (workdir / "evaluation-test-digits.json").mkdir()  # in the way, as in a folder that cannot be written
+    (workdir / "evaluation-test-digits.json").mkdir()  # a folder in the way makes writing fail
     done = command(f"--workdir={workdir}")
     assert done.returncode == 2 and "of 360 right" in done.stdout
     assert "evaluation-test-digits.json: cannot be written" in done.stderr and "--output" in done.stderr

@@ -1,4 +1,4 @@
-"""The verb `export`: files are verified, rejected when wrong, and load as the model card says."""
+"""The verb `export`: files are verified, refused if wrong, and load with the snippets of the model card."""
 
 import dataclasses
 import json
@@ -57,7 +57,7 @@ def test_a_run_is_exported_and_agrees_with_its_network(format_name: str, workdir
     assert "over 360 test images of digits" in exported.line()
     outputs = FORMATS[format_name].load(exported.paths[0])(IMAGES)
     predictor, _ = load_predictor(workdir)
-    assert predictor.temperature != 1  # so it is inside
+    assert predictor.temperature != 1  # so the export must contain it
     np.testing.assert_allclose(outputs["logits"], predict_logits(predictor, IMAGES), atol=5e-5)
     np.testing.assert_allclose(outputs["probabilities"].sum(-1), 1, atol=1e-5)
 
@@ -104,7 +104,7 @@ def test_a_file_that_differs_is_refused(error: float, workdir: pathlib.Path, mon
     assert not list((workdir / "export").glob("*"))
 
 
-def test_without_the_runs_data_other_digits_are_compared(
+def test_an_export_is_verified_on_other_digits_without_the_runs_data(
     workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def load_data(*_: Any) -> None:
@@ -169,7 +169,7 @@ def test_the_model_card_tells_what_is_known(workdir: pathlib.Path) -> None:
     (workdir / "report").mkdir()
     (workdir / "report" / "metrics.json").write_text(json.dumps({"run": {"step": 1}, "test": test}))
     export_workdir(workdir, "npz", overrides={})
-    assert "calibration error" not in card.read_text()  # of another step
+    assert "calibration error" not in card.read_text()  # the report is of another step
     step = json.loads((workdir / "summary.json").read_text())["steps"]
     (workdir / "report" / "metrics.json").write_text(json.dumps({"run": {"step": step}, "test": test}))
     export_workdir(workdir, "npz", overrides={})

@@ -1,4 +1,4 @@
-"""Graphs: every preset, family and operation gives JAX's numbers, in NumPy and in ONNX."""
+"""Exported graphs: every preset, family and operation gives the same numbers as JAX, in NumPy and in ONNX."""
 
 import json
 import pathlib
@@ -19,6 +19,7 @@ from mnist_flax.config import Config, replace
 from mnist_flax.exporting import numpy_program, onnx
 from mnist_flax.exporting.graph import ExportError, Graph, Node, trace
 from mnist_flax.exporting.inference import graph_of, in_float32
+from mnist_flax.exporting.textbook import textbook_order
 from mnist_flax.models import MODELS
 from mnist_flax.models.layers import ACTIVATIONS
 from mnist_flax.step import Variables, init_state
@@ -27,7 +28,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (5, 28, 28, 1), dtype=np.uint
 
 
 def variables(config: Config, seed: int = 0) -> Variables:
-    """Weights as if trained: no bias, mean or variance has its simple first value."""
+    """Weights as after training: no bias, mean or variance keeps its initial 0 or 1."""
     state = jax.jit(init_state, static_argnums=0)(config.program, rng.root_key(seed))
     generator = np.random.default_rng(seed)
     return {
@@ -39,7 +40,7 @@ def variables(config: Config, seed: int = 0) -> Variables:
 
 
 def predictor_of(config: Config, members: int = 1, temperature: float = 1.0) -> Predictor:
-    config = replace(config, eval__batch_size=len(IMAGES))  # a batch is padded to this
+    config = replace(config, eval__batch_size=len(IMAGES))  # so that no batch is padded
     return make_predictor(config, *(variables(config, seed) for seed in range(members)), temperature=temperature)
 
 
@@ -57,7 +58,7 @@ def run_program(graph: Graph, folder: pathlib.Path, images: np.ndarray) -> dict[
 
 
 def check(predictor: Predictor, folder: pathlib.Path) -> None:
-    """Compares every form of a graph with the network: the measured differences are below 1e-5."""
+    """Compares the NumPy and ONNX forms of a graph with the network; measured differences are below 1e-5."""
     graph = graph_of(predictor)
     expected = predict_logits(in_float32(predictor), IMAGES)
     for run in (run_program, run_onnx):
@@ -191,7 +192,7 @@ def test_an_operation_gives_the_numbers_of_jax(name: str, tmp_path: pathlib.Path
     graph = trace(function, {"scale": scale})
     expected = jax.jit(function)({"scale": scale}, IMAGES)
     for run in (run_program, run_onnx):
-        with np.errstate(divide="ignore", invalid="ignore"):  # infinities are part of it
+        with np.errstate(divide="ignore", invalid="ignore"):  # infinities are intended
             logits = run(graph, tmp_path, IMAGES)["logits"]
         np.testing.assert_allclose(logits, expected, rtol=2e-5, atol=2e-5)
 
@@ -232,10 +233,52 @@ def test_a_graph_is_small_and_named_after_the_layers() -> None:
     assert graph.constants["params/Conv_0/bias"].shape == (4,)
 
 
-def test_weights_are_computed_where_nothing_else_is_needed() -> None:
+def test_operations_on_weights_alone_are_folded_into_constants() -> None:
     graph = graph_of(predictor_of(cnn(batch_norm=True)))
     assert [node.op for node in graph.nodes if node.layer == "BatchNorm_0"][:3] == ["sub", "mul", "add"]
     assert not only(graph, "sqrt") + only(graph, "reshape")[1:]
+
+
+# Results that are used twice, once through an operation without effect, so that fusing one use would change the other.
+SHARED: dict[str, Callable[[Variables, Array], Array]] = {
+    "biased and not": lambda v, y: (y * 1.0 + v["bias"]) + jnp.tanh(y * 1.0),
+    "biased and not, through one name": lambda v, y: (lambda a: (a + v["bias"]) + jnp.tanh(a))(y * 1.0),
+    "reshaped there and back": lambda v, y: (
+        lambda flat: (flat.reshape(y.shape) + v["bias"]) + jnp.tanh(flat).reshape(y.shape)
+    )(y.reshape(len(y), 2, 5)),
+    "a mean and a sum": lambda v, y: (lambda total: jnp.stack([total / 10, total * 2], 1))(y.sum(1) * 1.0),
+    "a sum times zero": lambda v, y: (y.sum(1) * 0.0)[:, None] + y,
+    "a bias that is also a factor": lambda v, y: (y + v["row"]) * v["row"].reshape(10, 1)[:, 0][None],
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_fusing_keeps_results_that_are_used_again(name: str, tmp_path: pathlib.Path) -> None:
+    generator = np.random.default_rng(5)
+    shapes = {"kernel": (784, 10), "bias": (1, 10), "row": (1, 10)}
+    weights = {key: generator.normal(0, 0.1, shape).astype(np.float32) for key, shape in shapes.items()}
+
+    def logits(weights: Variables, images: Array) -> Array:
+        flat = images.reshape(images.shape[0], 784).astype(jnp.float32) / 255
+        return SHARED[name](weights, flat @ weights["kernel"])
+
+    expected = logits(weights, jnp.asarray(IMAGES))
+    for run in (run_program, run_onnx):
+        outputs = run(trace(logits, weights), tmp_path, IMAGES)
+        np.testing.assert_allclose(outputs["logits"], expected, atol=2e-5, rtol=1e-5)
+
+
+def test_textbook_order_keeps_a_constant_that_is_no_bias_after_the_pooling(tmp_path: pathlib.Path) -> None:
+    weights = {"rows": np.random.default_rng(6).normal(size=(1, 1, 14, 1)).astype(np.float32)}
+
+    def logits(weights: Variables, images: Array) -> Array:
+        x = jnp.broadcast_to(images.astype(jnp.float32) / 255, (*images.shape[:3], 14))
+        x = x.reshape(images.shape[0], 14, 2, 14, 2, 14).max((2, 4)) + weights["rows"]
+        return jnp.tanh(x).sum((1, 2))
+
+    graph = textbook_order(trace(logits, weights))
+    outputs = run_program(graph, tmp_path, IMAGES)
+    np.testing.assert_allclose(outputs["logits"], logits(weights, jnp.asarray(IMAGES)), rtol=1e-5)
 
 
 def test_the_json_and_the_weights_hold_the_whole_graph(tmp_path: pathlib.Path) -> None:

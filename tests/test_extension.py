@@ -1,4 +1,4 @@
-"""One place for every change: an extension from outside the package, one registry entry each, works everywhere."""
+"""Extensions: a script outside the package adds one entry to each registry, and training and other verbs use them."""
 
 import gzip
 import json
@@ -129,7 +129,7 @@ def use(lab: pathlib.Path, *arguments: str) -> str:
 
 
 @pytest.mark.smoke
-def test_entries_from_outside_serve_in_every_verb(lab: pathlib.Path) -> None:
+def test_entries_from_outside_work_in_train_report_evaluate_and_predict(lab: pathlib.Path) -> None:
     train = ("main", "--config=preset.py", "--config.data.raw_dir=raw", "--workdir=run")
     use(lab, *train, "--config.train.epochs=2")
     output = use(lab, *train)

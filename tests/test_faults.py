@@ -29,13 +29,13 @@ CONFIG = replace(SMALL, checkpoint__every_steps=4, checkpoint__keep_latest=1)
 
 @pytest.fixture(scope="session")
 def quiet(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What an undisturbed run leaves."""
+    """The outcome of an undisturbed run."""
     workdir = tmp_path_factory.mktemp("quiet")
     fit(CONFIG, workdir)
     return outcome(workdir)
 
 
-# Each writes one kind of file, or none; the other moments are slow tests.
+# One moment for each kind of file that is being written, and one for none; the other moments are slow tests.
 KINDS = ["while Orbax writes", "between a save and its rename", "while a line is written", "before its summary"]
 
 
@@ -55,7 +55,7 @@ def test_killed_run_is_continued(quiet: dict[str, Any], tmp_path: pathlib.Path, 
 
 
 @pytest.mark.parametrize("moment", ["before its report", pytest.param("after its report", marks=pytest.mark.slow)])
-def test_run_killed_at_its_report_gets_it(tmp_path: pathlib.Path, moment: str) -> None:
+def test_run_killed_at_its_report_writes_it_on_resume(tmp_path: pathlib.Path, moment: str) -> None:
     config, workdir = tmp_path / "config.json", tmp_path / "run"
     config.write_text(replace(CONFIG, train__report=True).to_json())
     killed = run("tests/killed_run.py", str(config), str(workdir), moment, devices=8)
@@ -145,7 +145,7 @@ def test_signal_while_data_are_loaded_ends_with_nothing_written(
     config = config_file(SMALL, tmp_path / "config.py")
     script = (
         "import runpy, signal, sys, time; from mnist_flax import train;"
-        # A shell's background job, as these tests may be, hands down an ignored SIGINT.
+        # In a shell's background job, SIGINT is ignored, and child processes inherit that.
         "signal.signal(signal.SIGINT, signal.default_int_handler);"
         "train.load_splits = lambda *_: (print('loading', flush=True), [time.sleep(0.1) for _ in range(1000)]);"
         f"sys.argv = ['main', '--config={config}', '--workdir={tmp_path / 'run'}'];"
@@ -160,7 +160,7 @@ def test_signal_while_data_are_loaded_ends_with_nothing_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_signal_while_a_preset_runs_is_not_its_error(tmp_path: pathlib.Path) -> None:
+def test_signal_while_a_preset_runs_is_not_reported_as_its_error(tmp_path: pathlib.Path) -> None:
     config = tmp_path / "config.py"
     config.write_text("import time\nprint('reading', flush=True)\nfor _ in range(1000):\n    time.sleep(0.1)\n")
     with start("-m", "mnist_flax.main", f"--config={config}") as process:
@@ -193,7 +193,7 @@ def test_run_continues_without_a_console(tmp_path: pathlib.Path, redirection: st
 def test_run_continues_when_its_terminal_is_closed(tmp_path: pathlib.Path) -> None:
     config = config_file(replace(SMALL, train__epochs=40), tmp_path / "config.py")
     terminal, its_end = os.openpty()
-    fcntl.ioctl(its_end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # a bar needs columns
+    fcntl.ioctl(its_end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # a progress bar needs a width
     command = [sys.executable, "-m", "mnist_flax.main", f"--config={config}", f"--workdir={tmp_path / 'run'}"]
     process = subprocess.Popen(command, env=environment(), stdin=its_end, stdout=its_end, stderr=its_end)
     os.close(its_end)
@@ -246,7 +246,7 @@ def half_way(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.mark.parametrize("mode", ["kill", "term", "hangup", "damage", "end", "console", "disk"])
 @pytest.mark.slow
-def test_torture_of_every_kind(mode: str) -> None:
+def test_tortured_runs_finish_like_undisturbed_ones(mode: str) -> None:
     done = run("scripts/torture.py", f"--mode={mode}", "--runs=5", "--minutes=4")
     result = json.loads(done.stdout)
     assert (result["mode"], result["differing"], result["needing_help"]) == (mode, 0, 0), done.stderr

@@ -1,4 +1,4 @@
-"""Runs that begin with another's weights, diverge, or cannot begin: one message, and no bad file."""
+"""Forks, and runs that diverge or cannot start: they give one message and write no bad file."""
 
 import ast
 import pathlib
@@ -67,7 +67,7 @@ def test_fork_starts_with_the_weights_of_another_run(tmp_path: pathlib.Path, mon
     fit(config, new, fork=old)
     assert summary(new)["fork"] == origin["fork"] == {"workdir": str(old), "step": 14}
     assert summary(old)["fork"] is None
-    # On resume the source is not needed any more, and another run cannot become a fork.
+    # Resuming does not need the source any more, and a run that is no fork cannot become one.
     shutil.rmtree(old)
     fit(replace(config, train__epochs=3), new, fork=old)
     assert summary(new)["fork"]["step"] == 14
@@ -86,7 +86,7 @@ def test_fork_that_does_not_fit_writes_nothing(tmp_path: pathlib.Path) -> None:
     assert not new.exists()
 
 
-def test_workdir_that_is_a_file_is_one_message(tmp_path: pathlib.Path) -> None:
+def test_workdir_that_is_a_file_gives_one_message(tmp_path: pathlib.Path) -> None:
     config = config_file(SMALL, tmp_path / "config.py")
     done = run("-m", "mnist_flax.main", f"--config={config}", f"--workdir={config}")
     assert (done.returncode, done.stderr) == (2, f"error: --workdir={config}: is a file; name a folder\n")
@@ -101,7 +101,7 @@ def test_error_before_the_first_step_leaves_no_folder(tmp_path: pathlib.Path) ->
 
 
 def test_nothing_is_pickled() -> None:
-    """Opening a stranger's workdir executes nothing."""
+    """Opening a workdir from someone else executes no code."""
     for path in (ROOT / "mnist_flax").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.keyword) and node.arg == "allow_pickle":

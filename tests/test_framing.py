@@ -1,4 +1,4 @@
-"""Framing: how MNIST places digits in its images, applied to all other digits."""
+"""Framing: other digits are scaled and placed as MNIST places its digits."""
 
 import gzip
 
@@ -20,7 +20,7 @@ def offsets(images: np.ndarray) -> np.ndarray:
 
 
 def longer_sides(images: np.ndarray) -> np.ndarray:
-    """Lengths of the longer sides of the ink's bounding boxes, `u8[N,28,28] -> i64[N]`."""
+    """The longer side of each ink bounding box, `u8[N,28,28] -> i64[N]`."""
     return np.array([max(np.ptp(np.flatnonzero(image.any(axis=axis))) + 1 for axis in (0, 1)) for image in images])
 
 
@@ -28,7 +28,7 @@ def test_frame_scales_a_square_to_the_box() -> None:
     square = np.zeros((40, 60), np.uint8)
     square[5:15, 7:17] = 200
     expected = np.zeros((28, 28), np.uint8)
-    expected[4:24, 4:24] = 255  # its centre of mass is 13.5: between two pixels, the upper one is taken
+    expected[4:24, 4:24] = 255  # its centre of mass can be at 13.5 or 14.5; the smaller is used
     np.testing.assert_array_equal(frame(square), expected)
 
 
@@ -42,7 +42,7 @@ def test_frame_keeps_the_aspect_ratio() -> None:
 
 def test_frame_stays_inside_the_image() -> None:
     heavy_top = np.full((20, 20), 1, np.uint8)
-    heavy_top[:2] = 255  # its centre of mass would put the box below the image
+    heavy_top[:2] = 255  # its centre of mass would move the box past the lower edge
     assert frame(heavy_top)[8:].any(axis=1).all()
 
 
@@ -56,7 +56,7 @@ def test_frame_without_ink_is_black() -> None:
     for shape in ((9, 5), (28, 28), (1, 1)):
         assert not frame(np.zeros(shape, np.uint8)).any()
     far_apart = np.zeros((500, 500), np.uint8)
-    far_apart[0, 0] = far_apart[-1, -1] = 1  # scaled down, nothing is left of it
+    far_apart[0, 0] = far_apart[-1, -1] = 1  # scaling down leaves nothing of it
     assert not frame(far_apart).any()
 
 
@@ -73,7 +73,7 @@ def test_embedded_digits_are_framed_like_mnist() -> None:
     assert abs(offsets(images)).max() <= 0.51  # placed to the nearest pixel
 
 
-def test_mnist_is_framed_as_the_docstring_says() -> None:
+def test_mnist_is_framed_as_the_docstring_of_frame_says() -> None:
     content = gzip.decompress((real_folder("mnist") / "train-images-idx3-ubyte.gz").read_bytes())
     images = np.frombuffer(content, np.uint8, offset=16).reshape(-1, 28, 28)
     distance = offsets(images)

@@ -1,4 +1,4 @@
-"""Fuzzers, seeded and bounded: the answer is a correct result or one message, and nothing is written outside a run.
+"""Fuzzers with fixed seeds: the result is correct or one message, and nothing is written outside a run.
 
 pytest -m slow tests/test_fuzz.py
 """
@@ -58,13 +58,13 @@ NAMES = [*fields(default_config_dict().to_dict()), *fields(default_config_dict("
 
 
 def mutated(name: str, chance: random.Random) -> str:
-    """A name with a character more, less or other."""
+    """A name with one character added, removed or replaced."""
     i = chance.randrange(len(name))
     return name[:i] + chance.choice(["", ".", "x", name[i] * 2, "\0", "é"]) + name[i + chance.randint(0, 1) :]
 
 
 def check_message(error: UserError) -> None:
-    """A message is text for a person: not empty, and no dump."""
+    """Checks that a message is neither nearly empty nor a dump."""
     assert 10 < len(str(error)) < 1000, error
 
 
@@ -129,7 +129,7 @@ SHORT = replace(SMALL, checkpoint__keep_latest=3)
 
 @pytest.fixture(scope="module", autouse=True)
 def kept_programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Compiles the program of these runs once instead of in each of them."""
+    """Keeps compiled programs, so that each is compiled once and not in every run."""
     options = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
@@ -156,7 +156,7 @@ def quiet(finished: pathlib.Path) -> dict[str, Any]:
 
 
 def resume(workdir: pathlib.Path, quiet: dict[str, Any]) -> str:
-    """Continues a run, and returns the message if it is refused; the outcome is otherwise the undisturbed one."""
+    """Continues a run; returns the message if it is refused, else checks that its outcome is `quiet`."""
     try:
         fit(SHORT, workdir)
     except UserError as error:
@@ -167,7 +167,7 @@ def resume(workdir: pathlib.Path, quiet: dict[str, Any]) -> str:
 
 
 def mutate(value: Any, chance: random.Random) -> Any:
-    """A JSON value with something in it replaced, removed or added."""
+    """A JSON value with one part replaced or removed."""
     if isinstance(value, dict) and value and chance.random() < 0.9:
         name = chance.choice(sorted(value))
         changed = {**value, name: mutate(value[name], chance)}
@@ -182,9 +182,7 @@ def mutate(value: Any, chance: random.Random) -> Any:
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_fuzzed_records_give_the_same_run_or_a_message(
-    seed: int, finished: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
+def test_fuzzed_records_give_a_run_or_a_message(seed: int, finished: pathlib.Path, tmp_path: pathlib.Path) -> None:
     chance, refused = random.Random(seed), 0
     for number in range(25):
         workdir = tmp_path / str(number)
@@ -233,7 +231,7 @@ def test_fuzzed_workdirs_give_the_same_run_or_a_message(
             paths = sorted(path for path in workdir.rglob("*") if path.is_file())
             path = chance.choice(paths)
             harm(path, chance)
-        workdirs.remove(workdir / workdirs.SUMMARY)  # which would say that nothing is left to do
+        workdirs.remove(workdir / workdirs.SUMMARY)  # with it, the run would count as finished
         resume(workdir, quiet)
         shutil.rmtree(workdir)
 

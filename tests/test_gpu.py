@@ -16,7 +16,7 @@ pytestmark = pytest.mark.gpu
 
 
 def train(workdir: pathlib.Path, *flags: str, **fields: Any) -> dict[str, Any]:
-    """Trains in a process of its own, on the GPU, with XLA's flag for exact repetition; returns the summary."""
+    """Trains in a new process on the GPU, with XLA's flag for deterministic operations; returns the summary."""
     config = config_file(replace(SMALL, **fields), workdir.with_suffix(".py"))
     environment = {**os.environ, "JAX_PLATFORMS": "cuda", "XLA_FLAGS": "--xla_gpu_deterministic_ops=true"}
     command = [sys.executable, "-m", "mnist_flax.main", f"--config={config}", f"--workdir={workdir}", *flags]
@@ -34,7 +34,7 @@ def test_the_same_command_gives_the_same_bits(tmp_path: pathlib.Path, dtype: str
     assert outcome(tmp_path / "one") == outcome(tmp_path / "other")
 
 
-def test_a_run_of_a_gpu_opens_on_a_cpu(tmp_path: pathlib.Path) -> None:
+def test_a_run_trained_on_a_gpu_can_be_evaluated_on_a_cpu(tmp_path: pathlib.Path) -> None:
     summary = train(tmp_path / "run", model__matmul_precision="highest", train__num_devices=1)
     command = [sys.executable, "-m", "mnist_flax.evaluate", f"--workdir={tmp_path / 'run'}", "--json"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}

@@ -47,7 +47,7 @@ BAD = {
     "more dimensions": (idx(np.zeros((4, 3, 2, 1))), r"its header says 4 x 3 x 2 x \.\.\.$"),
     "too few": (packed(0, 0, 8, 3, 4, 3, 2, dims="3I", body=bytes(23)), "24 values, but contains only 23"),
     "too many": (packed(0, 0, 8, 3, 4, 3, 2, dims="3I", body=bytes(25)), "24 values, but contains more"),
-    "header only": (packed(0, 0, 8, 3), "0x00000803"),
+    "header only": (packed(0, 0, 8, 3), "ends within its header"),
     "not gzipped, too few": (gzip.decompress(GOOD)[:-1], "24 values, but contains only 23"),
 }
 
@@ -71,7 +71,7 @@ def test_gzip_bomb_is_not_unpacked() -> None:
 
 
 def shrunk(name: str, num_classes: int) -> Dataset:
-    """Returns an entry like that of a dataset, for 70 and 50 rows."""
+    """Returns an entry like that of a dataset, but with 70 training and 50 test rows."""
     known = DATASETS[name]
     return Dataset(
         num_classes=num_classes,
@@ -81,6 +81,14 @@ def shrunk(name: str, num_classes: int) -> Dataset:
         members=known.members,
         transposed=known.transposed,
     )
+
+
+@pytest.mark.parametrize(
+    ("size", "message"), [(2, "starts with 0x0000, so it is not an IDX file"), (7, "ends within its header")]
+)
+def test_truncated_header_is_described(size: int, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read_idx(io.BytesIO(b"\0\0\x08\x03\0\0\0\x04"[:size]), "file", (4, 3, 2))
 
 
 @pytest.mark.parametrize("name", ["mnist", "emnist/letters"])
@@ -124,7 +132,7 @@ def test_read_files_rejects_a_wrong_zip(tmp_path: Path, kind: str) -> None:
 
 
 def mutate(content: bytes, source: random.Random) -> bytes:
-    """Damages a gzipped file: its compressed bytes, or what is compressed, mostly in the header."""
+    """Damages a gzipped file, in its compressed bytes or in its content, mostly in the header."""
     packed_inside = source.random() < 0.6
     data = bytearray(gzip.decompress(content) if packed_inside else content)
     for _ in range(source.choice((1, 1, 2, 8))):

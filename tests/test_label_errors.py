@@ -4,8 +4,6 @@
 `find_label_issues(filter_by="confident_learning")`) on 60,000 out-of-fold predictions with 600 flipped labels.
 """
 
-import pathlib
-
 import numpy as np
 import pytest
 import small_population
@@ -15,7 +13,7 @@ from mnist_flax.errors import WorkdirError
 
 
 def predictions(count: int = 3000, share: float = 0.05) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Good probabilities of four classes, labels of which a share is flipped to the next class, and which are."""
+    """Good probabilities for four classes, labels with a share flipped to the next class, and which are flipped."""
     generator = np.random.default_rng(0)
     true = generator.integers(0, 4, count)
     logits = generator.normal(size=(count, 4)) + 5 * np.eye(4)[true]
@@ -32,7 +30,7 @@ def test_flipped_labels_come_first() -> None:
     assert precision == recall > 0.95
 
 
-def test_the_noise_is_estimated() -> None:
+def test_the_estimated_noise_is_near_the_true_noise() -> None:
     probs, label, _ = predictions(20_000)
     found = confident_joint(probs, label)
     expected = 0.95 * np.eye(4) + 0.05 * np.roll(np.eye(4), 1, axis=0)  # given label (row), true label (column)
@@ -43,12 +41,12 @@ def test_the_noise_is_estimated() -> None:
 def test_the_definition_on_a_hand_made_case() -> None:
     probs = np.array([[0.9, 0.1], [0.7, 0.3], [0.2, 0.8], [0.4, 0.6], [0.95, 0.05]])
     found = confident_joint(probs, np.array([0, 0, 1, 1, 1]))  # thresholds: 0.8 and 0.48
-    np.testing.assert_array_equal(found.counts, [[1, 0], [1, 2]])  # row 1 belongs confidently to neither
+    np.testing.assert_array_equal(found.counts, [[1, 0], [1, 2]])  # row 1 reaches neither threshold
     np.testing.assert_array_equal(found.suspect, [False, False, False, False, True])
     assert list(found.ranking()[:2]) == [4, 3]
 
 
-def test_a_class_without_examples_is_no_problem() -> None:
+def test_a_class_without_examples_gives_finite_results() -> None:
     probs, label, _ = predictions()
     found = confident_joint(probs[label != 2], label[label != 2])
     assert np.isfinite(found.noise).all()
@@ -62,6 +60,5 @@ def test_a_population_of_folds_has_facts_and_one_of_seeds_has_none() -> None:
     suspects = [entry["suspect"] for entry in facts["listed"]]
     assert suspects == sorted(suspects, reverse=True)
     assert str(facts["suspects"]) in label_table(facts)
-    for workdir in (small_population.seeds(), pathlib.Path("/nowhere")):
-        with pytest.raises(WorkdirError, match="out-of-fold"):
-            label_facts(workdir)
+    with pytest.raises(WorkdirError, match="out-of-fold"):
+        label_facts(small_population.seeds())

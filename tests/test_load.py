@@ -1,4 +1,4 @@
-"""Every source of a dataset, the order in which they are tried, and their failures."""
+"""All sources of a dataset, the order in which they are tried, and how they fail."""
 
 import hashlib
 import itertools
@@ -28,7 +28,7 @@ from mnist_flax.errors import DataError
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_raw_files_are_prepared_then_cached(
+def test_raw_files_are_prepared_once_and_then_cached(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data_messages: list[str], name: str
 ) -> None:
     small = Published(tmp_path, monkeypatch, name)
@@ -126,7 +126,7 @@ def test_digits_are_split_the_same_everywhere() -> None:
     assert np.all(abs(share - 0.2) < 0.006)  # each class gives a fifth of its rows, to the nearest row
     np.testing.assert_array_equal(splits.train.label[:9], [0, 1, 2, 3, 4, 5, 6, 7, 8])
     np.testing.assert_array_equal(splits.test.label[:9], [2, 4, 7, 0, 6, 8, 9, 5, 1])
-    # Another value here means that everybody's test set has changed.
+    # If this value changes, everybody's test set has changed.
     labels = splits.train.label.tobytes() + splits.test.label.tobytes()
     assert hashlib.sha256(labels).hexdigest()[:16] == "048b2a8a935f3934"
 
@@ -195,7 +195,7 @@ def test_adapt_scales_the_rows(digits: Splits) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_adapt_is_always_valid(digits: Splits, name: str) -> None:
+def test_adapt_always_gives_a_valid_config(digits: Splits, name: str) -> None:
     info, most = DATASETS[name], 10**9
     for num_train, holdout, batch_size in itertools.product(
         (0, 5, 11, 63, 200, most), (0, 62, 199, most), (1, 64, most)
@@ -229,7 +229,7 @@ COUNTS = {
 
 
 @pytest.mark.parametrize("name", ["mnist", pytest.param("fashion_mnist", marks=pytest.mark.slow)])
-def test_real_files(tmp_path: Path, name: str) -> None:
+def test_real_files_have_the_known_counts_and_fingerprint(tmp_path: Path, name: str) -> None:
     import gzip
 
     folder = real_folder(name)
@@ -252,6 +252,6 @@ def test_real_files(tmp_path: Path, name: str) -> None:
 
 def test_user_without_a_home_gets_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
-    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # what it does without HOME and a passwd entry
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as without $HOME and a passwd entry
     with pytest.raises(DataError, match=r"~/tensorflow_datasets: there is no such home folder; .*data_dir"):
         load_splits(Config())

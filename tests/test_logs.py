@@ -1,4 +1,4 @@
-"""The log counts every example once, has every line once, and depends only on what a checkpoint contains."""
+"""The log counts every example once, has every line once, and can be continued from what a checkpoint contains."""
 
 import json
 import math
@@ -20,12 +20,12 @@ NEW: dict[str, Any] = {"origin": {}}
 
 
 def open_log(folder: pathlib.Path, saved: dict[str, Any] = NEW, config: Any = SMALL) -> RunLog:
-    """A log whose learning rate depends on the step alone."""
+    """A log whose learning rate is an eighth of the step."""
     return RunLog(config, folder, saved, learning_rate=lambda step: np.float32(step) / 8)
 
 
 def sums(first: int, last: int) -> dict[str, np.ndarray]:
-    """Made-up sums of the steps from `first` to `last`, of 32 examples each, and 8 at an epoch's end."""
+    """Made-up sums for the steps from `first` to `last`, with 32 examples each, and 8 at the end of an epoch."""
     steps = np.arange(first, last + 1)
     examples = np.where(steps % 7, 32, 8)
     return {
@@ -37,12 +37,12 @@ def sums(first: int, last: int) -> dict[str, np.ndarray]:
 
 
 def feed(log: RunLog, *cuts: int) -> None:
-    """Gives the steps from the log's own to the last of `cuts`, in pieces."""
+    """Logs the steps that follow the log's last one, up to each of the `cuts` in turn."""
     for cut in cuts:
         log.steps(sums(log.step + 1, cut), seconds=0.25)
 
 
-def test_line_sums_up_its_window_and_stops_at_the_epochs_end(tmp_path: pathlib.Path) -> None:
+def test_line_averages_its_window_which_ends_with_the_epoch(tmp_path: pathlib.Path) -> None:
     feed(open_log(tmp_path), 1, 5, 14)
     found = lines(tmp_path)
     assert [line["step"] for line in found] == [3, 6, 7, 9, 12, 14]
@@ -56,14 +56,16 @@ def test_line_sums_up_its_window_and_stops_at_the_epochs_end(tmp_path: pathlib.P
 
 
 @pytest.mark.parametrize(("every", "steps"), [(0, [7, 14]), (1, list(range(1, 15))), (100, [7, 14])])
-def test_cadence_of_lines(tmp_path: pathlib.Path, every: int, steps: list[int]) -> None:
+def test_log_every_steps_sets_the_steps_of_lines(tmp_path: pathlib.Path, every: int, steps: list[int]) -> None:
     feed(open_log(tmp_path, config=replace(SMALL, train__log_every_steps=every)), 14)
     assert [line["step"] for line in lines(tmp_path)] == steps
 
 
 @pytest.mark.parametrize("saved_at", range(14))
 @pytest.mark.parametrize("torn", [b"", b'{"step": 3, "ep', b"\0\0\0"])
-def test_log_from_a_snapshot_goes_on_as_if_nothing_had_been(tmp_path: pathlib.Path, saved_at: int, torn: bytes) -> None:
+def test_log_resumed_from_a_snapshot_equals_an_uninterrupted_one(
+    tmp_path: pathlib.Path, saved_at: int, torn: bytes
+) -> None:
     quiet, folder = tmp_path / "quiet", tmp_path / "folder"
     quiet.mkdir()
     folder.mkdir()
@@ -71,7 +73,7 @@ def test_log_from_a_snapshot_goes_on_as_if_nothing_had_been(tmp_path: pathlib.Pa
     log = open_log(folder)
     feed(log, *range(1, saved_at + 1))
     saved = json.loads(json.dumps(log.snapshot()))
-    feed(log, 14)  # more than was saved, and something that was half written
+    feed(log, 14)  # more steps than were saved; below, a line that was half written
     workdirs.append_bytes(folder / workdirs.METRICS, torn)
     again = open_log(folder, saved)
     assert (again.step, again.seconds, again.restarts) == (saved_at, saved["seconds"], 1)
@@ -82,7 +84,7 @@ def test_log_from_a_snapshot_goes_on_as_if_nothing_had_been(tmp_path: pathlib.Pa
     assert again.snapshot()["epoch_sums"] == expected
 
 
-def test_snapshot_does_not_change_any_more(tmp_path: pathlib.Path) -> None:
+def test_snapshot_does_not_change_with_its_log(tmp_path: pathlib.Path) -> None:
     log = open_log(tmp_path)
     feed(log, 4)
     saved = log.snapshot()
@@ -150,7 +152,7 @@ def test_versions_are_listed_once_for_each_change(tmp_path: pathlib.Path, monkey
     assert [entry["python"] for entry in saved["versions"]] == ["3.11.7", "3.13.1", "3.11.7"]
 
 
-def test_full_disk_is_one_message(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_gives_one_message(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = open_log(tmp_path)
     monkeypatch.setattr(log, "_metrics", pathlib.Path("/dev/full"))
     with pytest.raises(WorkdirError, match=r"/dev/full: cannot be written \(No space left on device\)"):
@@ -160,7 +162,7 @@ def test_full_disk_is_one_message(tmp_path: pathlib.Path, monkeypatch: pytest.Mo
 # Progress -------------------------------------------------------------------------------------------------------------
 
 
-def test_progress_outside_a_terminal_is_a_line_an_epoch(caplog: pytest.LogCaptureFixture) -> None:
+def test_progress_outside_a_terminal_prints_a_line_per_epoch(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "mnist_flax")
     progress = Progress(SMALL, 0)
     epoch = {"loss": 1.5, "accuracy": 0.5}

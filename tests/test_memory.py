@@ -1,4 +1,4 @@
-"""Sizes that cannot fit in memory are rejected in one line, before anything is allocated."""
+"""Sizes that cannot fit in memory are refused in one line, before anything is allocated."""
 
 import pathlib
 from typing import Any
@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from mnist_flax import memory
 from mnist_flax.config import Config, replace
 from mnist_flax.data.registry import DATASETS
 from mnist_flax.errors import ConfigError
@@ -43,10 +44,19 @@ def test_steps_that_cannot_be_counted_are_refused(epochs: int) -> None:
         replace(Config(), optimizer__schedule="one_cycle", train__epochs=epochs)
 
 
-def test_a_teacher_counts() -> None:
+def test_the_weights_of_a_teacher_count() -> None:
     weights = jax.ShapeDtypeStruct((2**40,), np.float32)
     with pytest.raises(ConfigError, match=r"config.train.batch_size = 64: a training step needs at least 4,096.\d GiB"):
         check_memory(Config(), Teacher({"params": weights}, np.float32(1), Config().program))
+
+
+def test_batch_is_divided_over_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(Config(), train__batch_size=8192, model__widths=(64, 64, 64), train__num_devices=4)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 2**30)
+    with pytest.raises(ConfigError, match=r"train.batch_size = 8192"):
+        check_memory(config)  # the devices of a CPU share its memory
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    check_memory(config)
 
 
 def test_ordinary_sizes_pass() -> None:

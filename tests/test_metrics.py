@@ -1,4 +1,4 @@
-"""The metrics: hand-made cases, and agreement with scikit-learn and SciPy."""
+"""The metrics: cases computed by hand, and agreement with scikit-learn and SciPy."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.smoke
 
 
 def made_up(num_examples: int = 500, num_classes: int = 7) -> tuple[np.ndarray, np.ndarray]:
-    """Logits of a network that is often right, and labels; the last class never occurs, and the one before is rare."""
+    """Logits that are often right, and labels; the last class never occurs, and the one before it is rare."""
     generator = np.random.default_rng(0)
     labels = generator.integers(0, num_classes - 2, num_examples).astype(np.int32)
     labels[:3] = num_classes - 2
@@ -78,7 +78,7 @@ def two_classes(confidences: list[float], right: list[bool]) -> tuple[np.ndarray
 
 
 def test_calibration_by_hand() -> None:
-    # Bins of a tenth: two examples around 0.65, of which one is right, and two of 0.95 that are right.
+    # Bins of width 0.1: two examples around 0.65, one of them right, and two at 0.95, both right.
     bins = metrics.reliability(*two_classes([0.62, 0.68, 0.95, 0.95], [True, False, True, True]), num_bins=10)
     assert bins.examples.tolist() == [0, 0, 0, 0, 0, 0, 2, 0, 0, 2]
     assert bins.accuracy[[6, 9]].tolist() == [0.5, 1.0]
@@ -113,12 +113,12 @@ def test_wilson_interval_by_hand() -> None:
 
 
 def test_f1_interval_has_the_stated_coverage() -> None:
-    # Shares of all examples: true positives, false positives, false negatives, the rest.
+    # As shares of all examples: true positives, false positives, false negatives, true negatives.
     shares = np.array([0.08, 0.01, 0.02, 0.89])
     truth = 2 * shares[0] / (2 * shares[0] + shares[1] + shares[2])
     right, false_positives, false_negatives, _ = np.random.default_rng(0).multinomial(1000, shares, 20_000).T
     low, high = metrics.f1_interval(right, right + false_positives + false_negatives).T
-    # 20,000 draws have a standard error of 0.0015; the interval itself is off by up to 0.01, for counts are whole.
+    # With 20,000 draws the standard error is 0.0015; counts are whole, so the coverage itself is off by up to 0.01.
     assert np.mean((low <= truth) & (truth <= high)) == pytest.approx(0.95, abs=0.012)
     f1 = 2 * right / (2 * right + false_positives + false_negatives)
     assert np.all((low < f1) & (f1 < high))

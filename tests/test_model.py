@@ -1,4 +1,4 @@
-"""The network: its shapes, its order of operations, and that no example affects another."""
+"""The network: it equals a plain version, uses the right types, and keeps examples independent."""
 
 from functools import partial
 from typing import Any
@@ -25,13 +25,13 @@ SMALL = replace(Config(), model__widths=(4, 6), model__pools=(2, 1), model__dens
 
 def variables_of(config: Config) -> dict[str, Any]:
     state = jit_init_state(config.program, rng.root_key(0))
-    # Biases start at 0; here they are moved, so that a misplaced one shows.
+    # Biases start at 0; adding to all weights shows a misplaced bias.
     params = jax.tree.map(lambda leaf: leaf + 0.1 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), state.params)
     return {"params": params, "batch_stats": state.batch_stats}
 
 
 def by_the_book(config: Config, variables: dict[str, Any], images: Array) -> Array:
-    """The same network in plain lax and in the textbook's order: convolution, bias, activation, pooling."""
+    """The same network in plain lax and in textbook order: convolution, bias, activation, pooling."""
     params = variables["params"]
     model: Any = config.model
     x = images.astype(jnp.float32) / 255
@@ -56,11 +56,11 @@ jit_by_the_book = jax.jit(by_the_book, static_argnums=0)
 
 @pytest.mark.parametrize("pooling", ["max", "avg"])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
-def test_it_is_the_network_of_the_books(examples: Examples, pooling: str, activation: str) -> None:
+def test_network_equals_a_plain_textbook_version(examples: Examples, pooling: str, activation: str) -> None:
     config = replace(SMALL, model__pooling=pooling, model__activation=activation, model__dense=(8, 7))
     variables = variables_of(config)
     images = jnp.asarray(examples.image[:5])
-    # Sums in another order: f32 rounding of numbers of order 1.
+    # The sums run in another order: f32 rounding of numbers around 1.
     np.testing.assert_allclose(
         jit_forward(config.program, variables, images), jit_by_the_book(config, variables, images), rtol=1e-4, atol=1e-5
     )
@@ -69,7 +69,7 @@ def test_it_is_the_network_of_the_books(examples: Examples, pooling: str, activa
 @pytest.mark.parametrize(
     "fields", [{"kernel_sizes": (5, 2), "strides": (2, 1), "paddings": ("SAME", "VALID")}, {"kernel_sizes": (1,)}]
 )
-def test_sizes_strides_and_paddings_of_each_convolution(examples: Examples, fields: dict[str, Any]) -> None:
+def test_sizes_strides_and_paddings_equal_a_plain_textbook_version(examples: Examples, fields: dict[str, Any]) -> None:
     config = replace(SMALL, **{f"model__{name}": value for name, value in fields.items()})
     variables = variables_of(config)
     images = jnp.asarray(examples.image[:3])
@@ -105,7 +105,7 @@ def test_an_examples_logits_do_not_depend_on_its_batch_mates(examples: Examples,
         jit_forward(config.program, variables, batch)[3],
         jit_forward(config.program, variables, batch.at[4:].set(255))[3],
     )
-    # The gradient of one example's logits by another's pixels is exactly zero.
+    # The gradient of one example's logits with respect to another's pixels is exactly zero.
     floats = batch.astype(jnp.float32)
     gradient = jax.jit(jax.grad(lambda images: forward(config.program, variables, images)[3].sum()))(floats)
     assert not np.asarray(gradient)[np.arange(8) != 3].any()
@@ -131,12 +131,17 @@ def test_batch_norm_in_training_sees_examples_only() -> None:
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
-def test_dropout_thins_out_and_keeps_the_mean() -> None:
+def test_dropout_zeroes_its_share_and_rescales_the_rest() -> None:
     x = jnp.ones((64, 1000))
     y = np.asarray(Dropout(0.3, train=True).apply({}, x, rngs={"dropout": rng.root_key(0)}))
     assert set(np.unique(y)) == {np.float32(0), np.float32(1 / 0.7)}
     assert abs((y == 0).mean() - 0.3) < 0.01  # five standard deviations
     assert len({row.tobytes() for row in y}) == 64
+
+
+def test_dropout_near_1_drops_nearly_everything() -> None:
+    y = np.asarray(Dropout(1 - 1e-6, train=True).apply({}, jnp.ones((8, 1000)), rngs={"dropout": rng.root_key(0)}))
+    assert np.count_nonzero(y) < 10
 
 
 def test_dropout_of_a_place_does_not_depend_on_the_batch_size() -> None:
@@ -172,7 +177,7 @@ def test_cosine_patterns_are_an_orthonormal_basis_in_both_signs() -> None:
     positive, negative = kernel.reshape(16, 16, 2).transpose(2, 1, 0)
     np.testing.assert_allclose(positive @ positive.T, np.eye(16), atol=1e-6)
     assert np.array_equal(positive, -negative)
-    assert np.ptp(kernel[..., 0]) < 1e-7  # the smoothest first: a mean
+    assert np.ptp(kernel[..., 0]) < 1e-7  # the first pattern is constant: a mean
     assert np.array_equal(kernel[..., :5], cosine_patterns(4, 5))
 
 
@@ -188,7 +193,7 @@ def test_a_cosine_stem_has_no_weights_and_is_not_trained(examples: Examples) -> 
 
 
 def products(config: Config) -> list[tuple[str, ...]]:
-    """The types of the operands of all products in a training step, in their order."""
+    """The operand types of all convolutions and matrix products in a training step, in program order."""
     state = jit_init_state(config.program, rng.root_key(0))
     batch: Batch = {"image": jnp.zeros((4, 28, 28, 1), jnp.uint8), "label": jnp.zeros(4, jnp.int32)}
     closed = jax.make_jaxpr(train_step, static_argnums=0)(config.program, state, batch, rng.root_key(0))
@@ -205,17 +210,17 @@ def products(config: Config) -> list[tuple[str, ...]]:
     return found
 
 
-def test_in_bfloat16_all_but_the_last_layer_multiply_in_it() -> None:
+def test_bfloat16_is_used_for_all_products_but_the_last_layer() -> None:
     on_accelerator = replace(SMALL, model__dtype="bfloat16", model__batch_norm=True)
     float32 = [operands for operands in products(replace(SMALL, model__batch_norm=True)) if "bfloat16" in operands]
     assert not float32
     found = products(on_accelerator)
-    assert found.count(("bfloat16", "bfloat16")) >= 3 * 3 - 1  # forward and both gradients; none by the pixels
+    assert found.count(("bfloat16", "bfloat16")) >= 3 * 3 - 1  # 3 layers: forward, 2 gradients; none for pixels
     assert ("bfloat16", "float32") not in found
     assert ("float32", "bfloat16") not in found
 
 
-def test_weights_statistics_and_logits_are_in_float32_whatever_the_products_are_in(examples: Examples) -> None:
+def test_weights_statistics_and_logits_stay_float32_with_bfloat16_products(examples: Examples) -> None:
     config = replace(SMALL, model__dtype="bfloat16", model__batch_norm=True, optimizer__ema_decay=0.9)
     batch: Batch = {"image": jnp.asarray(examples.image[:8]), "label": jnp.asarray(examples.label[:8])}
     state, sums = jit_train_step(
@@ -232,12 +237,12 @@ def test_bfloat16_agrees_with_float32_to_its_own_rounding(examples: Examples, fi
     images = jnp.asarray(examples.image[:8])
     exact = np.asarray(jit_forward(config.program, variables, images))
     rounded = np.asarray(jit_forward(replace(config, model__dtype="bfloat16"), variables, images))
-    # bfloat16 has 8 bits, so an operand is off by up to 2^-9 of itself; over three layers that adds up to a percent.
+    # bfloat16 has 8 bits of precision: rounding changes an operand by up to 2^-9, or a percent over three layers.
     error = np.abs(rounded - exact).max() / np.abs(exact).max()
     assert 1e-5 < error < 0.02
 
 
-def test_the_precision_of_products_is_said_and_not_left_to_a_global_switch(examples: Examples) -> None:
+def test_matmul_precision_comes_from_the_config_and_not_from_a_global_setting(examples: Examples) -> None:
     def text(precision: str) -> str:
         config = replace(SMALL, model__matmul_precision=precision)
         with jax.default_matmul_precision("bfloat16"):

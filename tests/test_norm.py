@@ -1,4 +1,4 @@
-"""Batch norm fused with activation and pooling equals the textbook, alone, in loops and over devices."""
+"""Batch norm fused with activation and pooling equals the textbook formula: alone, in loops and over devices."""
 
 import functools
 import re
@@ -20,7 +20,7 @@ from mnist_flax.ops import norm
 def plain_norm(
     x: jax.Array, scale: jax.Array, bias: jax.Array, mask: jax.Array | None, activation: Any, pool: int, pooling: str
 ) -> tuple[jax.Array, ...]:
-    """The textbook: statistics of the examples, normalisation, activation, pooling."""
+    """The textbook formula: statistics over the unmasked examples, normalisation, activation, pooling."""
     rows = jnp.ones(x.shape[0], bool) if mask is None else mask
     where, axes = jnp.expand_dims(rows, range(1, x.ndim)), tuple(range(x.ndim - 1))
     mean = x.mean(axes, where=where)
@@ -44,8 +44,8 @@ NORMS = [
 
 @pytest.mark.parametrize(("activation", "pool", "pooling", "masked"), NORMS)
 def test_batch_norm_equals_the_plain_formula(activation: Any, pool: int, pooling: str, masked: bool) -> None:
-    """Values and gradients; a scale of every sign, and rows and columns that fill no window."""
-    x = jnp.asarray(np.random.default_rng(0).normal(1, 2, (5, 7, 8, 6)).astype(np.float32))  # no ties
+    """Values and gradients, with scales of both signs, and rows and columns that do not fill a pooling window."""
+    x = jnp.asarray(np.random.default_rng(0).normal(1, 2, (5, 7, 8, 6)).astype(np.float32))  # no ties in pooling
     scale, bias = jnp.array([1.0, -1.5, 0.5, -0.1, 2.0, 1.0]), normal(2, 6)
     mask = jnp.array([True, True, False, True, False]) if masked else None
     after = {"activation": activation, "pool": pool, "pooling": pooling}
@@ -62,7 +62,7 @@ def test_batch_norm_equals_the_plain_formula(activation: Any, pool: int, pooling
 
 
 def test_batch_norm_of_a_flat_channel_is_finite() -> None:
-    """A blank channel has no variance, and every window ties."""
+    """A constant channel has no variance, and all entries of a pooling window tie."""
     x, one = jnp.full((2, 4, 4, 1), 3.0), jnp.ones(1)
     f = functools.partial(norm.norm_activate_pool, activation=nn.relu, pool=2)
     value, gradient = jax.jit(jax.value_and_grad(lambda x: f(x, one, one)[0].sum()))(x)
@@ -70,8 +70,8 @@ def test_batch_norm_of_a_flat_channel_is_finite() -> None:
     assert_near(gradient, jnp.zeros_like(x))
 
 
-def test_batch_norm_vectors_loops_and_types() -> None:
-    """f32[B,C] too; under vmap, in lax.map and in bfloat16 the same as alone."""
+def test_batch_norm_of_vectors_agrees_in_loops_and_in_bfloat16() -> None:
+    """Inputs of shape f32[B,C]; results under vmap, in lax.map and in bfloat16 equal those of a plain call."""
     x, scale, bias = normal(0, 3, 8, 5), normal(1, 5), normal(2, 5)
     mask = jnp.arange(8) < 6
 
@@ -106,7 +106,7 @@ def test_batch_norm_takes_statistics_over_all_devices() -> None:
 
 
 def test_nothing_is_transposed_between_layers() -> None:
-    """Two convolutions with batch norm compile to no copy of a map in another order of axes."""
+    """In two convolutions with batch norm, the compiled program transposes no feature map."""
     x = normal(0, 16, 12, 12, 8)
     kernels = [normal(i, 3, 3, 8, 8) for i in (1, 2)]
 
@@ -117,4 +117,4 @@ def test_nothing_is_transposed_between_layers() -> None:
 
     text = jax.jit(jax.grad(loss)).lower(kernels, x).compile().as_text() or ""
     turned = [line for line in text.splitlines() if re.search(r"f32\[16,12,12,8\]\S* (copy|transpose)\(", line)]
-    assert len(turned) <= 1, turned  # the images, once
+    assert len(turned) <= 1, turned  # only the images, once

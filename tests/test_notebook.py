@@ -13,7 +13,7 @@ def test_notebook_runs_from_top_to_bottom(tmp_path: pathlib.Path, monkeypatch: p
     import nbformat
     from nbclient import NotebookClient
 
-    kernel = tmp_path / "kernels" / "python3" / "kernel.json"  # this interpreter, whatever else is installed
+    kernel = tmp_path / "kernels" / "python3" / "kernel.json"  # a kernel that is this interpreter
     kernel.parent.mkdir(parents=True)
     argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     kernel.write_text(json.dumps({"argv": argv, "display_name": "Python 3", "language": "python"}))

@@ -1,4 +1,4 @@
-"""The CPU forms of convolution and pooling equal lax's, value and gradient, and other platforms use lax itself."""
+"""Convolution and pooling for CPUs equal lax's in value and gradient; other platforms use lax itself."""
 
 import functools
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from mnist_flax.ops.window import Window
 NHWC = ("NHWC", "HWIO", "NHWC")
 Padding = str | list[tuple[int, int]]
 
-# Derandomised: a failure is the same on every machine. Each example compiles two programs, so there are few of them.
+# Derandomised: a failure is the same on every machine. Each example compiles two programs, so there are few examples.
 few_examples = functools.partial(settings, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
@@ -89,7 +89,7 @@ def test_values_and_gradients_equal_lax(winograd: bool, data: st.DataObject) -> 
 @pytest.mark.parametrize("kernel_size", range(2, 8))
 @pytest.mark.parametrize("output_size", [1, 3, 8, 10, 11, 24, 28])
 def test_winograd_matrices_are_exact(kernel_size: int, output_size: int) -> None:
-    """In float64 the bilinear form is the correlation, up to float64's rounding, whatever the tiles."""
+    """In float64 the result equals the correlation up to rounding, for every number of tiles."""
     generator = np.random.default_rng(0)
     pad = kernel_size // 2
     size = max(output_size + kernel_size - 1 - 2 * pad, 1)
@@ -101,7 +101,7 @@ def test_winograd_matrices_are_exact(kernel_size: int, output_size: int) -> None
 
 
 def test_winograd_error_stays_small() -> None:
-    """Float32 loses at most what ops.py says: 4e-6 of the result's scale, root mean square (measured: 2e-6)."""
+    """The float32 error is below 4e-6 of the result's scale, root mean square (measured: 2e-6)."""
     x, kernel = jnp.maximum(normal(0, 4, 12, 12, 32), 0), normal(1, 3, 3, 32, 64)
     windows = np.lib.stride_tricks.sliding_window_view(np.asarray(x, np.float64), (3, 3), (1, 2))
     exact = np.einsum("bnmcij,ijcd->bnmd", windows, np.asarray(kernel, np.float64))
@@ -110,7 +110,7 @@ def test_winograd_error_stays_small() -> None:
     assert np.sqrt((error**2).mean()) / exact.std() < 4e-6
 
 
-def test_the_layers_of_the_network_use_the_form_meant_for_them() -> None:
+def test_winograd_is_used_for_the_second_convolution_but_not_the_first() -> None:
     window = Window((1, 1), ((0, 0), (0, 0)), 2)
     assert winograd.pays((3, 3, 32, 64), window)
     assert not winograd.pays((3, 3, 1, 32), window)
@@ -140,7 +140,7 @@ def test_ties_share_the_gradient_and_the_rest_gets_none() -> None:
 
 @pytest.mark.parametrize("channels", [1, 16])
 def test_a_flat_picture_gets_lax_gradient_for_the_kernel(channels: int) -> None:
-    """Every window ties; the shares add up to what reduce_window gives to the first entry."""
+    """All entries of a window tie; their shares of the gradient add up to what lax gives to the first entry."""
     x, kernel = jnp.full((2, 10, 10, channels), -0.4), normal(1, 3, 3, channels, 16)
 
     def theirs(kernel: jax.Array) -> jax.Array:
@@ -162,12 +162,12 @@ def test_bfloat16_is_computed_in_float32(channels: int) -> None:
     wide = value_and_gradients(ours, x.astype(jnp.float32), kernel.astype(jnp.float32))
     for actual, expected in zip(value_and_gradients(ours, x, kernel), wide, strict=True):
         assert actual.dtype == jnp.bfloat16
-        assert_near(actual.astype(jnp.float32), expected, 2.0**-8)  # one rounding to bfloat16, nothing more
+        assert_near(actual.astype(jnp.float32), expected, 2.0**-8)  # a single rounding to bfloat16
 
 
 @pytest.mark.parametrize("channels", [1, 16])
 @pytest.mark.parametrize("batch", [0, 1])
-def test_empty_and_single_batches(channels: int, batch: int) -> None:
+def test_empty_and_single_batches_equal_lax(channels: int, batch: int) -> None:
     x, kernel = normal(0, batch, 9, 9, channels), normal(1, 3, 3, channels, 16)
 
     @jax.jit
@@ -181,7 +181,7 @@ def test_empty_and_single_batches(channels: int, batch: int) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 4])
-def test_inference_takes_lax(channels: int) -> None:
+def test_inference_uses_lax(channels: int) -> None:
     x, kernel = normal(0, 2, 9, 9, channels), normal(1, 3, 3, channels, 6)
     expected = lax_conv(x, kernel, (1, 1), "SAME")
     assert (ops.conv(x, kernel, inference=True) == expected).all()
@@ -190,11 +190,11 @@ def test_inference_takes_lax(channels: int) -> None:
 
 
 class Net(nn.Module):
-    """One layer of each form."""
+    """One layer of each kind."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """u8-like f32[B,12,12,1] -> f32[B,16]."""
+        """`f32[B,12,12,1] -> f32[B,16]`."""
         init = nn.initializers.lecun_normal()
         first, second = self.param("first", init, (3, 3, 1, 16)), self.param("second", init, (3, 3, 16, 16))
         x = ops.conv_block(x, first, self.param("bias", nn.initializers.zeros, 16), activation=nn.relu, pool=2)
@@ -219,7 +219,7 @@ def loss_gradient(apply: Callable[..., jax.Array]) -> Callable[..., Any]:
 
 
 def test_no_leak_between_examples(net: tuple[Callable[..., jax.Array], Any, jax.Array]) -> None:
-    """A row's output has the same bits whoever shares its batch, and its gradient touches no other row."""
+    """A row's output has the same bits whatever else is in its batch, and its gradient reaches no other row."""
     apply, variables, x = net
     forward = jax.jit(apply)
     mates = x.at[1:].set(100 * normal(5, 7, 12, 12, 1))
@@ -229,7 +229,7 @@ def test_no_leak_between_examples(net: tuple[Callable[..., jax.Array], Any, jax.
     assert not touched[jnp.array([0, 1, 3, 4, 5, 6, 7])].any()
 
 
-def test_vmap_over_kernels_and_map_over_batches(net: tuple[Callable[..., jax.Array], Any, jax.Array]) -> None:
+def test_vmap_and_map_agree_with_plain_calls(net: tuple[Callable[..., jax.Array], Any, jax.Array]) -> None:
     apply, variables, x = net
     members = jax.tree.map(lambda leaf: jnp.stack([leaf, -0.5 * leaf]), variables)
     gradient = loss_gradient(apply)
@@ -241,8 +241,8 @@ def test_vmap_over_kernels_and_map_over_batches(net: tuple[Callable[..., jax.Arr
     assert_near(one_by_one, jax.jit(apply)(variables, x))
 
 
-def test_sharded_over_devices(net: tuple[Callable[..., jax.Array], Any, jax.Array]) -> None:
-    """The batch split over devices, by the compiler and by shard_map: the same mean gradient."""
+def test_batch_split_over_devices_gives_the_same_gradient(net: tuple[Callable[..., jax.Array], Any, jax.Array]) -> None:
+    """Splitting the batch over devices, by the compiler or by shard_map, gives the same mean gradient."""
     apply, variables, x = net
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec
@@ -259,7 +259,7 @@ def test_sharded_over_devices(net: tuple[Callable[..., jax.Array], Any, jax.Arra
 
 
 def test_each_platform_gets_its_form(net: tuple[Callable[..., jax.Array], Any, jax.Array]) -> None:
-    """No convolution, no window reduction and no branch is left on CPU; elsewhere they are XLA's own."""
+    """CPU programs contain no XLA convolution, no select-and-scatter and no branch; other platforms use XLA's own."""
     apply, variables, x = net
     traced = jax.jit(loss_gradient(apply)).trace(variables, x)
     text = {platform: traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "cuda", "tpu")}
@@ -267,11 +267,11 @@ def test_each_platform_gets_its_form(net: tuple[Callable[..., jax.Array], Any, j
     assert "stablehlo.select_and_scatter" not in text["cpu"]
     assert "conditional" not in traced.lower().compile().as_text()
     for platform in ("cuda", "tpu"):
-        assert text[platform].count("stablehlo.convolution") >= 5  # two forward, three backward: images need none
+        assert text[platform].count("stablehlo.convolution") >= 5  # 2 forward, 3 backward: images need no gradient
         assert "stablehlo.select_and_scatter" in text[platform]
 
 
-def test_exports_for_several_platforms_at_once(net: tuple[Callable[..., jax.Array], Any, jax.Array]) -> None:
+def test_network_can_be_exported_for_several_platforms(net: tuple[Callable[..., jax.Array], Any, jax.Array]) -> None:
     apply, variables, x = net
     exported = jax.export.export(jax.jit(apply), platforms=("cpu", "cuda"))(variables, x)
     assert_near(exported.call(variables, x), jax.jit(apply)(variables, x))

@@ -1,4 +1,4 @@
-"""Schedules at points computed by hand, and updates computed by hand."""
+"""Learning rates and updates, compared with values computed by hand."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ BASE = replace(Config(), data__num_train=1000, train__batch_size=10, train__epoc
         ({"schedule": "step", "decay_rate": 0.5, "decay_epochs": 2.0}, {0: 0.1, 199: 0.1, 200: 0.05, 399: 0.05}),
     ],
 )
-def test_learning_rates(fields: dict[str, Any], values: dict[int, float]) -> None:
+def test_learning_rates_equal_values_by_hand(fields: dict[str, Any], values: dict[int, float]) -> None:
     config = replace(BASE, **{f"optimizer__{name}": value for name, value in fields.items()})
     rate = schedule(config.optimizer, config.num_steps, config.steps_per_epoch)
     for step, expected in values.items():
@@ -44,7 +44,7 @@ GRADS = {"kernel": jnp.array([[0.3, 0.4]]), "bias": jnp.array([0.0])}
 
 
 def update(count: int = 1, **fields: Any) -> dict[str, np.ndarray]:
-    """The change of the weights over `count` updates with the same gradient."""
+    """The change of the weights after `count` updates with the same gradient."""
     config = replace(BASE, **{f"optimizer__{name}": value for name, value in fields.items()})
     chain = optimizer(config.optimizer, config.num_steps, config.steps_per_epoch)
     state, params = chain.init(PARAMS), PARAMS
@@ -54,7 +54,7 @@ def update(count: int = 1, **fields: Any) -> dict[str, np.ndarray]:
     return {name: np.asarray(params[name] - PARAMS[name]) for name in PARAMS}
 
 
-def test_sgd_with_momentum() -> None:
+def test_sgd_with_momentum_equals_values_by_hand() -> None:
     g = np.array([[0.3, 0.4]])
     np.testing.assert_allclose(update(name="sgd", momentum=0.0)["kernel"], -0.1 * g, rtol=1e-5)
     np.testing.assert_allclose(update(2, name="sgd", momentum=0.9)["kernel"], -0.1 * g * (1 + 1.9), rtol=1e-5)
@@ -74,7 +74,7 @@ def test_weight_decay_spares_biases() -> None:
     assert decoupled["bias"] == l2["bias"] == 0
 
 
-def test_clipping_cuts_the_global_norm_and_only_a_longer_one() -> None:
+def test_clipping_shortens_only_gradients_above_the_limit() -> None:
     np.testing.assert_allclose(update(name="sgd", momentum=0.0, clip_norm=0.25)["kernel"], [[-0.015, -0.02]], rtol=1e-5)
     np.testing.assert_allclose(update(name="sgd", momentum=0.0, clip_norm=1.0)["kernel"], [[-0.03, -0.04]], rtol=1e-5)
 

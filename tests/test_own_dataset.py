@@ -1,4 +1,4 @@
-"""Datasets in IDX files that a user registers."""
+"""A user's own datasets: IDX files and a registry entry."""
 
 import dataclasses
 import hashlib
@@ -26,7 +26,7 @@ from mnist_flax.errors import DataError
 
 @pytest.fixture
 def letters(monkeypatch: pytest.MonkeyPatch) -> Arrays:
-    """Registers a dataset of one's own, and returns what its files will contain."""
+    """Registers a dataset of the user's own, and returns what its files will contain."""
     monkeypatch.setitem(DATASETS, "letters", Dataset(num_classes=26, num_train=70, num_test=50))
     return random_arrays("letters")
 
@@ -38,7 +38,7 @@ def load_letters(raw_dir: Path, **fields: Any) -> Splits:
     )
 
 
-def test_own_dataset_is_one_entry(tmp_path: Path, letters: Arrays, data_messages: list[str]) -> None:
+def test_own_dataset_needs_only_files_and_an_entry(tmp_path: Path, letters: Arrays, data_messages: list[str]) -> None:
     write_files(tmp_path / "letters", "letters", letters)
     for raw_dir in (tmp_path, tmp_path / "letters"):
         splits = load_letters(raw_dir, data_dir="/dev/null")

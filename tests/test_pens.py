@@ -16,7 +16,7 @@ write = jax.jit(jax.vmap(pens, in_axes=(None, None, None, 0)))
 
 
 def stem() -> np.ndarray:
-    """A stroke three pixels wide, from row 5 to 23."""
+    """A vertical stroke three pixels wide, from row 5 to 23."""
     image = np.zeros((28, 28, 1), np.uint8)
     image[5:24, 13:16] = 255
     return image

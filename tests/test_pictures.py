@@ -1,4 +1,4 @@
-"""Pictures: from any file to digits as in MNIST. The digits here are drawn with lines, so no dataset is needed."""
+"""Pictures: digits in any file are framed as in MNIST. The tests draw digits with lines, so no dataset is needed."""
 
 import numpy as np
 import pytest
@@ -33,12 +33,18 @@ def test_box_is_where_the_digit_is() -> None:
     np.testing.assert_allclose(large, [700, 500, 1250, 1550], atol=80)
 
 
+def test_box_lies_within_the_picture_at_its_original_size() -> None:
+    picture = np.full((3001, 4000), 255, np.uint8)
+    picture[2000:, 1900:2100] = 0
+    assert only(encode(picture)).box[3] == 3001
+
+
 # Formats and modes ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", decode_lib.FORMATS)
 @pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_formats(wanted: Array, kind: str, mode: str) -> None:
+def test_digit_is_the_same_in_every_file_format(wanted: Array, kind: str, mode: str) -> None:
     assert difference(only(encode(Image.fromarray(draw("L")).convert(mode), kind)).image, wanted) < 3
 
 
@@ -61,36 +67,36 @@ def modes() -> dict[str, Image.Image]:
 
 
 @pytest.mark.parametrize("name", modes())
-def test_modes(wanted: Array, name: str) -> None:
+def test_digit_is_the_same_in_every_mode(wanted: Array, name: str) -> None:
     image = modes()[name]
     assert difference(only(encode(image)).image, wanted) < 3
 
 
-def test_bits_in_use_tell_white() -> None:
+def test_white_level_follows_the_bits_in_use() -> None:
     for bits in (8, 10, 12, 16):
         deep = draw("L").astype(np.uint16) << (bits - 8)
         assert decode(encode(deep)).grey.max() >= 254
 
 
-def test_floating_point_tiff(wanted: Array) -> None:
+def test_floating_point_tiff_is_read_unless_it_has_nan(wanted: Array) -> None:
     assert difference(only(encode(draw("L").astype(np.float32) / 255, "TIFF")).image, wanted) < 3
     with pytest.raises(PictureError, match="finite"):
         read_digits(encode(np.full((9, 9), np.nan, np.float32), "TIFF"))
 
 
-def test_cmyk_jpeg(wanted: Array) -> None:
+def test_cmyk_jpeg_is_read(wanted: Array) -> None:
     assert difference(only(encode(Image.fromarray(draw("L")).convert("CMYK"), "JPEG")).image, wanted) < 3
 
 
-def test_palette_with_transparency(wanted: Array) -> None:
-    # All colours are black; only transparency tells ink from paper.
+def test_palette_with_transparency_is_read(wanted: Array) -> None:
+    # All colours are black; only transparency separates ink from paper.
     image = Image.fromarray((draw("L") < 128).astype(np.uint8)).convert("P")
     image.putpalette([0] * 768)
     assert difference(only(encode(image, "GIF", transparency=0)).image, wanted) < 6
     assert difference(only(encode(image, "PNG", transparency=bytes([0, 255]))).image, wanted) < 6
 
 
-def test_first_frame_counts(wanted: Array) -> None:
+def test_first_frame_is_read(wanted: Array) -> None:
     frames = [Image.fromarray(draw("L")), Image.fromarray(draw("7"))]
     for kind in ("GIF", "TIFF", "WEBP"):
         content = encode(frames[0], kind, save_all=True, append_images=frames[1:])
@@ -99,7 +105,7 @@ def test_first_frame_counts(wanted: Array) -> None:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_exif_orientation(wanted: Array, orientation: int, kind: str) -> None:
+def test_exif_orientation_is_applied(wanted: Array, orientation: int, kind: str) -> None:
     transpose = Image.Transpose
     undo = {
         2: transpose.FLIP_LEFT_RIGHT, 3: transpose.ROTATE_180, 4: transpose.FLIP_TOP_BOTTOM, 5: transpose.TRANSPOSE,
@@ -118,13 +124,13 @@ def test_exif_orientation(wanted: Array, orientation: int, kind: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["1", "7", "L"])
-def test_polarity(name: str) -> None:
+def test_dark_and_light_ink_give_the_same_digit(name: str) -> None:
     dark, light = (only(encode(image)).image for image in (draw(name), 255 - draw(name)))
     assert difference(dark, light) < 0.5
 
 
 @pytest.mark.parametrize("size", [20, 50, 200, 600])
-def test_any_size(wanted: Array, size: int) -> None:
+def test_digit_is_the_same_at_any_size(wanted: Array, size: int) -> None:
     assert difference(only(encode(draw("L", size, max(2, size // 10)))).image, wanted) < 12
 
 
@@ -140,7 +146,7 @@ def test_ink_may_touch_the_border() -> None:
     assert difference(only(encode(grey)).image, only(encode(draw("7"))).image) < 10
 
 
-def test_uneven_light_noise_and_shadow(wanted: Array) -> None:
+def test_uneven_light_noise_and_shadow_do_not_change_the_digit(wanted: Array) -> None:
     grey = draw("L", 200, 20).astype(float)
     light = np.linspace(1.0, 0.4, 400)[None, :] * np.where(np.arange(400) > 230, 0.7, 1.0)[:, None]
     noisy = (60 + grey * 0.7) * light + np.random.default_rng(0).normal(0, 5, grey.shape)
@@ -149,7 +155,7 @@ def test_uneven_light_noise_and_shadow(wanted: Array) -> None:
 
 
 @pytest.mark.parametrize("squared", [False, True])
-def test_rulings_are_taken_out(wanted: Array, squared: bool) -> None:
+def test_ruled_lines_are_removed(wanted: Array, squared: bool) -> None:
     grey = draw("L", 200, 22).copy()
     for place in range(35, 400, 70):
         grey[place : place + 3] = np.minimum(grey[place : place + 3], 90)
@@ -160,7 +166,7 @@ def test_rulings_are_taken_out(wanted: Array, squared: bool) -> None:
 
 @pytest.mark.parametrize("turn", [0, 10, 35])
 @pytest.mark.parametrize(("width", "height"), [(70, 90), (80, 80), (95, 85)])
-def test_a_zero_in_thick_strokes_is_no_printed_box(width: int, height: int, turn: int) -> None:
+def test_a_zero_in_thick_strokes_is_not_taken_for_a_printed_box(width: int, height: int, turn: int) -> None:
     image = Image.new("L", (160, 160))
     left, top = 80 - width // 2, 80 - height // 2
     ImageDraw.Draw(image).ellipse((left, top, left + width, top + height), outline=255, width=10)
@@ -186,11 +192,11 @@ def test_strokes_that_do_not_touch_are_one_digit() -> None:
     np.testing.assert_allclose(digit.box, [70, 47, 135, 150], atol=9)
 
 
-def test_reading_order() -> None:
+def test_digits_are_read_line_by_line_from_left_to_right() -> None:
     names = [["7", "L", "1"], ["1", "7", "L"]]
     lines = [np.concatenate([draw(name)[:, 40:160] for name in line], axis=1) for line in names]
-    lines[0] = np.roll(lines[0], 25, axis=0)  # the lines are not quite level with themselves
-    lines[1] = np.asarray(Image.fromarray(lines[1]).resize((432, 240)))  # and of different heights
+    lines[0] = np.roll(lines[0], 25, axis=0)  # the first line is 25 pixels lower
+    lines[1] = np.asarray(Image.fromarray(lines[1]).resize((432, 240)))  # and the second is larger
     lines[0] = np.pad(lines[0], ((0, 0), (0, 72)), constant_values=255)
     digits = read_digits(encode(np.concatenate(lines)))
     assert len(digits) == 6
@@ -201,7 +207,7 @@ def test_reading_order() -> None:
     assert boxes[:3, 3].max() < boxes[3:, 1].min() + 60
 
 
-def test_slanting_row() -> None:
+def test_slanting_row_is_read_from_left_to_right() -> None:
     row = np.concatenate([np.roll(draw("7")[:, 40:160], 40 - 18 * i, axis=0) for i in range(5)], axis=1)
     boxes = [digit.box for digit in read_digits(encode(row))]
     assert len(boxes) == 5
@@ -215,7 +221,7 @@ def test_touching_digits_are_cut() -> None:
     assert len(read_digits(encode(two))) == 2
 
 
-# As MNIST was made ----------------------------------------------------------------------------------------------------
+# Digits that are already framed ---------------------------------------------------------------------------------------
 
 
 def test_digit_in_mnist_style_is_left_alone(wanted: Array) -> None:
@@ -223,7 +229,7 @@ def test_digit_in_mnist_style_is_left_alone(wanted: Array) -> None:
     np.testing.assert_array_equal(only(encode(255 - wanted)).image, wanted)
 
 
-def test_round_trip_through_a_larger_picture(wanted: Array) -> None:
+def test_digit_in_a_larger_picture_is_framed_alike(wanted: Array) -> None:
     (digit,) = find_digits(np.pad(wanted, 30))
     assert difference(digit.image, wanted) < 3
     large = np.asarray(Image.fromarray(wanted).resize((280, 280), Image.Resampling.BICUBIC))

@@ -1,4 +1,4 @@
-"""What is no picture is refused with a reason; what outside trials broke is read."""
+"""Files that are no pictures are refused with a reason; pictures that once failed in trials are read."""
 
 import numpy as np
 import pytest
@@ -17,17 +17,17 @@ def wanted() -> Array:
 
 @pytest.mark.parametrize("value", [0, 128, 255])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 50), (28, 28), (300, 200)])
-def test_blank(value: int, shape: tuple[int, int]) -> None:
+def test_blank_picture_is_refused(value: int, shape: tuple[int, int]) -> None:
     with pytest.raises(PictureError, match="blank"):
         read_digits(encode(np.full(shape, value, np.uint8)))
 
 
-def test_blank_with_a_gradient() -> None:
+def test_blank_picture_with_a_gradient_is_refused() -> None:
     with pytest.raises(PictureError, match="blank"):
         read_digits(encode(np.broadcast_to(np.linspace(100, 250, 300), (200, 300)).astype(np.uint8)))
 
 
-def test_bomb(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decompression_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for limit in (30_000, 10_000):  # Pillow only warns up to twice its limit
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         with pytest.raises(PictureError, match=f"more than {limit:,} pixels.*make it smaller"):
@@ -35,13 +35,13 @@ def test_bomb(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", decode_lib.FORMATS)
-def test_truncated(kind: str) -> None:
+def test_truncated_picture_is_refused(kind: str) -> None:
     content = encode(Image.effect_noise((200, 200), 50), kind)
     with pytest.raises(PictureError, match=r"damaged|no picture"):
         read_digits(content[: len(content) // 2])
 
 
-def test_not_a_picture() -> None:
+def test_file_that_is_no_picture_is_refused() -> None:
     for content, reason in {
         b"": "is empty",
         b"Dear diary": "no picture of a known format",
@@ -58,7 +58,7 @@ def test_large_jpeg_is_reduced_when_decoded() -> None:
     assert picture.scale == pytest.approx(3600 / picture.grey.shape[1], rel=0.01)
 
 
-# What outside trials broke ---------------------------------------------------------------------------
+# Pictures that once failed in trials ----------------------------------------------------------------------------------
 
 
 def test_damaged_exif_data_are_ignored(wanted: Array) -> None:
@@ -74,7 +74,7 @@ def test_dithered_photograph_is_read(wanted: Array) -> None:
 
 @pytest.mark.parametrize("width", [3, 8])
 def test_dark_grid_is_no_digit(width: int) -> None:
-    """Lines as dark as the pen, and nearly as thick; one of them crosses the digit."""
+    """The lines of the grid are as dark as the pen, and some cross the digit."""
     grey = draw("L", 200, 20).copy()
     for place in range(30, 400, 110):
         grey[place : place + width] = 0
@@ -93,7 +93,7 @@ def test_steep_row_is_read_from_left_to_right(turn: int, count: int) -> None:
 
 
 @pytest.mark.parametrize("sides", [4, 3], ids=["whole", "cut off"])
-def test_row_of_boxes_that_is_turned_is_no_digit(sides: int) -> None:
+def test_boxes_of_a_turned_row_are_not_read_as_digits(sides: int) -> None:
     cell = draw("7", 80, 10).copy()
     cell[10:150, 10:13] = cell[10:150, -13:-10] = cell[10:13, 10:-10] = 0
     if sides == 4:

@@ -40,7 +40,7 @@ def folds() -> pathlib.Path:
 
 
 def assert_same_run(one: pathlib.Path, other: pathlib.Path) -> None:
-    """Two runs end with the same bits and have written the same log, but for the seconds."""
+    """Checks that two runs end with the same bits and have the same log, except for the seconds."""
     run, other_run = checkpoint.load_run(one), checkpoint.load_run(other)
     assert int(run.state.step) == run.config.num_steps
     assert run.config.to_dict() == other_run.config.to_dict()
@@ -56,7 +56,7 @@ def log_of(folder: pathlib.Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
 
 
-def test_a_member_is_what_a_single_run_with_its_seed_is(seeds: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_a_member_equals_a_single_run_with_its_seed(seeds: pathlib.Path, tmp_path: pathlib.Path) -> None:
     fit(replace(CONFIG, seed=4), tmp_path / "run")
     assert_same_run(seeds / "members" / "seed-4", tmp_path / "run")
     files = {path.name for path in (tmp_path / "run").iterdir()}
@@ -64,13 +64,13 @@ def test_a_member_is_what_a_single_run_with_its_seed_is(seeds: pathlib.Path, tmp
     assert files <= {path.name for path in (seeds / "members" / "seed-4").iterdir()}
 
 
-def test_a_fold_is_what_a_single_run_that_holds_it_out_is(folds: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_a_fold_equals_a_single_run_that_holds_it_out(folds: pathlib.Path, tmp_path: pathlib.Path) -> None:
     config = replace(CONFIG, seed=5, data__holdout=0, data__folds=3, data__fold=2)
     fit(config, tmp_path / "run")
     assert_same_run(folds / "members" / "fold-2", tmp_path / "run")
 
 
-def test_all_at_once_and_one_after_the_other_agree(
+def test_members_trained_together_and_in_turns_agree(
     seeds: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(drivers, "runs_take_turns", lambda: False)
@@ -78,8 +78,8 @@ def test_all_at_once_and_one_after_the_other_agree(
     for name in ("seed-3", "seed-4", "seed-5"):
         run, other = (checkpoint.load_run(folder / "members" / name) for folder in (seeds, tmp_path))
         for one, another in zip(jax.tree.leaves(run.state.params), jax.tree.leaves(other.state.params), strict=True):
-            # Another program: other fusions, other rounding, which Adam's first steps, dividing by the gradient's own
-            # size, carry into the weights: by a small part of a step, which is the learning rate.
+            # Another program rounds differently. Adam's first steps divide by the size of the gradient, which carries
+            # the difference into the weights; it stays a small part of a step, whose size is the learning rate.
             np.testing.assert_allclose(one, another, rtol=1e-3, atol=0.1 * CONFIG.optimizer.learning_rate)
 
 
@@ -89,8 +89,8 @@ def test_other_seeds_and_folds_have_the_same_program() -> None:
     assert len({config.program for config in member_configs(CONFIG, folds=3).values()}) == 1
 
 
-def test_folds_of_other_lengths_train_in_groups(tmp_path: pathlib.Path) -> None:
-    # 220 rows in 3 folds: 146 or 147 to train on, so 2 or 3 steps an epoch.
+def test_folds_of_different_lengths_train_in_groups(tmp_path: pathlib.Path) -> None:
+    # 220 rows in 3 folds leave 146 or 147 to train on: 2 or 3 steps per epoch.
     result = fit_population(replace(CONFIG, train__batch_size=73, train__epochs=1), tmp_path, folds=3)
     steps = [checkpoint.load_run(tmp_path / "members" / f"fold-{k}").record["step"] for k in range(3)]
     assert steps == [2, 3, 3]
@@ -110,7 +110,7 @@ def stop_after_first_evaluation(patch: pytest.MonkeyPatch) -> None:
 
 
 def stop_early(workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trains a population until a signal stops it, in the first epoch or at its end."""
+    """Trains a population until a signal stops it, at about the end of the first epoch."""
     with monkeypatch.context() as patch:
         stop_after_first_evaluation(patch)
         with pytest.raises(Interrupted, match="nothing is lost") as caught:
@@ -119,11 +119,11 @@ def stop_early(workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not (workdir / "population.json").exists()
 
 
-def test_a_stopped_population_goes_on_as_if_nothing_had_happened(
+def test_a_stopped_population_resumes_exactly(
     seeds: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop_early(tmp_path, monkeypatch)
-    # As if the process had been killed while it saved: one member's newest checkpoint is missing.
+    # As if the process had been killed while saving: the newest checkpoint of one member is missing.
     newest = max((tmp_path / "members" / "seed-4" / "checkpoints").iterdir(), key=lambda path: int(path.name))
     assert 0 < int(newest.name) < CONFIG.num_steps
     shutil.rmtree(newest)
@@ -145,7 +145,7 @@ def test_a_stopped_population_goes_on_as_if_nothing_had_happened(
         assert result[field] == undisturbed[field], field
 
 
-def test_a_finished_population_says_so_and_a_larger_one_adds_to_it(
+def test_a_finished_population_is_not_trained_again_but_can_get_more_members(
     seeds: pathlib.Path, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workdir = shutil.copytree(seeds, tmp_path / "copy")
@@ -159,6 +159,9 @@ def test_a_finished_population_says_so_and_a_larger_one_adds_to_it(
     assert [member["name"] for member in result["members"]] == ["seed-3", "seed-4", "seed-5", "seed-6"]
     assert result["members"][:3] == json.loads((seeds / "population.json").read_text())["members"]
     assert (workdir / "members" / "seed-4" / "summary.json").read_bytes() == summary
+    stale = json.dumps(result | {"steps": 1})  # a result from before its members trained further
+    (workdir / "population.json").write_text(stale)
+    assert fit_population(CONFIG, workdir, seeds=4)["steps"] == result["steps"]
 
 
 @pytest.mark.parametrize(("num_train", "folds"), [(220, 3), (221, 4), (1437, 5), (0, 5)])
@@ -205,7 +208,7 @@ def test_a_class_with_too_few_rows_cannot_be_divided() -> None:
         batches.fold_rows(labels, np.arange(32), 3)
 
 
-def test_members_have_the_seeds_that_follow_the_configs() -> None:
+def test_members_have_consecutive_seeds_from_the_configs_on() -> None:
     assert [config.seed for config in member_configs(CONFIG, seeds=3).values()] == [3, 4, 5]
     of_folds = member_configs(CONFIG, folds=2)
     assert [(name, config.seed, config.data.fold) for name, config in of_folds.items()] == [
@@ -250,7 +253,7 @@ def test_a_loss_that_is_not_finite_names_its_member(tmp_path: pathlib.Path) -> N
         (["--compare=runs/a,runs/b", "--seeds=3"], 2, "--seeds: cannot be combined with --compare"),
     ],
 )
-def test_the_command_line(arguments: list[str], status: int, message: str) -> None:
+def test_command_line_gives_a_status_and_a_message(arguments: list[str], status: int, message: str) -> None:
     done = forked.run("-m", "mnist_flax.population", *arguments)
     assert done.returncode == status
     assert message in done.stdout + done.stderr

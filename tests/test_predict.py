@@ -27,7 +27,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 class Model:
-    """A small network trained on the embedded digits, and pictures it reads rightly."""
+    """A small network trained on the embedded digits, and pictures that it reads correctly."""
 
     def __init__(self, folder: pathlib.Path) -> None:
         self.workdir = folder / "run"
@@ -47,12 +47,12 @@ class Model:
         return sheet
 
     def run(self, *arguments: str, stdin: bytes = b"", cwd: pathlib.Path = ROOT) -> tuple[int, str, str]:
-        """Runs the verb: exit status, standard output, standard error."""
+        """Runs the verb; returns exit status, standard output and standard error."""
         done = forked.run("-m", "mnist_flax.predict", *arguments, cwd=cwd, stdin=stdin)
         return done.returncode, done.stdout, done.stderr
 
     def read(self, *names: str, **options: Any) -> tuple[int, list[dict[str, Any]]]:
-        """Runs it with --json: exit status and objects."""
+        """Runs the verb with --json; returns exit status and objects."""
         status, out, err = self.run(f"--workdir={self.workdir}", "--json", *names, **options)
         assert "Traceback" not in err
         return status, [json.loads(line) for line in out.splitlines()]
@@ -65,7 +65,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 @pytest.fixture(scope="module")
 def folder(model: Model, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Pictures 3.png, 7.jpg, below/1.gif, and what is not to be read: a text and a hidden file."""
+    """Pictures 3.png, 7.JPG and below/1.gif, and two files that must not be read: a text and a hidden file."""
     folder = tmp_path_factory.mktemp("pictures")
     (folder / "below").mkdir()
     model.picture(3).save(folder / "3.png")
@@ -76,7 +76,7 @@ def folder(model: Model, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Pa
     return folder
 
 
-def test_json(model: Model, folder: pathlib.Path) -> None:
+def test_json_lines_hold_digits_probabilities_and_boxes(model: Model, folder: pathlib.Path) -> None:
     row = np.concatenate([np.asarray(model.picture(digit)) for digit in (4, 0, 7)], axis=1)
     Image.fromarray(row).save(folder / "below" / "row.png")
     status, (line,) = model.read(str(folder / "below" / "row.png"))
@@ -98,8 +98,8 @@ def test_json(model: Model, folder: pathlib.Path) -> None:
     (folder / "below" / "row.png").unlink()
 
 
-def test_good_and_bad_together(model: Model, folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """The others go on, in the order they were named, and the status is 1."""
+def test_good_pictures_are_read_between_bad_ones(model: Model, folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """Bad files do not stop the others, the output keeps the order of the arguments, and the status is 1."""
     (tmp_path / "truncated.png").write_bytes((folder / "3.png").read_bytes()[:300])
     (tmp_path / "text.png").write_text("not a picture")
     (tmp_path / "empty.png").touch()
@@ -121,7 +121,9 @@ def test_good_and_bad_together(model: Model, folder: pathlib.Path, tmp_path: pat
         assert "\n" not in line["error"]
 
 
-def test_table_folder_and_saved_images(model: Model, folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_table_lists_a_folder_and_framed_images_are_saved(
+    model: Model, folder: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     saved = tmp_path / "saved"
     status, out, err = model.run(
         f"--workdir={model.workdir}", f"--save_preprocessed={saved}", str(folder), str(folder / "gone.png")
@@ -138,7 +140,7 @@ def test_table_folder_and_saved_images(model: Model, folder: pathlib.Path, tmp_p
     np.testing.assert_array_equal(np.asarray(Image.open(saved / "0001-3-1.png")), seen.image)
 
 
-def test_pattern_stdin_and_checkpoint(model: Model, folder: pathlib.Path) -> None:
+def test_pattern_and_stdin_are_read_with_a_chosen_checkpoint(model: Model, folder: pathlib.Path) -> None:
     content = (folder / "7.JPG").read_bytes()
     status, lines = model.read("--checkpoint=latest", str(folder / "*.png"), "-", stdin=content)
     assert status == 0
@@ -155,7 +157,9 @@ def test_pattern_stdin_and_checkpoint(model: Model, folder: pathlib.Path) -> Non
         (["--workdir=WORKDIR", "--save_preprocessed=WORKDIR/config.json", "PICTURE"], "name another folder"),
     ],
 )
-def test_mistakes_of_the_user(model: Model, folder: pathlib.Path, arguments: list[str], message: str) -> None:
+def test_mistakes_get_a_message_and_status_2(
+    model: Model, folder: pathlib.Path, arguments: list[str], message: str
+) -> None:
     replaced = [
         argument.replace("WORKDIR", str(model.workdir)).replace("PICTURE", str(folder / "3.png"))
         for argument in arguments
@@ -172,7 +176,7 @@ def test_help_names_the_flags() -> None:
     assert "--save_preprocessed" in done.stdout
 
 
-# Without a process of its own -----------------------------------------------------------------------------------------
+# In this process ------------------------------------------------------------------------------------------------------
 
 
 def reading(probability: float) -> readings_lib.Reading:
@@ -209,7 +213,7 @@ def digit(value: int, suspect: bool = False) -> segment.Digit:
 
 
 def answer(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The class is the brightness; from 10 on, all classes are equally probable, which is doubtful."""
+    """Predicts the brightness as the class; from 10 on, all classes are equally probable and the answer is doubtful."""
     logits = 20.0 * (np.arange(10) == images[:, :1, 0, 0]).astype(np.float32)
     return log_probabilities(logits), images[:, 0, 0, 0] >= 10
 
@@ -222,7 +226,7 @@ def test_doubt_follows_the_probability_and_the_shape() -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 100])
-def test_batches_go_across_pictures_and_keep_their_order(batch_size: int) -> None:
+def test_batches_span_pictures_and_keep_their_order(batch_size: int) -> None:
     wrong = PictureError("is blank")
     pictures: list[tuple[str, Any]] = [
         ("a", [digit(1), digit(2)]),
@@ -287,7 +291,7 @@ def test_names_of_any_script_are_printed_in_any_locale(
     assert done.returncode == 0
 
 
-def test_find_files(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_find_files_expands_folders_and_patterns(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     pictures = [str(folder / name) for name in ("3.png", "7.JPG", "below/1.gif")]
     assert list(files.find_files([str(folder)])) == pictures
     assert list(files.find_files([str(folder / "*")])) == [
@@ -303,7 +307,7 @@ def test_find_files(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     assert list(files.find_files([str(odd)])) == [str(odd)]
 
 
-def test_unreadable_file(tmp_path: pathlib.Path) -> None:
+def test_unreadable_file_is_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(PictureError, match=r"cannot be read"):
         files.read_file(str(tmp_path / ("a" * 300)))
     with pytest.raises(PictureError, match=r"cannot be read"):

@@ -1,4 +1,4 @@
-"""Preparing a dataset once: copies that cannot be used, wrong data, full disks, several processes."""
+"""Preparing a dataset once: unusable copies, wrong data, full disks and several processes."""
 
 import dataclasses
 import functools
@@ -55,7 +55,7 @@ FLAWS: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("flaw", FLAWS)
-def test_copy_that_cannot_be_used_is_no_obstacle(small: Published, data_messages: list[str], flaw: str) -> None:
+def test_unusable_copy_is_skipped_and_left_alone(small: Published, data_messages: list[str], flaw: str) -> None:
     damage, message = FLAWS[flaw]
     small.load_raw()
     copy = small.data_dir / "mnist" / "3.0.1"  # as if others had prepared it
@@ -82,7 +82,7 @@ def test_our_own_damaged_copy_is_replaced(small: Published, flaw: str) -> None:
     small.check(small.load(source="tfds"), "tfds")
 
 
-def test_transposed_emnist_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transposed_emnist_copy_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = Published(tmp_path, monkeypatch, "emnist/digits")
     small.load_raw()
     edit_info(lambda info: info.update(description="Note: Like the original EMNIST data, ..."), small.copy)
@@ -94,7 +94,7 @@ def test_transposed_emnist_is_not_used(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def swap_splits(small: Published) -> None:
-    """Replaces the test records by the training records, as in a folder that was copied together by hand."""
+    """Replaces the test records by the training records, as if the folder had been put together by hand."""
     shutil.copy(next(small.copy.glob("*train*")), next(small.copy.glob("*test*")))
 
 
@@ -107,11 +107,11 @@ def test_swapped_records_stop_every_source(
     fingerprint = small.load_raw().fingerprint
     if known == "in the registry":
         monkeypatch.setitem(DATASETS, name, dataclasses.replace(DATASETS[name], fingerprint=fingerprint))
-        (small.copy / prepare.FINGERPRINT_FILE).write_text("0" * 64)  # the registry is right
+        (small.copy / prepare.FINGERPRINT_FILE).write_text("0" * 64)  # the registry takes precedence
     small.cache.unlink()
     swap_splits(small)
     for source in ("auto", "tfds", "raw", "download"):
-        for _ in range(2):  # decoded, and from the cache
+        for _ in range(2):  # first decoded, then from the cache
             with pytest.raises(
                 DataError, match=rf"{small.copy}: its images and labels are not those of {name}"
             ) as error:
@@ -126,7 +126,7 @@ def test_swapped_records_stop_every_source(
 
 
 @pytest.mark.parametrize("data_dir", ["a file", "under a file", "/proc/mnist"])
-def test_data_dir_that_cannot_be_written(small: Published, tmp_path: Path, data_dir: str) -> None:
+def test_data_dir_that_cannot_be_written_is_an_error(small: Published, tmp_path: Path, data_dir: str) -> None:
     (tmp_path / "a file").touch()
     folder = {"a file": tmp_path / "a file", "under a file": tmp_path / "a file" / "b" / "c"}.get(data_dir, data_dir)
     with pytest.raises(DataError, match=rf"{folder}/mnist_flax: cannot prepare mnist there .*--config\.data\.data_dir"):
@@ -134,7 +134,7 @@ def test_data_dir_that_cannot_be_written(small: Published, tmp_path: Path, data_
     assert tree(tmp_path) == ["a file", "raw", *(f"raw/{path.name}" for path in sorted(small.raw_dir.iterdir()))]
 
 
-def test_too_little_free_space_is_said_before_anything_is_written(
+def test_too_little_free_space_is_reported_before_anything_is_written(
     small: Published, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "free")
@@ -147,8 +147,8 @@ def test_too_little_free_space_is_said_before_anything_is_written(
     small.check(small.load_raw(), "raw")
 
 
-def test_disk_that_fills_up_is_a_clear_error(small: Published) -> None:
-    with start(small, "full") as process:  # which may not write more than 1000 bytes into a file
+def test_disk_that_fills_up_gives_a_clear_error(small: Published) -> None:
+    with start(small, "full") as process:  # the process may write at most 1000 bytes into a file
         _, stderr = process.communicate()
     last = stderr.splitlines()[-1]
     assert last.startswith(f"DataError: {small.own}: cannot prepare mnist there (")
@@ -211,7 +211,7 @@ def test_two_processes_prepare_once(small: Published) -> None:
     assert sorted(stdout for stdout, _ in results) == [f"raw {fingerprint}\n", f"tfds {fingerprint}\n"]
 
 
-def test_waiting_outlives_the_failure_of_another(small: Published, data_messages: list[str]) -> None:
+def test_waiting_process_prepares_after_the_other_fails(small: Published, data_messages: list[str]) -> None:
     own = small.own
     own.mkdir(parents=True)
     with filelock.FileLock(own / "lock"):
@@ -225,7 +225,7 @@ def test_waiting_outlives_the_failure_of_another(small: Published, data_messages
     small.check(small.load(), "tfds")
 
 
-def test_killed_process_is_no_obstacle(small: Published) -> None:
+def test_leftovers_of_a_killed_process_are_removed(small: Published) -> None:
     with start(small, "killed") as process:
         process.communicate()
     assert process.returncode == -9
@@ -238,7 +238,7 @@ def test_killed_process_is_no_obstacle(small: Published) -> None:
     assert [path.name for path in (own / "decoded").iterdir()] == ["mnist.npz"]
 
 
-def test_imports_are_light(small: Published) -> None:
+def test_loading_a_prepared_copy_imports_no_heavy_library(small: Published) -> None:
     small.load_raw()
     program = f"""
 import dataclasses, sys

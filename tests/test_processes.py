@@ -1,4 +1,4 @@
-"""Several processes train one run; if one dies all end, and the same commands continue as if nothing had happened."""
+"""Several processes train one run; if one dies, all end, and the same commands continue the run."""
 
 import pathlib
 import shutil
@@ -18,7 +18,7 @@ from mnist_flax.errors import ConfigError
 from mnist_flax.run import checkpoint, processes
 from mnist_flax.train import fit
 
-# Plain gradient descent: Adam's first steps divide by the gradient's own size, and would show its rounding as large.
+# Plain SGD: Adam's first steps divide by the size of the gradient, which would magnify rounding errors.
 RUN = replace(
     SMALL, optimizer__name="sgd", optimizer__learning_rate=0.05, checkpoint__every_steps=4, train__epochs_per_dispatch=1
 )
@@ -28,7 +28,7 @@ Ended = subprocess.CompletedProcess[str]
 def start_together(
     count: int, folder: pathlib.Path, *flags: str, deaths: dict[int, int] | None = None
 ) -> list[subprocess.Popen[str]]:
-    """Starts the processes of a run in `folder`/run; `deaths` gives the step at which a process dies, by its index."""
+    """Starts the processes of a run in `folder`/run; `deaths` maps the index of a process to its last step."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -69,10 +69,10 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, list[E
 
 
 def assert_same_run(workdir: pathlib.Path, other: pathlib.Path) -> None:
-    """Two runs have seen the same and come to the same, but for the rounding of sums over a batch in parts."""
+    """Checks that two runs saw the same examples and ended alike, up to the rounding of sums over parts of a batch."""
     state, other_state = (checkpoint.load_run(folder).state for folder in (workdir, other))
     for one, another in zip(jax.tree.leaves(state), jax.tree.leaves(other_state), strict=True):
-        # The last bits of f32 (6e-8), after 14 steps with batch norm; a wrong example of 32 shows in the second digit.
+        # Errors in the last bits of f32 (6e-8) grow over 14 steps; one wrong example of 32 changes the second digit.
         np.testing.assert_allclose(one, another, rtol=1e-4, atol=1e-5)
     for line, other_line in zip(lines(workdir), lines(other), strict=True):
         assert line.keys() == other_line.keys()
@@ -80,7 +80,7 @@ def assert_same_run(workdir: pathlib.Path, other: pathlib.Path) -> None:
             assert value == (pytest.approx(other_line[name], rel=1e-4) if name == "loss" else other_line[name])
 
 
-def test_two_processes_are_one_run(pair: tuple[pathlib.Path, list[Ended]], alone: pathlib.Path) -> None:
+def test_two_processes_equal_one_process(pair: tuple[pathlib.Path, list[Ended]], alone: pathlib.Path) -> None:
     workdir, (primary, other) = pair
     assert primary.returncode == 0, primary.stderr
     assert other.returncode == 0, other.stderr
@@ -93,7 +93,7 @@ def test_two_processes_are_one_run(pair: tuple[pathlib.Path, list[Ended]], alone
 
 
 @pytest.mark.slow
-def test_four_processes_that_feed_their_rows_are_one_run(tmp_path: pathlib.Path, alone: pathlib.Path) -> None:
+def test_four_processes_that_stream_their_rows_equal_one_process(tmp_path: pathlib.Path, alone: pathlib.Path) -> None:
     ended = end(start_together(4, tmp_path, "--config.train.driver=stream"))
     assert [process.returncode for process in ended] == [0] * 4, ended
     assert_same_run(tmp_path / "run", alone)
@@ -101,7 +101,7 @@ def test_four_processes_that_feed_their_rows_are_one_run(tmp_path: pathlib.Path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dead", [0, 1])
-def test_killed_process_ends_the_others_and_the_restart_equals_a_quiet_run(
+def test_killed_process_ends_the_others_and_the_restart_equals_an_undisturbed_run(
     pair: tuple[pathlib.Path, list[Ended]], alone: pathlib.Path, tmp_path: pathlib.Path, dead: int
 ) -> None:
     started = start_together(2, tmp_path, deaths={dead: 9})
@@ -112,7 +112,7 @@ def test_killed_process_ends_the_others_and_the_restart_equals_a_quiet_run(
     assert ended[dead].returncode == -signal.SIGKILL
     survivor = ended[1 - dead]
     assert survivor.returncode not in (0, -signal.SIGKILL)
-    if dead:  # when the primary dies, whose coordinator it was, JAX may report that itself
+    if dead:  # if the primary dies, and with it JAX's coordinator, JAX may report that itself
         assert survivor.returncode == 4
         assert "error: another of the 2 processes is gone or out of reach" in survivor.stderr
         assert "the same commands continue from the newest checkpoint" in survivor.stderr
@@ -121,7 +121,7 @@ def test_killed_process_ends_the_others_and_the_restart_equals_a_quiet_run(
         assert "another task died" in survivor.stderr or "another of the 2 processes is gone" in survivor.stderr
     assert checkpoint.steps_in(tmp_path / "run" / "checkpoints")[-1] in (4, 7, 8)
 
-    # On with one process only, and with two again.
+    # The run continues with one process, and with two.
     shutil.copytree(tmp_path / "run", tmp_path / "single")
     fit(RUN, tmp_path / "single")
     assert_same_run(tmp_path / "single", alone)
@@ -162,7 +162,7 @@ def test_signal_to_one_stops_all_at_the_same_step(tmp_path: pathlib.Path) -> Non
         (["--distributed"], "--distributed: found no cluster to join"),
     ],
 )
-def test_contradicting_flags_are_one_message(tmp_path: pathlib.Path, flags: list[str], message: str) -> None:
+def test_contradicting_flags_give_one_message(tmp_path: pathlib.Path, flags: list[str], message: str) -> None:
     ended = forked.run("-m", "mnist_flax.main", "--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}", *flags)
     assert ended.returncode == 2
     assert ended.stderr.startswith(f"error: {message}"), ended.stderr
@@ -176,13 +176,13 @@ def test_primary_that_waits_for_others_ends_at_once_on_a_signal(tmp_path: pathli
     assert process.stderr
     while "waiting for 2 processes" not in (line := process.stderr.readline()):
         assert line, "it ended before it waited"
-    time.sleep(1)  # until it is inside the library
+    time.sleep(1)  # until it waits inside JAX
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert (process.returncode, said) == (130, "stopped\n")
 
 
-def test_process_that_finds_no_other_is_one_message() -> None:
+def test_process_that_finds_no_coordinator_gives_one_message() -> None:
     code = (
         "from mnist_flax.run import processes\n"
         "from mnist_flax.errors import ConfigError\n"

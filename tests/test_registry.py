@@ -33,7 +33,7 @@ def test_registry_agrees_with_tfds(tmp_path: Path, name: str) -> None:
 
 
 def test_registry_knows_the_fingerprint_of_the_embedded_digits() -> None:
-    # Another value here means that everybody's images have changed.
+    # If this value changes, everybody's images have changed.
     assert make_splits("digits", *embedded_digits(), "embedded").fingerprint == DATASETS["digits"].fingerprint
 
 

@@ -44,7 +44,7 @@ def numbers(report: pathlib.Path) -> dict[str, Any]:
     return loaded
 
 
-def test_report_has_every_piece(report: pathlib.Path) -> None:
+def test_report_has_every_file(report: pathlib.Path) -> None:
     assert {path.name for path in report.iterdir()} == PIECES
 
 
@@ -79,7 +79,8 @@ def test_page_is_accessible(report: pathlib.Path) -> None:
 def test_page_links_every_section(report: pathlib.Path) -> None:
     parsed = Page((report / "index.html").read_text())
     sections = [attrs["id"] for tag, attrs in parsed.tags if tag == "section"]
-    assert set(sections) == {"summary", *page.SECTIONS} - {"doubtful", "trained-on"}  # not MNIST, not augmented
+    # The run's digits have no doubtful labels and are not augmented.
+    assert set(sections) == {"summary", *page.SECTIONS} - {"doubtful", "trained-on"}
     assert [href[1:] for href in parsed.values("href")] == sections[1:]
 
 
@@ -96,7 +97,7 @@ def test_page_shows_the_contents_of_metrics_json(report: pathlib.Path, numbers: 
     assert all(f"{100 * row['f1']:.2f}" in text for row in test["per_class"])
 
 
-def test_page_is_made_from_metrics_json_alone(
+def test_page_takes_every_number_from_metrics_json(
     report: pathlib.Path, numbers: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pictures: dict[str, Any] = {}
@@ -112,7 +113,7 @@ def test_page_is_made_from_metrics_json_alone(
     assert {type(value) for name, value in pictures.items() if name != "title"} <= {dict, list, str}
 
 
-def test_numbers_are_those_of_the_run(report: pathlib.Path, numbers: dict[str, Any]) -> None:
+def test_numbers_match_the_summary_and_the_log(report: pathlib.Path, numbers: dict[str, Any]) -> None:
     summary = json.loads((report.parent / "summary.json").read_text())
     assert numbers["test"]["accuracy"] == summary["test_accuracy"]
     assert numbers["test"]["loss"] == summary["test_loss"]
@@ -129,7 +130,7 @@ def test_numbers_are_those_of_the_run(report: pathlib.Path, numbers: dict[str, A
     assert len(curves["holdout"]) == 3 and len(curves["test"]) == 1
 
 
-def test_config_file_repeats_the_run(report: pathlib.Path, numbers: dict[str, Any]) -> None:
+def test_config_file_reproduces_the_config(report: pathlib.Path, numbers: dict[str, Any]) -> None:
     names: dict[str, Any] = {}
     exec((report / "config.py").read_text(), names)
     again = Config.from_dict(names["get_config"]().to_dict())
@@ -149,14 +150,14 @@ def test_unfinished_run_can_be_reported(tmp_path: pathlib.Path, monkeypatch: pyt
     assert not numbers["curves"]["test"]
     assert max(record["step"] for record in numbers["curves"]["train"]) <= steps[0]
     assert "not the results of a finished run" in path.read_text()
-    (workdir / "metrics.jsonl").unlink()  # then what the checkpoint remembers
+    (workdir / "metrics.jsonl").unlink()  # now the records come from the checkpoint
     given: dict[str, Any] = {}
     monkeypatch.setattr(write, "write_report", lambda config, variables, **arguments: given.update(arguments))
     report_workdir(workdir, str(steps[0]))
     assert facts.log_curves(given["records"]) == numbers["curves"]
 
 
-def test_embedded_digits_are_stamped(report: pathlib.Path) -> None:
+def test_page_says_that_embedded_digits_are_not_mnist(report: pathlib.Path) -> None:
     assert "scikit-learn, not MNIST" in (report / "index.html").read_text()
 
 
@@ -183,7 +184,7 @@ def test_plots_beside_the_page_are_valid_files(report: pathlib.Path) -> None:
             image.load()
 
 
-def test_folder_that_cannot_be_written_is_named(tmp_path: pathlib.Path) -> None:
+def test_unwritable_folder_is_named_in_the_error(tmp_path: pathlib.Path) -> None:
     workdir = shutil.copytree(tiny_run.workdir(), tmp_path / "run")
     shutil.rmtree(workdir / "report", ignore_errors=True)
     (workdir / "report").write_text("a file where the folder should be")
@@ -191,7 +192,7 @@ def test_folder_that_cannot_be_written_is_named(tmp_path: pathlib.Path) -> None:
         report_workdir(workdir)
 
 
-def test_command_reports_into_the_run_or_the_output(tmp_path: pathlib.Path) -> None:
+def test_command_writes_into_the_run_or_the_output_folder(tmp_path: pathlib.Path) -> None:
     workdir = shutil.copytree(tiny_run.workdir(), tmp_path / "run")
 
     def command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -219,6 +220,6 @@ def test_report_covers_the_whole_test_set(numbers: dict[str, Any]) -> None:
     evaluation = evaluate(predictor, test)
     expected = metrics.confusion_matrix(test.label, evaluation.logits.argmax(axis=-1), 10)
     np.testing.assert_array_equal(numbers["confusion"], expected)
-    for item in gallery_items(numbers):  # the row is that of the file
+    for item in gallery_items(numbers):  # rows count in the order of the test file
         assert item["label"] == test.label[item["row"]]
         assert item["prediction"] == evaluation.logits[item["row"]].argmax()

@@ -1,4 +1,4 @@
-"""The report's numbers: galleries, curves and calibration, by hand and on made-up predictions."""
+"""The report's galleries, curves and calibration: made-up predictions, and values computed by hand."""
 
 import pathlib
 import sys
@@ -14,11 +14,11 @@ from mnist_flax.config import Config
 from mnist_flax.data.registry import DATASETS
 
 
-def test_report_of_training_evaluates_nothing_again(tmp_path: pathlib.Path) -> None:
+def test_report_written_by_training_claims_no_new_evaluation(tmp_path: pathlib.Path) -> None:
     numbers, text = made_up(tmp_path / "run", "digits", examples=100)
     assert numbers["test"]["evaluated_by"] == "training" and 'class="notice"' in text
     assert "evaluated the test set" not in text
-    assert "not MNIST" in text  # stamped on whatever is made of the embedded digits
+    assert "not MNIST" in text  # a notice on every report about the embedded digits
 
 
 def test_doubtful_labels_are_marked_on_mnist_only(tmp_path: pathlib.Path) -> None:
@@ -54,7 +54,7 @@ def test_report_without_mistakes() -> None:
 
 
 def test_galleries_are_sorted_and_pairs_counted() -> None:
-    # Rows 0 to 4: right and sure, right but barely, wrong and sure, wrong but barely, wrong in another way.
+    # Rows 0 to 4: confidently right, barely right, confidently wrong, barely wrong, another confused pair.
     label = np.array([0, 0, 0, 0, 1])
     probs = np.array([[0.9, 0.1, 0.0], [0.4, 0.3, 0.3], [0.05, 0.95, 0.0], [0.4, 0.6, 0.0], [0.2, 0.1, 0.7]])
     found = facts.galleries(probs, label, "digits")
@@ -70,30 +70,30 @@ def test_galleries_are_sorted_and_pairs_counted() -> None:
 
 
 @pytest.mark.parametrize(("step", "finished"), [(3, False), (6, True)])
-def test_earlier_checkpoint_does_not_count_as_finished(step: int, finished: bool) -> None:
+def test_run_is_finished_only_at_its_last_checkpoint(step: int, finished: bool) -> None:
     summary = {"steps": 6, "device": "a", "versions": {"python": "3"}, "git_commit": ""}
     run = facts.run_facts(Config(), [], [], step, summary)
     assert run["finished"] is finished and run["versions_of"] == "training"
 
 
-def test_smoothing_by_hand() -> None:
+def test_smoothed_values_match_those_computed_by_hand() -> None:
     assert facts.smoothed([1.0, 2.0, 6.0, 4.0], 1) == [1.5, 3.0, 4.0, 5.0]
     assert facts.smoothed([1.0, 2.0], 0) == [1.0, 2.0]
 
 
-def test_curves_of_a_long_log_keep_its_end() -> None:
+def test_thinned_curves_keep_the_last_point() -> None:
     records = [{"step": i, "split": "train", "loss": float(i), "accuracy": 0.5, "examples": 9} for i in range(1, 4001)]
     curves = facts.log_curves(records)
     assert len(curves["train"]) == 1000 and curves["train"][-1]["step"] == 4000
     assert curves["smoothed_over"] == 401
 
 
-def test_plots_leave_matplotlib_unchanged() -> None:
+def test_plots_are_deterministic_and_leave_matplotlib_unchanged() -> None:
     import matplotlib
 
-    before = matplotlib.rcParams.copy()  # looking at single ones would choose a backend
+    before = matplotlib.rcParams.copy()  # reading rcParams["backend"] would choose one
     first, second = (plots.confusion([[3, 1], [0, 4]], "01") for _ in range(2))
-    assert first == second  # the same for the same numbers, to the byte
+    assert first == second  # byte for byte
     assert dict.__eq__(matplotlib.rcParams, before)
     assert "matplotlib.pyplot" not in sys.modules
 
@@ -106,16 +106,14 @@ def test_calibration_is_shown_with_and_without_temperature(tmp_path: pathlib.Pat
     assert "without temperature" in text and "temperature of 1.800" in text
 
 
-def test_pictures_by_hand() -> None:
+def test_colors_and_sheets_match_those_computed_by_hand() -> None:
     painted = pictures.colors(np.array([1.0, -2.0, 0.0]), 2.0)
     assert painted.tolist() == [[*pictures.POSITIVE, 128], [*pictures.NEGATIVE, 255], [*pictures.POSITIVE, 0]]
     tiles = pictures.sheet(np.arange(1, 4)[:, None, None] * np.ones((1, 2, 2), int), 2)
     assert tiles.tolist() == [[1, 1, 0, 2, 2], [1, 1, 0, 2, 2], [0] * 5, [3, 3, 0, 0, 0], [3, 3, 0, 0, 0]]
 
 
-def test_path_is_shown_without_its_place_on_this_machine(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shown_path_does_not_reveal_parent_folders(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert shown(pathlib.Path("runs/default")) == "runs/default"
     assert shown(pathlib.Path("/somewhere/else/runs/default")) == "default"

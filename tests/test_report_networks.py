@@ -1,4 +1,4 @@
-"""The report's pictures of networks: every layer of every family, its weights and what it sees."""
+"""How the report shows networks: layers of every family, weights, activations and training images."""
 
 import dataclasses
 import pathlib
@@ -27,7 +27,7 @@ from mnist_flax.step import eval_variables, init_state
     ],
     ids=["perceptron", "batch norm"],
 )
-def test_report_of_other_networks_without_a_log(tmp_path: pathlib.Path, fields: dict[str, Any]) -> None:
+def test_report_of_other_networks_without_a_log_has_no_curves(tmp_path: pathlib.Path, fields: dict[str, Any]) -> None:
     numbers, text = made_up(tmp_path / "run", "mnist", **fields)
     Page(text)
     assert 'id="curves"' not in text and not (tmp_path / "run" / "report" / "loss.svg").exists()
@@ -53,7 +53,7 @@ def test_activations_equal_the_networks(fields: dict[str, Any]) -> None:
         side = 13 if model.batch_norm else 12  # without batch norm two rows and columns are cropped
         assert [stage.values.shape for stage in found[:3]] == [(3, side, side, 4), (3, 5, 5, 5), (3, 3, 3, 6)]
     assert all(stage.values.min() >= 0 for stage in found[:-1])  # after the ReLU
-    # The last stage before the logits is what the last layer turns into them.
+    # The last layer turns the stage before the logits into the logits.
     last = variables["params"][f"Dense_{len(model.dense)}"]
     np.testing.assert_allclose(
         found[-2].values @ np.asarray(last["kernel"]) + np.asarray(last["bias"]), found[-1].values, rtol=1e-4, atol=1e-5
@@ -89,7 +89,7 @@ class ToyConfig(ModelConfig):
     """The config of `Toy`."""
 
     def module(self, num_classes: int, *, train: bool = False) -> nn.Module:
-        """Builds it."""
+        """Builds the network."""
         return Toy(num_classes)
 
 
@@ -104,7 +104,7 @@ def test_network_of_an_unknown_family_is_shown(tmp_path: pathlib.Path, monkeypat
         ("ToyBlock_0/Conv_2", (12, 12, 6), 12 * 12 * 4 * 6),
         ("Dense_0", (10,), 60),
     ]
-    # The two convolutions that see the same are shown once.
+    # The two convolutions with the same input are shown once.
     assert [(stage["name"], tuple(stage["shape"])) for stage in numbers["activations"]["stages"]] == [
         ("ToyBlock_0/Conv_0", (24, 24, 4)),
         ("ToyBlock_0/Conv_1", (12, 12, 6)),
@@ -138,9 +138,9 @@ def test_training_images_are_shown_with_their_augmentation(tmp_path: pathlib.Pat
     assert not np.array_equal(first, drawn[:28, 30:58])
 
 
-def test_layers_by_hand() -> None:
+def test_layers_equal_values_by_hand() -> None:
     config = Config()
-    shapes = jax.eval_shape(lambda: init_state(config.program, jax.random.key(0)))  # all that is looked at
+    shapes = jax.eval_shape(lambda: init_state(config.program, jax.random.key(0)))  # `layers` needs only shapes
     rows = {row.name: row for row in layers.layers(config.program, eval_variables(shapes))}
     assert list(rows) == ["Conv_0", "Conv_1", "Conv_2", "Dense_0", "Dense_1"]
     assert rows["Conv_1"] == layers.Layer(

@@ -1,4 +1,4 @@
-"""Exact resume: however often and wherever a run is stopped, its result equals an uninterrupted one, bit for bit."""
+"""Exact resume: however often and wherever a run is stopped, its result equals an uninterrupted run's, bit for bit."""
 
 import os
 import pathlib
@@ -20,12 +20,12 @@ from mnist_flax.train import fit
 
 
 class Died(Exception):
-    """What is raised in the middle of a run."""
+    """Raised in the middle of a run."""
 
 
 @pytest.fixture(scope="session")
 def quiet(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What an undisturbed run leaves, by driver."""
+    """The outcome of an uninterrupted run, by driver."""
     left = {}
     for driver in ("scan", "stream"):
         workdir = tmp_path_factory.mktemp(f"quiet-{driver}")
@@ -36,7 +36,7 @@ def quiet(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
 
 @pytest.fixture
 def die_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Holds the steps at which the next runs die: after these, the loop has made a step that is not saved."""
+    """The steps at which the next runs die, in order; each run dies before it saves that step."""
     deaths: list[int] = []
     take_in = RunLog.steps
 
@@ -52,7 +52,7 @@ def die_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 
 def fit_until_finished(config: Config, workdir: pathlib.Path) -> int:
-    """Runs the same command until it ends well; returns how often it did not."""
+    """Repeats a run until it finishes; returns the number of failures."""
     for failures in range(20):
         try:
             fit(config, workdir)
@@ -65,15 +65,15 @@ def fit_until_finished(config: Config, workdir: pathlib.Path) -> int:
 @pytest.mark.parametrize(
     ("driver", "cadence", "deaths"),
     [
-        ("scan", {"every_epochs": 1}, [3, 9]),  # before anything was saved, and from the end of an epoch
-        ("scan", {"every_epochs": 0, "every_steps": 2}, [5, 9]),  # from the middle of an epoch, and of a line's window
+        ("scan", {"every_epochs": 1}, [3, 9]),  # before the first save, and after the save at the end of an epoch
+        ("scan", {"every_epochs": 0, "every_steps": 2}, [5, 9]),  # from the middle of an epoch and of a log line
         ("stream", {"every_epochs": 0, "every_steps": 2}, [5, 9]),
-        ("scan", {"every_epochs": 0, "every_seconds": 1e-9}, [6]),  # from wherever the clock said
+        ("scan", {"every_epochs": 0, "every_seconds": 1e-9}, [6]),  # from a save that the clock triggered
         pytest.param("stream", {"every_epochs": 1}, [3, 9, 13], marks=pytest.mark.slow),
         pytest.param("stream", {"every_epochs": 0, "every_seconds": 1e-9}, [4, 6, 13], marks=pytest.mark.slow),
     ],
 )
-def test_a_resumed_run_ends_bit_for_bit_like_a_quiet_one(
+def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(
     quiet: dict[str, dict[str, Any]],
     die_at: list[int],
     tmp_path: pathlib.Path,
@@ -88,17 +88,17 @@ def test_a_resumed_run_ends_bit_for_bit_like_a_quiet_one(
 
 
 @pytest.mark.smoke
-def test_saving_changes_nothing(quiet: dict[str, dict[str, Any]], tmp_path: pathlib.Path) -> None:
+def test_saving_more_often_changes_no_result(quiet: dict[str, dict[str, Any]], tmp_path: pathlib.Path) -> None:
     fit(replace(SMALL, checkpoint__every_steps=1), tmp_path)
     assert outcome(tmp_path) == quiet["scan"]
 
 
-def test_a_signal_changes_nothing(
+def test_a_signal_changes_no_result(
     quiet: dict[str, dict[str, Any]], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def ask_to_stop(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.1)  # another thread hears of it
+        time.sleep(0.1)  # another thread receives the signal
 
     monkeypatch.setattr(Progress, "epoch_line", ask_to_stop)
     with pytest.raises(Interrupted, match=r"stopped at step 7 of 14; nothing is lost: the same command") as stopped:
@@ -111,7 +111,7 @@ def test_a_signal_changes_nothing(
     assert outcome(tmp_path) == quiet["scan"]
 
 
-def test_a_wish_before_the_first_step_leaves_without_one(
+def test_a_signal_before_the_first_step_stops_at_step_0(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started = StopRequest.__init__
@@ -163,7 +163,7 @@ def test_a_finished_run_stays_as_it_is(tmp_path: pathlib.Path, caplog: pytest.Lo
     assert files() == before
 
 
-def test_more_epochs_go_on_where_the_schedule_does_not_depend_on_them(tmp_path: pathlib.Path) -> None:
+def test_more_epochs_continue_a_run_if_its_schedule_does_not_depend_on_them(tmp_path: pathlib.Path) -> None:
     longer = replace(SMALL, train__epochs=3)
     fit(longer, tmp_path / "at once")
     fit(SMALL, tmp_path / "in two")

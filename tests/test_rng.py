@@ -28,7 +28,7 @@ def test_a_stream_is_the_same_inside_and_outside_jit() -> None:
 
 
 def test_the_names_of_streams_are_part_of_the_format() -> None:
-    # Checkpoints of older versions resume only while these numbers stay.
+    # Checkpoints of older versions resume exactly only if these numbers stay the same.
     assert data(rng.stream(rng.root_key(0), "order", 1)) == (4015091507, 3024637096)
 
 

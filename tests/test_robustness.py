@@ -1,4 +1,4 @@
-"""Robustness of a run and of a committee: scores, published arrays, comparison, what is no digit, files and page."""
+"""Robustness of a run and of a committee: scores, published arrays, comparison, pictures of no digit, and the verb."""
 
 import dataclasses
 import json
@@ -94,10 +94,10 @@ def test_detection_on_a_hand_made_case() -> None:
     digits, others = np.arange(100.0), np.array([200.0, 50.5, 96.5])
     result = novelty.detection(digits, others)
     assert result["auroc"] == pytest.approx((100 + 51 + 97) / 300)
-    assert result["fpr95"] == pytest.approx(1 / 3)  # the digits up to 95 pass, and so does 50.5
+    assert result["fpr95"] == pytest.approx(1 / 3)  # the threshold is 95, and only 50.5 lies below it
 
 
-def test_strangers_are_no_digits_and_the_same_every_time(test: Examples, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strangers_have_five_kinds_and_are_the_same_every_time(test: Examples, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MNIST_FLAX_RAW_DIR", raising=False)
     monkeypatch.setattr(novelty, "_fashion", lambda config: None)
     first, second = (novelty.strangers(test, small_population.CONFIG) for _ in range(2))
@@ -110,7 +110,7 @@ def test_strangers_are_no_digits_and_the_same_every_time(test: Examples, monkeyp
     assert len(first["letters"]) == len(novelty.LETTERS) * len(novelty.FONTS) * 5
 
 
-def test_clothes_are_looked_for_whatever_the_run_was_trained_with(
+def test_missing_fashion_mnist_is_skipped_even_for_a_run_with_pens(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MNIST_FLAX_RAW_DIR", raising=False)
@@ -118,7 +118,7 @@ def test_clothes_are_looked_for_whatever_the_run_was_trained_with(
     assert novelty._fashion(config) is None
 
 
-def test_doubt_of_a_committee_and_its_threshold(test: Examples, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doubt_is_measured_for_a_committee_and_a_single_run(test: Examples, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(novelty, "_fashion", lambda config: None)
     predictor, info = load_predictor(small_population.seeds())
     facts = novelty.novelty_facts(predictor, test, test, info.config)
@@ -173,6 +173,6 @@ def test_the_command_refuses_what_makes_no_sense(tmp_path: pathlib.Path) -> None
         assert "Traceback" not in done.stderr
 
 
-def test_another_dataset_cannot_be_compared(tmp_path: pathlib.Path) -> None:
+def test_folder_without_a_run_is_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(WorkdirError):
         robustness.robustness_of_workdir(tmp_path, overrides={})

@@ -1,4 +1,4 @@
-"""The scripts: the two commands of the README, and the benchmarks."""
+"""The scripts: train, test and the benchmarks."""
 
 import importlib.util
 import json
@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.py"))
 MEASUREMENTS = [name for name in SCRIPTS if name.startswith(("bench_", "torture"))]
 
-# What peers can follow, of the embedded digits.
+# A recipe that the other frameworks can follow, on the embedded digits.
 SMALL = replace(
     Config(),
     data__name="digits",
@@ -74,7 +74,7 @@ def test_an_unsuitable_interpreter_is_refused(name: str, tmp_path: pathlib.Path)
         assert f"PYTHON={interpreter}: must be Python 3.11 to 3.13" in result.stderr
 
 
-def test_the_arithmetic_of_the_published_network() -> None:
+def test_training_flops_equal_values_by_hand() -> None:
     module = script("bench_steps")
     first, second = 2 * 26**2 * 9 * 1 * 32, 2 * 11**2 * 9 * 32 * 64
     forward = first + second + 2 * 3**2 * 9 * 64 * 64 + 2 * 576 * 64 + 2 * 64 * 10
@@ -90,7 +90,7 @@ def test_ours_and_a_peer_train_the_same_recipe_in_turns(tmp_path: pathlib.Path) 
     data = tmp_path / "data.npz"
     bench_peers.write_data(SMALL, data)
     commands = {"ours": bench_peers.command("ours", SMALL, data)}
-    # Flax is here anyway; the others need an environment of their own.
+    # Flax is installed here; the other frameworks need their own environments.
     commands["flax"] = [argument.replace("peers.ours", "peers.flax") for argument in commands["ours"]]
     result = bench_peers.bench(SMALL, commands, repeats=2, whole=False)
     assert result["best_peer"] == "flax"
@@ -104,7 +104,7 @@ def test_ours_and_a_peer_train_the_same_recipe_in_turns(tmp_path: pathlib.Path) 
     assert high >= ours[1] / flax[1] - 0.01
 
 
-def test_a_peer_that_fails_is_told(tmp_path: pathlib.Path) -> None:
+def test_a_peer_that_fails_is_reported(tmp_path: pathlib.Path) -> None:
     bench_peers = script("bench_peers")
     commands = {"ours": bench_peers.command("ours", SMALL, tmp_path / "missing.npz")}
     with pytest.raises(UserError, match=r"scripts\.peers\.ours failed:(.|\n)*missing\.npz"):
@@ -135,7 +135,7 @@ def test_the_seconds_of_a_start_add_up(tmp_path: pathlib.Path) -> None:
         assert parts.pop("total") == pytest.approx(sum(parts.values()), abs=0.01)
 
 
-def test_a_start_that_fails_is_told(tmp_path: pathlib.Path) -> None:
+def test_a_start_that_fails_is_reported(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match=r"failed before its first step:(.|\n)*nowhere\.py: cannot be read"):
         script("bench_startup").start("nowhere.py", str(tmp_path))
 
@@ -167,7 +167,7 @@ def test_a_preset_over_seeds_has_its_interval_and_counts_its_target(monkeypatch:
 
 
 @pytest.mark.slow
-def test_the_accelerators_bench_runs_without_one(tmp_path: pathlib.Path) -> None:
+def test_the_accelerator_benchmark_runs_on_cpu_devices(tmp_path: pathlib.Path) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "bench_accelerator.py"), "--config=configs/tiny.py"]
     command += ["--images=64", "--batch_sizes=32", "--dtypes=float32", "--drivers=scan", "--members=2", "--repeats=1"]
     command += [f"--picture={tmp_path / 'picture.png'}", f"--profile={tmp_path / 'trace'}"]

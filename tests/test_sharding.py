@@ -1,4 +1,4 @@
-"""Many devices: the same data, the same random numbers and, up to rounding, the same result as one."""
+"""Many devices: the same data, the same random numbers and, up to rounding, the same result as with one."""
 
 import pathlib
 import re
@@ -27,10 +27,10 @@ from mnist_flax.train import fit, fit_population
 
 KEY = rng.root_key(0)
 COUNTS = [2, pytest.param(4, marks=pytest.mark.slow), 8]
-# Plain gradient descent: Adam's first steps divide by the gradient's own size, and would show its rounding as large.
+# Plain SGD: Adam's first steps divide by the size of the gradient, which would magnify rounding errors.
 SGD: dict[str, Any] = {"optimizer__name": "sgd", "optimizer__learning_rate": 0.05}
 RUN = replace(SMALL, checkpoint__every_steps=5, **SGD)
-# All that is random, stateful or averaged at once.
+# Everything random, stateful or averaged, at once.
 CONFIG = replace(
     Config(),
     model__widths=(4,),
@@ -47,7 +47,7 @@ CONFIG = replace(
 )
 
 
-def test_of_a_cpu_one_device_is_used_unless_more_are_asked_for() -> None:
+def test_one_cpu_device_is_used_unless_more_are_asked_for() -> None:
     assert jax.device_count() == 8
     assert sharding.make_mesh().size == 1
     assert [device.id for device in sharding.make_mesh(3).devices] == [0, 1, 2]
@@ -70,7 +70,7 @@ def test_a_batch_that_cannot_be_split_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_batch_is_split_and_the_rest_is_everywhere() -> None:
+def test_a_batch_is_split_and_the_weights_are_replicated() -> None:
     mesh = sharding.make_mesh(8)
     order = sharding.place(np.arange(48).reshape(3, 16), sharding.split(mesh, axis=1))
     assert {shard.data.shape for shard in order.addressable_shards} == {(3, 2)}
@@ -78,10 +78,10 @@ def test_a_batch_is_split_and_the_rest_is_everywhere() -> None:
     assert all(leaf.addressable_shards[5].data.shape == leaf.shape for leaf in jax.tree.leaves(variables))
 
 
-def test_in_the_form_for_accelerators_devices_tell_each_other_sums_and_nothing_else(
+def test_the_form_for_accelerators_exchanges_only_sums_between_devices(
     examples: Examples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # XLA's own convolution is split by examples. The forms for CPUs are not all: what they need is collected first.
+    # XLA splits its own convolution by examples. Not all CPU forms are split: their inputs are gathered first.
     monkeypatch.setattr("jax.lax.platform_dependent", lambda *args, cpu, default: default(*args))
     mesh = sharding.make_mesh(8)
     everywhere, split = sharding.replicated(mesh), sharding.split(mesh)
@@ -89,7 +89,7 @@ def test_in_the_form_for_accelerators_devices_tell_each_other_sums_and_nothing_e
     state, key = sharding.place((jit_init_state(config.program, KEY), KEY), everywhere)
     batch = sharding.place({"image": examples.image[:16], "label": examples.label[:16]}, split)
     logits = jax.jit(forward, static_argnums=0)(config.program, eval_variables(state), batch["image"])
-    assert {shard.data.shape for shard in logits.addressable_shards} == {(2, 10)}  # each device has made its own
+    assert {shard.data.shape for shard in logits.addressable_shards} == {(2, 10)}  # each device computes its own
     step = jax.jit(train_step, static_argnums=0, out_shardings=everywhere)
     program = str(step.lower(config.program, state, batch, key).compile().as_text())
     assert set(re.findall(r" (all-[a-z]+|collective-permute|reduce-scatter)[(-]", program)) == {"all-reduce"}
@@ -106,16 +106,16 @@ def test_distortions_and_dropout_masks_do_not_depend_on_the_number_of_devices(ex
 
     def on(count: int) -> Any:
         split = sharding.split(sharding.make_mesh(count))
-        # The outputs are split too, which is what JAX's own random values may depend on (jax issue 40232).
+        # The outputs are split too: JAX's own random values may depend on that (jax issue 40232).
         return jax.device_get(jax.jit(random, out_shardings=split)(sharding.place(examples.image, split), KEY))
 
     for one, many in zip(on(1), on(count), strict=True):
         np.testing.assert_array_equal(one, many)
 
 
-# The same examples, distorted and thinned out in the same way; but a sum over a batch is a sum over its parts, so the
-# last bits of f32 (6e-8) differ, and twelve steps with batch norm let that grow. One wrong example of 16, or another
-# mask, shows in the second digit.
+# The examples, augmentations and dropout masks are the same, but a batch is summed in parts, so the last bits of f32
+# (6e-8) differ, and the difference grows over twelve steps with batch norm. One wrong example of 16, or another mask,
+# changes the second digit.
 RTOL, ATOL = 1e-4, 1e-5
 
 
@@ -158,14 +158,14 @@ def test_evaluation_splits_its_batches_and_counts_every_example_once(examples: E
     np.testing.assert_allclose(many, one, atol=1e-5)  # other batches
 
 
-def test_a_run_of_more_devices_than_there_are_can_be_looked_at(examples: Examples) -> None:
+def test_a_run_of_more_devices_than_there_are_can_be_evaluated(examples: Examples) -> None:
     variables = eval_variables(jit_init_state(CONFIG.program, KEY))
     config = replace(CONFIG, train__num_devices=64)
     assert predict_logits(make_predictor(config, variables), examples.image).shape == (96, 10)
 
 
 class Died(Exception):
-    """What is raised in the middle of a run."""
+    """Raised in the middle of a run."""
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +193,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.mark.parametrize("count", [1, *COUNTS])
-def test_a_checkpoint_of_eight_devices_goes_on_with_fewer(
+def test_a_checkpoint_of_eight_devices_resumes_on_any_number(
     half: pathlib.Path, whole: pathlib.Path, tmp_path: pathlib.Path, count: int
 ) -> None:
     workdir = shutil.copytree(half, tmp_path / "run")
@@ -210,12 +210,12 @@ def test_a_checkpoint_of_eight_devices_goes_on_with_fewer(
 def test_members_are_spread_over_as_many_devices_as_can_have_equal_shares() -> None:
     assert [job_mesh(SMALL.program, runs, 8).size for runs in (6, 8, 12, 30, 7)] == [6, 8, 6, 6, 7]
     assert job_mesh(SMALL.program, 6, 0).size == 1
-    assert job_mesh(SMALL.program, 1, 8).size == 8  # one run splits its batches instead
+    assert job_mesh(SMALL.program, 1, 8).size == 8  # a single run splits its batches
 
 
-def test_members_on_devices_of_their_own_are_what_they_are_together(tmp_path: pathlib.Path) -> None:
+def test_members_on_separate_devices_equal_members_on_one(tmp_path: pathlib.Path) -> None:
     for count in (1, 2):
         fit_population(replace(RUN, train__epochs=1, train__num_devices=count), tmp_path / str(count), seeds=2)
     for name in ("seed-0", "seed-1"):
         one, other = (checkpoint.load_run(tmp_path / str(count) / "members" / name).state for count in (1, 2))
-        assert_close(one, other)  # loops of other lengths are fused in other ways
+        assert_close(one, other)  # XLA fuses loops of other lengths differently

@@ -11,7 +11,7 @@ from small_run import start
 from mnist_flax.run import signals
 from mnist_flax.run.signals import SIGNALS, Interrupted, StopRequest, stop_request
 
-# The main thread is in a library that does not return to Python, as when XLA compiles.
+# Keeps the main thread inside a library, as XLA does while it compiles.
 BUSY = """
 import hashlib
 from mnist_flax.run.signals import stop_request
@@ -23,7 +23,7 @@ print(request.signum)
 
 
 @pytest.mark.parametrize("signum", SIGNALS)
-def test_first_signal_is_a_request(signum: int) -> None:
+def test_first_signal_requests_a_stop(signum: int) -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
     with stop_request() as request:
         assert not request.signum
@@ -37,7 +37,7 @@ def test_first_signal_is_a_request(signum: int) -> None:
     assert Interrupted("", signum).exit_status == 128 + signum
 
 
-def test_no_thread_and_no_file_are_left() -> None:
+def test_no_thread_or_file_descriptor_is_left() -> None:
     def left() -> tuple[int, int]:
         return threading.active_count(), len(os.listdir("/dev/fd"))
 
@@ -49,7 +49,7 @@ def test_no_thread_and_no_file_are_left() -> None:
     assert signal.set_wakeup_fd(-1) == -1
 
 
-def test_other_threads_get_no_signals() -> None:
+def test_stop_request_does_nothing_in_another_thread() -> None:
     signums = []
 
     def work() -> None:
@@ -73,7 +73,7 @@ def test_busy_process_says_at_once_that_it_will_stop() -> None:
 
 
 @pytest.mark.parametrize(("second", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_second_signal_leaves_at_once(second: int, status: int) -> None:
+def test_second_signal_ends_the_process_at_once(second: int, status: int) -> None:
     process = start("-c", BUSY.format(rounds=2**31 - 1))
     assert process.stdout and process.stderr
     assert process.stdout.readline() == "ready\n"
@@ -85,7 +85,7 @@ def test_second_signal_leaves_at_once(second: int, status: int) -> None:
     assert process.returncode == status
 
 
-def test_second_hang_up_is_not_a_second_request(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_sighup_does_not_end_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     left: list[int] = []
     monkeypatch.setattr(signals, "end_process", left.append)
     request = StopRequest()
@@ -119,7 +119,7 @@ cli.run(main)
 
 
 @pytest.mark.parametrize("signum", SIGNALS)
-def test_signal_ends_a_verb_at_once_even_inside_a_library(signum: int) -> None:
+def test_signal_ends_a_command_at_once_even_inside_a_library(signum: int) -> None:
     process = start("-c", WAITS)
     assert process.stdout
     assert process.stdout.readline() == "ready\n"

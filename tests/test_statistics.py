@@ -1,4 +1,4 @@
-"""The results of a population: metrics of members, committee and folds, and reading them back."""
+"""The results of a population: the scores of members, committee and folds, and reading them back."""
 
 import json
 import pathlib
@@ -11,7 +11,7 @@ import pytest
 import small_population
 from small_population import CONFIG
 
-from mnist_flax.analysis import comparison, statistics
+from mnist_flax.analysis import comparison, label_errors, statistics
 from mnist_flax.analysis.evaluation import combine_members, evaluate, load_predictor, make_predictor
 from mnist_flax.analysis.scores import evaluate_workdir
 from mnist_flax.data import batches
@@ -32,7 +32,7 @@ def folds() -> pathlib.Path:
     return small_population.folds()
 
 
-def test_result_holds_what_it_promises(seeds: pathlib.Path) -> None:
+def test_result_agrees_with_the_saved_probabilities_and_logs(seeds: pathlib.Path) -> None:
     result = statistics.load_population_result(seeds)
     assert result
     with np.load(seeds / "population.npz") as file:
@@ -102,7 +102,7 @@ def test_out_of_fold_evaluates_every_row_with_the_member_not_trained_on_it(folds
     assert "out of fold" in statistics.population_table(result)
 
 
-def test_spread() -> None:
+def test_spread_equals_values_of_a_table_and_scipy() -> None:
     from scipy import stats
 
     mean, sd, interval = statistics.spread_of([1.0, 2.0, 3.0])
@@ -115,7 +115,7 @@ def test_spread() -> None:
 
 
 def test_committee_averages_probabilities() -> None:
-    # Two are undecided for class 1, one is sure of class 0: the mean of probabilities is for class 0.
+    # Two members lean towards class 1, one is sure of class 0: the mean probability is higher for class 0.
     probs = np.array([[[0.45, 0.55]], [[0.45, 0.55]], [[0.9, 0.1]]])
     together = combine_members(np.log(probs).astype(np.float32))
     np.testing.assert_allclose(np.exp(together), [[0.6, 0.4]], rtol=1e-6)
@@ -173,7 +173,7 @@ def test_population_is_evaluated_as_one_network(seeds: pathlib.Path) -> None:
     assert result["members"] == 3
     holdout = evaluate_workdir(seeds, split="holdout", overrides={})
     assert holdout["examples"] == 20
-    assert holdout["loss"] <= holdout.get("uncalibrated", holdout)["loss"]  # where the temperature was fitted
+    assert holdout["loss"] <= holdout.get("uncalibrated", holdout)["loss"]  # the temperature was fitted on these rows
 
 
 def test_folds_are_evaluated_on_the_test_set_only(folds: pathlib.Path) -> None:
@@ -219,8 +219,10 @@ def test_load_result_reads_runs_and_populations_alike(seeds: pathlib.Path, folds
         comparison.load_result(seeds / "members")
 
 
-def test_damaged_arrays_are_named(seeds: pathlib.Path, tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("size", [0, 1000, -1000])
+def test_damaged_arrays_are_named(size: int, seeds: pathlib.Path, tmp_path: pathlib.Path) -> None:
     shutil.copy(seeds / "population.json", tmp_path)
-    (tmp_path / "population.npz").write_bytes(b"nothing")
-    with pytest.raises(WorkdirError, match=r"population.npz: cannot be read .*remove population.json"):
-        comparison.load_result(tmp_path)
+    (tmp_path / "population.npz").write_bytes((seeds / "population.npz").read_bytes()[:size])
+    for read in (comparison.load_result, label_errors.label_facts):
+        with pytest.raises(WorkdirError, match=r"population.npz: cannot be read .*remove population.json"):
+            read(tmp_path)

@@ -1,4 +1,4 @@
-"""The update: what it learns from, what it leaves unchanged, and that its two loops agree."""
+"""The update: what it learns from, what it leaves unchanged, and that calls of any length give the same bits."""
 
 import functools
 import itertools
@@ -29,7 +29,7 @@ SMALL = replace(
     train__batch_size=20,
     optimizer__learning_rate=0.01,
 )
-# All that is random, stateful or averaged at once.
+# Everything random, stateful or averaged, at once.
 RICH = replace(
     SMALL,
     model__batch_norm=True,
@@ -63,16 +63,16 @@ def whole_network(config: Config) -> Any:
     ("fields", "size"),
     [
         ({}, 26),
-        ({"kernel_sizes": (5,), "widths": (4,), "pools": (5,)}, 24),  # 24 outputs, of which the pooling takes 20
+        ({"kernel_sizes": (5,), "widths": (4,), "pools": (5,)}, 24),  # 24 outputs, of which pooling uses 20
         ({"strides": (2, 1)}, 25),
         ({"kernel_sizes": (4,), "strides": (2, 1), "pools": (1, 2)}, 28),  # nothing is left over
         ({"paddings": ("SAME", "VALID")}, 28),
         ({"paddings": ("VALID", "SAME")}, 28),
-        ({"batch_norm": True}, 28),  # in training
+        ({"batch_norm": True}, 28),  # it normalises over all pixels
     ],
 )
 def test_only_pixels_that_no_logit_depends_on_are_cropped(fields: dict[str, Any], size: int) -> None:
-    fields = {"pooling": "avg", "activation": "tanh", **fields}  # with these every pixel in use makes a difference
+    fields = {"pooling": "avg", "activation": "tanh", **fields}  # so every pixel that is used changes the logits
     config = replace(SMALL, **{f"model__{name}": value for name, value in fields.items()})
     assert config.model.seen_size(28) == size
     variables = eval_variables(jit_init_state(config.program, KEY))
@@ -88,7 +88,7 @@ def test_only_pixels_that_no_logit_depends_on_are_cropped(fields: dict[str, Any]
 
 
 @pytest.mark.parametrize("batch_norm", [False, True])
-def test_training_loses_nothing_by_the_crop(examples: Examples, batch_norm: bool) -> None:
+def test_the_crop_changes_no_gradient(examples: Examples, batch_norm: bool) -> None:
     config = replace(SMALL, model__batch_norm=batch_norm)
     state, batch = jit_init_state(config.program, KEY), batch_of(examples, 20)
     grads, (_, _, statistics) = gradient(config.program, state.params, state.batch_stats, batch, KEY)
@@ -140,7 +140,7 @@ def test_the_metrics_are_those_of_the_weights_before_the_step(examples: Examples
 
 
 @pytest.mark.parametrize("config", [SMALL, RICH])
-def test_places_without_an_example_change_nothing(config: Config, examples: Examples) -> None:
+def test_padding_changes_no_result(config: Config, examples: Examples) -> None:
     state = jit_init_state(config.program, KEY)
     alone = batch_of(examples, 12)
     padded: Batch = {
@@ -151,8 +151,8 @@ def test_places_without_an_example_change_nothing(config: Config, examples: Exam
     new_padded, sums_padded = step_once(config.program, state, padded, KEY)
     assert int(sums_padded["examples"]) == 12
     for one, other in zip(jax.tree.leaves((new, sums)), jax.tree.leaves((new_padded, sums_padded)), strict=True):
-        # The sums run over other shapes, and Adam's first step divides by the gradient's own size: a rounding error of
-        # a gradient near 0 shows.
+        # Sums over other shapes round differently, and Adam's first step divides by the size of the gradient, which
+        # magnifies the rounding error of a gradient near 0.
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=2e-4)
 
 
@@ -199,8 +199,8 @@ def test_the_loop_gives_the_same_bits_however_it_is_cut(examples: Examples) -> N
     assert np.asarray(join[0]["examples"]).tolist() == [20, 20, 20, 20, 16] * 2
 
 
-def test_two_epochs_two_seeds_and_other_paths_trace_once(examples: Examples) -> None:
-    config = replace(SMALL, optimizer__learning_rate=0.0123)  # a program that no other test has made
+def test_two_epochs_two_seeds_and_other_paths_share_one_trace(examples: Examples) -> None:
+    config = replace(SMALL, optimizer__learning_rate=0.0123)  # a program that no other test compiles
     on_device = jax.device_put(examples)
     compiled: Any = jit_train_steps
     traces = compiled._cache_size()
@@ -214,7 +214,7 @@ def test_two_epochs_two_seeds_and_other_paths_trace_once(examples: Examples) -> 
     assert compiled._cache_size() == traces + 1
 
 
-def test_the_average_starts_short_and_is_what_is_evaluated(examples: Examples) -> None:
+def test_the_moving_average_warms_up_and_is_evaluated(examples: Examples) -> None:
     params, ema = {"w": jnp.array([1.0])}, {"w": jnp.array([0.0])}
     assert float(moving_average(0.99, ema, params, jnp.int32(0))["w"][0]) == pytest.approx(0.9)
     assert float(moving_average(0.99, ema, params, jnp.int32(10**6))["w"][0]) == pytest.approx(0.01)

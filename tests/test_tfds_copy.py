@@ -35,7 +35,7 @@ def test_copy_is_a_normal_tfds_folder(tmp_path: Path, monkeypatch: pytest.Monkey
     ):
         assert examples.image.dtype == np.uint8
         assert examples.label.dtype == np.int32
-        np.testing.assert_array_equal(examples.image[..., 0], images)  # upright, and in the original order
+        np.testing.assert_array_equal(examples.image[..., 0], images)  # not transposed, and in the original order
         np.testing.assert_array_equal(examples.label, labels)
 
     for split, source in tfds.builder(name, data_dir=small.data_dir).as_data_source().items():

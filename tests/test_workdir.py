@@ -1,4 +1,4 @@
-"""A workdir has one owner and one run, and its files are written atomically."""
+"""A workdir has one owner, its files are written atomically, and links are not followed."""
 
 import ast
 import json
@@ -54,7 +54,7 @@ def test_second_owner_is_told_who_the_first_is(tmp_path: pathlib.Path) -> None:
         ):
             pass
         process.communicate()
-    with workdirs.claim(tmp_path):  # it has ended
+    with workdirs.claim(tmp_path):  # the first owner has ended
         pass
 
 
@@ -67,18 +67,18 @@ def test_one_process_cannot_claim_twice(tmp_path: pathlib.Path) -> None:
         pass
 
 
-def test_dead_owner_is_no_obstacle_even_if_its_number_is_used_again(tmp_path: pathlib.Path) -> None:
+def test_dead_owner_does_not_block_a_claim_even_if_its_pid_is_reused(tmp_path: pathlib.Path) -> None:
     with claimed_by_another(tmp_path) as process:
         process.send_signal(signal.SIGKILL)
         process.communicate()
     owner = tmp_path / ".mnist_flax.owner.json"
-    # The dead one's number is now that of a process that lives.
+    # Another process now has the PID of the dead one.
     owner.write_text(json.dumps(json.loads(owner.read_text()) | {"pid": os.getppid()}))
     with workdirs.claim(tmp_path):
         assert json.loads(owner.read_text())["pid"] == os.getpid()
 
 
-def test_what_a_killed_claim_leaves_is_no_strange_folder(tmp_path: pathlib.Path) -> None:
+def test_folder_with_leftovers_of_a_killed_claim_is_accepted(tmp_path: pathlib.Path) -> None:
     (tmp_path / ".mnist_flax.lock").touch()
     (tmp_path / ".config.json.tmp").write_text('{"see')
     workdirs.check(tmp_path)
@@ -104,13 +104,13 @@ def test_path_that_is_something_else_is_left_alone(tmp_path: pathlib.Path, make:
 @pytest.mark.parametrize(
     "path", ["/proc/no_folder_here", "/proc/version/below/a/file", "/tmp/" + "long" * 100, "zero\0byte"]
 )
-def test_path_that_cannot_be_written_is_one_message(path: str) -> None:
+def test_path_that_cannot_be_written_gives_one_message(path: str) -> None:
     message = r"--workdir=.+: cannot be (written|read) \(.+\); name another folder"
     with pytest.raises(WorkdirError, match=message), workdirs.claim(pathlib.Path(path)):
         pass
 
 
-def test_path_that_is_not_utf8_is_one_message_before_training(tmp_path: pathlib.Path) -> None:
+def test_path_that_is_not_utf8_gives_one_message_before_training(tmp_path: pathlib.Path) -> None:
     workdir = tmp_path / "\udcff" / "run"
     with pytest.raises(WorkdirError, match="cannot be written to this path; name a folder whose path is valid UTF-8"):
         workdirs.check(workdir)
@@ -137,13 +137,13 @@ def test_file_is_replaced_whole_or_not_at_all(tmp_path: pathlib.Path, monkeypatc
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_full_disk_is_one_message() -> None:
+def test_full_disk_gives_one_message() -> None:
     with pytest.raises(WorkdirError, match=r"/dev/full: cannot be written \(No space left on device\)"):
         workdirs.append_bytes(pathlib.Path("/dev/full"), b"line\n")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"\0\0\0\0"])
-def test_damaged_json_is_no_json(tmp_path: pathlib.Path, content: bytes) -> None:
+def test_damaged_or_missing_json_reads_as_none(tmp_path: pathlib.Path, content: bytes) -> None:
     (tmp_path / "file").write_bytes(content)
     assert workdirs.read_json(tmp_path / "file") is None
     assert workdirs.read_json(tmp_path / "missing") is None
@@ -241,16 +241,16 @@ def test_output_goes_where_it_is_wanted(tmp_path: pathlib.Path) -> None:
         workdirs.write_text(pathlib.Path("/proc/none/file"), "", remedy=workdirs.NAME_OUTPUT)
 
 
-# Folders that are no run's: caches of data and programs, and what the user names for pictures.
+# These write files directly: the module itself, the cache of programs, saved pictures, and temporary exports.
 OTHER_WRITERS = {
     "run/workdir.py",
     "run/compilation.py",
     "pictures/files.py",
     "exporting/formats.py",
-}  # the last: a temporary one
+}
 
 
-def test_only_one_module_writes_files() -> None:
+def test_files_of_a_run_are_written_by_one_module() -> None:
     for path in (ROOT / "mnist_flax").rglob("*.py"):
         name = path.relative_to(ROOT / "mnist_flax").as_posix()
         if name in OTHER_WRITERS or name.startswith("data/"):

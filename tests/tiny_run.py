@@ -1,4 +1,4 @@
-"""A small finished run on scikit-learn's digits, trained once for all tests that read one."""
+"""A small finished run on scikit-learn's digits, trained once in each test process."""
 
 import functools
 import pathlib
@@ -34,5 +34,5 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 
 
 def workdir() -> pathlib.Path:
-    """The folder of the run; who changes something in it makes a copy first."""
+    """The folder of the run; a test that changes something in it makes a copy first."""
     return pathlib.Path(_folder().name, "tiny")

@@ -1,1 +1,1 @@
-"""What trained networks can do: predictions, scores, calibration, reports, populations and comparisons."""
+"""Evaluation of trained networks: predictions, scores, calibration, robustness, reports, populations, comparisons."""

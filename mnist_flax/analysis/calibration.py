@@ -11,15 +11,15 @@ from mnist_flax.data.splits import Examples
 
 LIMIT = 20.0  # temperatures are searched from 1 / LIMIT to LIMIT
 FALSE_ALARMS = 0.01  # the share of the hold-out digits that are called doubtful
-INK_MARGIN = 1.2  # an image is doubtful if it has this many times the ink of the fullest hold-out digit
+INK_MARGIN = 1.2  # an image is doubtful if its ink exceeds this many times the largest of the hold-out digits
 NUM_BINS = 15  # bins of the reliability diagram (as in Guo et al., 2017)
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """Finds the temperature that minimises the cross-entropy of `logits / temperature` (Guo et al., 2017).
 
-    It changes the probabilities but never the most probable class. It is 1 if there are no examples, or no mistakes
-    among them, because the minimum would then be at 0. The examples should not have been trained on.
+    A temperature changes the probabilities but never the most probable class. The result is 1 if there are no examples,
+    or if all are classified correctly, because the minimum would then be at 0. Use examples that were not trained on.
     """
     if np.all(logits.argmax(axis=-1) == labels):
         return 1.0
@@ -33,7 +33,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def calibrate(predictor: Predictor, holdout: Examples) -> Predictor:
-    """Returns the predictor, or committee, with temperature and doubt fitted on held-out rows; the defaults without."""
+    """Returns the predictor with temperature and doubt fitted on hold-out rows; with none, they are the defaults."""
     raw: Predictor = dataclasses.replace(predictor, **UNFITTED)  # type: ignore[arg-type]  # they are floats
     if not len(holdout.label):
         return raw
@@ -44,7 +44,7 @@ def calibrate(predictor: Predictor, holdout: Examples) -> Predictor:
 
 
 def fit_doubt(logits: np.ndarray) -> float:
-    """Finds the probability that a share `FALSE_ALARMS` of the answers falls below: doubting those is a false alarm.
+    """Finds the probability below which a share `FALSE_ALARMS` of the answers lies; these are the false alarms.
 
     Args:
       logits: `f32[N,C]`, of digits that were not trained on, divided by the temperature.

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mnist_flax.analysis import statistics
-from mnist_flax.analysis.evaluation import POPULATION, Facts, evaluate, load_predictor
+from mnist_flax.analysis.evaluation import Facts, evaluate, load_predictor
 from mnist_flax.analysis.run_data import load_data
 from mnist_flax.errors import WorkdirError
 
-SIGNIFICANCE = 0.05  # a difference is significant if chance alone produces one as large less often than this
+SIGNIFICANCE = 0.05  # a difference is significant if its p-value is below this
 
 
 class Result(NamedTuple):
@@ -37,14 +37,7 @@ def load_result(workdir: pathlib.Path) -> Result:
     saved = statistics.load_population_result(workdir)
     if saved is None:
         return _result_of_run(workdir)
-    try:
-        with np.load(workdir / statistics.ARRAYS) as file:
-            arrays = dict(file)
-    except (OSError, ValueError) as error:
-        raise WorkdirError(
-            f"{workdir / statistics.ARRAYS}: cannot be read ({error}); remove {POPULATION}, and the command that"
-            " trained this population writes both again"
-        ) from error
+    arrays = statistics.load_arrays(workdir)
     if is_folds := saved["kind"] == "folds":
         labels, probs = arrays["out_of_fold_label"], arrays["out_of_fold_probs"]
     else:
@@ -160,9 +153,9 @@ def mcnemar(a_right: np.ndarray, b_right: np.ndarray) -> Facts:
 def t_test(a: Sequence[float], b: Sequence[float], *, paired: bool) -> Facts:
     """Tests whether the means of two populations differ.
 
-    `a` and `b` are the accuracies of two or more members. If members at the same index share a seed or a fold, they are
-    `paired`, and the test is Student's (1908), otherwise Welch's (1947), which allows unequal variances. The training
-    sets of folds overlap, so p is a little too small.
+    `a` and `b` are the accuracies of their members, at least two each. If members at the same index share a seed or a
+    fold, they are `paired`, and the test is Student's (1908), otherwise Welch's (1947), which allows unequal variances.
+    The training sets of folds overlap, so p is a little too small.
 
     Returns:
       `difference` (B - A), its 95 % `interval`, `t`, `df` and `p`.

@@ -23,11 +23,11 @@ Matrix = tuple[tuple[float, float], tuple[float, float]]
 
 SIZE = 28
 MIDDLE = (SIZE - 1) / 2
-_CHUNK = 500  # images in one call: their intermediate results stay in cache
+_CHUNK = 500  # images per call, few enough that intermediate results stay in cache
 
 
 class Corruption(NamedTuple):
-    """A corruption and how strong it can be."""
+    """A corruption and its levels of severity."""
 
     # `apply(images, draw, level) -> f64[N,28,28]`, grey levels before rounding
     apply: Callable[[Images, Draw, Any], Floats]
@@ -39,7 +39,7 @@ class Corruption(NamedTuple):
 def corrupt(name: str, images: Images, index: NDArray[np.integer[Any]], severity: int = 0) -> Images:
     """Corrupts images, `u8[N,28,28], int[N] -> u8[N,28,28]`, white on black.
 
-    The `index` of each image in its dataset chooses the random numbers. Severity is 1 to 5; 0 means that of MNIST-C.
+    The `index` of each image in its dataset determines the random numbers. Severity is 1 to 5; 0 means that of MNIST-C.
     """
     corruption = CORRUPTIONS[name]
     level = corruption.levels[(severity or corruption.published) - 1]
@@ -52,7 +52,7 @@ def corrupt(name: str, images: Images, index: NDArray[np.integer[Any]], severity
 
 
 def hashed_uniform(name: str, index: NDArray[np.integer[Any]], *shape: int) -> Floats:
-    """Hashes a name, indices and positions to numbers between 0 and 1: `[N, *shape]`."""
+    """Hashes a name, indices and positions to uniform numbers between 0 and 1: `[N, *shape]`."""
     key = _mix(np.uint64(zlib.crc32(name.encode())) << np.uint64(32) | index.astype(np.uint64))
     position = np.arange(int(np.prod(shape)), dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     bits = (_mix(key[:, None] + position) >> np.uint64(11)).astype(np.float64)
@@ -67,7 +67,7 @@ def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def _shot_noise(images: Images, draw: Draw, photons: int) -> Floats:
-    """Counts photons: Poisson, by inversion. Counts above `photons` are white, so no larger ones are needed."""
+    """Draws Poisson photon counts by inverting the CDF, up to `photons`, because larger counts are white as well."""
     from scipy.stats import poisson
 
     cdf = poisson.cdf(np.arange(photons), np.arange(256)[:, None] / 255 * photons)
@@ -83,7 +83,7 @@ def _impulse_noise(images: Images, draw: Draw, share: float) -> Floats:
 
 
 def _glass_blur(images: Images, draw: Draw, level: tuple[float, int, int]) -> Floats:
-    """Swaps neighbours at random, between two blurs. Like the published code, it blurs columns but not rows."""
+    """Swaps neighbouring pixels at random between two blurs, which run along columns only, as in the published code."""
     sigma, distance, rounds = level
     pixels = _blurred(images, (sigma, 0)).astype(np.uint8).reshape(-1, SIZE**2)
     places = range(SIZE - distance, distance, -1)
@@ -106,7 +106,7 @@ def _blurred(images: NDArray[Any], sigma: tuple[float, float]) -> Floats:
 
 
 def _motion_blur(images: Images, draw: Draw, level: tuple[int, float]) -> Floats:
-    """Trails off in one direction with Gaussian weights, as ImageMagick's motion blur, at -45 to 45 degrees."""
+    """Blurs to one side with Gaussian weights, like ImageMagick's motion blur, at a random -45 to 45 degrees."""
     radius, sigma = level
     steps = np.arange(2 * radius + 1)
     weights = np.exp(-(steps**2) / (2 * sigma**2))
@@ -127,9 +127,9 @@ def _signs(draw: Draw, count: int) -> NDArray[np.int64]:
 
 
 def _affine(matrix_of: Callable[[float, int], Matrix]) -> Callable[[Images, Draw, float], Floats]:
-    """Returns a corruption that reads each pixel (x, y), counted from the middle, at `matrix_of(level, sign) @ (x, y)`.
+    """Returns a corruption that fills pixel (x, y), relative to the centre, from `matrix_of(level, sign) @ (x, y)`.
 
-    The sign is drawn for each image. Between pixels it interpolates linearly; outside it is black.
+    A random sign is drawn for each image. Values between pixels are interpolated linearly, and those outside are black.
     """
 
     def apply(images: Images, draw: Draw, level: float) -> Floats:
@@ -144,7 +144,7 @@ def _affine(matrix_of: Callable[[float, int], Matrix]) -> Callable[[Images, Draw
 
 @functools.cache
 def _sampling(*matrix: tuple[float, float]) -> Any:
-    """Returns the weights of all pixels in each new pixel, sparse `f64[784,784]`."""
+    """Returns the weight of each input pixel (column) in each output pixel (row), sparse `f64[784,784]`."""
     from scipy.ndimage import map_coordinates
     from scipy.sparse import csr_matrix
 
@@ -155,7 +155,7 @@ def _sampling(*matrix: tuple[float, float]) -> Any:
 
 
 def _translate(images: Images, draw: Draw, pixels: int) -> Floats:
-    """Moves diagonally by whole pixels."""
+    """Shifts diagonally, by `pixels` along each axis."""
     padded = np.pad(images, ((0, 0), (pixels, pixels), (pixels, pixels)))
     signs = _signs(draw, 2)
     y, x = (np.arange(SIZE) + pixels + pixels * signs[:, axis, None] for axis in (1, 0))
@@ -165,8 +165,8 @@ def _translate(images: Images, draw: Draw, pixels: int) -> Floats:
 def _fog(images: Images, draw: Draw, level: tuple[float, float]) -> Floats:
     """Adds the corner of a cloud, a 256x256 fractal made by the diamond-square algorithm.
 
-    The two finest of its eight levels are made only where they are seen; the cloud's extremes, to which its values are
-    scaled, are those of the other six.
+    Only the visible part of the cloud gets the two finest of its eight levels. The cloud is scaled by the minimum and
+    maximum of the first six.
     """
     thickness, decay = level
     uniform = draw(64 * 64 - 1 + 3 * (12**2 + 24**2))
@@ -174,7 +174,8 @@ def _fog(images: Images, draw: Draw, level: tuple[float, float]) -> Floats:
     for _ in range(8):
         if cloud.shape[1] == 64:
             low, high = (extreme(cloud, axis=(1, 2), keepdims=True) for extreme in (np.min, np.max))
-            cloud = np.roll(cloud, 2, axis=(1, 2))[:, :12, :12]  # periodic: 8 pixels up and left, 36 down and right
+            # The cloud is periodic. This keeps what lies from 8 pixels before its corner to 36 pixels after it.
+            cloud = np.roll(cloud, 2, axis=(1, 2))[:, :12, :12]
         count = 3 * cloud.shape[1] ** 2
         noise = amplitude * (2 * uniform[:, used : used + count] - 1)
         cloud = _refined(cloud, noise.reshape(len(images), 3, *cloud.shape[1:]))
@@ -196,7 +197,7 @@ def _refined(grid: Floats, noise: Floats) -> Floats:
 
 
 def _spatter(images: Images, draw: Draw, level: tuple[float, float, float, float, float]) -> Floats:
-    """Covers parts with dark grey mud."""
+    """Covers parts of the image with dark grey mud."""
     from scipy.special import ndtri
 
     mean, sd, smoothing, threshold, edge = level
@@ -207,7 +208,7 @@ def _spatter(images: Images, draw: Draw, level: tuple[float, float, float, float
 
 
 def _line(column: tuple[float, float], row: tuple[float, float]) -> Floats:
-    """Draws a line that fades to the sides, `f64[28,28]` from 0 to 1, between two points."""
+    """Draws a line with soft edges between two points, `f64[28,28]` from 0 to 1."""
     y, x = np.indices((SIZE, SIZE))
     if column[0] == column[1]:
         return np.zeros((SIZE, SIZE))
@@ -246,14 +247,14 @@ def _zigzags(start: int, rise: int) -> Floats:
 def _overlaid(
     line: Callable[[int, int], Floats], low: int, high: int, images: Images, draw: Draw, count: int
 ) -> Floats:
-    """Draws lines over the image, each given by a row from 0 to 26 and an integer from `low` to below `high`."""
+    """Draws `count` lines over each image, each from two random integers: 0 to 26, and `low` to `high - 1`."""
     numbers = np.add((draw(count, 2) * (27, high - low)).astype(int), (0, low))
     lines = [[line(int(start), int(other)) for start, other in of_image] for of_image in numbers]
     return np.asarray(images + 255 * np.array([sum(of_image) for of_image in lines]))
 
 
 def _canny_edges(images: Images, draw: Draw, sigma: float) -> Floats:
-    """Keeps the edges alone (Canny, 1986)."""
+    """Keeps only the edges (Canny, 1986)."""
     from skimage.feature import canny
 
     del draw
@@ -266,13 +267,13 @@ def _stripe(images: Images, draw: Draw, width: int) -> Floats:
     return np.where(np.abs(np.arange(SIZE) - MIDDLE) > MIDDLE - width, 255.0 - images, images)
 
 
-# Published levels, except those of the last four, for which MNIST-C has one only.
+# The levels are published ones, except those of the last four corruptions, which have only one level in MNIST-C.
 CORRUPTIONS: dict[str, Corruption] = {
     "shot_noise": Corruption(_shot_noise, (60, 25, 12, 5, 3), 5),
     "impulse_noise": Corruption(_impulse_noise, (0.03, 0.06, 0.09, 0.17, 0.27), 4),
     "glass_blur": Corruption(_glass_blur, ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)), 1),
     "motion_blur": Corruption(_motion_blur, ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)), 1),
-    # Slants by an angle in radians, which also stretches a little: as scikit-image defined shear in 2019.
+    # Slants by an angle in radians and stretches a little, as scikit-image's shear did in 2019.
     "shear": Corruption(_affine(lambda a, sign: ((1, -sign * sin(a)), (0, cos(a)))), (0.2, 0.4, 0.6, 0.8, 1), 2, True),
     "scale": Corruption(_affine(lambda size, _: ((1 / size, 0), (0, 1 / size))), (0.9, 0.8, 0.7, 0.6, 0.5), 3, True),
     "rotate": Corruption(

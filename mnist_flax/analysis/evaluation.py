@@ -1,4 +1,4 @@
-"""A trained network, or a committee of several, applied to any number of images: every example once."""
+"""Applies a trained network, or a committee of several, to images; every example counts exactly once."""
 
 import dataclasses
 import math
@@ -25,7 +25,7 @@ Facts = dict[str, Any]  # ready for JSON
 POPULATION = "population.json"
 KINDS = ("seeds", "folds")  # of populations
 VIEW_SHIFTS = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))  # by how many pixels each view is shifted down and right
-# The fields of a predictor that are fitted on hold-out rows, and their values without.
+# The fields of a predictor that are fitted on hold-out rows, with their defaults.
 UNFITTED = {"temperature": 1.0, "doubtful_below": 0.95, "most_ink": 1.0}
 
 
@@ -47,7 +47,7 @@ class Predictor:
 
 
 def make_predictor(config: Config, *members: Variables, **fitted: float) -> Predictor:
-    """Returns a predictor with the program, views, batch size and devices of a config, and what was `fitted`."""
+    """Returns a predictor with the program, views, batch size and devices of a config, and the `fitted` values."""
     return Predictor(
         program=config.program,
         members=members,
@@ -91,20 +91,20 @@ def _shifted(images: np.ndarray, down: int, right: int) -> np.ndarray:
 
 
 def predict_logits(predictor: Predictor, images: np.ndarray) -> np.ndarray:
-    """Computes the logits, `u8[N,28,28,1] -> f32[N,C]`: those of `combine_members`."""
+    """Computes the logits of the whole predictor, `u8[N,28,28,1] -> f32[N,C]`; see `combine_members`."""
     return combine_members(member_logits(predictor, images), predictor.temperature)
 
 
 def fit_of(predictor: Predictor) -> dict[str, float]:
-    """Returns what was fitted, by name, to be stored with the run."""
+    """Returns the fitted values by name, to be stored with the run."""
     return {name: getattr(predictor, name) for name in UNFITTED}
 
 
 def doubt(predictor: Predictor, log_probs: np.ndarray, images: np.ndarray) -> np.ndarray:
-    """Computes how much an answer is in doubt, from 0 to 1: `f64[N,C], u8[N,28,28,1] -> f64[N]`.
+    """Computes the doubt about each answer, from 0 to 1: `f64[N,C], u8[N,28,28,1] -> f64[N]`.
 
-    That is 1 minus the probability of the answer, or 1 for an image with much more ink than any digit that was held
-    out: networks can be confident about noise and filled shapes.
+    Doubt is 1 minus the probability of the answer. It is 1 for an image with much more ink than any hold-out digit,
+    because networks can be confident about noise and filled shapes.
     """
     return np.where(mean_grey(images) > predictor.most_ink, 1.0, -np.expm1(log_probs.max(axis=-1)))
 
@@ -167,14 +167,14 @@ class RunInfo(NamedTuple):
     fingerprint: str  # that of the training data
     steps: tuple[int, ...]  # finished updates of each member
     runs: tuple[Run, ...]  # the run, or all members
-    is_final: bool  # whether the results in the folder are of these weights
+    is_final: bool  # whether the results stored in the folder belong to these weights
 
 
 def load_predictor(workdir: pathlib.Path, checkpoint: str = "latest") -> tuple[Predictor, RunInfo]:
-    """Loads a checkpoint (`latest`, `best` on hold-out rows, or a step) of a run, or of all members of a population.
+    """Loads a checkpoint of a run, or of all members of a population: `latest`, `best` (on hold-out rows) or a step.
 
-    The temperature, and what makes an answer doubtful, are those fitted at the end of training if this is the last
-    checkpoint, else the defaults.
+    The temperature and the thresholds of doubt are those fitted at the end of training if this is the last checkpoint,
+    and the defaults otherwise.
 
     Raises:
       WorkdirError: there is no such checkpoint, it is damaged, or the members differ in config or data.
@@ -215,7 +215,7 @@ def _member_folders(workdir: pathlib.Path, result: dict[str, Any]) -> list[pathl
 
 
 def stored_fit(result: Any) -> dict[str, float]:
-    """Returns what was fitted, from a summary or `population.json`: the defaults for what is missing or invalid."""
+    """Returns the fitted values in a summary or `population.json`, with defaults for those missing or invalid."""
     fitted = dict(UNFITTED)
     for name in fitted:
         value = result.get(name) if isinstance(result, dict) else None

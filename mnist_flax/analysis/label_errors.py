@@ -1,7 +1,7 @@
 """Which labels may be wrong: confident learning (Northcutt, Jiang and Chuang, 2021) on out-of-fold predictions.
 
-The cleanlab package does the same, and more; it is licensed under the AGPL and brings pandas, and what is needed of it
-here is short. `tests/test_label_errors.py` says how the two were compared.
+The cleanlab package does the same and more, but it is licensed under the AGPL and depends on pandas, and this project
+needs only a small part of it. `tests/test_label_errors.py` says how the two were compared.
 """
 
 import pathlib
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mnist_flax.analysis.evaluation import Facts
-from mnist_flax.analysis.statistics import ARRAYS, label_entries, worst_labels
+from mnist_flax.analysis.statistics import ARRAYS, label_entries, load_arrays, worst_labels
 from mnist_flax.errors import WorkdirError
 
 NUM_LISTED = 100
@@ -27,16 +27,16 @@ class ConfidentJoint(NamedTuple):
     margin: np.ndarray  # `f64[N]`, the probability of the label minus that of the most probable other class
 
     def ranking(self) -> np.ndarray:
-        """Returns all examples, `i64[N]`, the most doubtful label first: suspects, then the others, by margin."""
+        """Returns all example indices, `i64[N]`, most doubtful first: suspects, then the rest, each by margin."""
         return np.lexsort((self.margin, ~self.suspect))
 
 
 def confident_joint(probs: np.ndarray, label: np.ndarray) -> ConfidentJoint:
     """Counts which examples confidently belong to which class.
 
-    An example belongs to a class if its probability reaches the mean probability of that class over the examples that
-    are labelled so; to the most probable one, if there are several. `probs`, `f32[N,C]`, are predicted by networks that
-    were not trained on the example.
+    The threshold of a class is its mean probability over the examples with that label. An example confidently belongs
+    to the most probable of the classes whose threshold it reaches, if any. `probs`, `f32[N,C]`, are predicted by
+    networks that were not trained on the example.
     """
     count, num_classes = probs.shape
     each, probs = np.arange(count), probs.astype(np.float64)
@@ -62,7 +62,7 @@ def confident_joint(probs: np.ndarray, label: np.ndarray) -> ConfidentJoint:
 
 
 def precision_recall(ranking: np.ndarray, wrong: np.ndarray, k: int) -> tuple[float, float]:
-    """Returns which share of the first k is wrong, and which share of the wrong is among them."""
+    """Returns the share of wrong labels among the first k, and the share of all wrong labels found there."""
     found = int(wrong[ranking[:k]].sum())
     return found / k, found / int(wrong.sum())
 
@@ -71,17 +71,17 @@ def label_facts(workdir: pathlib.Path) -> Facts:
     """Finds doubtful labels in the out-of-fold predictions of a population.
 
     Returns:
-      `suspects`: how many there are; `noise`: the estimated noise matrix; `listed`: the most doubtful, ready for JSON.
+      The numbers of `examples` and `suspects`; `estimated_wrong`, the share of wrong labels; `noise`, the noise matrix;
+      and `listed`, the most doubtful labels, ready for JSON.
 
     Raises:
-      WorkdirError: the population has none.
+      WorkdirError: the population has no out-of-fold predictions.
     """
+    arrays = load_arrays(workdir)
     try:
-        with np.load(workdir / ARRAYS, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("rows", "out_of_fold_probs", "out_of_fold_label")}
-    except (OSError, ValueError, KeyError) as error:
+        probs, label, rows = (arrays[name] for name in ("out_of_fold_probs", "out_of_fold_label", "rows"))
+    except KeyError as error:
         raise WorkdirError(f"{workdir / ARRAYS}: holds no out-of-fold predictions ({error})") from error
-    probs, label, rows = arrays["out_of_fold_probs"], arrays["out_of_fold_label"], arrays["rows"]
     found = confident_joint(probs, label)
     listed = found.ranking()[:NUM_LISTED]
     return {
@@ -94,7 +94,7 @@ def label_facts(workdir: pathlib.Path) -> Facts:
 
 
 def label_table(facts: Mapping[str, Any]) -> str:
-    """Returns the facts as text to read."""
+    """Formats the facts as text."""
     return (
         f"labels: {facts['suspects']} of {facts['examples']} may be wrong ({facts['estimated_wrong']:.2%} estimated);"
         f" most doubtful, as {worst_labels(facts['listed'])}"

@@ -1,4 +1,4 @@
-"""What is not a digit: how well a network's doubt tells digits from pictures of other things."""
+"""Out-of-distribution detection: how well a network's doubt tells digits from other pictures."""
 
 import dataclasses
 import pathlib
@@ -19,22 +19,22 @@ from mnist_flax.errors import DataError
 from mnist_flax.sections import DataConfig
 
 COUNT = 2_000  # pictures of each kind, at most
-TURNABLE = (2, 3, 4, 5, 7)  # digits that are not digits when turned by a quarter
+TURNABLE = (2, 3, 4, 5, 7)  # digits that are no longer digits when rotated by 90 degrees
 LETTERS = "ACDEFHJKLMNPQRTUVWXYadehkmnprtuvwxy"  # the others look like digits: BGIOSZ, bcfgijloqsz
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSerif", "DejaVuSansMono")
 
 
 def doubt_scores(predictor: Predictor, images: np.ndarray) -> dict[str, np.ndarray]:
-    """Computes measures of doubt, `u8[N,28,28,1] -> f64[N]` each; the larger, the less the picture is a digit.
+    """Computes several measures of doubt, `u8[N,28,28,1] -> f64[N]` each; a larger value means less like a digit.
 
     Returns:
-      `doubt`: what `predict` uses, from the probability and the ink (`evaluation.doubt`). `max_probability`: 1 minus
-      the probability of the answer. `energy`: minus the log of the summed exponentials of the logits (Liu et al., 2020)
-      of the image itself, without views, averaged over the members. Of a committee also `disagreement`: how much the
-      answer tells about the member, in nats (Smith and Gal, 2018).
+      `doubt`: the measure that `predict` uses, from the probability and the ink (`evaluation.doubt`).
+      `max_probability`: 1 minus the probability of the answer. `energy`: minus the log-sum-exp of the logits (Liu et
+      al., 2020), without shifted views, averaged over the members. `disagreement`, only for a committee: the mutual
+      information between the answer and the member, in nats (Smith and Gal, 2018).
     """
     logits = member_logits(predictor, images)
-    # The mean over views is a log probability, whose energy is 0.
+    # Averaging over views gives log probabilities, whose energy is always 0.
     one_view = logits if predictor.views == 1 else member_logits(dataclasses.replace(predictor, views=1), images)
     log_probs = metrics.log_probabilities(combine_members(logits, predictor.temperature))
     scores = {
@@ -55,7 +55,7 @@ def _entropy(log_probs: np.ndarray) -> np.ndarray:
 def strangers(test: Examples, config: Config) -> dict[str, np.ndarray]:
     """Returns pictures that are not digits, `u8[K,28,28,1]`, by kind; the same ones every time.
 
-    They include digits of `test` turned by a quarter or cut in half. `config` says where Fashion-MNIST is looked for;
+    They include digits of `test` rotated by 90 degrees or cut in half. `config` says where to look for Fashion-MNIST;
     nothing is downloaded.
     """
     from scipy.ndimage import gaussian_filter
@@ -82,7 +82,7 @@ def _grey(shares: np.ndarray) -> np.ndarray:
 
 
 def _fashion(config: Config) -> np.ndarray | None:
-    """Returns clothes, or None if they are not on this machine."""
+    """Returns test images of Fashion-MNIST; None if they are not on this machine or are the evaluated dataset."""
     if config.data.name == "fashion_mnist":
         return None
     for source in ("tfds", "raw"):
@@ -98,7 +98,7 @@ def _fashion(config: Config) -> np.ndarray | None:
 
 
 def letters() -> np.ndarray:
-    """Draws letters in matplotlib's fonts at five angles, framed as digits are, `u8[K,28,28,1]`."""
+    """Draws letters in matplotlib's fonts at five angles, framed like MNIST digits, `u8[K,28,28,1]`."""
     import matplotlib
     from PIL import Image, ImageDraw, ImageFont
 
@@ -115,11 +115,11 @@ def letters() -> np.ndarray:
 
 
 def detection(digits: np.ndarray, others: np.ndarray) -> Facts:
-    """Says how well a measure of doubt separates digits, `f64[N]`, from others, `f64[K]`.
+    """Computes how well a measure of doubt separates digits, `f64[N]`, from other pictures, `f64[K]`.
 
     Returns:
-      `auroc`: the chance that a digit has less doubt than another picture. `fpr95`: the share of other pictures that
-      pass if 95 % of the digits do.
+      `auroc`: the chance that a digit has less doubt than another picture. `fpr95`: the share of the other pictures
+      that pass when 95 % of the digits pass.
     """
     from sklearn.metrics import roc_auc_score
 
@@ -130,14 +130,14 @@ def detection(digits: np.ndarray, others: np.ndarray) -> Facts:
 
 
 def novelty_facts(predictor: Predictor, test: Examples, held_out: Examples | None, config: Config) -> Facts:
-    """Measures every kind of doubt on everything that is not a digit.
+    """Computes how well each measure of doubt tells digits from each kind of other picture.
 
-    Neither `test` nor `held_out`, on which the thresholds are chosen, were trained on.
+    The network was trained on neither `test` nor `held_out`. Thresholds are chosen on `held_out`.
 
     Returns:
-      `scores`: for each measure, `detection` for each kind of stranger, their means, the `threshold` above which 1 % of
-      the hold-out digits lie, and the shares of test digits and of strangers above it. `best`: the measure with the
-      highest mean AUROC.
+      `scores`: for each measure, `detection` for each kind of picture, the means over the kinds, the `threshold` that
+      1 % of the hold-out digits exceed, and the shares above it of test digits (`false_alarms`) and of each kind
+      (`caught`). `best`: the measure with the highest mean AUROC. `pictures`: the number of pictures of each kind.
     """
     digits = doubt_scores(predictor, np.asarray(test.image))
     kinds = {name: doubt_scores(predictor, pictures) for name, pictures in strangers(test, config).items()}
@@ -161,7 +161,7 @@ def novelty_facts(predictor: Predictor, test: Examples, held_out: Examples | Non
 
 
 def novelty_table(facts: Mapping[str, Any]) -> str:
-    """Returns the facts as text to read: AUROC, and the share that passes if 95 % of the digits do."""
+    """Formats the facts as a text table of AUROC and FPR95; see `detection`."""
     measures = list(facts["scores"])
     lines = ["what is no digit: AUROC, and the share that passes when 95 % of the digits pass"]
     lines.append(f"{'':<16}" + "".join(f"{measure:>20}" for measure in measures))

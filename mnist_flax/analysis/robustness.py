@@ -1,4 +1,4 @@
-"""How a network does on corrupted digits: accuracy, loss and calibration under each corruption of MNIST-C."""
+"""Robustness to corruptions: accuracy, loss and calibration under each corruption of MNIST-C."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import numpy as np
 from mnist_flax import metrics
 from mnist_flax.analysis import label_errors, novelty
 from mnist_flax.analysis.calibration import calibration_scores
-from mnist_flax.analysis.comparison import SIGNIFICANCE, mcnemar
+from mnist_flax.analysis.comparison import mcnemar
 from mnist_flax.analysis.corruptions import CORRUPTIONS, corrupt
 from mnist_flax.analysis.evaluation import Facts, Predictor, RunInfo, load_predictor, predict_logits
 from mnist_flax.analysis.run_data import load_data, select_examples
@@ -26,18 +26,18 @@ OFFICIAL = "mnist_c"  # the folder of the published arrays, inside the folder of
 
 
 class Corrupted(NamedTuple):
-    """A test set under every corruption: `u8[N,28,28,1]` by name, `i32[N]`, and which images are published arrays."""
+    """A test set under every corruption."""
 
-    images: Mapping[str, np.ndarray]
-    label: np.ndarray
-    official: frozenset[str]
+    images: Mapping[str, np.ndarray]  # `u8[N,28,28,1]` for each corruption
+    label: np.ndarray  # `i32[N]`
+    official: frozenset[str]  # the corruptions whose images are published arrays
 
 
 def corrupt_all(test: Examples, severity: int = 0, folder: pathlib.Path | None = None) -> Corrupted:
-    """Corrupts a test set; at severity 0, that of MNIST-C, published arrays in `folder` are used where there are any.
+    """Corrupts a test set; at severity 0 (that of MNIST-C), uses the published arrays in `folder` where they exist.
 
     Raises:
-      DataError: published arrays are damaged, or not of this test set.
+      DataError: published arrays are damaged, or belong to another test set.
     """
     clean, label = np.asarray(test.image)[..., 0], np.asarray(test.label)
     index = np.arange(len(clean))
@@ -54,11 +54,11 @@ def read_official(folder: pathlib.Path, label: np.ndarray) -> np.ndarray:
     """Reads the published test images of one corruption, `u8[N,28,28,1]`.
 
     Raises:
-      DataError: the files are missing or damaged, or not of the test set with these labels.
+      DataError: the files are missing or damaged, or belong to a test set with other labels.
     """
     try:
         images, labels = (np.load(folder / f"test_{kind}.npy", allow_pickle=False) for kind in ("images", "labels"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{folder}: cannot be read ({error}); restore it, or remove the folder") from error
     if images.shape != (len(label), 28, 28, 1) or images.dtype != np.uint8 or not np.array_equal(labels, label):
         raise DataError(f"{folder}: holds other examples than the test set; restore it, or remove the folder")
@@ -79,7 +79,7 @@ def predict_all(predictor: Predictor, test: Examples, corrupted: Corrupted) -> d
 
 
 def robustness_facts(logits: Mapping[str, np.ndarray], corrupted: Corrupted) -> Facts:
-    """Turns logits, as `predict_all` returns them, into scores with 95 % intervals."""
+    """Computes scores with 95 % intervals from the logits that `predict_all` returns."""
     right = {name: of_name.argmax(axis=-1) == corrupted.label for name, of_name in logits.items()}
 
     def scores(name: str) -> Facts:
@@ -113,7 +113,7 @@ def robustness_facts(logits: Mapping[str, np.ndarray], corrupted: Corrupted) -> 
 
 
 def mean_with_interval(values: np.ndarray) -> tuple[float, list[float]]:
-    """Returns the mean of numbers, one an image, and its 95 % interval, which assumes many images."""
+    """Returns the mean of one number per image, and its 95 % interval, a normal approximation for many images."""
     mean, half = float(np.mean(values)), 1.96 * float(np.std(values)) / len(values) ** 0.5
     return mean, [mean - half, mean + half]
 
@@ -122,7 +122,7 @@ def compare_robustness(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray],
     """Compares the logits of two networks on the same corrupted images, by McNemar's test and by their means.
 
     Returns:
-      The test for each corruption, whose p-values are not corrected for there being fifteen; the difference of the
+      The test for each corruption, with p-values that are not corrected for multiple testing; the difference of the
       means (B - A) with its interval; and a `verdict`: `a`, `b`, or None if the interval contains 0.
     """
     right_a, right_b = ({name: logits.argmax(axis=-1) == label for name, logits in of.items()} for of in (a, b))
@@ -137,7 +137,7 @@ def compare_robustness(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray],
 
 
 class Outcome(NamedTuple):
-    """What is written about a network: the contents of `robustness.json`, and what the page's pictures need."""
+    """The result for a network: the contents of `robustness.json`, and what the page needs to draw its pictures."""
 
     facts: Facts
     predictor: Predictor
@@ -153,9 +153,9 @@ def robustness_of_workdir(
     compare: pathlib.Path | None = None,
     overrides: Mapping[str, Any],
 ) -> Outcome:
-    """Evaluates a run, or a population as one network, on corrupted digits and on what is not a digit.
+    """Evaluates a run, or a population as one network, on corrupted digits and on pictures that are not digits.
 
-    Another run or population (`compare`) is compared on the same images. Severity 0 is that of MNIST-C. See
+    `compare` is another run or population to compare it with, on the same images. Severity 0 is that of MNIST-C. See
     `load_predictor` for the checkpoints and `load_data` for the overrides.
 
     Raises:
@@ -181,7 +181,7 @@ def robustness_of_workdir(
         **robustness_facts(logits, corrupted),
         "no_digit": novelty.novelty_facts(predictor, splits.test, _held_out(config, info, splits), config),
     }
-    if info.kind == "folds":
+    if info.kind == "folds" and splits.name == info.config.data.name:
         facts["labels"] = label_errors.label_facts(workdir)
     if other:
         theirs = predict_all(other[0], splits.test, corrupted)
@@ -211,7 +211,7 @@ def save_robustness(outcome: Outcome, page: str, folder: pathlib.Path) -> None:
 
 
 def robustness_table(facts: Mapping[str, Any]) -> str:
-    """Returns the facts as text to read."""
+    """Formats the facts as a text table."""
     against = facts.get("compare")
     lines = [
         f"{facts['dataset']}, {facts['examples']} test images under each corruption, severity {facts['severity']}",
@@ -233,7 +233,7 @@ def robustness_table(facts: Mapping[str, Any]) -> str:
         low, high = (100 * end for end in against["interval"])
         verdict = {"a": "A is better", "b": "B is better", None: "no significant difference"}[against["verdict"]]
         lines.append(
-            f"B = {against['with']}: mean {100 * against['difference']:+.2f} points, {1 - SIGNIFICANCE:.0%} interval"
+            f"B = {against['with']}: mean {100 * against['difference']:+.2f} points, 95 % interval"
             f" {low:+.2f} to {high:+.2f}: {verdict}"
         )
     lines += ["", novelty.novelty_table(facts["no_digit"])]

@@ -16,8 +16,8 @@ from mnist_flax.data.registry import DATASETS
 
 TEMPLATE = pathlib.Path(__file__).with_name("robustness.html.jinja")
 SEVERITIES = (1, 2, 3, 4, 5)
-NUM_STRANGERS = 8  # pictures of each kind that is not a digit
-NUM_LABELS = 40  # doubtful labels with pictures
+NUM_STRANGERS = 8  # pictures shown of each kind of non-digit
+NUM_LABELS = 40  # doubtful labels shown
 
 Cards = list[dict[str, Any]]
 

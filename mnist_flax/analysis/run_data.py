@@ -32,10 +32,10 @@ def given_overrides() -> dict[str, Any]:
 def load_data(config: Config, fingerprint: str, overrides: Mapping[str, Any]) -> tuple[Config, Splits]:
     """Loads the dataset of a run, or another one to evaluate it on.
 
-    The paths recorded in the run are ignored, because the run may come from a stranger or from another machine.
+    The paths recorded in the run are ignored, because the run may come from someone else or another machine.
 
-    `config` and `fingerprint` are those of the run. `overrides` holds values for some `OVERRIDES`; source and folders
-    default to those of a new config.
+    `config` and `fingerprint` are those of the run. `overrides` holds values for some of the fields in `OVERRIDES`;
+    source and folders default to those of a new config.
 
     Returns:
       The config that describes the data, and the data.
@@ -56,7 +56,7 @@ def load_data(config: Config, fingerprint: str, overrides: Mapping[str, Any]) ->
     name = changed.get("data__name", config.data.name)
     if name != config.data.name:
         check_classes(config, name)
-        # None of its rows was trained on or held out.
+        # The run neither trained on nor held out any of its rows.
         changed |= dict.fromkeys(("data__num_train", "data__holdout", "data__folds", "data__fold"), 0)
     used = replace(config, **changed)
     splits = load_splits(used)
@@ -85,7 +85,7 @@ def check_classes(config: Config, name: str) -> None:
 
 
 def select_examples(config: Config, splits: Splits, split: str) -> Examples:
-    """Returns the examples of one of `SPLITS`, with the config and the data that `load_data` returns.
+    """Returns the examples of one of `SPLITS`, given the config and the data from `load_data`.
 
     On the run's own dataset, `train` means the rows that it was trained on.
 

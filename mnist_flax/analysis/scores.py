@@ -58,7 +58,9 @@ def class_rows(confusion: np.ndarray, dataset: str) -> list[dict[str, Any]]:
 def evaluate_workdir(
     workdir: pathlib.Path, *, checkpoint: str = "latest", split: str = "test", overrides: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Evaluates a run, or a population as a committee, on one of `run_data.SPLITS`; see `load_predictor`, `load_data`.
+    """Evaluates a run, or a population as a committee, on one of `run_data.SPLITS`.
+
+    See `load_predictor` for the checkpoints and `load_data` for the overrides.
 
     Raises:
       UserError: the run, the checkpoint or the data cannot be loaded, or do not match.

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import pathlib
+import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from mnist_flax.analysis.report import plots
 from mnist_flax.config import Config
 from mnist_flax.data import batches
 from mnist_flax.data.splits import Examples, Splits
+from mnist_flax.errors import WorkdirError
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.provenance import provenance
 from mnist_flax.step import Variables
@@ -106,9 +108,10 @@ def label_entries(rows: np.ndarray, label: np.ndarray, probs: np.ndarray, **more
 
 
 def doubtful_labels(logits: np.ndarray, labels: np.ndarray, rows: np.ndarray, fold: np.ndarray) -> list[Facts]:
-    """Lists the examples whose label is least probable to a network that was not trained on them.
+    """Lists the examples whose labels are the least probable according to a network that was not trained on them.
 
-    `logits` are `f32[R,C]`; `labels`, `rows` (of the official file) and `fold` (which held them out) are `i32[R]`.
+    `logits` are `f32[R,C]`. `labels`, `rows` (numbers in the official file) and `fold` (the one that held out each row)
+    are `i32[R]`.
     """
     probs = np.exp(metrics.log_probabilities(logits))
     of_label = np.take_along_axis(probs, labels[:, None], axis=-1)[:, 0]
@@ -117,7 +120,7 @@ def doubtful_labels(logits: np.ndarray, labels: np.ndarray, rows: np.ndarray, fo
 
 
 def member_curves(logs: Sequence[Records]) -> Facts:
-    """Computes mean, sd, minimum and maximum over the members, of loss and accuracy at each logged step.
+    """Computes mean, sd, minimum and maximum of loss and accuracy over the members, at each logged step.
 
     Steps that some members did not log are left out (a resumed run may have logged at other steps).
     """
@@ -141,10 +144,10 @@ def population_result(
 ) -> tuple[Facts, dict[str, np.ndarray]]:
     """Evaluates trained members on the test set, alone and as a committee, and folds also on their held-out rows.
 
-    Each member is scored at its own temperature, as in its summary, and the committee at a temperature fitted on the
-    rows that all members held out (1 for folds). The arrays hold probabilities at temperature 1.
+    Each member is scored at the temperature in its summary, and the committee at a temperature fitted on the rows that
+    all members held out (1 for folds). The arrays hold probabilities at temperature 1.
 
-    `members` holds the config and the final variables of each; `folder` a folder for each.
+    `members` maps names to configs and final variables; `folder` contains the folders of these names.
 
     Returns:
       The contents of `population.json`, and the arrays of `population.npz`: `test_probs` `f32[M,N,C]` and `test_label`
@@ -221,7 +224,7 @@ def save_population_result(result: Facts, arrays: Mapping[str, np.ndarray], work
       WorkdirError: a file cannot be written.
     """
     buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
     workdirs.write_bytes(workdir / ARRAYS, buffer.getvalue())
     for name, svg in plots.population_curves(result["curves"]).items():
         workdirs.write_bytes(workdir / f"{name}.svg", svg)
@@ -232,6 +235,23 @@ def load_population_result(workdir: pathlib.Path) -> Facts | None:
     """Returns the contents of `population.json`, or None if it is missing or damaged."""
     result = workdirs.read_json(workdir / POPULATION)
     return result if isinstance(result, dict) and "members" in result else None
+
+
+def load_arrays(workdir: pathlib.Path) -> dict[str, np.ndarray]:
+    """Reads the arrays of a population.
+
+    Raises:
+      WorkdirError: the file is missing or damaged.
+    """
+    path = workdir / ARRAYS
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise WorkdirError(
+            f"{path}: cannot be read ({error}); remove {POPULATION}, and the command that trained this population"
+            " writes both again"
+        ) from error
 
 
 def population_table(result: Mapping[str, Any]) -> str:

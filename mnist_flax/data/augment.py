@@ -17,8 +17,8 @@ from mnist_flax import rng
 from mnist_flax.checks import within
 from mnist_flax.data.pens import CLASSES, pens
 
-PIECES = 2  # that clutter adds to an image, at most
-FARTHEST = 12  # pixels that it moves a piece along each axis, at most
+PIECES = 2  # the most pieces that `clutter` adds to an image
+FARTHEST = 12  # the largest shift of a piece along each axis, in pixels
 
 Move = Callable[[float, Array, Array, Array], tuple[Array, Array]]  # strength, y, x, key
 Change = Callable[[float, Array, Array], Array]  # strength, image, key
@@ -39,7 +39,7 @@ class Augmentation:
       high: the largest strength; the smallest is 0, which turns the operation off.
       open_high: `high` itself is not allowed.
       whole: the strength is an integer.
-      classes: names of the labels that the operation applies to; a dataset without them is refused.
+      classes: label -> class name, for an operation that applies only to these labels; other datasets are refused.
     """
 
     strength: str
@@ -81,7 +81,7 @@ def shear(degrees: float, y: Array, x: Array, key: Array) -> tuple[Array, Array]
 
 
 def elastic(pixels: float, y: Array, x: Array, key: Array) -> tuple[Array, Array]:
-    """Warps by a smooth random field (Simard, Steinkraus and Platt, 2003): grid noise interpolated by B-splines."""
+    """Displaces pixels by grid noise interpolated with B-splines (elastic: Simard, Steinkraus and Platt, 2003)."""
     spread = _spline_spread(*y.shape)
     noise = jax.random.normal(key, (2, len(spread)))
     field = pixels * (noise @ spread).reshape(2, *y.shape)
@@ -112,10 +112,10 @@ def erase(pixels: float, image: Array, key: Array) -> Array:
 
 
 def clutter(pixels: float, image: Array, key: Array) -> Array:
-    """Adds pieces of the digit's own strokes, mirrored or turned, at random places, as around a digit in a form.
+    """Adds mirrored or rotated pieces of the digit's own strokes, like the marks around a digit in a form.
 
-    Each piece is a square around a random pixel, added with probability 1/2; where it overlaps the digit, the lighter
-    pixel is kept. Mnih et al. (2014) trained on MNIST cluttered with pieces of other digits.
+    Each piece is a square around a random pixel, added at a random place with probability 1/2; where it overlaps the
+    digit, the lighter pixel is kept. Mnih et al. (2014) trained on MNIST cluttered with pieces of other digits.
     """
     size = jnp.array(image.shape[:2])
     result = image
@@ -132,8 +132,8 @@ def clutter(pixels: float, image: Array, key: Array) -> Array:
     return result
 
 
-# Rewrites come first, then all moves together, then the changes, each in this order. Moves map output to input
-# coordinates, so the image shows them in the reverse order.
+# Rewrites are applied first, then all moves at once, then changes, each in the order below. Moves map output to input
+# coordinates, so their effects on the image come in the reverse order.
 AUGMENTATIONS: dict[str, Augmentation] = {
     "pens": Augmentation("share of ones and sevens that get a flag or a bar", 1, rewrite=pens, classes=CLASSES),
     "elastic": Augmentation("sd of the displacement, in pixels", 10, move=elastic),
@@ -142,7 +142,9 @@ AUGMENTATIONS: dict[str, Augmentation] = {
     "scale": Augmentation("largest change of size, as a share", 1, move=scale, open_high=True),
     "shift": Augmentation("largest shift, in whole pixels", 27, move=shift, whole=True),
     "stroke": Augmentation("largest share of a 3x3 dilation or erosion", 1, change=stroke),
-    "clutter": Augmentation("side of the pieces of strokes that are added, in pixels", 28, change=clutter, whole=True),
+    "clutter": Augmentation(
+        "side of the added pieces of strokes, in pixels, rounded up to an odd number", 28, change=clutter, whole=True
+    ),
     "erase": Augmentation("side of the blanked square, in pixels", 28, change=erase, whole=True),
 }
 
@@ -191,9 +193,9 @@ def augment(config: AugmentConfig, images: Array, labels: Array, key: Array) -> 
 
     Args:
       config: the strengths.
-      images: 0 is the background, which also fills in at the borders.
+      images: background pixels are 0, and so are pixels that come from outside the image.
       labels: their classes.
-      key: the step's key. An image's draws depend on its index in the batch, not on the other images or the devices.
+      key: the step's key. An image's random numbers depend on its index in the batch, not on other images or devices.
     """
     if not config.strengths:
         return images
@@ -230,8 +232,8 @@ def source(strengths: dict[str, float], shape: tuple[int, int], key: Array) -> t
 def resampled(image: Array, y: Array, x: Array) -> Array:
     """Samples `u8[H,W,1]` bilinearly at the coordinates `f32[H,W]`; pixels outside are 0.
 
-    The four neighbours of a point are packed into the four bytes of one word: one gather instead of four. The barriers
-    keep XLA:CPU from recomputing indices and words for each pixel. Shift, rotation, scale and shear of 128 images take
+    The four neighbours of a point are packed into one 32-bit word, so one gather replaces four. The barriers keep
+    XLA:CPU from recomputing indices and words for each pixel. Shift, rotation, scale and shear of 128 images take
     0.55 ms on one core (with `jax.scipy.ndimage.map_coordinates`: 1.2 ms on jax 0.12, 0.46 ms on jax 0.10).
     """
     height, width = image.shape[:2]
@@ -259,7 +261,7 @@ _computed_once = jax.lax.optimization_barrier
 
 
 def _key(key: Array, name: str) -> Array:
-    """Returns the key of one operation on one image; the key of shift stays as it was when shift was the only one."""
+    """Returns the key of one operation on one image; shift derives it differently so that old results stay the same."""
     return jax.random.split(key)[0] if name == "shift" else rng.stream(key, name)
 
 
@@ -274,7 +276,7 @@ def _symmetric(key: Array, limit: float) -> Array:
 
 @functools.cache
 def _spline_spread(height: int, width: int, spacing: float = 9.0) -> NDArray[np.float32]:
-    """Returns each grid point's weight on each pixel, `f32[G,H*W]`, scaled so that unit noise gives unit variance."""
+    """Returns the weight of each grid point at each pixel, `f32[G,H*W]`, scaled to keep the variance of the noise."""
 
     def weights(size: int) -> NDArray[np.float64]:
         knots = np.arange(-1, np.ceil((size - 1) / spacing) + 2) * spacing

@@ -2,7 +2,7 @@
 
 A set of rows (training, hold-out, fold) is an array of row numbers. The order of an epoch is a permutation of it,
 computed from the key and the epoch whenever it is needed. All batches have the same shape: the last one is padded with
-label -1, and padding neither contributes to the loss nor is counted.
+label -1, which the loss and the metrics ignore.
 """
 
 from collections.abc import Iterator
@@ -31,10 +31,10 @@ class Batch(TypedDict):
 
 
 def spread_rows(labels: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
-    """Picks `count` rows spread evenly over the classes, and within each class over the file: `i32[R] -> i32[count]`.
+    """Picks a stratified sample of `count` rows, evenly spread over the file in each class: `i32[R] -> i32[count]`.
 
-    Systematic sampling of the rows sorted by class. It is stratified (no class is off by more than one row) and uses no
-    random numbers, so it is the same for every seed and library version. `labels` are those of the whole split.
+    This is systematic sampling of the rows sorted by class: no class is off by more than one row. It uses no random
+    numbers, so the sample is the same for every seed and library version. `labels` are those of the whole split.
     """
     by_class = rows[np.argsort(labels[rows], kind="stable")]
     places = (np.arange(count) + 0.5) * (len(rows) / max(count, 1))
@@ -42,7 +42,7 @@ def spread_rows(labels: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
 
 
 def split_rows(labels: np.ndarray, num_train: int, holdout: int) -> tuple[np.ndarray, np.ndarray]:
-    """Splits `num_train` rows (0: all) into `R` for training and `holdout` held out: `i32[N] -> i32[R], i32[H]`."""
+    """Takes `num_train` rows (0 means all) and holds out `holdout` of them: `i32[N] -> i32[R], i32[H]`."""
     rows = np.arange(len(labels), dtype=np.int32)
     if num_train:
         rows = spread_rows(labels, rows, num_train)
@@ -51,7 +51,7 @@ def split_rows(labels: np.ndarray, num_train: int, holdout: int) -> tuple[np.nda
 
 
 def rows_of(labels: np.ndarray, data: DataConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Splits rows for training from those held out, as the config says: `i32[N] -> i32[R], i32[H]`, each ascending.
+    """Returns the training rows and the hold-out rows of a config, both ascending: `i32[N] -> i32[R], i32[H]`.
 
     Raises:
       ConfigError: a class has fewer rows than there are folds.
@@ -99,7 +99,7 @@ jit_epoch_order = jax.jit(epoch_order, static_argnames="batch_size")
 def epochs_order(key: Array, first_epoch: int, num_epochs: int, rows: Array, batch_size: int) -> Array:
     """Returns the orders of consecutive epochs, one after the other: `i32[R] -> i32[num_epochs*S,B]`.
 
-    The same compiled program computes them one epoch at a time, whatever their number.
+    They are computed one epoch at a time, so one compiled program serves any number of epochs.
     """
     numbers = range(first_epoch, first_epoch + num_epochs)
     orders = [jit_epoch_order(key, jax.device_put(np.int32(epoch)), rows, batch_size) for epoch in numbers]
@@ -116,9 +116,9 @@ def take(examples: Examples, rows: Array) -> Batch:
 def stream_batches(
     examples: Examples, rows: Array, key: Array, start_step: int, batch_size: int, placement: NamedSharding
 ) -> Iterator[Batch]:
-    """Yields the same batches as `epoch_order` and `take`, after `start_step` finished updates, endlessly.
+    """Yields the same batches as `epoch_order` and `take`, without end, starting after `start_step` updates.
 
-    The examples are on the host, and only the rows of this process's part of the `placement` are read.
+    The examples are on the host. Only the rows that `placement` assigns to this process are read.
     """
     own = sharding.own_rows(placement, batch_size)
     epoch, skip = divmod(start_step, -(-len(rows) // batch_size))

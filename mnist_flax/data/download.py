@@ -20,7 +20,7 @@ def check_files(dataset: Dataset, folder: Path) -> None:
     """Checks that a folder contains the files of a dataset, with the right sizes and checksums where they are known.
 
     Raises:
-      DataError: a file is missing, cannot be read, or has another size or SHA-256.
+      DataError: a file is missing, cannot be read, or has the wrong size or SHA-256.
     """
     for file in dataset.files:
         _check_file(folder / file.name, file)

@@ -13,8 +13,8 @@ from mnist_flax.data.splits import Examples
 def embedded_digits() -> tuple[Examples, Examples]:
     """Returns scikit-learn's 1,797 handwritten digits as a training and a test split, framed like MNIST's.
 
-    About every fifth row, after sorting by digit, goes to the test split. The split is therefore stratified, and the
-    same everywhere because it uses no random numbers. Both splits keep the original order.
+    After sorting by digit, about every fifth row goes to the test split. The split is therefore stratified, and it is
+    the same everywhere because it uses no random numbers. Both splits keep the original order.
     """
     from sklearn.datasets import load_digits
 

@@ -16,7 +16,7 @@ from mnist_flax.errors import DataError
 
 
 def read_files(dataset: Dataset, folder: Path) -> tuple[Examples, Examples]:
-    """Reads the training and test splits from a dataset's files; images come out upright.
+    """Reads the training and test splits from a dataset's files, with all images upright.
 
     Raises:
       DataError: a file is missing, damaged, or does not contain what the dataset's entry says.
@@ -48,7 +48,7 @@ def read_idx(file: IO[bytes], name: str, shape: tuple[int, ...]) -> np.ndarray:
     Never decompresses more than the shape needs, whatever the file claims or contains.
 
     Raises:
-      DataError: the file is anything else; the message calls it `name`.
+      DataError: the file is damaged or contains something else; the message calls it `name`.
     """
     header = struct.pack(f">4B{len(shape)}I", 0, 0, 8, len(shape), *shape)  # 8: the elements are unsigned bytes
     size = int(np.prod(shape))
@@ -71,7 +71,9 @@ def read_idx(file: IO[bytes], name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def _describe(header: bytes) -> str:
     """Describes what the header of a file claims."""
-    if header[:3] != b"\0\0\x08" or len(header) < 8:
+    if not header.startswith(b"\0\0\x08"):
         return f"starts with 0x{header[:4].hex()}, so it is not an IDX file of bytes"
+    if len(header) < 8:
+        return "ends within its header"
     sizes = struct.unpack_from(f">{len(header) // 4 - 1}I", header, 4)[: header[3]]
     return f"its header says {' x '.join(map(str, sizes))}{' x ...' * (header[3] > len(sizes))}"

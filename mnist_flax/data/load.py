@@ -2,7 +2,6 @@
 
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from mnist_flax import config as config_lib
@@ -20,10 +19,10 @@ logger = logging.getLogger(__name__)
 
 
 def load_splits(config: Config) -> Splits:
-    """Loads the dataset that `config.data` names, from the sources that it allows (see `DataConfig`).
+    """Loads the dataset that `config.data` names, or the fallback that it allows (see `DataConfig`).
 
     Raises:
-      DataError: no source has it, or one has it damaged; the message names the place and the remedy.
+      DataError: no source has it and no fallback is allowed, or its files are damaged; the message says what to do.
     """
     data = config.data
     if not DATASETS[data.name].files:
@@ -64,7 +63,8 @@ def _from_tfds(data: DataConfig) -> Splits:
 def _from_raw(data: DataConfig) -> Splits:
     """Loads files from the user's folder.
 
-    Official files are prepared only if there is no usable prepared copy; checksums guarantee that both are the same.
+    Official files are prepared only if there is no usable prepared copy. Checksums guarantee that such a copy holds the
+    same data.
     """
     raw_dir = data.raw_dir or os.environ.get("MNIST_FLAX_RAW_DIR", "")
     if not raw_dir:
@@ -72,7 +72,7 @@ def _from_raw(data: DataConfig) -> Splits:
             "no folder of official files: neither config.data.raw_dir nor $MNIST_FLAX_RAW_DIR is set"
         )
     dataset, parent = DATASETS[data.name], Path(os.path.expanduser(raw_dir))
-    # Most datasets use MNIST's file names, so one folder can hold several only in subfolders.
+    # Most datasets use MNIST's file names, so a folder that holds several needs a subfolder for each.
     subfolders = [parent / data.name, parent / data.name.partition("/")[0]]
     folder = next((folder for folder in subfolders if os.path.isdir(folder)), parent)
     try:
@@ -99,7 +99,6 @@ def _from_download(data: DataConfig) -> Splits:
 
 
 # In the order in which `auto` tries them.
-_LOADERS: dict[str, Callable[[DataConfig], Splits]]
 _LOADERS = {"tfds": _from_tfds, "raw": _from_raw, "download": _from_download}
 
 
@@ -114,8 +113,8 @@ def _data_dir(data: DataConfig) -> Path:
 def adapt_to_dataset(config: Config, splits: Splits) -> Config:
     """Returns the config adapted to the dataset that was loaded.
 
-    If that is not the one the config asks for, the numbers of rows are scaled down in proportion, with at least one
-    hold-out row per class (if any), at least one training row, and a batch no larger than the training rows.
+    For a substitute dataset, the numbers of rows shrink in proportion to its size. At least one training row remains
+    and, if the config holds out rows, one hold-out row per class. The batch is no larger than the training set.
     """
     data = config.data
     if splits.name == data.name:

@@ -1,4 +1,4 @@
-"""Habits of pens that MNIST, written in the United States, hardly shows: flags and feet of ones, bars of sevens."""
+"""Digit shapes that are rare in MNIST, which comes from the United States: ones with flags and feet, barred sevens."""
 
 import jax
 import jax.numpy as jnp
@@ -7,11 +7,11 @@ from jax import Array
 from mnist_flax import rng
 
 CLASSES = {1: "1", 7: "7"}  # the labels that are rewritten, and their names
-INK = 128  # from this grey on, a pixel belongs to the stroke
+INK = 128  # a pixel at least this bright belongs to the stroke
 
 
 def pens(share: float, image: Array, label: Array, key: Array) -> Array:
-    """Writes some ones and sevens as in many other countries, `u8[H,W,1] -> u8[H,W,1]`.
+    """Redraws some ones and sevens as they are written in many other countries, `u8[H,W,1] -> u8[H,W,1]`.
 
     With probability `share`, a one gets a flag at its top and, in a third of these cases, a foot; a seven gets a bar
     through its stem. Other labels stay as they are.
@@ -25,13 +25,13 @@ def pens(share: float, image: Array, label: Array, key: Array) -> Array:
     tall = (bottom - top + 1).astype(jnp.float32)
 
     def column(row: Array) -> Array:
-        """The middle of the ink in a row."""
+        """Returns the mean column of the ink in a row."""
         weights = jnp.sum(jnp.where(rows == row, grey.T, 0.0), axis=1)
         return jnp.sum(weights * jnp.arange(width)) / jnp.maximum(jnp.sum(weights), 1.0)
 
-    half = jnp.clip(jnp.sum(grey) / 255.0 / tall / 2.0, 0.8, 2.0)  # of the stroke's width, from a stem of this height
+    half = jnp.clip(jnp.sum(grey) / 255.0 / tall / 2.0, 0.8, 2.0)  # half the stroke width, as if all ink were one stem
     reach = tall * (0.25 + 0.3 * draws["length"])
-    slope = jnp.deg2rad(30.0 + 45.0 * draws["angle"])  # of the flag, from the vertical
+    slope = jnp.deg2rad(30.0 + 45.0 * draws["angle"])  # angle between the flag and the vertical
     top_x, bottom_x = column(top), column(bottom)
     flag = _line(grey, (top, top_x), (top + reach * jnp.cos(slope), top_x - reach * jnp.sin(slope)), half)
     foot = _line(grey, (bottom, bottom_x - reach / 2), (bottom, bottom_x + reach / 2), half)

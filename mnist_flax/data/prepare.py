@@ -1,6 +1,6 @@
-"""Prepares a dataset once, as a TFDS folder made of its official files, and loads it through a cache of arrays.
+"""Converts a dataset's official files to a TFDS folder once, and loads that folder through a cache of arrays.
 
-Everything is written into our own subfolder of the TFDS folder, so no other copy is ever touched:
+Everything is written into our own subfolder of `data_dir`, so no other copy is ever touched:
 
     <data_dir>/mnist_flax/mnist/3.0.1/       the prepared copy, a normal TFDS folder
     <data_dir>/mnist_flax/decoded/mnist.npz  the cache: the same data as arrays
@@ -39,7 +39,7 @@ def prepare(name: str, data_dir: Path, raw_dir: Path | None) -> Splits:
 
     Raises:
       UnavailableError: the files cannot be downloaded.
-      DataError: the folder cannot be written or is full, or a file is damaged. Nothing new is left behind.
+      DataError: the folder cannot be written or is full, or a file is damaged. No partial copy is left behind.
     """
     own = data_dir / "mnist_flax"
     dataset = DATASETS[name]
@@ -105,7 +105,7 @@ def _move(source: Path, target: Path) -> None:
 def _locked(own: Path) -> Iterator[None]:
     """Creates our folder and holds its lock, which the system releases if the process dies.
 
-    If the body fails, new folders that are still empty are deleted again.
+    If the body fails, new folders are deleted again if they are empty.
     """
     import filelock
 
@@ -136,7 +136,7 @@ def _locked(own: Path) -> Iterator[None]:
 
 
 def load_prepared(name: str, data_dir: Path) -> tuple[Splits | None, list[str]]:
-    """Loads the first usable prepared copy, if any, and lists why those before it are unusable.
+    """Loads the first usable prepared copy, if any, and lists why the copies before it are unusable.
 
     Raises:
       DataError: a copy can be read, but it is not this dataset.

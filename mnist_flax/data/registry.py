@@ -80,7 +80,7 @@ def _like_mnist(url: str, *sizes_and_sums: tuple[int, str], **fields: Any) -> Da
 
 
 def _emnist(config: str, num_classes: int, num_train: int, num_test: int, class_names: tuple[str, ...] = ()) -> Dataset:
-    """Returns one of the six datasets in EMNIST's archive."""
+    """Returns the entry of one of the six datasets in EMNIST's archive."""
     url = "https://biometrics.nist.gov/cs_links/EMNIST/gzip.zip"
     sha256 = "fb9bb67e33772a9cc0b895e4ecf36d2cf35be8b709693c3564cea2a019fcda8e"
     kinds = ("train-images-idx3", "train-labels-idx1", "test-images-idx3", "test-labels-idx1")
@@ -97,8 +97,8 @@ def _emnist(config: str, num_classes: int, num_train: int, num_test: int, class_
 
 
 _UPPER = tuple(string.ascii_uppercase)
-# Of the lower-case letters, only those that do not look like their capitals; EMNIST merges the other fifteen with
-# the capitals (Cohen et al., 2017).
+# Includes only the lower-case letters that do not look like their capitals; EMNIST merges the other fifteen with their
+# capitals (Cohen et al., 2017).
 _MERGED = (*string.digits, *_UPPER, *"abdefghnqrt")
 
 _CLOTHES = (

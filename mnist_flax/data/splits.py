@@ -20,7 +20,7 @@ class Splits(NamedTuple):
 
     Attributes:
       name: the loaded dataset, a key of `registry.DATASETS`; it may differ from the one that the config asks for.
-      fingerprint: SHA-256 of all shapes, images and labels, in hexadecimal.
+      fingerprint: SHA-256 of the dtypes, shapes and values of all images and labels, in hexadecimal.
       source: where it was loaded from: `tfds` (a copy that was already prepared), `raw` (files in a folder),
         `download`, or `embedded`.
     """
@@ -38,7 +38,7 @@ def make_splits(name: str, train: Examples, test: Examples, source: str) -> Spli
 
 
 def check_fingerprint(splits: Splits, expected: str, place: object, remedy: str) -> None:
-    """Raises DataError if the fingerprint of the data loaded from `place` is not `expected`; empty means unknown."""
+    """Raises DataError if data from `place` do not have the `expected` fingerprint; an empty one is not checked."""
     if expected and splits.fingerprint != expected:
         raise DataError(
             f"{place}: its images and labels are not those of {splits.name} (fingerprint {splits.fingerprint[:12]}"
@@ -47,7 +47,7 @@ def check_fingerprint(splits: Splits, expected: str, place: object, remedy: str)
 
 
 def fingerprint(train: Examples, test: Examples) -> str:
-    """Returns the SHA-256 of all shapes, images and labels, in hexadecimal."""
+    """Returns the SHA-256 of the dtypes, shapes and values of all images and labels, in hexadecimal."""
     digest = hashlib.sha256()
     for array in (*train, *test):
         digest.update(f"{array.dtype.str}{array.shape}".encode())

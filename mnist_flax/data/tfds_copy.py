@@ -19,7 +19,7 @@ from absl import logging
 from mnist_flax.data.registry import DATASETS, IMAGE_SIZE
 from mnist_flax.data.splits import Examples
 
-_UPRIGHT = "The images are stored upright."  # in the description of our EMNIST, but not in that of TFDS
+_UPRIGHT = "The images are stored upright."  # in the description of our copies, not in TFDS's own
 
 
 def copy_dir(name: str, data_dir: Path) -> Path:
@@ -28,7 +28,7 @@ def copy_dir(name: str, data_dir: Path) -> Path:
 
 
 def find_flaw(name: str, data_dir: Path) -> str:
-    """Returns why a prepared copy is unusable, judging by its dataset_info.json alone; empty if it is usable."""
+    """Returns why a prepared copy is unusable, according to its dataset_info.json; empty if it is usable."""
     try:
         info = json.loads((copy_dir(name, data_dir) / "dataset_info.json").read_bytes())
         rows = {split["name"]: sum(map(int, split["shardLengths"])) for split in info["splits"]}
@@ -49,12 +49,12 @@ def write_copy(name: str, train: Examples, test: Examples, data_dir: Path) -> No
     with _quiet():
         try:
             _builder(name, data_dir, train=train, test=test).download_and_prepare()
-        except RuntimeError as error:  # TFDS raises it for any failure with its files, such as a full disk
+        except RuntimeError as error:  # TFDS raises it for any file error, such as a full disk
             raise OSError(str(error)) from error
 
 
 def read_copy(name: str, data_dir: Path) -> tuple[Examples, Examples]:
-    """Decodes the training and the test split of a prepared copy; a damaged record raises almost any exception."""
+    """Decodes the training and the test split of a prepared copy; a damaged record can raise almost any error."""
     import tensorflow_datasets as tfds
     from PIL import Image
 

@@ -17,7 +17,7 @@ TEMPLATE = pathlib.Path(__file__).with_name("card.md.jinja")
 
 
 def text(workdir: pathlib.Path, predictor: Predictor, info: RunInfo) -> str:
-    """Returns the card as Markdown, from the results in the workdir; unknown values are omitted."""
+    """Returns the card as Markdown, with the results found in the workdir; unknown values are omitted."""
     import jinja2
 
     config = info.config
@@ -83,7 +83,7 @@ def _scores(workdir: pathlib.Path, predictor: Predictor, info: RunInfo) -> dict[
 
 
 def _calibration(workdir: pathlib.Path, info: RunInfo) -> dict[str, Any]:
-    """Returns the scores on the test set at this step: those of `evaluate` if it was run, else those of the report."""
+    """Returns the test scores at this step: from `evaluate` if it was run, else from the report, if there is one."""
     evaluation = _read(workdir / f"evaluation-test-{info.config.data.name.replace('/', '-')}.json")
     if evaluation.get("step") == max(info.steps):
         return evaluation
@@ -106,7 +106,7 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _torch(predictor: Predictor) -> str:
-    """Returns a line of code that permutes the first kernel to PyTorch's axis order."""
+    """Returns a line of code that permutes a kernel, a convolution's if there is one, to PyTorch's axis order."""
     leaves = jax.tree_util.tree_leaves_with_path(predictor.members[0]["params"])
     for path, leaf in sorted(leaves, key=lambda item: item[1].ndim, reverse=True)[:1]:
         member = "member_0/" * (len(predictor.members) > 1)

@@ -5,12 +5,13 @@ import contextlib
 import itertools
 import json
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mnist_flax import metrics
+from mnist_flax.analysis.corruptions import corrupt
 from mnist_flax.analysis.evaluation import Evaluation, Predictor, evaluate, load_predictor
 from mnist_flax.analysis.report import facts
 from mnist_flax.analysis.run_data import load_data
@@ -28,9 +29,10 @@ FILE = "demo.html"
 PAGE = pathlib.Path(__file__).with_name("page")
 SCRIPTS = ("framing", "network", "inspect", "draw", "views", "inspector", "app")  # in dependency order
 
-EXAMPLES = 12  # of each kind
+EXAMPLES = 12  # at most, of correct images and of mistakes
+CORRUPTED = ("impulse_noise", "motion_blur", "translate", "brightness", "stripe", "fog", "dotted_line", "zigzag")
 
-# Names as their authors write them; other datasets are shown by their config name.
+# Names as the datasets' authors write them; other datasets are shown under their config names.
 DATASET_TITLES = {
     "mnist": "MNIST",
     "fashion_mnist": "Fashion-MNIST",
@@ -53,10 +55,10 @@ def write_demo(
     output: pathlib.Path | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> pathlib.Path:
-    """Writes the demo page of a run, or of a population as a committee.
+    """Writes the demo page of a run, or of a population (as a committee).
 
-    If a run also has an earlier checkpoint, the page compares the two. See `load_predictor` for the checkpoints and
-    `load_data` for the overrides. The default output is `demo.html` in the workdir; the path is returned.
+    If a run also has an earlier checkpoint, the page compares the two. `checkpoint` is as in `load_predictor`, and
+    `overrides` as in `load_data`. Returns the path, by default `demo.html` in the workdir.
 
     Raises:
       UserError: the run or its data cannot be read, its network cannot be exported, or the page cannot be written.
@@ -78,10 +80,10 @@ def title_of(step: int, config: Config) -> str:
 
 
 def earlier_checkpoint(workdir: pathlib.Path, step: int) -> list[Checkpoint]:
-    """Returns the earliest intact checkpoint of a run before `step`, to compare with; none if there is none."""
+    """Returns a run's earliest intact checkpoint before `step`, to compare with; an empty list if there is none."""
     for earlier in steps_in(workdir / workdirs.CHECKPOINTS):
         if earlier < step:
-            with contextlib.suppress(WorkdirError):  # a damaged one
+            with contextlib.suppress(WorkdirError):  # skips a damaged checkpoint
                 predictor, info = load_predictor(workdir, str(earlier))
                 return [Checkpoint(title_of(earlier, info.config), graph_of(predictor))]
     return []
@@ -96,7 +98,7 @@ def write_page(
     title: str,
     path: pathlib.Path,
 ) -> None:
-    """Writes the demo page of a predictor, whose network is the first of one or two `checkpoints` to compare.
+    """Writes the demo page of a predictor; the first of `checkpoints` is its own, a second one is compared with it.
 
     Raises:
       WorkdirError: the file cannot be written.
@@ -109,6 +111,7 @@ def write_page(
     graphs = [(name, textbook_order(graph)) for name, graph in checkpoints]
     data = {
         "classes": list(classes),
+        "doubtful_below": predictor.doubtful_below,
         "checkpoints": [
             {"title": name, "graph": json.loads(graph.to_json()), "weights": _base64(graph.weights())}
             for name, graph in graphs
@@ -150,47 +153,18 @@ def choose_examples(splits: Splits, probs: np.ndarray) -> list[dict[str, Any]]:
     """
     images, labels = splits.test.image[..., 0], splits.test.label
     found = facts.galleries(probs, labels, splits.name)
-    correct = list({example["label"]: example["row"] for example in reversed(found["correct"])}.values())[::-1]
-    chosen = [("right", row, "", images[row]) for row in correct[:EXAMPLES]]
-    chosen += [("mistake", row, "", images[row]) for row in (shown["row"] for shown in found["mistakes"][:EXAMPLES])]
+    correct: dict[int, int] = {}  # the first row of each class
+    for example in found["correct"]:
+        correct.setdefault(example["label"], example["row"])
+    rows = list(correct.values())
+    chosen = [("right", row, "", images[row]) for row in rows[:EXAMPLES]]
+    mistakes = [example["row"] for example in found["mistakes"][:EXAMPLES]]
+    chosen += [("mistake", row, "", images[row]) for row in mistakes]
     chosen += [
-        ("corrupted", row, f", {name}", corrupt(images[row]))
-        for (name, corrupt), row in zip(CORRUPTIONS.items(), itertools.cycle(correct[1:] or correct), strict=False)
+        ("corrupted", row, f", {name.replace('_', ' ')}", corrupt(name, images[[row]], np.array([row]))[0])
+        for name, row in zip(CORRUPTED, itertools.cycle(rows[1:] or rows), strict=False)
     ]
     return [
         {"kind": kind, "title": f"Test image {row}{how}", "label": int(labels[row]), "image": _base64(image.tobytes())}
         for kind, row, how, image in chosen
     ]
-
-
-def _rotated(image: np.ndarray) -> np.ndarray:
-    from scipy import ndimage
-
-    return np.asarray(ndimage.rotate(image.astype(np.float32), 40, reshape=False, order=1))
-
-
-def _blurred(image: np.ndarray) -> np.ndarray:
-    from scipy import ndimage
-
-    return np.asarray(ndimage.gaussian_filter(image.astype(np.float32), 1.5))
-
-
-def _partly_covered(image: np.ndarray) -> np.ndarray:
-    covered = image.copy()
-    covered[12:17] = 0
-    return covered
-
-
-def _as_bytes(corrupt: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda image: np.clip(corrupt(image), 0, 255).astype(np.uint8)
-
-
-CORRUPTIONS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
-    "with noise": _as_bytes(lambda image: image + np.random.default_rng(0).normal(0, 60, image.shape)),
-    "blurred": _as_bytes(_blurred),
-    "rotated": _as_bytes(_rotated),
-    "negative": lambda image: 255 - image,
-    "partly covered": _partly_covered,
-    "shifted": lambda image: np.roll(image, (5, -5), (0, 1)),
-    "faint": lambda image: image // 6,
-}

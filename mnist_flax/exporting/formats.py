@@ -32,9 +32,9 @@ class Format(NamedTuple):
     """A way to write a predictor to `model.<name of the format>`."""
 
     packages: tuple[str, ...]  # the optional packages that it imports
-    # returns the contents of each file, keyed by suffix; the metadata are stored if the format supports it
+    # returns the content of each file by suffix; formats without metadata ignore the second argument
     write: Callable[[Predictor, dict[str, str]], dict[str, bytes]]
-    # opens the file as a function `u8[N,28,28,1] -> {"logits", "probabilities"}`
+    # loads the file as a function `u8[N,28,28,1] -> {"logits", "probabilities"}`
     load: Callable[[pathlib.Path], Callable[[np.ndarray], Mapping[str, np.ndarray]]]
 
 
@@ -56,7 +56,7 @@ FORMATS: dict[str, Format] = {
 
 
 class Exported(NamedTuple):
-    """What was written: the files, and by how much a logit or probability differs at most, on which images."""
+    """The files written, the largest difference of a logit or probability, and the images it was measured on."""
 
     paths: tuple[pathlib.Path, ...]
     difference: float
@@ -77,14 +77,14 @@ def export_workdir(
     folder: pathlib.Path | None = None,
     overrides: Mapping[str, Any],
 ) -> Exported:
-    """Writes a run, or a population as a committee, in a format, and a model card beside it.
+    """Exports a run, or a population as a committee, to one format, and writes a model card beside it.
 
     See `load_predictor` for the checkpoints and `load_data` for the overrides. The default folder is `export/` in the
     workdir.
 
     Raises:
       UserError: a package is missing, the run cannot be read, the network cannot be expressed in the format, or the
-        file's outputs differ from the network's. Nothing is written in these cases.
+        file's outputs differ from the network's (in these cases nothing is written); or a file cannot be written.
     """
     chosen = FORMATS[format_name]
     missing = [name for name in chosen.packages if importlib.util.find_spec(name) is None]
@@ -116,7 +116,7 @@ def images_to_compare(info: RunInfo, overrides: Mapping[str, Any]) -> tuple[np.n
 
 
 def check_outputs(format_name: str, contents: Mapping[str, bytes], predictor: Predictor, images: np.ndarray) -> float:
-    """Runs a file in batches of several sizes; returns the largest difference of a logit or probability.
+    """Runs an exported file in batches of several sizes; returns the largest difference of a logit or probability.
 
     Raises:
       ExportError: the difference is above `TOLERANCE`, or not a number.

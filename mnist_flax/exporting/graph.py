@@ -1,7 +1,7 @@
 """Converts the forward pass of any model to a small graph of primitive operations, by tracing its jaxpr.
 
-`trace` walks the jaxpr of a function `(variables, u8[N,28,28,1]) -> f32[N,C]`: it inlines calls, folds everything
-that depends on weights alone into constants, and names the rest after the linen modules they came from. Nothing here
+`trace` walks the jaxpr of a function `(variables, u8[N,28,28,1]) -> f32[N,C]`: it inlines calls, folds operations on
+weights alone into constants, and names all other operations after the linen modules they came from. Nothing here
 depends on a model family, so families defined outside this package can be exported too.
 
 **Format.** `Graph.to_json()` returns
@@ -13,22 +13,22 @@ depends on a model family, so families defined outside this package can be expor
                 "shape": [-1, 26, 26, 32], "dtype": "float32", "layer": "Conv_0", "function": ""}, ...],
      "constants": {"params/Conv_0/kernel": {"shape": [3, 3, 1, 32], "dtype": "float32", "offset": 0}, ...}}
 
-Nodes are in topological order. An input is `images` or the name of an earlier node or of a
-constant. `Graph.weights()` returns the constants' bytes: little-endian, C order, each at its offset, a multiple of 8.
+Nodes are in topological order. An input is `images`, or the name of an earlier node or of a constant.
+`Graph.weights()` returns the constants as bytes: little-endian, in C order, each at its offset, a multiple of 8.
 `layer` is the path of the linen module, empty outside all submodules; in a committee it starts with `member_<i>/`.
 `function` is the jitted function that a node came from, such as `silu`, or empty.
 
-**Sizes.** A negative size -k in a shape or an attribute means k times the batch size N: -1 is N, -5 five views of each
-image. With N = 1 a size is its absolute value.
+**Sizes.** A negative size -k in a shape or an attribute means k times the batch size N: -1 is N, -5 is 5N (five views
+of each image). With N = 1, the size is k.
 
 **Operations** (images are NHWC, kernels HWIO; attributes in brackets):
 
 - `conv` x, kernel, optional bias [strides, pads, dilations, groups]; `dense` x[...,K], kernel[K,D], optional bias
-- `max_pool`, `sum_pool`, `avg_pool` x [size, strides, pads]: `max_pool` pads with -inf, the others with 0; an average
-  counts its padding
+- `max_pool`, `sum_pool`, `avg_pool` x [size, strides, pads]: `max_pool` pads with -inf, the others with 0, which
+  `avg_pool` includes in its mean
 - `einsum` x, y [equation]
 - `relu` x; `softmax` x, over the last axis
-- `reduce_sum`, `reduce_mean`, `reduce_max`, `reduce_min` x [axes]: the axes disappear
+- `reduce_sum`, `reduce_mean`, `reduce_max`, `reduce_min` x [axes]: the reduced axes are removed
 - elementwise, inputs broadcast as in NumPy: `add sub mul div max min pow`, `equal less less_equal greater
   greater_equal and or` (to bool), `neg abs sign floor exp log sqrt tanh erf logistic sin cos not`, and `where`
   condition, x, y
@@ -50,20 +50,20 @@ from mnist_flax.errors import UserError
 IMAGE_SHAPE = (28, 28, 1)
 INPUT = "images"
 
-# Models are traced with this batch size. It is prime, so a size that is a multiple of it must come from the batch.
-# Unlike a symbolic size it is an integer, so a model may also write `len(x)`.
+# Models are traced with this batch size. It is a large prime, so any size divisible by it must come from the batch.
+# Unlike a symbolic size, it is an integer, so models may use `len(x)`.
 BATCH_SIZE = 65_537
 
 Shape = tuple[int, ...]
 
 
 class ExportError(UserError):
-    """A model cannot be exported, or an export gives different results."""
+    """A model cannot be exported, or the exported file gives different results."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Node:
-    """One operation; the fields are explained above."""
+    """One operation; the module docstring explains the fields."""
 
     name: str
     op: str
@@ -77,7 +77,7 @@ class Node:
 
 @dataclasses.dataclass(frozen=True)
 class Graph:
-    """Operations in topological order, the constants that they use, and the nodes that are outputs."""
+    """Operations in topological order, the constants they use, and the name of the node behind each output."""
 
     nodes: tuple[Node, ...]
     constants: Mapping[str, np.ndarray]
@@ -105,7 +105,7 @@ def _padded(size: int) -> int:
 
 
 def symbolic(shape: Any) -> Shape:
-    """Replaces sizes that come from the batch by negative numbers."""
+    """Replaces sizes that come from the batch with negative numbers: k * BATCH_SIZE becomes -k."""
     return tuple(int(size) if size % BATCH_SIZE else -int(size // BATCH_SIZE) for size in shape)
 
 
@@ -119,7 +119,7 @@ class Builder:
         self.function = ""
 
     def constant(self, value: Any, name: str = "") -> str:
-        """Adds an array and returns its name; a scalar is named by its value, so that equal ones are shared."""
+        """Adds an array and returns its name; an unnamed scalar is named after its value, so equal ones are shared."""
         array = np.asarray(value)
         if not name:
             name = f"{array.item()!r}:{array.dtype}" if array.ndim == 0 else self._unique("constant")
@@ -145,11 +145,11 @@ class Builder:
 def trace(logits: Callable[[Any, jax.Array], jax.Array], variables: Any) -> Graph:
     """Turns a function into a graph with the outputs `logits` and `probabilities`.
 
-    `logits` is a pure function of variables and `u8[N,28,28,1]` that treats every row alike. The constants are named by
-    their paths in `variables`.
+    `logits` is a pure function of variables and `u8[N,28,28,1]` that processes each image independently. The constants
+    are named after their paths in `variables`.
 
     Raises:
-      ExportError: the function contains an operation that has no counterpart here.
+      ExportError: the function contains an operation that the graph does not support.
     """
     from mnist_flax.exporting import jaxpr, patterns
 
@@ -167,5 +167,5 @@ def trace(logits: Callable[[Any, jax.Array], jax.Array], variables: Any) -> Grap
 
 
 def _key(key: Any) -> Any:
-    """Returns the name of one key of a tree path; an index is a member of a committee."""
+    """Returns one key of a tree path as a name; an index is that of a committee member."""
     return f"member_{key.idx}" if hasattr(key, "idx") else getattr(key, "key", getattr(key, "name", key))

@@ -14,15 +14,15 @@ from mnist_flax.step import Variables, forward
 
 
 def in_float32(predictor: Predictor) -> Predictor:
-    """Returns the predictor with float32 products on every device, which is the precision of all exports."""
+    """Returns the predictor in float32, matrix products included, on every device; all exports have this precision."""
     model = dataclasses.replace(predictor.program.model, dtype="float32", matmul_precision="highest")
     return dataclasses.replace(predictor, program=dataclasses.replace(predictor.program, model=model))
 
 
 def logits_of(predictor: Predictor, members: Sequence[Variables], images: Array) -> Array:
-    """Computes what `predict_logits` does, as a function that JAX can trace: `u8[N,28,28,1] -> f32[N,C]`.
+    """Computes the same as `predict_logits`, but can be traced by JAX: `u8[N,28,28,1] -> f32[N,C]`.
 
-    The predictor supplies everything but the weights, which are those of `members`. N may be symbolic.
+    The weights come from `members`, everything else from the predictor. N may be symbolic.
     """
     views = _shifted(images, VIEW_SHIFTS[: predictor.views])
     outputs = []
@@ -39,7 +39,7 @@ def logits_of(predictor: Predictor, members: Sequence[Variables], images: Array)
 
 
 def _shifted(images: Array, shifts: Sequence[tuple[int, int]]) -> Array:
-    """Returns the views of each image, one after the other: `u8[N,H,W,1] -> u8[N*V,H,W,1]`."""
+    """Returns the shifted views, those of one image next to each other: `u8[N,H,W,1] -> u8[N*V,H,W,1]`."""
     if len(shifts) == 1:
         return images
     count, height, width, channels = images.shape

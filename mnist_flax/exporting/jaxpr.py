@@ -1,6 +1,7 @@
 """Walks a jaxpr: inlines calls, folds what depends on weights alone into constants, and translates the rest."""
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,14 +12,14 @@ from jax.extend import core
 from mnist_flax.exporting.graph import BATCH_SIZE, Builder
 from mnist_flax.exporting.primitives import REWRITES, TRANSLATIONS, UNCHANGED, add, unsupported
 
-CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")  # parameters that hold the function a primitive calls
+CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")  # parameters that hold the function called by a primitive
 
-# Never folded, even if their inputs are constants: a broadcast to save memory, the others to keep the names.
+# Not folded even if their inputs are constants: broadcasts to save memory, the others to keep the constants' names.
 KEPT = ("broadcast_in_dim", "copy", "expand_dims", "reshape", "squeeze", "stop_gradient")
 
 
 def inline_jaxpr(builder: Builder, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[str], stack: str) -> list[str]:
-    """Adds the nodes of a jaxpr applied to `inputs`, and of all that it calls; returns the names of its results."""
+    """Adds the nodes of a jaxpr applied to `inputs`, with all calls inlined; returns the names of its results."""
     names: dict[Any, str] = dict(zip(jaxpr.invars, inputs, strict=True))
     names |= {var: builder.constant(jax.device_get(value)) for var, value in zip(jaxpr.constvars, consts, strict=True)}
     function = builder.function
@@ -32,7 +33,7 @@ def inline_jaxpr(builder: Builder, jaxpr: Any, consts: Sequence[Any], inputs: Se
         path = "/".join(filter(None, (stack, str(eqn.source_info.name_stack))))
         builder.layer, builder.function = layer_of(path), function
         if eqn.primitive.name == "platform_index":
-            names[eqn.outvars[0]] = ""  # the cond that uses it is resolved below
+            names[eqn.outvars[0]] = ""  # selects a branch of a `cond`; `_branch` ignores it
             continue
         arguments = tuple(read(atom) for atom in eqn.invars)
         for var, name in zip(eqn.outvars, _results(builder, eqn, arguments, path), strict=True):
@@ -42,14 +43,15 @@ def inline_jaxpr(builder: Builder, jaxpr: Any, consts: Sequence[Any], inputs: Se
 
 
 def layer_of(stack: str) -> str:
-    """Returns the path of a linen module within its root, prefixed by the member of a committee."""
+    """Returns the path of a linen module below the root module, after `member_<i>` in a committee."""
     parts = [part for part in stack.split("/") if part and "." not in part]  # a dot: a method, not a module
+    parts = [part for part, _ in itertools.groupby(parts)]  # a call of `super().__call__` repeats the module's name
     member = [parts.pop(0)] if parts and parts[0].startswith("member_") else []
     return "/".join(member + parts[1:])
 
 
 def _results(builder: Builder, eqn: Any, inputs: tuple[str, ...], stack: str) -> Sequence[str]:
-    """Translates one equation."""
+    """Translates one equation; returns the names of its results."""
     name = eqn.primitive.name
     if name == "optimization_barrier":
         return inputs
@@ -77,7 +79,7 @@ def _results(builder: Builder, eqn: Any, inputs: tuple[str, ...], stack: str) ->
 
 
 def _branch(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> tuple[Any, tuple[str, ...]]:
-    """Chooses a branch: the default of `platform_dependent`, or the one that a constant index selects."""
+    """Chooses a branch: the default of `platform_dependent`, or the one selected by a constant index."""
     branches, platforms = eqn.params["branches"], eqn.params.get("branches_platforms")
     if platforms:
         return branches[platforms.index(None) if None in platforms else 0], inputs[1:]

@@ -34,7 +34,7 @@ with np.load(pathlib.Path(__file__).with_suffix(".npz")) as weights:
 
 
 def to_numpy(graph: Graph) -> dict[str, bytes]:
-    """Returns the .npz file, with every weight under its path as in weights.safetensors, and the .py file."""
+    """Returns the .npz file, with the graph's arrays under their names, and the .py file."""
     arrays = {name: array for name, array in graph.constants.items() if array.ndim}
     file = io.BytesIO()
     np.savez(file, **arrays)  # type: ignore[arg-type]
@@ -70,7 +70,7 @@ def _constant(array: np.ndarray, name: str) -> str:
 
 
 def _literal(value: Any) -> str:
-    """Writes an attribute; a size that comes from the batch becomes a multiple of n."""
+    """Returns an attribute as Python code; a size that comes from the batch becomes a multiple of n."""
     if isinstance(value, tuple):
         return f"({', '.join(map(_literal, value))}{',' * (len(value) == 1)})"
     if isinstance(value, int) and value < 0:
@@ -79,6 +79,6 @@ def _literal(value: Any) -> str:
 
 
 def load_program(path: pathlib.Path) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
-    """Runs the program beside an .npz file, and returns its `predict`."""
+    """Runs the .py file beside an .npz file and returns its `predict`."""
     predict: Callable[[np.ndarray], dict[str, np.ndarray]] = runpy.run_path(str(path.with_suffix(".py")))["predict"]
     return predict

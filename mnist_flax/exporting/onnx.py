@@ -1,4 +1,4 @@
-"""Converts a graph to an ONNX model, and loads one as a function."""
+"""Converts a graph to an ONNX model, and loads ONNX files as functions."""
 
 import pathlib
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from mnist_flax.exporting.graph import IMAGE_SHAPE, INPUT, ExportError, Graph, N
 # Supported by onnxruntime and onnxruntime-web since 1.14 (2023).
 OPSET, IR_VERSION = 18, 8
 
-OPS = {  # with the same inputs and attributes
+OPS = {  # operations with the same inputs and attributes in ONNX
     **{"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "max": "Max", "min": "Min", "pow": "Pow"},
     **{"equal": "Equal", "less": "Less", "less_equal": "LessOrEqual", "greater": "Greater"},
     **{"greater_equal": "GreaterOrEqual", "and": "And", "or": "Or", "not": "Not", "neg": "Neg", "abs": "Abs"},
@@ -80,7 +80,7 @@ class _Writer:
                 self.add(OPS[op], inputs, name, **attrs)
 
     def _images(self, op: str, inputs: tuple[str, ...], name: str, **attrs: Any) -> str:
-        """Adds a channels-first node between two transpositions; onnxruntime cancels those of neighbours."""
+        """Adds a channels-first node between two transposes; onnxruntime cancels adjacent transposes of neighbours."""
         first = self.add("Transpose", inputs[:1], f"{name}/to_nchw", perm=TO_NCHW)
         result = self.add(op, (first, *inputs[1:]), name, f"{name}/nchw", **attrs)
         return self.add("Transpose", (result,), f"{name}/to_nhwc", name, perm=TO_NHWC)
@@ -129,7 +129,7 @@ class _Writer:
         return (*node.inputs, self.ints(f"{node.name}/shape", [max(size, -1) for size in node.shape]))
 
     def _expand(self, node: Node) -> tuple[str, ...]:
-        """Sizes that come from the batch are read from the input at run time."""
+        """Returns the inputs of an Expand node; sizes that come from the batch are computed at run time."""
         sizes = []
         for axis, size in enumerate(node.shape):
             label = f"{node.name}/size_{axis}"
@@ -153,7 +153,7 @@ def _onnx_type(dtype: str) -> int:
 
 
 def to_onnx(graph: Graph, metadata: dict[str, str]) -> bytes:
-    """Returns a checked ONNX model, `images` u8[N,28,28,1] -> `probabilities`, `logits` f32[N,C].
+    """Returns a checked ONNX model, `images` u8[N,28,28,1] -> `logits`, `probabilities` f32[N,C].
 
     Raises:
       ExportError: the graph contains something that ONNX cannot express.
@@ -184,7 +184,7 @@ def to_onnx(graph: Graph, metadata: dict[str, str]) -> bytes:
 
 
 def load_onnx(path: pathlib.Path) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
-    """Opens an ONNX file with onnxruntime."""
+    """Loads an ONNX file with onnxruntime."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

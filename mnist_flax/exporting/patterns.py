@@ -1,4 +1,4 @@
-"""Simplifies a graph: drops operations that have no effect, and fuses those that belong together."""
+"""Simplifies a graph: drops operations without effect, and fuses groups of operations into one."""
 
 import dataclasses
 import itertools
@@ -23,7 +23,7 @@ def simplify(graph: Graph) -> Graph:
 
 
 def _renumber(graph: Graph) -> Graph:
-    """Gives every node and constant the shortest unused name, in order."""
+    """Renames nodes and constants in order: a name gets a numeric suffix only if it is already taken."""
     names = {INPUT: INPUT}
 
     def rename(old: str, stem: str) -> None:
@@ -53,7 +53,11 @@ def _drop_unused(graph: Graph) -> Graph:
 
 
 class _Pass:
-    """One walk over the graph. `nodes` holds the nodes kept so far, `alias` maps replaced names to new ones."""
+    """Applies the rules to every node once.
+
+    `nodes` holds the nodes so far, `alias` maps replaced names to new ones, and `uses` counts the users of each name;
+    it may count too many, never too few.
+    """
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
@@ -64,20 +68,27 @@ class _Pass:
 
     def run(self) -> Graph:
         for old in self.graph.nodes:
-            node = dataclasses.replace(old, inputs=tuple(self.alias.get(name, name) for name in old.inputs))
+            inputs = tuple(self.alias.get(name, name) for name in old.inputs)
+            node = dataclasses.replace(old, inputs=inputs)
             for rule in RULES:
                 result = rule(self, node)
-                if isinstance(result, str):  # the node has no effect
-                    self.alias[old.name] = result
+                if isinstance(result, str):  # the name of an existing node or constant that replaces this node
+                    self.replace(old.name, result)
                     break
                 if result is not None:
                     node = result
             else:
+                self.uses.update(set(node.inputs) - set(inputs))
                 self.nodes[node.name] = node
                 if node.name != old.name:
-                    self.alias[old.name] = node.name
+                    self.replace(old.name, node.name)
         outputs = {name: self.alias.get(node, node) for name, node in self.graph.outputs.items()}
         return Graph(tuple(self.nodes.values()), self.constants, outputs)
+
+    def replace(self, old: str, new: str) -> None:
+        """Lets the users of `old`, which itself used `new` once, use `new`."""
+        self.alias[old] = new
+        self.uses[new] += self.uses[old] - 1
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         if name in self.constants:
@@ -87,12 +98,12 @@ class _Pass:
         return self.nodes[name].shape if name in self.nodes else None
 
     def number(self, name: str) -> float | None:
-        """Returns the value of a constant that has one element, else None."""
+        """Returns the value of a constant with one element, else None."""
         array = self.constants.get(name)
         return float(array.item()) if array is not None and array.size == 1 and array.dtype != bool else None
 
     def only(self, name: str, op: str) -> Node | None:
-        """Returns the node with this name if its operation is `op` and it has a single user."""
+        """Returns the node with this name if its operation is `op` and its result is used once."""
         node = self.nodes.get(name)
         return node if node and node.op == op and self.uses[name] == 1 else None
 
@@ -101,7 +112,7 @@ Rule = Callable[[_Pass, Node], Node | str | None]
 
 
 def _nothing(state: _Pass, node: Node) -> str | None:
-    """Drops operations that return their first input."""
+    """Drops operations that return one of their inputs unchanged."""
     x = node.inputs[0]
     same = state.shape(x) == node.shape
     neutral = {"add": 0, "sub": 0, "mul": 1, "div": 1, "max": -np.inf, "min": np.inf}
@@ -138,7 +149,7 @@ def _broadcast(state: _Pass, node: Node) -> Node | None:
     shapes = [state.shape(name) for name in inputs]
     if inputs == node.inputs or None in shapes:
         return None
-    # The inputs must still have every size of the output. Negative sizes stand for the batch.
+    # On every axis, one of the inputs must still have the output's size. Negative sizes come from the batch.
     for axis in range(1, len(node.shape) + 1):
         sizes = {shape[-axis] for shape in shapes if shape is not None and len(shape) >= axis}
         if node.shape[-axis] not in sizes:
@@ -155,15 +166,17 @@ def _relu(state: _Pass, node: Node) -> Node | None:
 
 
 def _bias(state: _Pass, node: Node) -> Node | str | None:
-    """Fuses a bias, a constant added to each channel, into the convolution or dense layer before it.
+    """Fuses a bias, a constant for each channel, into the convolution or dense layer before it.
 
-    A max pooling between them does not matter: max(x) + b and max(x + b) are equal, rounding included.
+    Max pooling may lie between them, because max(x) + b and max(x + b) are equal, rounding included.
     """
     if node.op != "add":
         return None
     for x, bias in (node.inputs, node.inputs[::-1]):
         array = state.constants.get(bias)
         if array is None or array.ndim == 0 or array.size != array.shape[-1] or array.size != node.shape[-1]:
+            continue
+        if array.ndim > 1 and state.uses[bias] > 1:  # fusing makes it a vector
             continue
         pool = state.only(x, "max_pool")
         inner = state.only(pool.inputs[0], "conv") if pool else state.only(x, "conv") or state.only(x, "dense")
@@ -175,7 +188,7 @@ def _bias(state: _Pass, node: Node) -> Node | str | None:
 
 
 def _windows(state: _Pass, node: Node) -> Node | None:
-    """Recognises pooling written as a reshape and a reduction over windows: [B,H/s,s,W/t,t,C]."""
+    """Recognises pooling written as a reshape to windows, [B,H/s,s,W/t,t,C], and a reduction over s and t."""
     pools = {"reduce_sum": "sum_pool", "reduce_max": "max_pool"}
     if node.op not in pools or node.attrs["axes"] != (2, 4):
         return None
@@ -191,13 +204,13 @@ def _windows(state: _Pass, node: Node) -> Node | None:
 
 
 def _mean(state: _Pass, node: Node) -> Node | None:
-    """Fuses a sum and the division by its number of terms into a mean."""
+    """Fuses a sum and its division by the number of terms into a mean."""
     if node.op not in ("div", "mul"):
         return None
     number = state.number(node.inputs[1])
     for op, mean in (("sum_pool", "avg_pool"), ("reduce_sum", "reduce_mean")):
         inner = state.only(node.inputs[0], op)
-        if not inner or number is None or inner.shape != node.shape:
+        if not inner or not number or inner.shape != node.shape:
             continue
         of = state.shape(inner.inputs[0]) or ()
         sizes = inner.attrs["size"] if op == "sum_pool" else [of[axis] for axis in inner.attrs["axes"]]

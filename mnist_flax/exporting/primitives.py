@@ -1,4 +1,4 @@
-"""Translates JAX primitives, each to one or more operations of the graph."""
+"""Translates JAX primitives to operations of the graph."""
 
 import itertools
 import math
@@ -12,7 +12,7 @@ from mnist_flax.exporting.graph import Builder, ExportError, symbolic
 
 Translation = Callable[[Builder, Any, tuple[str, ...]], str]
 
-# Primitives that are written with others, and then translated as those.
+# Primitives that are rewritten in terms of other primitives, which are then translated.
 REWRITES: dict[str, Callable[..., Any]] = {
     "clamp": lambda low, x, high: lax.min(lax.max(x, low), high),
     "erfc": lambda x: 1 - lax.erf(x),
@@ -29,7 +29,7 @@ REWRITES: dict[str, Callable[..., Any]] = {
     "square": lambda x: x * x,
     "stack": lambda *parts, axis: lax.concatenate([lax.expand_dims(part, [axis]) for part in parts], axis),
 }
-UNCHANGED = {  # operations of the graph with the same inputs
+UNCHANGED = {  # primitives with the same inputs as an operation of the graph, which may have another name
     **{name: name for name in ("add", "sub", "mul", "div", "max", "min", "pow", "and", "or", "not", "neg", "abs")},
     **{name: name for name in ("sign", "floor", "exp", "log", "sqrt", "tanh", "erf", "logistic", "sin", "cos")},
     **{name: name for name in ("reduce_sum", "reduce_max", "reduce_min")},
@@ -39,7 +39,7 @@ UNCHANGED = {  # operations of the graph with the same inputs
 
 
 def unsupported(builder: Builder, what: str) -> NoReturn:
-    """Raises an `ExportError` that names the operation and the layer."""
+    """Raises an `ExportError` that names an operation and its layer."""
     raise ExportError(
         f"layer {builder.layer or '(outside all layers)'}: its operation {what!r} cannot be exported to ONNX, NumPy or"
         " the demo page; use --format=stablehlo, or write the layer with other operations"
@@ -53,7 +53,7 @@ def add(builder: Builder, op: str, eqn: Any, inputs: tuple[str, ...], **attrs: A
 
 
 def _layout(builder: Builder, op: str, x: str, shape: Any, dtype: Any, **attrs: Any) -> str:
-    """Reshapes or transposes: a constant itself, which keeps its name, and anything else by a node."""
+    """Reshapes or transposes `x`: a constant directly, keeping its name if possible; anything else by adding a node."""
     if attrs.get("axes") == (0, 1, 2, 3):
         return x
     if x not in builder.constants:
@@ -102,7 +102,7 @@ def _conv(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> str:
     if eqn.invars[0].aval.ndim != 4 or params["batch_group_count"] != 1 or set(params["lhs_dilation"]) != {1}:
         unsupported(builder, "convolution that is not of images, or is transposed or grouped by batch")
     specs = params["dimension_numbers"]
-    # A spec lists the axes (batch, channel, rows, columns); for a kernel (output, input, rows, columns).
+    # A spec gives the axis of batch, channel, rows and columns, for a kernel that of output, input, rows and columns.
     lhs = tuple(specs.lhs_spec[i] for i in (0, 2, 3, 1))
     rhs = tuple(specs.rhs_spec[i] for i in (2, 3, 1, 0))
     out = tuple(specs.out_spec[i] for i in (0, 2, 3, 1))
@@ -138,7 +138,7 @@ def _pool(op: str) -> Translation:
 
 
 def _dot(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> str:
-    """Translates a matrix product to a dense layer if it is one, otherwise to an einsum."""
+    """Translates a product to `dense` if its form is [...,K] @ [K,D], otherwise to `einsum`."""
     (of_x, of_y), (batch_x, batch_y) = eqn.params["dimension_numbers"]
     x, y = (var.aval for var in eqn.invars)
     if tuple(of_x) == (x.ndim - 1,) and tuple(of_y) == (0,) and not batch_x and y.ndim == 2 and x.ndim > 1:

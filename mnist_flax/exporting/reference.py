@@ -1,4 +1,4 @@
-"""NumPy implementations of the graph's operations, as a program is written with them: inputs first, then attributes."""
+"""NumPy implementations of the graph's operations; exported programs contain their source code."""
 
 import math
 from collections.abc import Callable
@@ -91,7 +91,7 @@ def einsum(x: Array, y: Array, *, equation: str) -> Array:
     return np.einsum(equation, x, y)
 
 
-# NumPy's own functions, which take an attribute by its position.
+# NumPy's own functions. Attributes are passed to them by position.
 IN_NUMPY: dict[str, Callable[..., Array]] = {
     **{"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "pow": np.power},
     **{"max": np.maximum, "min": np.minimum, "equal": np.equal, "less": np.less, "less_equal": np.less_equal},

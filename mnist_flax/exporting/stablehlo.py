@@ -1,4 +1,4 @@
-"""Serialises a predictor as StableHLO with `jax.export`, and loads one as a function."""
+"""Serialises a predictor as StableHLO with `jax.export`, and loads such files as functions."""
 
 import pathlib
 from collections.abc import Callable

@@ -9,9 +9,9 @@ from mnist_flax.exporting.graph import Graph, Node
 def textbook_order(graph: Graph) -> Graph:
     """Moves each max pooling after the bias and the activation that follow it.
 
-    Models may pool first because that is faster. The values do not change, because a maximum commutes with adding a
-    constant and with every non-decreasing function. After reordering, each convolution's activations are at full
-    resolution.
+    Models may pool first because that is faster. The result is the same, because a maximum commutes with adding a
+    constant and with every non-decreasing function. After reordering, the activations have the full resolution of the
+    convolution.
     """
     users: dict[str, list[Node]] = {}
     for node in graph.nodes:
@@ -27,12 +27,12 @@ def textbook_order(graph: Graph) -> Graph:
 def _commutes(graph: Graph, node: Node) -> bool:
     if node.op == "add":
         constants = [graph.constants[name] for name in node.inputs if name in graph.constants]
-        return any(constant.size in (1, node.shape[-1]) for constant in constants)
+        return any(array.size == 1 or array.size == array.shape[-1] == node.shape[-1] for array in constants)
     return node.op in ("relu", "tanh", "logistic")
 
 
 def _exchange(graph: Graph, pool: Node, after: Node) -> Graph:
-    """Swaps two adjacent nodes but not their names, so the nodes that use the result do not change."""
+    """Swaps two adjacent nodes but not their names, so nodes that use the result stay the same."""
     (source,) = pool.inputs
     shape = next(node.shape for node in graph.nodes if node.name == source)
     inputs = tuple(source if name == pool.name else name for name in after.inputs)

@@ -52,6 +52,6 @@ class ModelConfig:
     def seen_size(self, size: int) -> int:
         """Returns the side of the top-left square of pixels that the logits depend on; by default the whole image.
 
-        A family whose logits depend on a smaller square can return its side: `step.crop` then drops the other pixels.
+        A family whose logits depend on a smaller square can return that side: `step.crop` then drops the other pixels.
         """
         return size

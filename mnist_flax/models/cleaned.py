@@ -1,4 +1,4 @@
-"""A plain convolutional network that cleans its image first: specks and whatever is wider than a stroke are removed."""
+"""A plain convolutional network that first cleans its image: it removes specks and anything wider than a stroke."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from jax.lax import slice_in_dim
 
 from mnist_flax.models.cnn import CNN, CNNConfig
 
-WINDOW = 9  # pixels; hardly a stroke of MNIST is as wide
-FAINTEST = 0.1  # a brightest pixel below this is not stretched all the way to white
+WINDOW = 9  # pixels; few strokes in MNIST are as wide
+FAINTEST = 0.1  # images whose brightest ink is below this are not stretched all the way to white
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,7 @@ class CleanedCNNConfig(CNNConfig):
     """A `CNNConfig` whose network sees `cleaned(image)`."""
 
     def seen_size(self, size: int) -> int:
-        """Returns the whole side: the background is looked for everywhere."""
+        """Returns the full side: the background is estimated from the whole image."""
         return size
 
     def module(self, num_classes: int, *, train: bool = False) -> nn.Module:
@@ -38,8 +38,8 @@ class CleanedCNN(CNN):
 def cleaned(x: Array) -> Array:
     """Removes specks and the background, smooths, and stretches the contrast, `f32[B,H,W,1] -> f32[B,H,W,1]`, 0 to 1.
 
-    On clean digits it changes little. The background is the morphological opening: what a square of 9x9 pixels covers
-    while it stays within the light part (a "white top-hat" is what is left).
+    Clean digits change little. The background is the greyscale morphological opening with a square of 9x9 pixels, and
+    the image minus its opening is called the white top-hat.
     """
     x = despeckled(x)
     background = _extreme(_extreme(x, jnp.minimum, jnp.inf), jnp.maximum, -jnp.inf)
@@ -49,19 +49,19 @@ def cleaned(x: Array) -> Array:
 
 
 def blurred(x: Array) -> Array:
-    """Averages each pixel's 3x3 neighbourhood with the weights 1, 2, 1 along each axis; black outside."""
+    """Averages each pixel's 3x3 neighbourhood with the weights 1, 2, 1 along each axis, padding with black."""
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     x = x[:, :-2] + 2 * x[:, 1:-1] + x[:, 2:]
     return (x[:, :, :-2] + 2 * x[:, :, 1:-1] + x[:, :, 2:]) / 16
 
 
 def despeckled(x: Array) -> Array:
-    """Limits each pixel to the third smallest and the third largest value of its 3x3 neighbourhood."""
+    """Clips each pixel to between the third smallest and the third largest value of its 3x3 neighbourhood."""
     height, width = x.shape[1:3]
     x = jnp.concatenate([x[:, :1], x, x[:, -1:]], axis=1)
     x = jnp.concatenate([x[:, :, :1], x, x[:, :, -1:]], axis=2)
     low, middle, high = _sorted(*(x[:, i : i + height] for i in range(3)))
-    # Rows and columns of the nine are sorted: the smallest is a1, the next ones are among its neighbours.
+    # The 3x3 grid with sorted rows and columns: a1 is smallest, and the next two are among a2, a3, b1 and c1.
     (_, a2, a3), (b1, _, b3), (c1, c2, _) = (
         _sorted(*(row[:, :, i : i + width] for i in range(3))) for row in (low, middle, high)
     )
@@ -71,14 +71,14 @@ def despeckled(x: Array) -> Array:
 
 
 def _sorted(a: Array, b: Array, c: Array) -> tuple[Array, Array, Array]:
-    """Sorts three arrays element by element."""
+    """Sorts three arrays elementwise."""
     a, b = jnp.minimum(a, b), jnp.maximum(a, b)
     b, c = jnp.minimum(b, c), jnp.maximum(b, c)
     return jnp.minimum(a, b), jnp.maximum(a, b), c
 
 
 def _extreme(x: Array, of: Callable[[Array, Array], Array], outside: float) -> Array:
-    """Takes the minimum or maximum over a window around each pixel, in log2(WINDOW) steps along each axis."""
+    """Takes the minimum or maximum over a window around each pixel, in ceil(log2(WINDOW)) steps along each axis."""
     for axis in (1, 2):
         margins = [(WINDOW // 2, WINDOW // 2) if a == axis else (0, 0) for a in range(4)]
         x, covered = jnp.pad(x, margins, constant_values=outside), 1

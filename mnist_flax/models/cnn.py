@@ -18,19 +18,19 @@ from mnist_flax.models.layers import BatchNorm, Conv, Dense, Dropout
 class CNNConfig(ModelConfig):
     """A block is convolution, batch norm (if any), activation, pooling, dropout (if any).
 
-    The tuples over convolutions hold one value each, or a single value that serves all.
+    Each of `kernel_sizes`, `strides`, `paddings` and `pools` holds one value per convolution, or one value for all.
 
     Attributes:
       widths: output channels of each convolution; empty for a multilayer perceptron.
       kernel_sizes: side of each square kernel, in pixels.
-      strides: of each convolution, in pixels.
-      paddings: `VALID` or `SAME`, of each convolution.
+      strides: stride of each convolution, in pixels.
+      paddings: `VALID` or `SAME`, for each convolution.
       pools: side and stride of the pooling window after each convolution; 1 means none.
       pooling: `max` or `avg`.
       dense: widths of the hidden dense layers.
       stem: `learned`, or `cosine` for a fixed first convolution with cosine patterns and no bias.
       batch_norm: normalise the output of each convolution and hidden dense layer before the activation.
-      conv_dropout: rate after each convolution block.
+      conv_dropout: dropout rate after each convolution block.
     """
 
     widths: tuple[int, ...] = (32, 64, 64)
@@ -52,10 +52,10 @@ class CNNConfig(ModelConfig):
         return tuple(ConvBlock(*row) for row in zip(self.widths, *columns, strict=True))
 
     def seen_size(self, size: int) -> int:
-        """Returns the side of the part of an image that the logits depend on.
+        """Returns the side of the top-left square of pixels that the logits depend on.
 
         Strides and pooling drop a remainder at the lower right: 2 of 28 pixels for two or three unpadded 3x3
-        convolutions with pooling by 2. Padding needs to know where an image ends, and batch norm looks at all of it.
+        convolutions with pooling by 2. A SAME convolution depends on its whole input, batch norm on the whole image.
         """
         if self.batch_norm:
             return size
@@ -72,7 +72,7 @@ class CNNConfig(ModelConfig):
         return CNN(self, num_classes, train)
 
     def check(self, size: int) -> Iterator[str]:
-        """Yields a message for each wrong value."""
+        """Yields a message for each invalid value."""
         yield from super().check(size)
         yield from among("model.pooling", self.pooling, ("max", "avg"))
         yield from among("model.stem", self.stem, ("learned", "cosine"))
@@ -95,7 +95,7 @@ class CNNConfig(ModelConfig):
             yield f"config.model.paddings = {self.paddings}: each must be 'VALID' or 'SAME'"
 
     def _check_sizes(self, size: int) -> Iterator[str]:
-        """Follows an image through the layers."""
+        """Yields messages about sizes that do not fit, following an image through the layers."""
         if self.stem == "cosine" and not self.widths:
             yield "config.model.stem = 'cosine': needs a convolution; give config.model.widths a value"
         for i, block in enumerate(self.blocks()):
@@ -136,7 +136,7 @@ class ConvBlock(NamedTuple):
         return -((covered - size) // self.stride)
 
     def output_size(self, size: int) -> int:
-        """Returns the side after pooling, which drops what fills no window."""
+        """Returns the side after pooling, which drops incomplete windows."""
         return self.conv_size(size) // self.pool
 
 

@@ -1,4 +1,4 @@
-"""The layers that families are made of, as linen modules over `ops`."""
+"""The layers that model families are built from: linen modules that call `ops`."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -38,7 +38,7 @@ INITIALIZERS: dict[str, nn.initializers.Initializer] = {
 
 
 class Conv(nn.Module):
-    """A convolution, then an activation, then pooling; `ops.conv.conv_block` decides in which order it is fastest.
+    """A convolution, then an activation, then pooling; `ops.conv.conv_block` chooses the fastest order.
 
     Attributes:
       kernel_size: side of the square kernel, in pixels.
@@ -46,10 +46,11 @@ class Conv(nn.Module):
       activation: applied after the bias, before pooling.
       pool: side and stride of the pooling window; 1 means no pooling.
       pooling: `max` or `avg`.
-      fixed_kernel: a kernel to use instead of a learned one. Its gradient is never computed, which is a third of the
+      fixed_kernel: a kernel to use instead of a learned one. Its gradient is not computed, which saves a third of the
         work of a first layer.
-      train: choose the form that is fastest with gradients, not the fastest forward.
-      dtype: of the operands; `precision` is that of their product.
+      train: choose the form that is fastest with gradients, not the one with the fastest forward pass.
+      dtype: dtype of the operands.
+      precision: precision of their product.
     """
 
     features: int
@@ -74,7 +75,7 @@ class Conv(nn.Module):
             kernel = self.param("kernel", self.kernel_init, shape)
         else:
             kernel = jnp.asarray(self.fixed_kernel)
-            self.sow("intermediates", "kernel", kernel)  # for those who want to see it; it is not a parameter
+            self.sow("intermediates", "kernel", kernel)  # lets callers inspect it; it is not a parameter
         bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
         return conv_block(
             x.astype(self.dtype),
@@ -93,10 +94,10 @@ class Conv(nn.Module):
 class BatchNorm(nn.Module):
     """Batch normalisation (Ioffe and Szegedy, 2015), then an activation, then pooling.
 
-    Training normalises by the mean and variance of the batch's examples and moves the running averages towards them;
-    otherwise the running averages are used.
+    Training normalises with the mean and variance of the batch's examples and moves the running averages towards them;
+    evaluation normalises with the running averages.
 
-    Activation and pooling are given as for `Conv`; `momentum` is the share of the running averages that is kept.
+    Activation and pooling are as in `Conv`; `momentum` is the share of the running averages that each step keeps.
     """
 
     activation: Callable[[Array], Array] | None = None
@@ -108,7 +109,7 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
-        """Maps `f32[B,...,C] -> f32[B,...,C]`, pooled; `mask` is `bool[B]`, which rows are examples."""
+        """Maps `f32[B,...,C] -> f32[B,...,C]`, pooled; `mask`, `bool[B]`, marks the rows that are examples."""
         channels = (x.shape[-1],)
         scale = self.param("scale", nn.initializers.ones, channels)
         bias = self.param("bias", nn.initializers.zeros, channels)
@@ -148,8 +149,8 @@ class Dense(nn.Module):
 class Dropout(nn.Module):
     """Zeroes a share `rate` of the features and scales up the rest, in training only (Srivastava et al., 2014).
 
-    Unlike `nn.Dropout` it draws each example's mask from a key of its own, so that the masks do not depend on how a
-    batch is split over devices.
+    Unlike in `nn.Dropout`, each example has its own key, so the masks do not depend on how a batch is split over
+    devices.
     """
 
     rate: float
@@ -160,25 +161,25 @@ class Dropout(nn.Module):
         """Maps `f32[B,...] -> f32[B,...]`."""
         if not self.train:
             return x
-        # 16 random bits decide well enough (the rate is off by less than 1e-5) and cost half of 32.
-        dropped = round(self.rate * 2**16)
+        # 16 random bits are enough (the rate is off by less than 1e-5) and cost half as much as 32.
+        dropped = min(round(self.rate * 2**16), 2**16 - 1)
         keys = rng.per_example(self.make_rng("dropout"), x.shape[0])
         bits = jax.vmap(lambda key: jax.random.bits(key, x.shape[1:], jnp.uint16))(keys)
         return jnp.where(bits >= dropped, x / (1.0 - self.rate), 0.0)
 
 
 def flatten(x: Array) -> Array:
-    """Joins all axes but the first, `f32[B,...] -> f32[B,D]`; written with shapes, so that B may be symbolic."""
+    """Joins all axes but the first, `f32[B,...] -> f32[B,D]`; D is computed explicitly, so that B may be symbolic."""
     return x.reshape(x.shape[0], int(np.prod(x.shape[1:])))
 
 
 def cosine_patterns(size: int, count: int) -> np.ndarray:
     """Returns kernels for a fixed first layer, `f32[size,size,1,count]`: cosine patterns and their negatives.
 
-    They are those of the discrete cosine transform, smoothest first, each of length 1. Cosines nearly decorrelate the
-    pixels of small image patches (Ahmed, Natarajan and Rao, 1974), so they can replace kernels that whiten patches,
-    which Jordan (2024, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU") computes from the data; after a ReLU both
-    signs are needed. There are `2 * size**2` of them.
+    These are the `size**2` patterns of the discrete cosine transform, lowest frequency first, each with norm 1. A ReLU
+    needs both signs. Cosines nearly decorrelate the pixels of small image patches (Ahmed, Natarajan and Rao, 1974), so
+    they can replace the whitening kernels that Jordan (2024, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU")
+    computes from the data.
     """
     waves = np.cos(np.pi * np.outer(np.arange(size), np.arange(size) + 0.5) / size)
     waves /= np.linalg.norm(waves, axis=1, keepdims=True)

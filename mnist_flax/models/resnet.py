@@ -16,9 +16,9 @@ from mnist_flax.models.layers import ACTIVATIONS, DTYPES, INITIALIZERS, BatchNor
 
 @dataclass(frozen=True, kw_only=True)
 class ResNetConfig(ModelConfig):
-    """A stem convolution, stages of residual blocks, a mean over space, one logit for each class.
+    """A stem convolution, stages of residual blocks, global average pooling, one logit for each class.
 
-    All convolutions have 3x3 kernels and SAME padding. The first block of every stage but the first halves the side.
+    All convolutions have 3x3 kernels and SAME padding. Each stage but the first halves the side.
 
     Attributes:
       widths: channels of each stage.
@@ -30,7 +30,7 @@ class ResNetConfig(ModelConfig):
     init: str = "he_normal"
 
     def check(self, size: int) -> Iterator[str]:
-        """Yields a message for each wrong value."""
+        """Yields a message for each invalid value."""
         yield from super().check(size)
         yield from within("model.blocks", self.blocks, 1)
         if not self.widths or any(width < 1 for width in self.widths):
@@ -63,7 +63,7 @@ class ResNet(nn.Module):
             for block in range(config.blocks):
                 stride = 2 if stage and not block else 1
                 y = norm()(x, mask)
-                if stride > 1 or x.shape[-1] != width:  # the shortcut has another shape
+                if stride > 1 or x.shape[-1] != width:  # the shortcut must change shape
                     x = conv(features=width, kernel_size=1, stride=stride)(y)
                 y = conv(features=width, stride=stride)(y)
                 y = norm()(y, mask)

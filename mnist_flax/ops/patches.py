@@ -9,11 +9,11 @@ from mnist_flax.ops.window import Pair, Window, batch_first, rows_first
 
 
 def patches(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
-    """One matrix product of all patches: f32[B,H,W,C] -> f32[n,m,B,K] -> f32[n,m,B,size*size,D] -> f32[B,n,m,D].
+    """Convolves and max-pools: f32[B,H,W,C] -> f32[n,m,B,K] -> f32[n,m,B,pool*pool,D] -> f32[B,n,m,D].
 
-    A pooling window covers one larger patch, of which each of its entries uses a part. Multiplying that patch by one
-    zero-padded copy of the kernel per entry therefore gives the entries side by side. With few channels this is faster
-    than products a quarter as large followed by slicing (0.75 of the time, for the first layer here).
+    A pooling window depends on one larger patch, and each entry of the window on a part of that patch. The patch is
+    multiplied by one zero-padded copy of the kernel per entry, which gives the entries side by side. With few channels
+    this is faster than products a quarter as large followed by slicing (0.75 of the time, for the first layer here).
     """
     strides, pads, pool = window
     x = rows_first(x)
@@ -31,7 +31,7 @@ def patches(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
 
 
 def _gather(x: jax.Array, outputs: Pair, patch_size: Pair, strides: Pair, pads: tuple[Pair, Pair]) -> jax.Array:
-    """Concatenates one shifted slice per place in a patch: f32[H,W,B,C] -> f32[n,m,B,h*w*C]."""
+    """Concatenates one shifted slice per position in a patch: f32[H,W,B,C] -> f32[n,m,B,h*w*C]."""
     x = lax.pad(x, jnp.zeros((), x.dtype), ((*pads[0], 0), (*pads[1], 0), (0, 0, 0), (0, 0, 0)))
     (rows, columns), (down, right) = outputs, strides
     slices = [
@@ -54,8 +54,8 @@ def _product_forward(patches: jax.Array, matrix: jax.Array) -> tuple[jax.Array, 
 
 def _product_backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     patches, matrix = saved
-    # Written out, because JAX's own rule computes the second product in an order that is 1.9 times slower. Flattened:
-    # contracting three axes makes XLA transpose the patches in memory.
+    # Written out, because JAX's own rule computes the second product in an order that is 1.9 times slower. The operands
+    # are flattened, because contracting three axes makes XLA transpose the patches in memory.
     dpatches = lax.dot_general(dy, matrix, (((3,), (1,)), ((), ())))
     flat_patches, flat_dy = patches.reshape(-1, patches.shape[3]), dy.reshape(-1, dy.shape[3])
     dmatrix = lax.dot_general(flat_patches, flat_dy, (((0,), (0,)), ((), ())))

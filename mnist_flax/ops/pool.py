@@ -12,7 +12,7 @@ from mnist_flax.ops.window import batch_first, rows_first, split_windows
 
 Activation = Callable[[jax.Array], jax.Array]
 
-# The maximum commutes with these, so pooling may come first.
+# Max pooling commutes with these activations, so it may come first.
 NON_DECREASING: frozenset[Activation | None] = frozenset(
     {None, jax.nn.relu, jax.nn.leaky_relu, jax.nn.elu, jnp.tanh, jax.nn.sigmoid, jax.nn.softplus}
 )
@@ -44,8 +44,8 @@ def avg_pool(x: jax.Array, size: int) -> jax.Array:
 def activate_pool(x: jax.Array, activation: Activation | None, pool: int, pooling: str) -> jax.Array:
     """Computes pool(activation(x)): f32[B,H,W,C] -> f32[B,H//pool,W//pool,C], or any rank without pooling.
 
-    The maximum commutes with a non-decreasing activation, so that is applied after 2x2 pooling, to a quarter of the
-    values.
+    Max pooling commutes with a non-decreasing activation, so the activation comes after it, on fewer values (a quarter
+    with 2x2 windows).
     """
     apply = activation or (lambda x: x)
     if pooling == "max" and activation in NON_DECREASING:
@@ -61,7 +61,7 @@ def xla_max_pool(x: jax.Array, size: int) -> jax.Array:
     return lax.reduce_window(x, np.array(-np.inf, x.dtype), lax.max, window, window, "VALID")
 
 
-# The gradient uses a mask, because that of reduce_window (select-and-scatter) is a serial loop on XLA:CPU.
+# The gradient uses a mask, because reduce_window's own gradient (select-and-scatter) is a serial loop on XLA:CPU.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -87,8 +87,8 @@ max_of.defvjp(_max_of_forward, _max_of_backward)
 def spread(x: jax.Array, y: jax.Array, dy: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Returns the gradient of y = x.max(axes) with respect to x, given the gradient `dy` with respect to y.
 
-    Ties are common, because the background is blank. Tied entries share the gradient equally; otherwise it would count
-    several times.
+    Ties are common, because the background is blank. Tied entries share the gradient equally; otherwise it would be
+    counted several times.
     """
     entries = [x]
     for axis in sorted(axes, reverse=True):

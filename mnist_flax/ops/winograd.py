@@ -27,7 +27,8 @@ class _Axis(NamedTuple):
 
 
 # The finite evaluation points; one more lies at infinity. With all eight, the float32 error is about 2e-6 of the
-# result's scale (root mean square; 2e-7 for a plain sum, 4e-3 for bfloat16). Small reciprocal pairs minimise it.
+# result's scale (root mean square; 2e-7 for a plain sum, 4e-3 for bfloat16). Points in small reciprocal
+# pairs minimise this error.
 _POINTS = (0.0, 1.0, -1.0, 0.5, -2.0, 2.0, -0.5)
 
 
@@ -39,12 +40,12 @@ def _winograd_axis(size: int, kernel_size: int, output_size: int, pad: int) -> _
     points, tiles = tile + kernel_size - 1, -(-output_size // tile)
 
     def values(terms: int) -> np.ndarray:
-        """Evaluates a polynomial with this many terms at the points; at infinity that is its last coefficient."""
+        """Returns the matrix that evaluates a polynomial at the points; at infinity it picks the last coefficient."""
         powers = np.array(_POINTS[: points - 1])[:, None] ** np.arange(terms)
         return np.vstack([powers, np.eye(terms)[-1]])
 
     filtering, weights, data = values(tile), values(kernel_size), np.linalg.inv(values(points)).T
-    # Only the product of a point's three rows is fixed, so their norms are balanced, which reduces rounding errors.
+    # The three rows of a point can be rescaled if their product stays the same. Balanced norms reduce rounding errors.
     norms = [np.linalg.norm(m, axis=1, keepdims=True) for m in (filtering, weights, data)]
     scale = np.sqrt(norms[0] * norms[1] * norms[2])
     filtering, weights, data = filtering / norms[0] * scale, weights / norms[1] * scale, data / norms[2]
@@ -120,10 +121,10 @@ def _winograd_backward(window: Window, saved: tuple[jax.Array, ...], dy: jax.Arr
     rows, columns = _winograd_axes(x, kernel, window)
     batch, c, d = x.shape[2], *kernel.shape[2:]
     p, q = rows.kernel.shape[0], columns.kernel.shape[0]
-    # The same products, transposed. Both share the transformed dy.
+    # The transposes of the forward products; both use the transformed dy.
     dproducts = _transform(rows.outputs.T, columns.outputs.T, dy).reshape(*data.shape[:2], d)
-    # Transposed in memory first, because XLA gives products that contract their rows to Eigen, which is slow for many
-    # small ones: the second layer takes 0.8 ms with the copy and the sum instead of 1.05 ms (64 images, jax 0.10). The
+    # The data is transposed in memory first: XLA gives products that contract rows to Eigen, which is slow for many
+    # small ones. The second layer takes 0.8 ms with the copy and the sum instead of 1.05 ms (64 images, jax 0.10). The
     # barrier keeps XLA from undoing the transpose, and from fusing the transform of dy into it.
     turned, dproducts = lax.optimization_barrier((data.transpose(0, 2, 1), dproducts))
     dweights = lax.dot_general(turned, dproducts, (((2,), (1,)), ((0,), (0,)))).reshape(p, rows.tiles, q, c, d).sum(1)

@@ -8,11 +8,11 @@ from scipy import ndimage
 
 from mnist_flax.pictures.decode import PictureError
 
-MOST = 10_000  # pieces of ink; a page of handwriting has fewer
+MOST = 10_000  # the maximum number of pieces of ink; a page of handwriting has fewer
 
 
 class Blob(NamedTuple):
-    """One or more pieces of ink: their numbers in the label image, and their bounding box, half-open."""
+    """One or more pieces of ink: their numbers in the label image, and their bounding box (ends exclusive)."""
 
     labels: tuple[int, ...]
     left: int
@@ -32,7 +32,9 @@ class Blob(NamedTuple):
 
 
 def find_blobs(mask: np.ndarray, steps: np.ndarray, pen: float) -> tuple[np.ndarray, list[Blob]]:
-    """Finds the digits in an ink mask, in no particular order; `steps` marks the edges of shadows.
+    """Finds the digits in an ink mask, in no particular order.
+
+    `steps` marks the edges of shadows; `pen` is the stroke width in pixels.
 
     Returns:
       The label image, `i32[H,W]`: the number of each pixel's piece, 0 where there is no ink; and the digits.
@@ -40,7 +42,7 @@ def find_blobs(mask: np.ndarray, steps: np.ndarray, pen: float) -> tuple[np.ndar
     Raises:
       PictureError: there are too many pieces.
     """
-    reach = round(pen / 4)  # of gaps that are bridged
+    reach = round(pen / 4)  # pixels; gaps of up to twice this size are bridged
     labels, _ = ndimage.label(ndimage.maximum_filter(mask, 2 * reach + 1), structure=np.ones((3, 3)))
     labels[~mask] = 0
     places = enumerate(ndimage.find_objects(labels), 1)
@@ -57,7 +59,7 @@ def find_blobs(mask: np.ndarray, steps: np.ndarray, pen: float) -> tuple[np.ndar
 
 
 def _blob(numbers: tuple[int, ...], place: tuple[slice, slice], left: int = 0, top: int = 0) -> Blob:
-    """Returns a blob at a place of a window whose corner is at `left` and `top`."""
+    """Returns the blob at `place`, its slices in a window whose top left corner is at (`left`, `top`)."""
     rows, columns = place
     return Blob(numbers, left + columns.start, top + rows.start, left + columns.stop, top + rows.stop)
 
@@ -65,8 +67,8 @@ def _blob(numbers: tuple[int, ...], place: tuple[slice, slice], left: int = 0, t
 def in_lines(blobs: list[Blob]) -> list[list[Blob]]:
     """Groups blobs into lines, from top to bottom; each is sorted from left to right.
 
-    A blob belongs to a line if its middle is within the vertical extent of the line's nearest member, which also works
-    for slanting lines. The tallest blobs are assigned first.
+    A blob belongs to a line if its middle is within the vertical extent of the horizontally nearest blob of the line,
+    which also works for slanting lines. The tallest blobs are assigned first.
     """
     lines: list[list[Blob]] = []
     for blob in sorted(blobs, key=lambda blob: -blob.height):
@@ -84,14 +86,14 @@ def in_lines(blobs: list[Blob]) -> list[list[Blob]]:
 
 
 def of_digit_size(line: list[Blob]) -> list[Blob]:
-    """Removes blobs that are much less tall than the rest of their line: dashes, dots, commas."""
+    """Removes blobs that are much shorter than the rest of their line: dashes, dots, commas."""
     heights = np.array([blob.height for blob in line])
     height = float(np.median(heights[heights >= 0.5 * heights.max()]))
     return [blob for blob in line if blob.height >= 0.4 * height]
 
 
 def _without_specks(blobs: list[Blob], labels: np.ndarray, steps: np.ndarray, pen: float) -> list[Blob]:
-    """Removes specks, and remains of rulings; if everything is a speck, the largest may be the digit."""
+    """Removes specks and remains of rulings; if nothing else is there, keeps the largest, which may be a digit."""
     if not blobs:
         return []
     areas = np.bincount(labels.ravel())
@@ -115,7 +117,7 @@ def _without_specks(blobs: list[Blob], labels: np.ndarray, steps: np.ndarray, pe
 
 
 def _is_blot(labels: np.ndarray, steps: np.ndarray, blob: Blob) -> bool:
-    """Returns whether a piece is about as thick as it is long, so not a stroke, but a dot or the corner of a shadow."""
+    """Returns whether a piece is about as thick as it is long: a dot or the corner of a shadow, not a stroke."""
     window = np.s_[blob.top : blob.bottom, blob.left : blob.right]
     own = labels[window] == blob.labels[0]
     factor = max(1, min(own.shape) // 30)
@@ -125,7 +127,7 @@ def _is_blot(labels: np.ndarray, steps: np.ndarray, blob: Blob) -> bool:
 
 
 def _join_broken(blobs: list[Blob], pen: float) -> list[Blob]:
-    """Joins the separate strokes of a digit: each piece to a clearly taller one above, below or close to it."""
+    """Joins the pieces of broken digits: each piece joins a clearly taller one that is above, below or close to it."""
     boxes = np.array([blob[1:] for blob in blobs])
     parts = [blob.labels for blob in blobs]
     whole = np.ones(len(blobs), bool)
@@ -135,7 +137,7 @@ def _join_broken(blobs: list[Blob], pen: float) -> list[Blob]:
         if not whole[piece] or bottom - top != first_height[piece]:  # already joined, or has grown
             continue
         widths, heights = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
-        overlap = np.minimum(boxes[:, 2], right) - np.maximum(boxes[:, 0], left)  # in columns; negative: a gap
+        overlap = np.minimum(boxes[:, 2], right) - np.maximum(boxes[:, 0], left)  # columns; negative if there is a gap
         apart = np.maximum(0, np.maximum(boxes[:, 1], top) - np.minimum(boxes[:, 3], bottom))
         gap = np.hypot(np.maximum(0, -overlap), apart)
         over = overlap >= 0.25 * np.minimum(widths, right - left)
@@ -158,9 +160,9 @@ def _join_broken(blobs: list[Blob], pen: float) -> list[Blob]:
 
 
 def _cut_touching(blob: Blob, labels: np.ndarray, pen: float, number: int) -> list[Blob]:
-    """Splits two digits that touch: a wide blob with a column near its middle that only one stroke crosses.
+    """Splits a wide blob into two touching digits if only one stroke crosses some column near its middle.
 
-    The right half is relabelled `number` in `labels`, in place.
+    In `labels`, the right digit gets the new label `number`, in place.
     """
     if blob.width < 1.5 * blob.height:
         return [blob]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from mnist_flax.errors import UserError
 
@@ -14,14 +14,8 @@ FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff")
 FOREIGN_SUFFIXES = (".heic", ".heif", ".avif")  # also pictures, but Pillow cannot read them without plugins
 
-_SIDE = 1000  # pixels, the longest allowed side: enough for a page of digits; averaging removes noise
+_SIDE = 1000  # pixels: larger pictures are averaged down to this longest side, enough for a page of digits
 _STRIP = 4_000_000  # pixels converted at a time, to limit memory use
-_ORIENTATION = 0x0112  # the EXIF tag
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}  # fmt: skip
 
 
 class PictureError(UserError):
@@ -35,7 +29,12 @@ class Picture(NamedTuple):
 
     # `u8[H,W]`, upright, at most 1,000 pixels a side; transparent parts are white, or black if the ink is white
     grey: np.ndarray
-    scale: float  # the side of a pixel of `grey`, in pixels of the original
+    size: tuple[int, int]  # width and height of the original, upright
+
+    @property
+    def scale(self) -> float:
+        """Original pixels per pixel of `grey`, along each axis."""
+        return max(self.size) / max(self.grey.shape)
 
 
 def decode(content: bytes) -> Picture:
@@ -55,7 +54,9 @@ def decode(content: bytes) -> Picture:
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 size = image.size
                 image.draft("L", (_SIDE, _SIDE))  # JPEG only: decodes large images at half their size or less
-                grey = _upright(_to_grey(image), image)
+                stored = _to_grey(image)
+                grey = _upright(stored, image)
+                size = size if grey.size == stored.size else size[::-1]
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             raise PictureError(
                 f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels, which this program does not open; make it smaller"
@@ -70,21 +71,20 @@ def decode(content: bytes) -> Picture:
     if (shrink := max(grey.size) / _SIDE) > 1:
         width, height = (max(1, round(side / shrink)) for side in grey.size)
         grey = grey.resize((width, height), Image.Resampling.BOX)
-    return Picture(np.asarray(grey), max(size) / max(grey.size))
+    return Picture(np.asarray(grey), size)
 
 
 def _upright(grey: Image.Image, image: Image.Image) -> Image.Image:
     """Applies the EXIF orientation of `image` to `grey`; damaged EXIF data is ignored."""
     try:
-        orientation = image.getexif().get(_ORIENTATION)
+        grey.getexif()[ExifTags.Base.Orientation] = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return ImageOps.exif_transpose(grey)
     except Exception:  # Pillow raises almost anything for damaged EXIF data
         return grey
-    turn = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
-    return grey if turn is None else grey.transpose(turn)
 
 
 def _to_grey(image: Image.Image) -> Image.Image:
-    """Converts any mode to `L`, strip by strip, and downsamples large pictures by an integer factor."""
+    """Converts an image of any mode to 8-bit greyscale, and downsamples it if it is large."""
     if image.mode in ("F", "I") or image.mode.startswith("I;16"):
         return _converted(image, _deep_to_bytes(image))
     if not image.has_transparency_data:
@@ -96,6 +96,7 @@ def _to_grey(image: Image.Image) -> Image.Image:
 
 
 def _converted(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """Applies `convert` strip by strip, and downsamples by an integer factor to less than twice `_SIDE`."""
     factor = max(1, max(image.size) // _SIDE)
     return Image.fromarray(np.concatenate([np.asarray(convert(s).reduce(factor)) for s in _strips(image, factor)]))
 
@@ -116,7 +117,8 @@ def _over(layers: Image.Image, colour: str) -> Image.Image:
 def _deep_to_bytes(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
     """Returns a function that scales pixels of more than 8 bits to 8 bits.
 
-    Non-negative values above 1 are scaled by the number of bits in use, all others by their range.
+    If no value is negative and the largest is above 1, black is 0 and white is the highest number with the bits in use.
+    Otherwise, black is 0 or the lowest negative value, and white is the largest value.
     """
     low, high = 0.0, 0.0
     for strip in _strips(image):

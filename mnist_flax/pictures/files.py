@@ -16,11 +16,11 @@ from mnist_flax.pictures.decode import FOREIGN_SUFFIXES, SUFFIXES, PictureError
 STDIN = "-"
 MOST_BYTES = 256 * 2**20
 
-_LONGEST_STEM = 100  # bytes of a picture's name that are kept in the names of its saved digits
+_LONGEST_STEM = 100  # bytes; longer picture names are cut to this in the names of saved digits
 
 
 def find_files(names: Sequence[str]) -> Iterator[str]:
-    """Yields the file of each name, with folders and patterns expanded and sorted.
+    """Yields the files that the names stand for, with folders and glob patterns expanded in sorted order.
 
     A name that matches no file is yielded unchanged, so that opening it reports the error.
     """
@@ -37,9 +37,9 @@ def find_files(names: Sequence[str]) -> Iterator[str]:
 
 
 def _in_folder(folder: pathlib.Path) -> list[str]:
-    """Returns the pictures in a folder and its subfolders, sorted by name, without hidden files.
+    """Returns the paths of the pictures in a folder and its subfolders, sorted, without hidden ones.
 
-    Pictures of formats that cannot be read are included: skipping them silently would look like success.
+    Pictures in unsupported formats are included, because skipping them silently would look like success.
     """
     return sorted(
         str(path)
@@ -54,7 +54,7 @@ def read_file(name: str) -> bytes:
     """Returns the bytes of a file, or of standard input.
 
     Raises:
-      PictureError: it cannot be read, or is larger than `MOST_BYTES`.
+      PictureError: the file cannot be read, or is larger than `MOST_BYTES`.
     """
     if name == STDIN:
         return _bounded(sys.stdin.buffer)
@@ -71,7 +71,7 @@ def read_file(name: str) -> bytes:
 
 
 def _bounded(file: BinaryIO) -> bytes:
-    """Reads a file that may be endless, such as /dev/zero."""
+    """Reads at most `MOST_BYTES`, because a file may be endless, such as /dev/zero."""
     content = file.read(MOST_BYTES + 1)
     if len(content) > MOST_BYTES:
         raise PictureError(f"has more than {MOST_BYTES // 2**20} MiB; make it smaller")
@@ -79,7 +79,10 @@ def _bounded(file: BinaryIO) -> bytes:
 
 
 def save_images(images: Sequence[np.ndarray], folder: pathlib.Path, number: int, name: str) -> None:
-    """Writes framed digits as `<number>-<file name>-<place>.png`, with places from 1; long file names are shortened.
+    """Writes the framed digits of a picture as PNG files; long names are shortened.
+
+    Each is called `<number>-<stem>-<place>.png`: the number of the picture, its file name without the suffix, and the
+    place of the digit in it, from 1.
 
     Raises:
       ConfigError: the folder cannot be written.

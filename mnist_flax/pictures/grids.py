@@ -1,4 +1,4 @@
-"""Erases the lines of forms and grids, which may be as dark and thick as the pen, and touch the digits.
+"""Erases the lines of forms and grids, which may be as dark and thick as pen strokes, and may touch the digits.
 
 A ruling is straight and spans the object that it belongs to: a grid line spans the grid, the side of a box spans the
 box, and a line of ruled paper spans the picture. So each connected piece of ink is examined separately.
@@ -10,28 +10,28 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 
-_SMALLEST = 60  # pixels: the minimum shorter side at which lines can be distinguished from strokes
-_SIDE = 400  # pixels: lines are detected in a reduced image, at most this large
-_SPAN = 0.62  # the minimum share of its piece's width or height that a ruling covers
-_STRAIGHT = 0.88  # the minimum share of a line's length that is inked: printed lines have more, a curved 0 less
+_SMALLEST = 60  # pixels: below this height or width, lines cannot be distinguished from strokes
+_SIDE = 400  # pixels: lines are detected in an image downsampled to at most this height and width
+_SPAN = 0.62  # a ruling covers at least this share of the width or height of its piece of ink
+_STRAIGHT = 0.88  # the minimum inked share of a line's length: higher in printed lines, lower in a curved 0
 _TURNS = np.tan(np.deg2rad(np.arange(-8, 8.01, 0.5)))
 
 
 class Line(NamedTuple):
-    """A ruling in a mask: y = middle + slope * (x - width / 2), or the same with x and y exchanged."""
+    """A straight line in a mask; if it is nearly vertical, x and y (and width and height) are exchanged."""
 
     level: bool  # whether it is nearly horizontal
     slope: float  # dy/dx, or dx/dy for a nearly vertical line
-    first: float  # the `middle` of its first row of pixels
-    last: float  # that of its last row: it is `last - first + 1` pixels thick
-    share: float  # how much of its length is inked
+    first: float  # its first row of pixels is y = first + slope * (x - width / 2)
+    last: float  # its last row is y = last + slope * (x - width / 2), so it is `last - first + 1` pixels thick
+    share: float  # the inked share of its length
 
 
 def without_grids(mask: np.ndarray, pen: float) -> tuple[np.ndarray, np.ndarray]:
     """Erases printed lines from ink, `bool[H,W]`, without breaking the strokes that cross them.
 
     Returns:
-      The ink without rulings, and where rulings were, `bool[H,W]` each.
+      The ink without rulings, and a mask of where rulings were, `bool[H,W]` each.
     """
     kept, ruled = mask, np.zeros_like(mask)
     if min(mask.shape) < _SMALLEST:
@@ -51,7 +51,7 @@ def without_grids(mask: np.ndarray, pen: float) -> tuple[np.ndarray, np.ndarray]
         for line in lines:
             _erase(kept[place], ruled[place], strokes, line)
     if kept is not mask:
-        kept = ndimage.binary_opening(kept, np.ones((2, 2)))  # residue along the edges of the lines
+        kept = ndimage.binary_opening(kept, np.ones((2, 2)))  # removes residue along the edges of the lines
     return kept, ruled
 
 
@@ -62,7 +62,7 @@ def _rulings(piece: np.ndarray, place: tuple[slice, slice], shape: tuple[int, ..
     if not found[True]:
         found[True] = _lines(piece, True, abs(_slope(found[False])))
     level, upright = (_alike(lines, 0.14 * min(piece.shape)) for lines in found.values())
-    # Two lines each way make a box or a grid; three at the border make part of one. No digit has such thin lines.
+    # Two lines in each direction form a box or a grid. A digit of this size would have thicker strokes.
     if min(len(level), len(upright)) >= 2 or _is_open_box(level, upright, piece.shape):
         yield from level + upright
         return
@@ -84,27 +84,27 @@ def _rulings(piece: np.ndarray, place: tuple[slice, slice], shape: tuple[int, ..
 
 
 def _is_open_box(level: list[Line], upright: list[Line], size: tuple[int, ...]) -> bool:
-    """Returns whether three or more lines are a box, or a row of boxes, without one side.
+    """Returns whether three or more lines are a box, or a row of boxes, with one side missing.
 
-    That side was a ruling from edge to edge, or lies outside the picture. No digit is made of a straight line and two
-    more across it, from end to end.
+    The missing side was already erased as a ruling from edge to edge, or lies outside the picture. No digit consists
+    of a straight line and two full-length lines perpendicular to it.
     """
     if len(level) == 1 and len(upright) >= 2:
         (side,), across, axis = level, upright, 0
-    elif len(upright) == 1 and len(level) >= 4:  # fewer may be a 3, 5 or 2 in straight strokes
+    elif len(upright) == 1 and len(level) >= 4:  # fewer may be a 3, 5 or 2 drawn with straight strokes
         (side,), across, axis = upright, level, 1
     else:
         return False
     place = (side.first + side.last) / 2 / size[axis]
     middles = [(line.first + line.last) / 2 / size[1 - axis] for line in across]
     slopes = [side.slope] + [-line.slope for line in across]
-    # Two lines across are sides of a box only if all three lie at the border.
+    # If only two lines are perpendicular to the side, all three must lie at the border.
     at_border = not 0.15 < place < 0.85 and min(middles) < 0.15 and max(middles) > 0.85
     return bool((len(across) > 2 or at_border) and np.ptp(slopes) < 0.16)
 
 
 def _alike(lines: list[Line], thickest: float) -> list[Line]:
-    """Removes lines that are curved, thicker than the others or of another slope: those are strokes."""
+    """Removes strokes: lines that are curved, too thick, or of a different slope than the others."""
     lines = [line for line in lines if line.share > _STRAIGHT and line.last - line.first < thickest]
     if len(lines) < 3:
         return lines
@@ -121,12 +121,12 @@ def _slope(lines: list[Line]) -> float:
 def _lines(piece: np.ndarray, level: bool, tilt: float = 0.0) -> list[Line]:
     """Finds the nearly horizontal (`level`) or nearly vertical straight lines that span a piece.
 
-    `tilt` is the slope of the lines across: a tilted grid is higher than its vertical lines are long.
+    `tilt` is the slope of the perpendicular lines: the lines of a tilted grid are shorter than its bounding box.
     """
     from skimage.measure import block_reduce
 
     factor = max(1, -(-max(piece.shape) // _SIDE))
-    reduced = block_reduce(piece if level else piece.T, factor, np.any)  # a square with any pixel set stays set
+    reduced = block_reduce(piece if level else piece.T, factor, np.any)  # a block with any ink counts as ink
     height, width = reduced.shape
     y, x = np.nonzero(ndimage.binary_dilation(reduced, np.ones((3, 1))))
     x = x - width / 2
@@ -144,25 +144,25 @@ def _lines(piece: np.ndarray, level: bool, tilt: float = 0.0) -> list[Line]:
             break
         slope, middle = _fitted(reduced, float(_TURNS[turn]), int(row) - pad)
         first, last = _edges(reduced, slope, middle)
-        # Two rulings of the same direction do not cross within their piece.
+        # Discard candidates that cross this line in the piece: rulings of the same direction do not cross.
         reach = np.abs(_TURNS - slope)[:, None] * width / 2 + max(2, last - first + 2)
         share[np.abs(offsets - (first + last) / 2) <= reach] = 0
         found.append(Line(level, slope, first * factor, (last + 1) * factor - 1, best))
-    # A line that spans less than the others is a stroke. If ink is everywhere, there are no lines.
+    # Lines that span much less than the first are strokes. If several lines fill half of the piece, it is not a grid.
     found = [line for line in found if line.share >= 0.75 * found[0].share]
     inked = sum(line.last - line.first + factor for line in found)
     return found if inked < 0.5 * height * factor or len(found) == 1 else []
 
 
 def _fitted(piece: np.ndarray, slope: float, row: int) -> tuple[float, int]:
-    """Returns the slope and the row of a line more precisely: a fit to the ink within a few rows of it."""
+    """Refines the slope and the row of a line by a fit to the ink within a few rows of it."""
     height, width = piece.shape
     columns = np.arange(width)
     for reach in (4, 2):
         across = np.arange(-reach, reach + 1)[:, None]
         rows = np.round(row + slope * (columns - width / 2)).astype(int) + across
         ink = piece[np.clip(rows, 0, height - 1), columns] & (rows >= 0) & (rows < height)
-        on_line = ink.any(axis=0) & ~ink.all(axis=0)  # not where a stroke crosses
+        on_line = ink.any(axis=0) & ~ink.all(axis=0)  # excludes columns where a stroke crosses
         if on_line.sum() < 0.3 * width:
             return slope, row
         centres = ((rows * ink).sum(axis=0) / np.maximum(1, ink.sum(axis=0)))[on_line]
@@ -172,7 +172,7 @@ def _fitted(piece: np.ndarray, slope: float, row: int) -> tuple[float, int]:
 
 
 def _edges(piece: np.ndarray, slope: float, row: int) -> tuple[int, int]:
-    """Returns the first and last row of the ink of the line at `row`, each the median over its columns."""
+    """Returns the first and last row of the ink of the line at `row`, as medians over the columns."""
     height, width = piece.shape
     reach = max(4, height // 8)
     columns = np.arange(width)
@@ -192,7 +192,7 @@ def _edges(piece: np.ndarray, slope: float, row: int) -> tuple[int, int]:
 
 
 def _near(shape: tuple[int, ...], lines: list[Line]) -> np.ndarray:
-    """Returns the pixels of lines, `bool[H,W]`, whatever crosses them."""
+    """Returns a mask of the pixels of lines, `bool[H,W]`, including strokes that cross them."""
     near = np.zeros(shape, bool)
     for line in lines:
         inside, rows, columns = _band(shape if line.level else shape[::-1], line, 0)
@@ -202,7 +202,7 @@ def _near(shape: tuple[int, ...], lines: list[Line]) -> np.ndarray:
 
 
 def _band(shape: tuple[int, ...], line: Line, margin: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the rows of a line and `margin` more on each side: which are inside, the rows, and their columns."""
+    """Returns a line and `margin` rows on each side: which pixels are in the image, their rows, and their columns."""
     height, width = shape
     columns = np.arange(width)
     top = np.round(line.first + line.slope * (columns - width / 2)).astype(int) - 1
@@ -213,7 +213,7 @@ def _band(shape: tuple[int, ...], line: Line, margin: int) -> tuple[np.ndarray, 
 def _erase(kept: np.ndarray, ruled: np.ndarray, strokes: np.ndarray, line: Line) -> None:
     """Erases a line from `kept` where no stroke crosses it, and marks it in `ruled`; both are changed in place.
 
-    `strokes` is the ink outside all lines, because a line that crosses another is no stroke.
+    `strokes` is the ink outside all lines, so that another line that crosses this one does not count as a stroke.
     """
     if not line.level:
         kept, ruled, strokes = kept.T, ruled.T, strokes.T

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-_FAINTEST = 10.0  # grey values of 255: ink differs from the paper by at least this much
+_FAINTEST = 10.0  # grey levels of 255: ink differs from the paper by at least this much
 
 
 class Ink(NamedTuple):
@@ -20,9 +20,9 @@ class Ink(NamedTuple):
 
 
 def find_ink(grey: np.ndarray, sheet: np.ndarray | None = None) -> Ink | None:
-    """Separates ink from paper, `u8[H,W] -> Ink`; None if nothing stands out like ink.
+    """Separates ink from paper, `u8[H,W] -> Ink`; returns None if nothing stands out like ink.
 
-    `sheet`, `bool[H,W]`, is where a light sheet of paper is; without it, the whole picture is paper.
+    `sheet`, `bool[H,W]`, is True on a light sheet of paper; without it, the whole picture is paper.
     """
     from skimage.filters import apply_hysteresis_threshold, threshold_otsu
 
@@ -37,21 +37,21 @@ def find_ink(grey: np.ndarray, sheet: np.ndarray | None = None) -> Ink | None:
         marks = contrast > max(_FAINTEST, 5 * noise)
         if marks.sum() < 4:
             return None
-        inked = np.round(contrast[marks])  # a histogram fails on nearly equal values
+        inked = np.round(contrast[marks])  # rounded, because the histogram fails on nearly equal values
         strong = float(np.median(inked[inked >= threshold_otsu(inked)]))
         mask = apply_hysteresis_threshold(contrast, max(0.4 * strong, _FAINTEST), max(0.6 * strong, _FAINTEST))
-        # The corners of shadows look like ink, but less so if the window is no wider than necessary.
+        # Corners of shadows look like ink, but less so in a narrow window, so it is reduced to the necessary size.
         needed = max(5, round(4 * thick_pen(mask)))
         if needed > 0.7 * window:
             break
         paper, contrast = _contrast(values, needed, dark)
-    low = min(max(2.5 * noise, 0.1 * strong), 0.3 * strong)  # JPEG draws ripples around strokes
+    low = min(max(2.5 * noise, 0.1 * strong), 0.3 * strong)  # excludes JPEG ripples around strokes
     strength = np.clip((contrast - low) / (0.95 * strong - low), 0, 1).astype(np.float32)
     return Ink(strength, mask, marks, _steps(paper))
 
 
 def _contrast(values: np.ndarray, window: int, dark: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the paper, and how much lighter than it each pixel is, corrected for shadows."""
+    """Returns the brightness of the paper and the contrast of each pixel, corrected for shadows; ink is light."""
     paper = opened(values, window)
     contrast = values - paper
     contrast = np.maximum(contrast - np.median(contrast), 0)
@@ -62,7 +62,7 @@ def _contrast(values: np.ndarray, window: int, dark: bool) -> tuple[np.ndarray, 
 
 
 def _steps(paper: np.ndarray) -> np.ndarray:
-    """Finds abrupt changes of brightness, `f32[H,W] -> bool[H,W]`."""
+    """Finds abrupt changes in the brightness of the paper, `f32[H,W] -> bool[H,W]`."""
     steps = np.zeros(paper.shape, bool)
     apart = 8  # pixels
     down = np.abs(paper[apart:, 4:-4] - paper[:-apart, 4:-4]) > 20
@@ -101,9 +101,9 @@ def is_dark_on_light(values: np.ndarray) -> bool:
 
 
 def _median(values: np.ndarray, size: int) -> np.ndarray:
-    """Takes the median over a window of odd `size` around each pixel, of whole grey values `f32[H,W]`.
+    """Returns the median over a window of odd `size` around each pixel of `f32[H,W]`, which holds whole numbers.
 
-    By histograms, which is 25 times as fast as `scipy.ndimage.median_filter` for the large window used here.
+    It uses histograms, 25 times as fast as `scipy.ndimage.median_filter` for the large window used here.
     """
     from skimage.filters.rank import median
 
@@ -120,19 +120,19 @@ def pen_width(mask: np.ndarray) -> float:
 
 
 def thick_pen(mask: np.ndarray) -> float:
-    """Returns the width of the thicker strokes, in pixels, regardless of thin lines."""
+    """Returns the width of the thicker strokes in pixels, ignoring thin lines."""
     distance, factor = _depth(mask)
     ridge = (distance > 0) & (distance >= ndimage.maximum_filter(distance, 3))
     if not ridge.any():
         return 1.0
     widths = np.sort(distance[ridge])
-    weights = np.cumsum(widths**1.5)  # thin lines can be many times as long as the strokes
+    weights = np.cumsum(widths**1.5)  # limits thin lines, which may be many times as long as the strokes
     return 2 * factor * float(widths[np.searchsorted(weights, 0.8 * weights[-1])])
 
 
 def _depth(mask: np.ndarray) -> tuple[np.ndarray, float]:
-    """Returns the distance of ink from its edge, `bool[H,W] -> f64[h,w]`, in units of `factor` pixels; and `factor`."""
-    factor = max(1, min(mask.shape) // 300)  # the distance transform is slow
+    """Returns the distance of ink from its edge in a downsampled mask, `bool[H,W] -> f64[h,w]`, and the factor."""
+    factor = max(1, min(mask.shape) // 300)  # the distance transform of a large mask is slow
     distance = ndimage.distance_transform_edt(np.pad(mask[::factor, ::factor], 1))
     if factor > 1 and distance.max() < 3:  # too coarse for this pen
         return ndimage.distance_transform_edt(np.pad(mask, 1)), 1
@@ -140,7 +140,7 @@ def _depth(mask: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def opened(values: np.ndarray, size: int) -> np.ndarray:
-    """Removes everything that is bright and narrower than `size`; straight edges of shadows stay where they are."""
+    """Removes bright details narrower than `size` (morphological opening); straight edges of shadows stay in place."""
     padded = np.pad(values, size, mode="edge")
     return np.asarray(ndimage.grey_opening(padded, (size, size))[size:-size, size:-size])
 
@@ -171,13 +171,13 @@ def _denoised(values: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def _noise(values: np.ndarray) -> float:
-    """Returns the standard deviation of the noise: how much neighbours differ where nothing is drawn."""
+    """Estimates the standard deviation of the noise from the differences between horizontal neighbours."""
     steps = np.abs(np.diff(values, axis=1))  # the median ignores edges
     return 1.4826 * float(np.median(steps)) / np.sqrt(2) if steps.size else 0.0
 
 
 def _paper_window(values: np.ndarray) -> int:
-    """Returns how wide a window must be to contain paper everywhere: several times the pen width; ink is light."""
+    """Returns the size of a window that always contains some paper: several times the pen width; ink is light."""
     from skimage.filters import threshold_otsu
 
     small = shrunk(values, 200)

@@ -40,7 +40,7 @@ def read_one(name: str) -> Outcome:
         return error
     except MemoryError:
         return PictureError("needs more memory than there is; make it smaller")
-    except Exception as error:  # no picture may stop the others
+    except Exception as error:  # one picture must not stop the others
         return PictureError(f"made this program fail ({type(error).__name__}: {error}); please report it")
 
 
@@ -91,7 +91,7 @@ class _Reader:
 
 
 def _start(num_workers: int) -> ProcessPoolExecutor:
-    # Not forked: this process may have threads.
+    # Spawned, not forked, because this process may have threads.
     return ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), initializer=_initialize)
 
 

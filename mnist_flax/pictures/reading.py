@@ -12,14 +12,14 @@ from mnist_flax.pictures.segment import Digit
 
 TOP = 3
 
-_PATIENCE = 0.3  # the most seconds that a picture waits for others to fill the batch
+_PATIENCE = 0.3  # seconds since the last batch; after that, the next picture completes a batch, full or not
 
 
 class Reading(NamedTuple):
     """The network's prediction for one digit of a picture."""
 
     digit: int  # the most probable class
-    probability: float  # that of this class
+    probability: float  # the probability of this class
     top: list[tuple[int, float]]  # the three most probable classes with their probabilities, best first
     # left, top, right, bottom in pixels of the picture; the right and bottom edges are exclusive
     box: tuple[int, int, int, int]
@@ -74,7 +74,7 @@ def is_doubtful(readings: Sequence[Reading]) -> bool:
 
 
 def as_json(name: str, readings: Sequence[Reading], class_names: Sequence[str]) -> str:
-    """Returns one line of JSON for a picture; a class that is not a digit, such as a letter, adds its `label`."""
+    """Returns one line of JSON for a picture; `label` is added for a class that is not a digit, such as a letter."""
     digits: list[dict[str, Any]] = []
     for reading in readings:
         label = class_names[reading.digit]

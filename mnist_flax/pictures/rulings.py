@@ -1,4 +1,4 @@
-"""Removes the printed lines of ruled and squared paper: edge to edge, thinner than the pen, and often paler."""
+"""Removes the printed lines of ruled and squared paper: from edge to edge, thinner and often paler than the pen."""
 
 import numpy as np
 from scipy import ndimage
@@ -39,7 +39,7 @@ def without_rulings(mask: np.ndarray, marks: np.ndarray) -> np.ndarray:
         kept = erased | (kept & band & bridge[length:-length, length:-length])
     if kept is mask:
         return mask
-    kept = ndimage.binary_opening(kept, np.ones((2, 2)))  # residue along the edges of the lines
+    kept = ndimage.binary_opening(kept, np.ones((2, 2)))  # removes residue along the edges of the lines
     # The bar of a 7 that fills its picture, or a lone 1, is not a ruling: it is as thick as the rest, or the only ink.
     return kept if kept.any() and thinnest < 0.8 * pen_width(kept) else mask
 
@@ -48,7 +48,7 @@ def _straight_lines(marks: np.ndarray) -> list[tuple[np.ndarray, bool]]:
     """Finds straight lines from edge to edge by a Hough transform.
 
     Returns:
-      For each line, every pixel's signed distance from it, `f32[H,W]`, and whether it is nearly horizontal.
+      For each line, every pixel's signed distance from it, `f64[H,W]`, and whether it is nearly horizontal.
     """
     from skimage.transform import hough_line, hough_line_peaks
 
@@ -78,7 +78,7 @@ def _chord(angle: np.ndarray, distance: np.ndarray, shape: tuple[int, ...]) -> n
     """Returns the length of the line x cos(angle) + y sin(angle) = distance inside an image, in pixels."""
     cos, sin = np.cos(angle), np.sin(angle)
     with np.errstate(divide="ignore", invalid="ignore"):
-        # The line is (distance cos - t sin, distance sin + t cos).
+        # The points of the line are (distance cos - t sin, distance sin + t cos).
         xs = np.sort(np.stack([(distance * cos - edge) / sin for edge in (0, shape[1])]), axis=0)
         ys = np.sort(np.stack([(edge - distance * sin) / cos for edge in (0, shape[0])]), axis=0)
     low = np.fmax(np.where(np.abs(sin) > 1e-9, xs[0], -np.inf), np.where(np.abs(cos) > 1e-9, ys[0], -np.inf))

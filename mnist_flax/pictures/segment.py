@@ -25,34 +25,33 @@ _LEAST_TURN = 3.0  # degrees: a picture rotated by less is not levelled
 
 
 class Digit(NamedTuple):
-    """Something that may be a digit."""
+    """A possible digit."""
 
     image: np.ndarray  # `u8[28,28]`, white on black, as in MNIST
     # left, top, right, bottom in pixels of the picture after applying its EXIF orientation; the right and bottom
     # edges are exclusive
     box: tuple[int, int, int, int]
-    # whether it overlaps erased lines, so that it may not be a digit, whatever the network predicts
+    # whether it overlaps erased lines, and so may not be a digit even if the network is confident
     suspect: bool = False
 
 
 def read_digits(content: bytes) -> list[Digit]:
-    """Finds the digits in a picture's file, in reading order: lines from top to bottom, each from left to right.
+    """Finds the digits in an image file, in reading order: lines from top to bottom, each from left to right.
 
     Raises:
-      PictureError: the file is not a picture, or is damaged, too large or blank.
+      PictureError: the file is not a picture, or is damaged, too large or blank, or holds too many marks.
     """
     picture = decode(content)
     digits = find_digits(picture.grey)
     if not digits:
         raise PictureError("is blank: nothing in it stands out like ink on paper")
-    height, width = picture.grey.shape
-    limits = (width, height, width, height)
-    boxes = [np.minimum(digit.box, limits) * picture.scale for digit in digits]
-    return [digit._replace(box=tuple(map(round, box.tolist()))) for digit, box in zip(digits, boxes, strict=True)]
+    boxes = np.rint(np.array([digit.box for digit in digits]) * picture.scale).astype(int)
+    boxes = np.minimum(boxes, picture.size * 2)
+    return [digit._replace(box=tuple(box)) for digit, box in zip(digits, boxes.tolist(), strict=True)]
 
 
 def find_digits(grey: np.ndarray) -> list[Digit]:
-    """Finds possible digits in a greyscale picture, `u8[H,W]`, in reading order; none in a blank one."""
+    """Finds possible digits in a greyscale picture, `u8[H,W]`, in reading order; a blank picture has none."""
     if (ready := _as_in_mnist(grey)) is not None:
         return [Digit(ready, (0, 0, IMAGE_SIZE, IMAGE_SIZE))]
     sheet = find_sheet(grey)
@@ -70,7 +69,7 @@ def find_digits(grey: np.ndarray) -> list[Digit]:
 
 
 def _as_in_mnist(grey: np.ndarray) -> np.ndarray | None:
-    """Returns a picture that is already in MNIST's format, white on black and otherwise unchanged; None for others."""
+    """If a picture is already in MNIST's format, returns it as white on black, otherwise unchanged; else None."""
     if grey.shape != (IMAGE_SIZE, IMAGE_SIZE):
         return None
     image = 255 - grey if is_dark_on_light(grey.astype(np.float32)) else grey
@@ -81,7 +80,7 @@ def _as_in_mnist(grey: np.ndarray) -> np.ndarray | None:
 
 
 def _levelled(ink: Ink, turn: float) -> Ink:
-    """Rotates the ink of a sheet that is rotated clockwise by `turn` degrees, so that it is level."""
+    """Levels ink that is rotated clockwise by `turn` degrees."""
     if abs(turn) < _LEAST_TURN:
         return ink
 
@@ -108,7 +107,7 @@ def _turned_back(
 
 
 def _segment(ink: Ink) -> tuple[list[Digit], float]:
-    """Finds the digits in level ink, in reading order, and the slope of their lines in degrees, clockwise."""
+    """Finds the digits in level ink, in reading order, and the clockwise slope of their lines in degrees."""
     mask = without_rulings(ink.mask, ink.marks)
     mask, ruled = without_grids(mask, thick_pen(mask))
     if not mask.any():
@@ -126,13 +125,13 @@ def _segment(ink: Ink) -> tuple[list[Digit], float]:
 
 
 def _touches(ruled: np.ndarray, blob: Blob) -> bool:
-    """Returns whether lines were erased at a digit, which may then be the remains of a line."""
+    """Returns whether lines were erased at a digit, so that it may be the remains of a line."""
     window = ruled[max(0, blob.top - 2) : blob.bottom + 2, max(0, blob.left - 2) : blob.right + 2]
     return bool(window.mean() > 0.04)
 
 
 def _ends_in(erased: np.ndarray, blob: Blob) -> bool:
-    """Returns whether what looks like a 1 ends in erased lines, so that it may be the side of a box."""
+    """Returns whether a narrow blob, perhaps a 1, ends in erased lines, so that it may be the side of a box."""
     if blob.width > 0.35 * blob.height:
         return False
     ends = slice(max(0, blob.top - 4), blob.top + 2), slice(max(0, blob.bottom - 2), blob.bottom + 4)
@@ -142,7 +141,7 @@ def _ends_in(erased: np.ndarray, blob: Blob) -> bool:
 def _slope(lines: list[list[Blob]]) -> float:
     """Returns the slope of the digits in degrees; 0 if they are too few or not in a straight line.
 
-    A line may slant so much that each digit seems to begin another line, so first all digits are taken as one.
+    In a steep line, each digit seems to begin another line, so all digits are first fitted as one line.
     """
     together = [blob for line in lines for blob in line] if len(lines) > 1 else []
     slope = _fitted_slope(together, 2)
@@ -152,7 +151,7 @@ def _slope(lines: list[list[Blob]]) -> float:
 
 
 def _fitted_slope(line: list[Blob], fewest: int) -> float:
-    """Returns the slope of a straight line of digits in degrees; 0 if they are too few or in no straight line."""
+    """Returns the slope of a straight line of digits in degrees; 0 if they are too few or not in a straight line."""
     if len(line) < fewest:
         return 0.0
     x = np.array([blob.left + blob.right for blob in line]) / 2
@@ -173,7 +172,7 @@ def _draw(strength: np.ndarray, labels: np.ndarray, blob: Blob, pen: float) -> n
     own = np.isin(labels[window], blob.labels)
     near = ndimage.binary_dilation(own, iterations=margin) & ((labels[window] == 0) | own)
     image = np.where(near, strength[window], 0)
-    # A thin stroke would fade in the small image: MNIST's are about two of twenty pixels wide.
+    # A thin stroke would fade in the small image. MNIST's strokes are about 2 pixels wide in a box of 20.
     wanted = 0.1 * max(blob.height, blob.width)
     if pen < wanted:
         radius = (wanted - pen) / 2

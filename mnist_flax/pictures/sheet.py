@@ -8,14 +8,14 @@ from scipy import ndimage
 from mnist_flax.pictures.ink import shrunk
 
 _SIDE = 160  # pixels: sheets are detected in a downsampled picture
-_RATIO = 1.2  # the minimum ratio of a sheet's brightness to the table's
+_RATIO = 1.2  # the minimum ratio of a sheet's brightness to that of the background
 
 
 class Sheet(NamedTuple):
     """A sheet of paper."""
 
     inside: np.ndarray  # `bool[H,W]`, True on the sheet, except for a margin
-    turn: float  # its rotation in degrees, from -45 to 45, positive if clockwise
+    turn: float  # its rotation in degrees, from -45 to 44, positive if clockwise
 
 
 def find_sheet(grey: np.ndarray) -> Sheet | None:
@@ -25,7 +25,7 @@ def find_sheet(grey: np.ndarray) -> Sheet | None:
     if min(grey.shape) < 60:
         return None
     small = shrunk(grey.astype(np.float32), _SIDE)
-    paper = ndimage.grey_closing(np.pad(small, 9, mode="edge"), (9, 9))[9:-9, 9:-9]  # without ink
+    paper = ndimage.grey_closing(np.pad(small, 9, mode="edge"), (9, 9))[9:-9, 9:-9]  # removes ink
     paper = np.log(np.maximum(ndimage.median_filter(paper, 3), 4.0))
     light = paper > threshold_otsu(paper)
     if light.all() or not light.any() or paper[light].mean() - paper[~light].mean() < np.log(_RATIO):
@@ -57,7 +57,7 @@ def _rectangle(region: np.ndarray, shape: tuple[int, ...]) -> Sheet | None:
     ]
     if sum((side & inner).sum() > 0.3 * max(1, side.sum()) for side in sides) < 2:
         return None
-    # Seen at an angle, a sheet does not fill the corners of its rectangle, so the region is used instead.
+    # A sheet seen at an angle does not fill the corners of the rectangle, so the region is returned instead.
     solid = ndimage.binary_closing(np.pad(region, 12), iterations=10)[12:-12, 12:-12] | region
     solid = ndimage.binary_erosion(ndimage.binary_fill_holes(solid), iterations=2, border_value=1)
     index = [np.arange(full) * side // full for full, side in zip(shape, solid.shape, strict=True)]
@@ -65,6 +65,6 @@ def _rectangle(region: np.ndarray, shape: tuple[int, ...]) -> Sheet | None:
 
 
 def _turned(x: np.ndarray, y: np.ndarray, degrees: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
-    """Rotates coordinates: returns those along and across a direction rotated clockwise by `degrees`."""
+    """Returns the coordinates along and perpendicular to a direction rotated clockwise by `degrees`."""
     angle = np.deg2rad(degrees)
     return x * np.cos(angle) + y * np.sin(angle), -x * np.sin(angle) + y * np.cos(angle)

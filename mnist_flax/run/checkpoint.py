@@ -14,11 +14,11 @@ from mnist_flax.run import storage
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.step import TrainState, init_state
 
-SCHEMA = 2  # of the checkpoint format; incremented when an older program could not read it correctly
+SCHEMA = 2  # the version of the checkpoint format; incremented when older programs cannot read it correctly
 
-# The schema of a record: a dict is an object with at least these keys ("name?" may be missing, "*" stands for any other
-# key), a list is an array whose items all match its one element, a tuple (schema, None) may be null, and a type stands
-# for its values.
+# The schema of a record. A dict is an object with at least these keys ("name?" is optional, "*" is any other key), a
+# list is an array whose items all match its one element, a tuple (schema, None) is a schema or null, and a type is any
+# value of that type.
 _NUMBER = int | float
 _LINE = {"step": int, "epoch": _NUMBER, "split": str, "seconds": _NUMBER, "*": int | float | None}
 _RECORD = {
@@ -46,10 +46,10 @@ class Run(NamedTuple):
     """A run as it was at one of its checkpoints.
 
     Attributes:
-      config: with which the checkpoint was saved.
+      config: the config with which the checkpoint was saved.
       state: the arrays.
       record: everything else, as JSON: `schema`, `config`, `fingerprint` of the data, `arrays` (names and shapes),
-        `holdout` (loss and accuracy, if they were just measured), and what `RunLog.snapshot` returns.
+        `holdout` (loss and accuracy if they were measured at this step, or None), and what `RunLog.snapshot` returns.
     """
 
     config: Config
@@ -68,7 +68,7 @@ def layout(state: Any) -> dict[str, str]:
 
 
 def rank(holdout: Mapping[str, float]) -> tuple[float, float]:
-    """Returns the sort key of a checkpoint, highest for the best: hold-out accuracy, then the lower loss."""
+    """Returns the sort key of a checkpoint, highest for the best: hold-out accuracy, then negative loss."""
     return holdout["accuracy"], -holdout["loss"]
 
 
@@ -90,10 +90,10 @@ def holdouts(folder: pathlib.Path) -> dict[int, dict[str, float] | None]:
 
 
 def load_run(workdir: pathlib.Path, which: str = "latest") -> Run:
-    """Reads a checkpoint, whatever devices it was saved from, without changing anything on disk.
+    """Reads a checkpoint, saved from any kind or number of devices, without changing anything on disk.
 
     Args:
-      workdir: the run's folder, which a live process may be writing.
+      workdir: the run's folder; another process may be writing to it.
       which: `latest`, `best` (on held-out rows) or a step.
 
     Raises:
@@ -112,13 +112,13 @@ def load_run(workdir: pathlib.Path, which: str = "latest") -> Run:
                 raise WorkdirError(
                     f"{workdir}: checkpoint {step} is damaged ({workdirs.reason(error)}); the others are: {others}"
                 ) from error
-        # A live run has just deleted this checkpoint, after saving newer ones: choose among those.
+        # A running process has just deleted this checkpoint, after saving newer ones: choose again.
 
 
 def _choose(folder: pathlib.Path, which: str) -> int:
     steps = steps_in(folder)
     if not steps:
-        raise WorkdirError(f"--workdir={folder.parent}: holds no {folder.name}/ of a run; name a run's folder")
+        raise WorkdirError(f"{folder.parent}: holds no {folder.name}/ of a run; name a run's folder")
     if which == "latest":
         return steps[-1]
     if which == "best":
@@ -135,12 +135,12 @@ def read_run(path: pathlib.Path, same_as: tuple[Config, str] | None = None) -> R
     """Reads the checkpoint in a folder.
 
     Args:
-      path: that folder.
-      same_as: the config of a run and the fingerprint of its data, if the checkpoint has to belong to it.
+      path: the folder.
+      same_as: the config of a run and the fingerprint of its data; if given, the checkpoint must belong to that run.
 
     Raises:
       WorkdirError: another program or version wrote it, or it belongs to another run.
-      Exception: any other type if it is damaged.
+      Exception: of various types, if it is damaged.
     """
     record = read_record(path)
     workdir = path.parent.parent
@@ -158,7 +158,7 @@ def read_run(path: pathlib.Path, same_as: tuple[Config, str] | None = None) -> R
 
 
 def read_record(path: pathlib.Path) -> dict[str, Any]:
-    """Reads and checks the record of a checkpoint; raises as `read_run` does."""
+    """Reads and checks the record of a checkpoint; raises the same errors as `read_run`."""
     record: dict[str, Any] = storage.restore_record(path)
     schema = record.get("schema") if isinstance(record, dict) else None
     if type(schema) is int and schema != SCHEMA:
@@ -216,7 +216,7 @@ def _read_state(path: pathlib.Path, config: Config, record: Mapping[str, Any]) -
                 f"{path}: was written by another version of this program or of optax ({name}: {there.get(name)} there,"
                 f" {now.get(name)} now); use that version, or another --workdir"
             )
-    # Read into host memory, so that the devices need not match those that the checkpoint was saved from.
+    # Read into host memory first, because the checkpoint may have been saved from other devices.
     target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
     state: TrainState = storage.restore_state(path, target)
     if int(state.step) != record["step"]:

@@ -13,17 +13,17 @@ from mnist_flax.errors import UserError
 
 
 class OutputError(UserError):
-    """Standard output cannot be written; the message is empty if its reader, such as `head -1`, has gone."""
+    """Standard output cannot be written; the message is empty if its reader, such as `head -1`, has exited."""
 
     def __init__(self, error: Exception) -> None:
         is_pipe = isinstance(error, BrokenPipeError)
-        self.exit_status = 141 if is_pipe else 2  # 141: what shells report for a program that ends by SIGPIPE
+        self.exit_status = 141 if is_pipe else 2  # 141: what shells report for a program killed by SIGPIPE
         reason = getattr(error, "strerror", None) or error
         super().__init__("" if is_pipe else f"standard output cannot be written ({reason})")
 
 
 class Console:
-    """Standard error: after a failed write it redirects itself to the null device, and the run continues without it."""
+    """Standard error: after a failed write, it is redirected to the null device, and the run continues without it."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -51,14 +51,14 @@ class Console:
             self.fail(error)
 
     def fail(self, error: Exception) -> None:
-        """Reacts to a failed write."""
+        """Ignores a failed write; subclasses may raise an error."""
 
 
 class Output(Console):
     """Standard output: a program that cannot write its results exits."""
 
     def fail(self, error: Exception) -> None:
-        """Ends the program."""
+        """Raises an error that ends the program."""
         raise OutputError(error) from error
 
 
@@ -76,7 +76,7 @@ def open_streams() -> None:
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes this number, or the next open file would: a checkpoint, say
+            os.open(os.devnull, os.O_RDWR)  # so that no other file, such as a checkpoint, gets this number
     if sys.stdin is None:
         sys.stdin = open(0, closefd=False)  # noqa: SIM115
     for name, descriptor, wrapper in (("stdout", 1, Output), ("stderr", 2, Console)):

@@ -17,29 +17,29 @@ from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.provenance import versions
 
 Record = dict[str, Any]  # a JSON object, such as a line of metrics.jsonl
-Sums = dict[str, float]  # over the examples of some steps: "loss", "accuracy" (number correct), "examples" and others
-_NOT_SHOWN = {"step", "epoch", "split", "examples", "seconds"}  # every other key of a line becomes a curve
+Sums = dict[str, float]  # summed over the examples of one or more steps: "loss", "accuracy" (number correct), ...
+_NOT_SHOWN = {"step", "epoch", "split", "examples", "seconds"}  # every other key becomes a curve in TensorBoard
 
 
 class RunLog:
     """The log of one run.
 
-    Every checkpoint contains the whole log, and a resumed run rewrites its files from it. So whatever a killed run
-    wrote after its last checkpoint, in full or in part, makes no difference.
+    Every checkpoint contains the whole log, and a resumed run rewrites its log files from it. This discards all that a
+    killed run wrote after its last checkpoint, including a partial line.
 
     Attributes:
-      step: finished updates.
-      seconds: training time, summed over restarts; compiling, evaluating and saving do not count, nor does what a
-        killed process did after its last checkpoint.
+      step: the number of finished updates.
+      seconds: training time, summed over restarts, without compiling, evaluating and saving, and without the steps
+        that a killed process did after its last checkpoint.
       restarts: how often training was resumed from a checkpoint.
       origin: how the run started, as JSON.
-      versions: package versions; one entry for each time they changed on a restart, the current ones last.
+      versions: the package versions at the start, and after each restart that changed them; the current ones last.
     """
 
     def __init__(
         self, config: Config, folder: pathlib.Path | None, saved: Record, *, learning_rate: Callable[[int], Any]
     ) -> None:
-        """Starts from the record of a checkpoint, or from one that holds only an origin.
+        """Starts from `saved`: the record of a checkpoint, or, for a new run, a record with only an `origin`.
 
         If `folder` is None, no files are written, because another process does that. `learning_rate` maps the number
         of finished updates to the learning rate of the next one.
@@ -77,10 +77,10 @@ class RunLog:
         }
 
     def steps(self, metrics: Mapping[str, np.ndarray], seconds: float) -> None:
-        """Adds the steps that follow the last one, and the time that they took together.
+        """Adds the next n steps, and the total time that they took.
 
-        `metrics` are sums over the examples of each step, `[n]`. `loss`, `accuracy` (number correct) and `examples` are
-        required; any other key is logged in the same way, divided by `examples`.
+        Each metric is an array `[n]` of sums over the examples of a step. `loss`, `accuracy` (number correct) and
+        `examples` are required; other keys are logged in the same way, divided by `examples`.
 
         Raises:
           NonFiniteLossError: a loss is NaN or infinite.
@@ -137,10 +137,10 @@ class RunLog:
 
 
 def check_finite(value: float, subject: str) -> None:
-    """Stops a run that would only corrupt its weights.
+    """Checks that a loss is finite: with NaN or infinity, further training would only corrupt the weights.
 
     Raises:
-      NonFiniteLossError: `value` is NaN or infinite; the message opens with `subject`.
+      NonFiniteLossError: `value` is NaN or infinite; the message begins with `subject`.
     """
     if not math.isfinite(value):
         raise NonFiniteLossError(
@@ -150,10 +150,10 @@ def check_finite(value: float, subject: str) -> None:
 
 
 def means(steps: Sequence[Sums]) -> Record:
-    """Returns the means over the examples of some steps, each example counted once.
+    """Returns each metric's mean over all examples of the steps, and the number of these examples.
 
-    A metric that only some of the steps have, because it was added when a run was resumed, is averaged over those. A
-    mean that is not finite becomes None, because JSON has no such number.
+    A metric that only some steps have, because it was new when the run resumed, is averaged over those steps. A mean
+    that is not finite becomes None, because JSON has no NaN or infinity.
     """
     record: Record = {}
     for name in dict.fromkeys(name for step in steps for name in step):
@@ -165,16 +165,15 @@ def means(steps: Sequence[Sums]) -> Record:
 
 
 class Events:
-    """One event file, complete after every line and rewritten when a run is resumed.
+    """A TensorBoard event file, complete after each `append`; a resumed run rewrites it.
 
-    tensorboardX's own writer queues events for a background thread: a killed process loses the last ones, and on a
-    full disk it hangs. So only its protocol buffers and checksum are used. The wall time of an event is the
-    start time of the process plus the seconds of training since then, so TensorBoard's `relative` axis shows training
-    time.
+    tensorboardX's own writer queues events for a background thread, so a killed process loses the last ones, and the
+    writer hangs on a full disk. So only its protocol buffers and checksum are used. The wall time of an event is the
+    start time of the process plus the training time since then, so TensorBoard's `relative` axis shows training time.
     """
 
     def __init__(self, workdir: pathlib.Path, records: Sequence[Mapping[str, Any]], seconds: float) -> None:
-        """Replaces the event files of earlier processes by one with the lines so far; `seconds` were trained."""
+        """Replaces all earlier event files by one with the records so far; `seconds` is the training time so far."""
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         folder = workdirs.subfolder(workdir, workdirs.TENSORBOARD)
@@ -185,7 +184,7 @@ class Events:
             for old in folder.glob("*tfevents*"):
                 old.unlink()
         version = Event(wall_time=self._origin, file_version="brain.Event:2")
-        # This makes a running TensorBoard discard what it read from the earlier file.
+        # This makes a running TensorBoard discard what it read from the earlier files.
         start = Event(wall_time=self._origin, step=0, session_log=SessionLog(status=SessionLog.START))
         workdirs.append_bytes(self._path, _frame(version) + _frame(start) + b"".join(map(self._event, records)))
 

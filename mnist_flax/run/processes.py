@@ -1,9 +1,9 @@
 """Multi-process runs: how the processes join, agree on decisions and exit together.
 
 All processes run the same command. They compute on all devices together by making the same JAX calls in the same order
-(`jax.distributed`); only process 0, the primary, prints and writes files. The time and signals differ between
-processes, so no process acts on its own: first all agree on one value. If one process dies, none can continue: the
-others exit too, and the same commands, with any number of processes, resume from the newest checkpoint.
+(`jax.distributed`); only process 0, the primary, prints and writes files. Clocks and signals differ between
+processes, so all of them agree on a value before any acts on it. If one process dies, none can continue: the others
+exit too, and the same commands, with any number of processes, resume from the newest checkpoint.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 JOIN_SECONDS = 120  # how long a process waits for the others to start
 HEARTBEAT_SECONDS = 20  # a process that sends no heartbeat for this long counts as lost
-LEAVE_SECONDS = 3  # JAX kills the others when the primary exits, so it first gives them this long to print
+LEAVE_SECONDS = 3  # how long a failing primary waits, so that the others can print before its exit kills them
 
 # Words in the errors that JAX, its collectives and its coordination service raise when another process is lost.
 _LOST = re.compile("gloo|nccl|unavailable|deadline.exceeded|cancelled|aborted|coordination", re.IGNORECASE)
@@ -39,7 +39,7 @@ def join(coordinator: str | None, num_processes: int | None, process_index: int 
     and Cloud TPU.
 
     Raises:
-      ConfigError: only some of the three are given, or JAX cannot detect them, or the first process cannot be reached.
+      ConfigError: an argument is missing or invalid, JAX cannot detect them, or process 0 cannot be reached.
     """
     given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_index": process_index}
     missing = [name for name, value in given.items() if value is None]
@@ -67,9 +67,9 @@ def join(coordinator: str | None, num_processes: int | None, process_index: int 
 
 
 def _wait_for(coordinator: str, *, is_first: bool) -> None:
-    """Waits until process 0 accepts connections.
+    """Waits until process 0 accepts connections; process 0 itself only checks the address.
 
-    JAX kills a process that cannot reach the coordinator before we can print anything.
+    Without this, JAX would kill a process that cannot reach process 0, and our error message would not be printed.
     """
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal():
@@ -118,7 +118,7 @@ def bound_together() -> Iterator[None]:
     """In a multi-process run, exits immediately if an error occurs in this process or another.
 
     The others notice within `HEARTBEAT_SECONDS`, usually at once, and exit the same way. A normal exit could hang
-    waiting for them, in a collective save or in JAX's shutdown. Nothing is lost that a kill would not lose.
+    waiting for them, in a collective save or in JAX's shutdown. This loses no more than a kill would.
     """
     try:
         yield

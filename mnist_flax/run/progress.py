@@ -12,13 +12,13 @@ from mnist_flax.config import Config
 
 logger = logging.getLogger(__name__)
 
-PLAIN_LINE_SECONDS = 10.0  # without a terminal, the longest time between two lines
+PLAIN_LINE_SECONDS = 10.0  # without a terminal, a line is printed this long after the last one
 
 Scores = Mapping[str, Any]  # "loss", "accuracy" and others
 
 
 class Progress:
-    """Shows the progress of runs that train together; `quiet` shows nothing, because another process does."""
+    """Shows the progress of runs that train together; `quiet` hides all but the line at the end of each epoch."""
 
     def __init__(self, config: Config, step: int, *, num_runs: int = 1, quiet: bool = False) -> None:
         self._config = config
@@ -37,7 +37,7 @@ class Progress:
         self.close = self._bar.close
 
     def _images_until(self, step: int) -> int:
-        """Returns how many images all runs have seen; the last batch of an epoch may be smaller than the others."""
+        """Returns how many images all runs together have seen; the last batch of an epoch may be smaller."""
         epochs, steps = divmod(step, self._config.steps_per_epoch)
         return self._num_runs * (epochs * self._config.num_train + steps * self._config.train.batch_size)
 

@@ -24,21 +24,17 @@ def versions() -> dict[str, str]:
 def git_commit() -> str:
     """Returns the commit of the code, with `+changes` if tracked files were modified; empty outside a checkout."""
     folder = pathlib.Path(__file__).resolve().parents[2]
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
+    if not (folder / ".git").exists():  # do not report the commit of a project that this package is installed in
+        return ""
+    command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     try:
-        if not (folder / ".git").exists():  # an installed copy inside another project's checkout has no commit
-            return ""
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
 
 
 def cpu_name() -> str:
-    """Returns the CPU model name, or its architecture if the name is unknown."""
+    """Returns the CPU's model name, or its architecture if the name is unknown."""
     with contextlib.suppress(OSError):  # not Linux
         for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -47,7 +43,7 @@ def cpu_name() -> str:
 
 
 def provenance() -> dict[str, Any]:
-    """Returns `device`, `versions` and `git_commit` for a summary."""
+    """Returns the `device`, `versions` and `git_commit` to record with a result."""
     devices = jax.devices()
     kind = cpu_name() if devices[0].platform == "cpu" else devices[0].device_kind
     device = f"{len(devices)} x {devices[0].platform} ({kind})"

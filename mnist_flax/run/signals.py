@@ -31,15 +31,15 @@ class StopRequest:
         if not self.signum:
             self.signum = signum
             _print("\nstopping after this step; a second signal ends the program at once\n")
-        elif signum != HANGUP:  # the terminal and its shell may both send SIGHUP
+        elif signum != HANGUP:  # a second SIGHUP is ignored, because the terminal and its shell may both send one
             end_process(128 + signum)
 
 
 def end_process(status: int, message: str = "") -> NoReturn:
     """Exits the process now, without clean-up and without waiting for threads, libraries or other processes.
 
-    This is the only call of `os._exit`. An exception would not work: a config file may catch it, a callback may
-    swallow it, a library may crash on it while it is imported, and on a normal exit JAX waits for dead processes.
+    An exception would not work: a config file may catch it, a callback may swallow it, a library may crash on it while
+    it is imported, and on a normal exit JAX waits for dead processes.
     """
     _print(message)
     os._exit(status)
@@ -54,12 +54,12 @@ def _print(message: str) -> None:
 def listening(receive: Callable[[int], None], signals: Sequence[signal.Signals] = SIGNALS) -> Iterator[None]:
     """Calls `receive` with the number of each signal, in a thread, while the context lasts.
 
-    Python runs handlers in the main thread, between two bytecode instructions: not while XLA compiles, nor while it
-    waits for the device. So the handlers do nothing, and a thread reads the wakeup file descriptor, to which the
-    interpreter writes the number of each signal when it arrives.
+    Python runs handlers in the main thread, between two bytecode instructions, so not while it compiles a program
+    or waits for the device. So the handlers do nothing here, and another thread reads the wakeup file descriptor, to
+    which the interpreter writes the number of each signal when it arrives.
 
-    Only the main thread can install handlers; in other threads this does nothing. A signal that the parent process set
-    to be ignored, as `nohup` does, stays ignored.
+    Only the main thread can install handlers; in other threads, this function does nothing. A signal that the parent
+    process set to be ignored, as `nohup` does, stays ignored.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

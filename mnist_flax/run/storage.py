@@ -1,8 +1,8 @@
-"""One checkpoint on disk: the only module that knows Orbax.
+"""Writes and reads one checkpoint on disk, with Orbax.
 
 A checkpoint is a folder with two Orbax items: `state`, the arrays, and `record`, the rest of the run's state at that
 step, as JSON. `files.sha256` beside them holds the checksum of every file, in the format of `sha256sum -c`. Checksums
-are verified before Orbax reads any file, because the libraries below it behave unpredictably on damaged files.
+are verified before Orbax reads any file, because the libraries under Orbax behave unpredictably on damaged files.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 CHECKSUMS = "files.sha256"
-_SAVING = threading.Lock()  # Orbax gives concurrent saves the same number, even of different runs, and mixes them up
+_SAVING = threading.Lock()  # Orbax gives concurrent saves the same number and mixes them up, even across runs
 
 
 def checksums(folder: pathlib.Path) -> str:
@@ -30,7 +30,7 @@ def checksums(folder: pathlib.Path) -> str:
 
 
 def write(folder: pathlib.Path, state: Any, record: dict[str, Any]) -> None:
-    """Writes a checkpoint without its checksums; all processes take part, each at the same call.
+    """Writes a checkpoint without its checksums; all processes must call this together.
 
     Raises:
       Exception: of various types; Orbax and TensorStore report a full disk as a ValueError, for example.
@@ -43,7 +43,11 @@ def write(folder: pathlib.Path, state: Any, record: dict[str, Any]) -> None:
 
 
 def restore_record(folder: pathlib.Path) -> Any:
-    """Reads the record of a checkpoint; raises an Exception of any type if a file differs from what was saved."""
+    """Verifies the checksums of a checkpoint and reads its record.
+
+    Raises:
+      Exception: of various types, if a file differs from what was saved.
+    """
     import orbax.checkpoint as ocp
 
     if not (folder / CHECKSUMS).is_file():
@@ -58,7 +62,7 @@ def restore_state(folder: pathlib.Path, target: Any) -> Any:
     """Reads the arrays of a checkpoint into host memory; `target` has the same tree, shapes and dtypes.
 
     Raises:
-      Exception: of various types, if they cannot be read.
+      Exception: of various types, if the arrays cannot be read.
     """
     import orbax.checkpoint as ocp
 
@@ -76,12 +80,12 @@ def _restore(folder: pathlib.Path, item: str, how: Any) -> Any:
 def _checkpointer(*, all_processes: bool = False) -> Iterator[Any]:
     """Opens an Orbax checkpointer whose failures raise an exception but log nothing.
 
-    With `all_processes`, all make the same calls and wait for each other; otherwise this process acts alone.
+    With `all_processes`, every process makes the same calls and waits for the others; otherwise this one acts alone.
     """
     import orbax.checkpoint as ocp
 
     # If the processes are listed, Orbax synchronises them through JAX's coordination service. Otherwise it would run a
-    # collective on the devices, in between the training steps, because saving happens in the background.
+    # collective on the devices between two training steps, because saving happens in the background.
     index, count = jax.process_index(), jax.process_count()
     options = ocp.options.MultiprocessingOptions(
         primary_host=0 if all_processes else index,
@@ -104,7 +108,7 @@ def _checkpointer(*, all_processes: bool = False) -> Iterator[Any]:
         absl.setLevel(level)
 
 
-@functools.cache  # once
+@functools.cache  # runs only once
 def _silence_closed_loops() -> None:
     """Hides the errors that Python prints when threads of a failed save later find their event loop closed."""
     report = sys.unraisablehook

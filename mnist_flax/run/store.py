@@ -4,10 +4,10 @@ A checkpoint is written under a temporary name, flushed to disk, and only then r
 whose name is a number was complete when it was renamed, and its checksums show whether it is still intact.
 
 Orbax's `CheckpointManager` (0.12.8) was tried. Its `AnyPreservationPolicy([LatestN(n), BestN(m)])` keeps what `_prune`
-keeps, but the rest is missing: it has no hook between writing and renaming, where checksums and fsync belong; it
-deletes under the checkpoint's own name, so a kill leaves a damaged folder that looks finished; it raises when the
-newest is damaged instead of restoring the previous one; and it silently stops ranking a checkpoint whose metrics are
-damaged.
+keeps, but it has no hook between writing and renaming, where checksums and fsync belong; it does not rename a
+checkpoint before deleting it, so a kill leaves a damaged folder that looks finished; it raises an error if the newest
+checkpoint is damaged, instead of restoring the previous one; and it silently stops ranking a checkpoint whose metrics
+are damaged.
 """
 
 import concurrent.futures
@@ -30,7 +30,7 @@ from mnist_flax.run import checkpoint, processes, storage
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.step import TrainState
 
-_UNFINISHED = ".unfinished"  # the suffix of a checkpoint while it is being written, and again while it is deleted
+_UNFINISHED = ".unfinished"  # the suffix of a checkpoint while it is written, and while it is deleted
 
 
 class Store:
@@ -71,9 +71,9 @@ class Store:
             saving.result()
 
     def preemption(self, call: int) -> int:
-        """Returns SIGTERM if any of several processes received it, otherwise 0; a single process handles its own.
+        """Returns SIGTERM if any process of a multi-process run received it, else 0 (see `processes.stop_signals`).
 
-        `call` counts the calls from 0, equally in all processes, so that JAX gives all of them the same answer.
+        `call` counts the calls from 0 in every process, so that JAX gives all of them the same answer.
         """
         if jax.process_count() == 1:
             return 0
@@ -88,7 +88,7 @@ class Store:
         processes, the primary chooses the checkpoint and the others load the same one.
 
         Raises:
-          WorkdirError: the newest readable one is of another run.
+          WorkdirError: the newest readable checkpoint belongs to another run or another version of the program.
         """
         found, skipped = self._newest_good() if processes.is_primary() else (None, [])
         (chosen,) = processes.agree(found.record["step"] if found else -1)
@@ -118,7 +118,7 @@ class Store:
         return target
 
     def _write(self, arrays: TrainState, record: dict[str, Any]) -> None:
-        """Writes a checkpoint, then prunes old ones; only the primary does more than write its part of the arrays."""
+        """Writes a checkpoint, then prunes old ones; all but the primary only write their part of the arrays."""
         step = int(arrays.step)
         unfinished = self._folder / f"{step}{_UNFINISHED}"
         if not processes.is_primary():
@@ -136,7 +136,6 @@ class Store:
             unfinished.rename(self._folder / str(step))
             workdirs.sync(self._folder)
             self._holdouts[step] = record["holdout"]
-            self._prune()
         except Exception as error:  # TensorStore reports a full disk as a ValueError
             _clean(self._folder)
             newest = max(checkpoint.steps_in(self._folder), default="none")
@@ -144,9 +143,11 @@ class Store:
                 f"{self._folder}: checkpoint {step} cannot be written ({workdirs.reason(error)}); fix that, and the"
                 f" same command continues from the newest checkpoint: {newest}"
             ) from error
+        with workdirs.as_workdir_error(f"{self._folder}: checkpoint {step} is saved, but older ones"):
+            self._prune()
 
     def _prune(self) -> None:
-        """Deletes all but the newest `keep_latest` checkpoints and, by their hold-out scores, the best `keep_best`."""
+        """Deletes all but the `keep_latest` newest checkpoints and the `keep_best` best by hold-out scores."""
         limits = self._config.checkpoint
         scores = {step: checkpoint.rank(holdout) for step, holdout in self._holdouts.items() if holdout}
         best = sorted(scores, key=lambda step: (scores[step], step), reverse=True)[: limits.keep_best]

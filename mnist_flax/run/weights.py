@@ -13,7 +13,7 @@ from mnist_flax.run import workdir as workdirs
 
 
 def save_weights(config: Config, workdir: pathlib.Path, variables: Mapping[str, Any]) -> None:
-    """Writes the variables that `forward` takes to `weights.safetensors`.
+    """Writes the variables of `forward` to `weights.safetensors`.
 
     Tensors are named by their path, such as `params/Conv_0/kernel`; the metadata contains the config as JSON.
 

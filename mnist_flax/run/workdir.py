@@ -1,8 +1,8 @@
 """The folder of a run: its file names, its lock, and atomic writes.
 
-A run's folder may come from an untrusted source. So no function here that writes follows a symbolic link inside it:
-links are replaced rather than written through, and `subfolder` accepts only real folders. Always write through these
-functions. Whatever cannot be read or written (a full disk, a link in the way) raises WorkdirError.
+A run's folder may come from an untrusted source. So the functions here do not write through symbolic links inside it:
+`write_bytes` replaces a link, `append_bytes` and `subfolder` raise an error. Always write with these functions. If
+something cannot be written (a full disk, a link in the way), they raise WorkdirError.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ _NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
 def check(workdir: pathlib.Path) -> None:
-    """Checks, without writing anything, that `workdir` is free for a run or holds one.
+    """Checks, without writing anything, that `workdir` is unused or holds a run.
 
     Raises:
       WorkdirError: it is not a folder, cannot be read, or holds something that is not a run.
@@ -45,7 +45,7 @@ def check(workdir: pathlib.Path) -> None:
     try:
         os.path.abspath(workdir).encode()  # checkpoints cannot be written to a path that is not UTF-8
         with contextlib.suppress(FileNotFoundError):
-            os.stat(workdir)  # unlike `exists`, `stat` raises the reason why it cannot be read
+            os.stat(workdir)  # unlike `exists`, `stat` raises an error with the reason
         if workdir.exists() and not workdir.is_dir():
             raise WorkdirError(f"--workdir={workdir}: is a file; name a folder")
         names = {path.name for path in workdir.iterdir()} if workdir.is_dir() else set()
@@ -93,7 +93,7 @@ def claim(workdir: pathlib.Path) -> Iterator[None]:
             (workdir / _LOCK).unlink()
         for folder in new:
             with contextlib.suppress(OSError, ValueError):
-                folder.rmdir()  # fails, as it should, if the folder is not empty
+                folder.rmdir()  # deletes only empty folders
         lock.release()
 
 
@@ -135,7 +135,7 @@ def as_workdir_error(subject: object, remedy: str = RESUMES) -> Iterator[None]:
 
 
 def inside(workdir: pathlib.Path, *names: str, remedy: str = RESUMES) -> pathlib.Path:
-    """Returns a path inside a run's folder, of which no part below `workdir` may be a symbolic link.
+    """Returns a path inside a run's folder, and checks that no part of it below `workdir` is a symbolic link.
 
     Raises:
       WorkdirError: the path, or a folder above it within `workdir`, is a symbolic link.
@@ -153,7 +153,7 @@ def subfolder(workdir: pathlib.Path, *names: str, remedy: str = RESUMES) -> path
     """Creates a folder inside a run's folder if it is missing, and returns it.
 
     Raises:
-      WorkdirError: it cannot be made, or a symbolic link or a file is in the way.
+      WorkdirError: it cannot be created, or a symbolic link or a file is in the way.
     """
     folder = inside(workdir, *names, remedy=remedy)
     with as_workdir_error(folder, remedy):
@@ -162,10 +162,10 @@ def subfolder(workdir: pathlib.Path, *names: str, remedy: str = RESUMES) -> path
 
 
 def output_folder(workdir: pathlib.Path, output: str | None) -> pathlib.Path:
-    """Returns where a verb writes: the `--output` folder, created if it is missing, or else `workdir`.
+    """Returns the folder that a command writes to: `--output`, created if it is missing, or else `workdir`.
 
     Raises:
-      WorkdirError: the folder cannot be made.
+      WorkdirError: the folder cannot be created.
     """
     if not output:
         return workdir
@@ -176,7 +176,7 @@ def output_folder(workdir: pathlib.Path, output: str | None) -> pathlib.Path:
 
 
 def write_bytes(path: pathlib.Path, content: bytes, *, remedy: str = RESUMES) -> None:
-    """Writes a file atomically: readers see the old or the new content, complete, even after a power failure.
+    """Writes a file atomically: readers see all of the old or all of the new content, even after a power failure.
 
     A symbolic link at `path` is replaced, not followed. The folder must exist: create it with `subfolder`.
 
@@ -203,7 +203,7 @@ def write_text(path: pathlib.Path, text: str, *, remedy: str = RESUMES) -> None:
 
 
 def append_bytes(path: pathlib.Path, content: bytes) -> None:
-    """Appends to a file and closes it, so that a later failure can neither lose nor duplicate what was written.
+    """Appends to a file and closes it, so that a later crash of the process neither loses nor duplicates the content.
 
     Raises:
       WorkdirError: the disk is full, or the file cannot be written or is a symbolic link.
@@ -226,7 +226,7 @@ def sync(path: pathlib.Path) -> None:
     """Flushes a file or folder to disk, so that its contents survive a power failure.
 
     Raises:
-      WorkdirError: the system cannot write it.
+      WorkdirError: it cannot be flushed to disk.
     """
     with as_workdir_error(path):
         descriptor = os.open(path, os.O_RDONLY)

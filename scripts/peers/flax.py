@@ -1,4 +1,4 @@
-"""The recipe in plain Flax, as its own MNIST example writes it: `nn.Conv`, a TrainState, one jitted step per batch.
+"""The recipe in plain Flax, like its own MNIST example: `nn.Conv`, a TrainState, one jitted step per batch.
 
 python -m scripts.peers.flax ...
 """
@@ -18,7 +18,7 @@ from scripts.peers.harness import Examples, Recipe, pixels, serve, shifted
 
 
 class CNN(nn.Module):
-    """The three convolutions."""
+    """The network of `three_conv_adam.py`."""
 
     he_init: bool
 

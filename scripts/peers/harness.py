@@ -1,8 +1,8 @@
 """What the programs of `bench_peers.py` share: the recipe, the data, and the protocol.
 
-Each program runs in its own environment, so nothing here needs more than numpy. Each line on standard input requests an
-epoch and is answered by a line of JSON. When the input ends, the program evaluates the test set; the last line of JSON
-has the accuracy.
+Each program runs in its own environment, so this module needs only numpy. A program trains an epoch for each line on
+standard input, and answers with a line of JSON. When the input ends, it evaluates the test set and answers with the
+accuracy.
 """
 
 import argparse

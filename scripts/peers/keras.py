@@ -1,4 +1,4 @@
-"""The recipe in Keras on TensorFlow, as its examples write it: `compile` and `fit`, on arrays in memory.
+"""The recipe in Keras on TensorFlow, like its examples: `compile` and `fit` on arrays in memory.
 
 python -m scripts.peers.keras ...
 """

@@ -18,7 +18,7 @@ from scripts.peers.harness import Examples, Recipe, serve
 
 
 class Ours:
-    """Training as this project does it."""
+    """Training in this project."""
 
     def __init__(self, given: argparse.Namespace, recipe: Recipe, train: Examples) -> None:
         config = self._config = Config.from_json(given.config)

@@ -1,4 +1,4 @@
-"""The recipe in PyTorch, as its tutorials write it, tuned: all data in memory, fused Adam, no sync in the loop.
+"""The recipe in PyTorch: like its tutorials, but tuned, with all data in memory, fused Adam, no sync in the loop.
 
 python -m scripts.peers.pytorch --variant=eager|channels_last|compiled ...
 """
@@ -111,7 +111,7 @@ class PyTorch:
         kernels = [p for p in self._model.parameters() if p.ndim > 1]
         biases = [p for p in self._model.parameters() if p.ndim == 1]
         groups = [{"params": kernels, "weight_decay": recipe.weight_decay}, {"params": biases, "weight_decay": 0.0}]
-        self._optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, fused=True)  # Adam without decay
+        self._optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, fused=True)  # without decay, this is Adam
         self._schedule = (
             torch.optim.lr_scheduler.OneCycleLR(
                 self._optimizer,

@@ -149,7 +149,7 @@ def _unflatten(values: np.ndarray, channels: int) -> np.ndarray:
 def first_filters(program: Program, variables: Variables) -> np.ndarray | None:
     """Returns the first kernel as one square image per output, `f32[W,k,k]`.
 
-    None if no layer has a kernel, or the first kernel does not apply to a square image with one channel.
+    The result is None if no layer has a kernel, or the first kernel does not apply to a square image with one channel.
     """
     kernel = np.asarray(next((call.kernel for call in _trace(program, variables) if call.kernel is not None), 0.0))
     if kernel.ndim == 4 and kernel.shape[2] == 1:

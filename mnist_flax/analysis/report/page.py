@@ -27,10 +27,10 @@ SECTIONS = {
 def render_page(facts: Mapping[str, Any], pictures: Mapping[str, Any]) -> str:
     """Returns the page as HTML, with every number from `facts`.
 
-    `pictures` are `plots` (SVG elements by name), `thumbnails` (URIs by test row), `sheets` (URIs by name) and
-    `activation_pictures` by layer and example, and the `title`.
+    `pictures` holds `plots` (SVG elements by name), `thumbnails` (URIs by test row), `sheets` (URIs by name),
+    `activation_pictures` (by layer and example) and the `title`.
     """
-    template = load_template(TEMPLATE, score=calibration_value, thousands=thousands, shape=shape, duration=duration)
+    template = load_template(TEMPLATE, score=calibration_value, thousands="{:,}".format, shape=shape, duration=duration)
     missing = {
         "curves": "loss" not in pictures["plots"],
         "trained-on": not facts["augmented"],
@@ -42,7 +42,7 @@ def render_page(facts: Mapping[str, Any], pictures: Mapping[str, Any]) -> str:
 
 
 def load_template(path: pathlib.Path, **filters: Callable[..., str]) -> Any:
-    """Returns a Jinja template for HTML, with the filter `percent` and those given."""
+    """Returns a Jinja template for HTML, with the filter `percent` and the given `filters`."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -60,11 +60,6 @@ def percent(value: float | None, digits: int = 2) -> str:
 def calibration_value(value: float, field: str) -> str:
     """Formats a calibration metric: the ECE as a percentage, the others with four decimals."""
     return percent(value) if field == "ece" else f"{value:.4f}"
-
-
-def thousands(value: float) -> str:
-    """Formats a number with commas between thousands."""
-    return f"{value:,}"
 
 
 def shape(sizes: tuple[int, ...]) -> str:

@@ -38,7 +38,7 @@ def png(pixels: np.ndarray, scale: int = 1) -> bytes:
 
 
 def data_uri(picture: bytes) -> str:
-    """Returns a PNG as a URI that contains it."""
+    """Returns a PNG as a data URI."""
     return "data:image/png;base64," + base64.b64encode(picture).decode()
 
 
@@ -121,14 +121,15 @@ def draw_layer_inputs(
 ) -> list[list[str]]:
     """Draws the input of each layer for a few digits: some classified correctly, and the worst mistake.
 
-    `facts` receives `activations`: the examples, and each layer's name, shape and number of channels shown.
+    Adds `activations` to `facts`: the examples, and each layer's name, shape and number of channels shown.
 
     Returns:
       A picture for each layer and example; within a layer, the same value has the same colour.
     """
     mistakes = facts["galleries"]["mistakes"][:1]
     correct = facts["galleries"]["correct"]
-    wanted = min(NUM_EXAMPLES - len(mistakes), len(correct))  # spread over the classes, by which the gallery is sorted
+    # The gallery is sorted by class, so evenly spaced examples cover the classes.
+    wanted = min(NUM_EXAMPLES - len(mistakes), len(correct))
     examples = [correct[i] for i in np.linspace(0, len(correct) - 1, wanted).astype(int)] + mistakes
     found = layers.layer_inputs(program, variables, images[[example["row"] for example in examples]])
     found = [found[i] for i in np.unique(np.linspace(0, len(found) - 1, STAGES).astype(int))]

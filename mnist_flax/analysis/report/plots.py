@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 # Colours by role, for light mode; the page's style sheet replaces them in dark mode. The three that carry meaning are
-# from Okabe and Ito (2008), chosen for colour-blind readers; marker shapes differ as well.
+# from Okabe and Ito (2008), chosen for colour-blind readers; marker shapes differ as well. ON_FILL, the text on a dark
+# cell, differs from INK by one so that the page can replace it separately.
 INK, MUTED, GRID, ON_FILL = "#1c2127", "#5a6472", "#d8dde4", "#1c2128"
 BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"
 ROLES = {INK: "ink", MUTED: "muted", GRID: "grid", ON_FILL: "on-fill", BLUE: "blue", ORANGE: "orange", GREEN: "green"}
@@ -162,8 +163,8 @@ def _curve(axes: Any, curves: Mapping[str, Any], field: str) -> None:
 def population_curves(curves: Mapping[str, Any]) -> dict[str, bytes]:
     """Draws loss and accuracy of a population over the epochs, the mean as a line and the range as a band.
 
-    A point of `train`, `holdout` and `test` has `epoch`, and `mean`, `min` and `max` of `loss` and `accuracy`. Returns
-    the SVG files by name.
+    Each point of `train`, `holdout` and `test` has `epoch`, and `mean`, `min` and `max` of `loss` and `accuracy`.
+    Returns the SVG files by name.
     """
     return {f"curves_{field}": as_file(_bands(curves, field)) for field in ("loss", "accuracy")}
 
@@ -173,7 +174,7 @@ def _bands(curves: Mapping[str, Any], field: str) -> str:
 
     def columns(split: str) -> tuple[list[float], np.ndarray, np.ndarray, np.ndarray]:
         values = np.array([[point[field][name] for name in ("mean", "min", "max")] for point in curves[split]])
-        mean, low, high = (values if field == "loss" else np.maximum(1 - values, 1e-5)).T  # a log axis shows no 0
+        mean, low, high = (values if field == "loss" else np.maximum(1 - values, 1e-5)).T  # a log axis cannot show 0
         return [point["epoch"] for point in curves[split]], mean, low, high
 
     with new_figure(3.8) as figure:
@@ -193,7 +194,7 @@ def _bands(curves: Mapping[str, Any], field: str) -> str:
             axes.invert_yaxis()
         axes.set_title(_TITLES[field], loc="left")
         axes.set_xlabel("Epoch (lines: mean of the members; bands: their range)")
-        if axes.get_legend_handles_labels()[0]:  # runs of other lengths may share no point
+        if axes.get_legend_handles_labels()[0]:  # runs of different lengths may share no point
             axes.legend()
         return to_svg(figure)
 

@@ -32,8 +32,8 @@ def write_report(
 ) -> pathlib.Path:
     """Writes the report of a run at a step into a folder, by default `report` in the workdir; returns the page's path.
 
-    `records` are the lines of the log. `evaluation`, on the test set, comes from the end of `training` or from
-    `report`, which `evaluated_by` says; it is not repeated.
+    `records` are the lines of the log. `evaluation` is that of the test set; `evaluated_by` says whether it was
+    computed at the end of `training` or by `report`. `summary` is None if the run is unfinished.
 
     Raises:
       WorkdirError: the folder cannot be written.
@@ -74,7 +74,7 @@ def _pieces(
         "activation_pictures": activations,
         "title": title,
     }
-    html = page.render_page(json.loads(text), shown_pictures)  # parsed from the text: metrics.json lacks no number
+    html = page.render_page(json.loads(text), shown_pictures)  # so that metrics.json has every number on the page
     return {
         **{f"{name}.svg": plots.as_file(svg) for name, svg in svgs.items()},
         **{f"{name}.png": png for name, png in files.items()},
@@ -131,7 +131,7 @@ def logged(workdir: pathlib.Path, step: int) -> list[dict[str, Any]]:
 
 
 def shown(path: pathlib.Path) -> str:
-    """Returns the name of a folder on the page: its path inside the working directory, or else its last part."""
+    """Returns how the page names a folder: by its path inside the working directory, or else by its last part."""
     absolute = path.absolute()
     if absolute.is_relative_to(pathlib.Path.cwd()):
         return absolute.relative_to(pathlib.Path.cwd()).as_posix()

@@ -1,6 +1,5 @@
-// Puts the page together: what is drawn or chosen goes through the network, and everything follows.
+// The application: runs the network on the drawing or the chosen example, and updates the page.
 
-const DOUBTFUL = 0.8; // below this probability an answer is a guess
 const KINDS = { right: "Right", mistake: "Mistakes", corrupted: "Corrupted" };
 
 const isWide = matchMedia("(min-width: 60rem)"); // room for the maps beside the pad
@@ -10,11 +9,11 @@ const $ = (selector) => document.querySelector(selector);
 class App {
   constructor(data) {
     this.data = data;
-    this.networks = data.checkpoints.map(() => null); // made when first needed
-    this.chosen = 0; // the checkpoint that answers
-    this.example = -1; // the example that is shown; -1 for a drawing
+    this.networks = data.checkpoints.map(() => null); // created when first needed
+    this.chosen = 0; // index of the checkpoint whose answer is shown
+    this.example = -1; // index of the example that is shown; -1 for a drawing
     this.pixels = new Uint8Array(SIDE * SIDE);
-    this.selected = null; // { maps, place }: the value that is explained
+    this.selected = null; // { maps, place }: the value shown in the inspector
     this.theme = readTheme();
     this.pad = new Pad($("#pad"), (finished) => this.drawn(finished));
     this.bars = new Bars($("#bars"), data.classes);
@@ -43,7 +42,7 @@ class App {
     this.update();
   }
 
-  // Asks for one update before the next frame, however many events come until then.
+  // Schedules one refresh before the next frame, no matter how many events arrive until then.
   update() {
     this.pending ??= requestAnimationFrame(() => {
       this.pending = null;
@@ -55,7 +54,7 @@ class App {
     this.pixels = this.pad.pixels();
     const blank = this.pad.isEmpty && !this.pad.backdrop;
     const probabilities = this.network().run(this.pixels);
-    const isFirst = !document.documentElement.dataset.ready; // the other checkpoint does not delay the first answer
+    const isFirst = !document.documentElement.dataset.ready; // the other checkpoint must not delay the first answer
     const other = isFirst || this.data.checkpoints.length < 2 ? null : this.network(1 - this.chosen).run(this.pixels);
     const best = probabilities.indexOf(Math.max(...probabilities));
     this.pad.paint(this.theme.ink);
@@ -78,7 +77,7 @@ class App {
     $("#bars").classList.toggle("still", this.pad.pointer !== null);
     this.bars.update(probabilities, other, probabilities ? best : -1);
     const name = this.data.classes[best];
-    const sure = probabilities && probabilities[best] >= DOUBTFUL;
+    const sure = probabilities && probabilities[best] >= this.data.doubtful_below;
     setText($("#digit"), probabilities ? name : "–");
     $("#digit").classList.toggle("long", Boolean(probabilities) && name.length > 2);
     $("#digit").classList.toggle("doubtful", Boolean(probabilities) && !sure);
@@ -162,7 +161,7 @@ class App {
   // Maps -----------------------------------------------------------------------------------------------------------------
 
   buildStages() {
-    // Maps outside the window are painted when they come into it.
+    // Maps outside the viewport are painted when they are about to scroll into it.
     const observer = new IntersectionObserver((entries) => {
       for (const { target, isIntersecting } of entries) {
         const maps = this.maps.find((maps) => maps.figure === target);
@@ -219,7 +218,7 @@ class App {
     this.explain();
   }
 
-  // Below the pad where there is room, else below the maps that were touched.
+  // Puts the inspector below the pad on a wide page, else below the maps with the selected value.
   placeInspector() {
     const panel = $("#inspector");
     panel.hidden = false;
@@ -239,7 +238,7 @@ class App {
     Object.assign(field.style, { top: percent(top), left: percent(left), width: percent(right - left), height: percent(bottom - top) });
   }
 
-  // Keys and the rest ------------------------------------------------------------------------------------------------------
+  // Buttons, keys and window events -----------------------------------------------------------------------------------
 
   listen() {
     $("#undo").addEventListener("click", () => this.pad.undo());

@@ -1,12 +1,12 @@
-// The pad: strokes by mouse, touch or pen, kept as lines so that they can be undone and drawn at any size.
+// The drawing pad. Strokes of a mouse, finger or pen are kept as lines, so they can be undone and drawn at any size.
 
 const PAD = 280; // the pad's side in its own units
 const PEN = 20; // width of the pen in these units
-const MARGIN = 20; // around the pad in the raster, for strokes that are widened beyond its edge
+const MARGIN = 20; // around the pad in the raster: widened strokes can extend beyond the edge of the pad
 const RASTER = (PAD + 2 * MARGIN) / 2; // side of the raster in pixels
 
 class Pad {
-  // onDraw(finished) is called after every change; finished is false while a stroke goes on.
+  // onDraw(finished) is called after every change; finished is false during a stroke.
   constructor(canvas, onDraw) {
     this.canvas = canvas;
     this.onDraw = onDraw;
@@ -50,7 +50,7 @@ class Pad {
     return [inside(event.clientX - box.left, box.width), inside(event.clientY - box.top, box.height)];
   }
 
-  // Replaces what is drawn.
+  // Replaces the drawing.
   set(strokes, backdrop = null) {
     this.strokes = strokes;
     this.backdrop = backdrop;
@@ -71,8 +71,8 @@ class Pad {
 
   // The drawing as grey values, white on black: u8[160 * 160].
   //
-  // A pen thinner than a tenth of the drawing would fade in the small image, so its strokes are widened to that, as
-  // mnist_flax.predict widens the strokes of a picture.
+  // Strokes thinner than a tenth of the drawing would fade in the 28x28 image, so they are widened to a tenth, as in
+  // mnist_flax.predict.
   raster() {
     const context = this.rasterContext;
     context.setTransform(1, 0, 0, 1, 0, 0);
@@ -87,7 +87,7 @@ class Pad {
     return grey;
   }
 
-  // The longer side of the box around the drawing, pen included.
+  // The longer side of the drawing's bounding box, including the pen's width.
   extent() {
     const points = this.strokes.flat();
     const lengths = [0, 1].map((axis) => {
@@ -102,7 +102,7 @@ class Pad {
     return this.backdrop ?? frame(this.raster(), RASTER, RASTER);
   }
 
-  // Shows the drawing, as sharp as the screen is; ink is [r, g, b].
+  // Paints the drawing at the screen's resolution; ink is [r, g, b].
   paint(ink) {
     const side = Math.round(this.canvas.clientWidth * devicePixelRatio) || PAD;
     if (this.canvas.width !== side) this.canvas.width = this.canvas.height = side;

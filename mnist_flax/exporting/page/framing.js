@@ -1,11 +1,11 @@
-// Fits a drawing into MNIST's frame, step by step as mnist_flax/data/framing.py does, so that the network on this
-// page gets the same 28x28 pixels that `python -m mnist_flax.predict` would give it.
+// Frames a drawing as in MNIST, with the same steps as mnist_flax/data/framing.py. The network on this page thus gets
+// the same 28x28 pixels as in `python -m mnist_flax.predict`.
 
-const SIDE = 28; // of the frame
-const BOX = 20; // of the ink in it
-const MIDDLE = 14; // the ink's centre of mass goes to this row and column
+const SIDE = 28; // of the framed image
+const BOX = 20; // longer side of the ink in it
+const MIDDLE = 14; // row and column of the ink's centre of mass
 
-// Fits the ink of a white-on-black image into the frame: u8[height * width] -> u8[28 * 28].
+// Scales and centres the ink of a white-on-black image: u8[height * width] -> u8[28 * 28].
 function frame(pixels, width, height) {
   const canvas = new Uint8Array(SIDE * SIDE);
   const box = inkBox(pixels, width, height);
@@ -61,7 +61,7 @@ function cut(pixels, width, box) {
   return part;
 }
 
-// Pillow's Image.resize(..., BICUBIC) for 8-bit grey images, rounding included: rows first, then columns.
+// Pillow's Image.resize(..., BICUBIC) for 8-bit grey images, rounding included: first horizontally, then vertically.
 function resizeBicubic(pixels, width, height, newWidth, newHeight) {
   let image = pixels;
   if (newWidth !== width) image = resample(image, height, width, 1, width, bicubicWeights(width, newWidth));
@@ -69,7 +69,7 @@ function resizeBicubic(pixels, width, height, newWidth, newHeight) {
   return image;
 }
 
-// Resamples `lines` lines of an image along one axis. `step` leads from pixel to pixel of a line.
+// Resamples each of `lines` lines. In the array, lines are `lineStep` apart, and the pixels of a line `step`.
 function resample(pixels, lines, lineStep, step, length, weights) {
   const newLength = weights.length;
   const newLineStep = step === 1 ? newLength : 1;
@@ -88,7 +88,7 @@ function resample(pixels, lines, lineStep, step, length, weights) {
 const ONE = 2 ** 22; // Pillow's weights are fixed-point numbers with 22 bits after the point
 const HALF = ONE / 2;
 
-// For each new pixel: the first old pixel that it depends on, and the weights of that one and those after it.
+// For each new pixel: the first old pixel that it depends on, and the weights of the old pixels from there on.
 function bicubicWeights(length, newLength) {
   const scale = length / newLength;
   const stretch = Math.max(scale, 1); // a wider kernel averages when the image shrinks
@@ -120,7 +120,7 @@ function roundHalfAway(value) {
   return Math.trunc(value + (value < 0 ? -0.5 : 0.5));
 }
 
-// As Python and NumPy round: a half goes to the even neighbour.
+// Rounds ties to even, as Python and NumPy do.
 function roundHalfEven(value) {
   const floor = Math.floor(value);
   const rest = value - floor;

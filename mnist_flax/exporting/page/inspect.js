@@ -1,14 +1,14 @@
-// What can be seen of a network: its layers as maps, and how each of their values came about.
+// Finds what the page shows of a network: its layers as maps, and how each value of a map is computed.
 
 const POOLS = { max_pool: "Max pooling", avg_pool: "Average pooling", sum_pool: "Sum pooling", reduce_mean: "Mean of each map" };
 const FUNCTIONS = { relu: "ReLU", leaky_relu: "leaky ReLU", elu: "ELU", gelu: "GELU", silu: "SiLU", tanh: "tanh" };
 
-// Lists the stages to show, in computing order: what each layer with weights passes on, and what pooling makes of it.
-// A stage is { title, layer, first, node, steps }: `first` is the convolution, dense layer or pooling, `node` is what
-// is shown, and `steps` are the operations from one to the other, all of the same shape.
+// Lists the stages to show, in order of computation: each convolution or dense layer, and the pooling after it.
+// A stage is { title, layer, first, node, steps }: `first` is the convolution, dense layer or pooling, `steps` are the
+// operations of the same shape after it, such as the activation, and `node` is the last of these: its output is shown.
 function findStages(network) {
   const owners = findOwners(network);
-  const numbers = {}; // of each kind of layer, in each member of a committee
+  const numbers = {}; // counts the layers of each kind, separately for each member of a committee
   const stages = [];
   for (const first of network.nodes.filter((node) => hasWeights(network, node))) {
     const own = network.nodes.filter((node) => owners.get(node.name) === first.name);
@@ -29,7 +29,7 @@ function stageOf(title, first, nodes) {
   return { title, layer: first.layer, first, steps, node: steps[steps.length - 1] ?? first };
 }
 
-// For each node, the last node with weights that it depends on.
+// For each node, the name of the last node with weights that it depends on, itself included.
 function findOwners(network) {
   const owners = new Map();
   const order = new Map(network.nodes.map((node, i) => [node.name, i]));
@@ -49,21 +49,23 @@ function sameShape(a, b) {
   return a.length === b.length && a.every((size, axis) => size === b[axis]);
 }
 
-// The size of a stage's maps; a vector has maps of one pixel.
+// The size of a stage's maps; each value of a vector is a map of one pixel.
 function mapSize(shape) {
   const channels = shape[shape.length - 1];
   return shape.length === 4 ? { height: shape[1], width: shape[2], channels } : { height: 1, width: 1, channels };
 }
 
-// Where a value of a map is in the array of its stage.
+// The index of a map's value in the array of its stage.
 function indexOf(shape, { y, x, channel }) {
   const { width, channels } = mapSize(shape);
   return (y * width + x) * channels + channel;
 }
 
-// Explains one value of a stage: { inputs, operation, sum, lines }.
-// `inputs` is the window below the value: { rows, columns, channels, value(i, j, k), weight(i, j, k) }; `sum` what the
-// operation makes of it, and `lines` the steps after that, each { label, value }.
+// Explains one value of a stage: { window, sum, lines }.
+// `window` is the input that the value is computed from: { rows, columns, channels, firstChannel, depth,
+// value(i, j, k), weight(i, j, k) }. Its `channels` are the input maps from `firstChannel` on, of `depth` in all.
+// Pooling has one channel, no `firstChannel` and no `depth`, and its `weight` is null.
+// `sum` is the result before the bias, and `lines` are the bias and the steps after it, each { label, value }.
 function explain(network, stage, place) {
   const { first } = stage;
   const [x, kernel, bias] = first.inputs.map((name) => network.values.get(name));
@@ -81,7 +83,7 @@ function explain(network, stage, place) {
   return { window, sum: value, lines: lines.concat(explainSteps(network, stage, place)) };
 }
 
-// The sum of products of one input map.
+// What input map k adds to the sum.
 function contribution({ rows, columns, value, weight }, k) {
   let sum = 0;
   for (let i = 0; i < rows; i++) for (let j = 0; j < columns; j++) sum += value(i, j, k) * weight(i, j, k);
@@ -93,7 +95,7 @@ function convWindow(x, kernel, { attrs, shape }, { y, x: column, channel }) {
   const [rows, columns, groupDepth, channels] = kernel.shape;
   const group = Math.floor(channel / (shape[3] / attrs.groups));
   return {
-    rows, columns, channels: groupDepth, firstChannel: group * groupDepth,
+    rows, columns, channels: groupDepth, firstChannel: group * groupDepth, depth,
     value(i, j, k) {
       const row = y * attrs.strides[0] - attrs.pads[0][0] + i * attrs.dilations[0];
       const at = column * attrs.strides[1] - attrs.pads[1][0] + j * attrs.dilations[1];
@@ -104,7 +106,7 @@ function convWindow(x, kernel, { attrs, shape }, { y, x: column, channel }) {
   };
 }
 
-// A dense layer on flattened maps is a convolution with a kernel as large as they are.
+// A dense layer on flattened maps is shown as a convolution whose kernel is as large as the maps.
 function denseWindow(network, node, kernel, { channel }) {
   let source = node.inputs[0];
   for (let before = network.node(source); before?.op === "reshape"; before = network.node(source)) source = before.inputs[0];
@@ -112,7 +114,7 @@ function denseWindow(network, node, kernel, { channel }) {
   const { height, width, channels } = count(shape) === kernel.shape[0] ? mapSize(shape) : mapSize([kernel.shape[0]]);
   const index = (i, j, k) => (i * width + j) * channels + k;
   return {
-    rows: height, columns: width, channels, firstChannel: 0,
+    rows: height, columns: width, channels, firstChannel: 0, depth: channels,
     value: (i, j, k) => data[index(i, j, k)],
     weight: (i, j, k) => kernel.data[index(i, j, k) * kernel.shape[1] + channel],
   };
@@ -123,7 +125,7 @@ function poolWindow(x, { op, attrs }, { y, x: column, channel }) {
   const whole = { size: [height, width], strides: [1, 1], pads: [[0, 0], [0, 0]] };
   const { size, strides, pads } = op === "reduce_mean" ? whole : attrs;
   return {
-    rows: size[0], columns: size[1], channels: 1, firstChannel: channel, weight: null,
+    rows: size[0], columns: size[1], channels: 1, weight: null,
     value(i, j) {
       const row = y * strides[0] - pads[0][0] + i, at = column * strides[1] - pads[1][0] + j;
       const inside = row >= 0 && row < height && at >= 0 && at < width;
@@ -132,7 +134,7 @@ function poolWindow(x, { op, attrs }, { y, x: column, channel }) {
   };
 }
 
-// The operations after the first, those of one function (such as SiLU) as one line.
+// One line for each of a stage's steps; the operations of one function (such as SiLU) share a line.
 function explainSteps(network, { first, steps }, place) {
   const lines = [];
   steps.forEach((node, i) => {
@@ -147,13 +149,14 @@ function stepLabel(network, node, index) {
   const name = FUNCTIONS[node.function] ?? FUNCTIONS[node.op];
   if (name) return name;
   if (node.inputs.length !== 2) return node.function || node.op;
-  const constant = node.inputs.find((input) => input in network.constants);
-  if (!constant) return { add: "+ shortcut" }[node.op] ?? node.function ?? node.op;
-  const input = network.values.get(constant);
+  const at = node.inputs.findIndex((input) => input in network.constants);
+  if (at < 0) return { add: "+ shortcut" }[node.op] ?? (node.function || node.op);
+  const input = network.values.get(node.inputs[at]);
   const operand = input.data[broadcastMap(input, node.shape)?.[index] ?? index];
-  const isLast = node.op === "div" && count(input.shape) === 1;
+  if (at === 0 && (node.op === "sub" || node.op === "div")) return `${format(operand)} ${node.op === "sub" ? "−" : "÷"} value`;
+  const isTemperature = node.name === network.outputs.logits;
   return { add: signed(operand), sub: signed(-operand), mul: `× ${format(operand)}`,
-    div: `÷ ${format(operand)}${isLast ? " temperature" : ""}` }[node.op] ?? node.op;
+    div: `÷ ${format(operand)}${isTemperature ? " temperature" : ""}` }[node.op] ?? node.op;
 }
 
 function format(value) {
@@ -166,7 +169,7 @@ function signed(value) {
   return value < 0 ? `− ${format(-value)}` : `+ ${format(value)}`;
 }
 
-// The part of the image that a value depends on: { top, left, bottom, right }, in pixels, the last two exclusive.
+// The part of the image that a value depends on: { top, left, bottom, right }, in pixels, bottom and right exclusive.
 function receptiveField(network, node, { y, x }) {
   const all = { top: 0, left: 0, bottom: SIDE, right: SIDE };
   const field = fieldOf(network, node.name, { top: y, left: x, bottom: y + 1, right: x + 1 });
@@ -177,7 +180,7 @@ function receptiveField(network, node, { y, x }) {
   };
 }
 
-// Follows a box of a map back to the image; null stands for the whole image.
+// Traces a box of a node's map back to the image; null means the whole image.
 function fieldOf(network, name, box) {
   const node = network.node(name);
   if (!node) return box; // the image itself

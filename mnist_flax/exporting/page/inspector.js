@@ -1,4 +1,4 @@
-// The panel that shows how one value of a map came about.
+// The panel that shows how one value of a map is computed.
 
 class Inspector {
   constructor(panel) {
@@ -18,15 +18,17 @@ class Inspector {
     });
   }
 
-  // shown: { network, stage, place, theme } and the input map to show; without one, the one that matters most.
+  // shown: { network, stage, place, theme, input }; `input` is the index of the input map to show, by default that of
+  // the largest contribution in absolute value.
   show(shown) {
     this.shown = shown;
     const { network, stage, place, theme } = shown;
     const { window, sum, lines } = explain(network, stage, place);
     this.title.textContent = describePlace(stage, place);
-    if (window.weight) this.showProducts(window, shown.input, theme);
-    else this.showPooling(window, stage, theme);
     const isLayer = window.weight !== null;
+    this.picker.hidden = !isLayer || window.channels === 1;
+    if (isLayer) this.showProducts(window, shown.input, theme);
+    else this.tables.replaceChildren(windowTable("Window", window, window.value, theme));
     const first = isLayer ? `sum of ${window.rows * window.columns * window.channels} products` : stage.title.toLowerCase();
     this.lines.replaceChildren(...[{ label: first, value: sum }, ...lines].map(({ label, value }) =>
       element("tr", {}, element("th", { textContent: label, scope: "row" }), element("td", { textContent: format(value) }))));
@@ -40,17 +42,11 @@ class Inspector {
       windowTable("Input", window, (i, j) => window.value(i, j, k), theme), element("span", { textContent: "×" }),
       windowTable("Kernel", window, (i, j) => window.weight(i, j, k), theme), element("span", { textContent: "=" }),
       windowTable("Products", window, (i, j) => window.value(i, j, k) * window.weight(i, j, k), theme));
-    this.picker.hidden = window.channels === 1;
     this.slider.max = window.channels - 1;
     this.slider.value = k;
     const unit = window.rows * window.columns > 1 ? "Input map" : "Input";
-    this.pickerLabel.textContent = `${unit} ${window.firstChannel + k + 1} of ${window.channels} adds ${format(shares[k])}`;
+    this.pickerLabel.textContent = `${unit} ${window.firstChannel + k + 1} of ${window.depth} adds ${format(shares[k])}`;
     paintContributions(this.contributions, shares, k, theme);
-  }
-
-  showPooling(window, stage, theme) {
-    this.picker.hidden = true;
-    this.tables.replaceChildren(windowTable("Window", window, window.value, theme));
   }
 }
 
@@ -59,7 +55,7 @@ function describePlace(stage, { y, x, channel }) {
   return `${stage.title}: map ${channel + 1}, row ${y + 1}, column ${x + 1}`;
 }
 
-// What each input map adds to the sum, as bars up and down from a line.
+// Draws what each input map adds to the sum: a bar upwards if positive, downwards if negative.
 function paintContributions(canvas, shares, chosen, theme) {
   const height = 48, width = 256;
   Object.assign(canvas, { width, height });

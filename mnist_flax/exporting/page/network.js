@@ -1,8 +1,8 @@
 // Runs the graph that mnist_flax/exporting/graph.py describes, one image at a time.
 //
-// Every node is compiled once into a function that fills an array of its own, so that all activations of the last
-// image are there to look at, and running allocates nothing. Layout operations (slice, pad, transpose, ...) and
-// broadcasting become index maps, computed when the graph is compiled.
+// Each node is compiled once into a function that fills its own array. All activations of the last image can thus be
+// inspected, and running the network allocates nothing. Layout operations (slice, pad, transpose, ...) and broadcasting
+// become index maps, computed when the graph is compiled.
 
 class Network {
   // graph: the parsed JSON of Graph.to_json(); weights: an ArrayBuffer with what Graph.weights() returns.
@@ -20,14 +20,14 @@ class Network {
     this.steps = this.nodes.map((node) => this.compile(node));
   }
 
-  // Computes everything for one image, u8[28 * 28], and returns the probabilities, f32[C].
+  // Runs the forward pass on one image, u8[28 * 28], and returns the probabilities, f32[C].
   run(pixels) {
     this.input.data.set(pixels);
     for (const step of this.steps) step();
     return this.values.get(this.outputs.probabilities).data;
   }
 
-  // The node of a name; undefined for the image and for constants.
+  // The node with this name; undefined for the input image and for constants.
   node(name) {
     return this.byName.get(name);
   }
@@ -81,7 +81,7 @@ function decode(weights, { shape, dtype, offset }) {
 const bits = new Uint32Array(1);
 const bitsAsFloat = new Float32Array(bits.buffer);
 
-// Rounds to 8 significant bits, a half to the even neighbour.
+// Rounds to 8 significant bits, ties to even.
 function roundToBfloat16(values) {
   for (let i = 0; i < values.length; i++) {
     bitsAsFloat[0] = values[i];
@@ -92,8 +92,8 @@ function roundToBfloat16(values) {
 
 // Index maps ---------------------------------------------------------------------------------------------------------
 
-// For each element of an output, the index of the input element it is copied from; -1 where there is none.
-// `start` and `steps` say how the input index changes along each axis of the output; `inside` may rule places out.
+// For each output element, the flat index of the input element to copy, or -1 where inside(coordinates) is false.
+// The index begins at `start` and changes by steps[axis] along each axis of the output.
 function indexMap(shape, steps, start = 0, inside = null) {
   const map = new Int32Array(count(shape));
   const place = new Array(shape.length).fill(0);
@@ -109,7 +109,7 @@ function indexMap(shape, steps, start = 0, inside = null) {
   return map;
 }
 
-// NumPy's broadcasting: null if the input already has the output's shape.
+// The index map of a broadcast as in NumPy; null if input and output have the same number of elements.
 function broadcastMap(input, shape) {
   if (count(input.shape) === count(shape)) return null;
   const missing = shape.length - input.shape.length;
@@ -157,7 +157,7 @@ function binary(node, [x, y], output) {
   };
 }
 
-// The error function, to 1.2e-7 (Press et al., Numerical Recipes, 1992, section 6.2).
+// The error function, accurate to 1.2e-7 (Press et al., Numerical Recipes, 1992, section 6.2).
 function erf(x) {
   const t = 1 / (1 + 0.5 * Math.abs(x));
   const powers = [-1.26551223, 1.00002368, 0.37409196, 0.09678418, -0.18628806, 0.27886807, -1.13520398, 1.48851587,
@@ -204,8 +204,8 @@ const OPERATIONS = {
     };
   },
   cast(node, [x], output) {
-    if (node.attrs.dtype === "bool") return () => x.data.forEach((value, i) => (output.data[i] = value ? 1 : 0));
-    if (/int/.test(node.attrs.dtype)) return () => x.data.forEach((value, i) => (output.data[i] = Math.trunc(value)));
+    if (node.dtype === "bool") return () => x.data.forEach((value, i) => (output.data[i] = value ? 1 : 0));
+    if (/int/.test(node.dtype)) return () => x.data.forEach((value, i) => (output.data[i] = Math.trunc(value)));
     return () => output.data.set(x.data);
   },
   where(node, inputs, output) {
@@ -219,7 +219,7 @@ const OPERATIONS = {
   },
 };
 
-// For each place of the output, first lists the inputs that are not 0 (ReLU makes many zeros), then adds up products.
+// For each output position, lists the nonzero inputs (ReLU makes many zeros), then adds up their products with weights.
 function conv(node, [x, kernel, bias], output) {
   const [, height, width, depth] = x.shape;
   const [kernelHeight, kernelWidth, groupDepth, channels] = kernel.shape;
@@ -278,7 +278,7 @@ function dense(node, [x, kernel, bias], output) {
   };
 }
 
-// Inputs that are not 0, each with the place of its weights for all channels.
+// Nonzero inputs, each with the index of its first weight; the weights for all channels are contiguous.
 class Terms {
   constructor(weights, most) {
     this.weights = weights;
@@ -297,7 +297,7 @@ class Terms {
     this.places[this.count++] = place;
   }
 
-  // Adds value * weight to the sums of channels first to end - 1, four inputs at a time.
+  // Adds value * weight to the sums of the channels from `first` to `end - 1`, four inputs at a time.
   addTo(sums, first, end) {
     const { weights, values, places, count } = this;
     let i = 0;
@@ -314,6 +314,7 @@ class Terms {
   }
 }
 
+// The loop runs over the result's axes, then over the summed ones, so each result sums consecutive products.
 function einsum(node, inputs, output) {
   const [operands, result] = node.attrs.equation.split("->");
   const letters = operands.split(",");
@@ -383,7 +384,7 @@ function reduce(node, [x], output) {
   };
 }
 
-// Over the last axis.
+// Softmax over the last axis.
 function softmax(node, [x], output) {
   const width = x.shape[x.shape.length - 1];
   return () => {

@@ -1,8 +1,8 @@
-// What is drawn on the page: digits, maps, bars, and the arithmetic of one value.
+// Draws the parts of the page: digits, maps, bars, and the input window of a value.
 
 const LEVELS = 255; // steps of the colour scale on each side of 0
 const GAP = 1; // between two maps, in pixels of their canvas
-const ROOM = 832; // for a row of maps on a wide page
+const ROOM = 832; // width of a row of maps on a wide page
 
 // The colours of the page's current theme, read from its style sheet.
 function readTheme() {
@@ -21,7 +21,7 @@ function readTheme() {
   return { ink: color("--ink"), scale };
 }
 
-// The place of a value on the colour scale; `most` is the largest absolute value.
+// The index of a value in the colour scale; `most` is the largest absolute value.
 function level(value, most) {
   return LEVELS + Math.round(clamp(value / most || 0, -1, 1) * LEVELS);
 }
@@ -33,7 +33,7 @@ function cssColor(theme, value, most) {
   return { background: `rgb(${rgb})`, color: dark ? "#fff" : "#000" };
 }
 
-// Paints a 28x28 image: white on black as the network gets it, or, with an ink [r, g, b], on nothing.
+// Paints a 28x28 image: white on black as the network gets it, or in the colour `ink`, [r, g, b], on transparent.
 function paintDigit(context, pixels, ink = null) {
   const image = context.createImageData(SIDE, SIDE);
   const cells = new Uint32Array(image.data.buffer);
@@ -42,7 +42,7 @@ function paintDigit(context, pixels, ink = null) {
   context.putImageData(image, 0, 0);
 }
 
-// Changes a text only if it is another one: the browser would lay out the same text again.
+// Sets a text only if it has changed, because the browser would lay out even the same text again.
 function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
@@ -53,15 +53,15 @@ function element(tag, attributes = {}, ...children) {
   return made;
 }
 
-// The maps of one stage, side by side on one canvas, which the browser magnifies: a value is a square of `zoom` times
-// `zoom` of its pixels, each at most 4 pixels of the page wide, and so is the gap between two maps.
+// The maps of one stage, side by side on one canvas. A value is a square of `zoom` by `zoom` canvas pixels, and the gap
+// between maps is `GAP` canvas pixels. The browser magnifies the canvas, to at most 4 CSS pixels per canvas pixel.
 class Maps {
   constructor(stage, { height, width, channels }, isWide) {
     Object.assign(this, { stage, height, width, channels });
-    const most = isWide ? (width === 1 ? 32 : width <= 24 ? 16 : 8) : width <= 16 ? 16 : 8; // maps in a row
+    const most = isWide ? (width === 1 ? 32 : width <= 24 ? 16 : 8) : width <= 16 ? 16 : 8; // maps in a row, at most
     this.columns = Math.min(channels, most);
     this.rows = Math.ceil(channels / this.columns);
-    const side = clamp(Math.floor((ROOM / most - 4) / width), 1, 24); // of a value on the page
+    const side = clamp(Math.floor((ROOM / most - 4) / width), 1, 24); // of a value, in CSS pixels
     this.zoom = Math.ceil(side / 4);
     this.canvas = element("canvas", { className: "maps", tabIndex: 0,
       width: this.columns * (width * this.zoom + GAP) - GAP,
@@ -100,7 +100,7 @@ class Maps {
     setText(this.range, low < 0 ? `${format(low)} to ${format(high)}` : `0 to ${format(high)}`);
   }
 
-  // The value under a point of the screen; a gap belongs to the maps before it. Null beyond the maps.
+  // The place of the value under a point of the window; null outside the maps. A gap belongs to the map before it.
   placeAt(clientX, clientY) {
     const box = this.canvas.getBoundingClientRect();
     const scale = this.canvas.width / box.width;
@@ -114,7 +114,7 @@ class Maps {
     return inside ? { y, x, channel } : null;
   }
 
-  // The place that an arrow key leads to, across the borders of maps; with `leap` to the same place of the next map.
+  // The place one step away, which may be in the next map; with `leap`, the same place in the next map.
   neighbour({ y, x, channel }, dy, dx, leap) {
     const row = Math.floor(channel / this.columns) * this.height + y + dy * (leap ? this.height : 1);
     const column = (channel % this.columns) * this.width + x + dx * (leap ? this.width : 1);
@@ -136,7 +136,7 @@ class Maps {
   }
 }
 
-// One bar for each class, and a thin one below it for the other checkpoint.
+// A bar for each class, and a thin bar below it for the other checkpoint.
 class Bars {
   constructor(list, classes) {
     this.classes = classes;
@@ -166,7 +166,7 @@ function percentage(value) {
   return `${(100 * value).toFixed(1)} %`;
 }
 
-// The window below a value as one small table: what it looks at, its weights, or their products.
+// The input window of a value as a small table: its inputs, their weights, or the products.
 function windowTable(caption, window, cell, theme) {
   const values = Array.from({ length: window.rows * window.columns },
     (_, i) => cell(Math.floor(i / window.columns), i % window.columns));
@@ -185,12 +185,12 @@ function windowTable(caption, window, cell, theme) {
   return table;
 }
 
-// Two decimals without the leading 0, or one from 1 on, so that numbers fit into small cells.
+// Formats a number for a small cell: two decimals without the leading 0, or one decimal from 1 on.
 function shortNumber(value) {
   return value.toFixed(Math.abs(value) < 0.995 ? 2 : 1).replace("-", "−").replace(/^(−?)0\./, "$1.");
 }
 
-// The same for windows that are too large for numbers.
+// The input window as a picture, if it is too large for a table of numbers.
 function windowPicture(caption, window, values, most, theme) {
   const canvas = element("canvas", { width: window.columns, height: window.rows });
   const context = canvas.getContext("2d");
