@@ -47,7 +47,7 @@ def load_teacher(config: Config, workdir: pathlib.Path | None = None) -> LoadedT
         return None
     folder, field = pathlib.Path(config.train.teacher), f"config.train.teacher = {config.train.teacher!r}"
     if workdir and folder.resolve().is_relative_to(workdir.resolve()):
-        raise ConfigError(f"{field}: is this run's own folder, --workdir={workdir}; name another for one of them")
+        raise ConfigError(f"{field}: lies in this run's folder, --workdir={workdir}; name another for one of them")
     if not folder.is_dir():
         raise ConfigError(f"{field}: there is no such folder; train the teacher first, or name where it is")
     try:
@@ -55,7 +55,7 @@ def load_teacher(config: Config, workdir: pathlib.Path | None = None) -> LoadedT
     except WorkdirError as error:
         raise ConfigError(f"{field}: {error}") from error
     if not info.is_final:
-        raise ConfigError(f"{field}: is not finished; the command that trains it continues it")
+        raise ConfigError(f"{field}: is not finished; repeat its training command to finish it")
     theirs, ours = (DATASETS[name].class_names for name in (info.config.data.name, config.data.name))
     if theirs != ours:
         raise ConfigError(

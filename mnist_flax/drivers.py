@@ -72,8 +72,7 @@ def stack(states: Sequence[TrainState], job: Job) -> TrainState:
     """Stacks the states of M runs and places them on the job's devices."""
     mesh = job_mesh(job.program, len(states), job.num_devices)
     stacked: TrainState = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-    placed: TrainState = sharding.place(stacked, _run_sharding(mesh, len(states)))
-    return placed
+    return sharding.place(stacked, _run_sharding(mesh, len(states)))
 
 
 def _run_sharding(mesh: Mesh, num_runs: int) -> Any:
@@ -131,8 +130,7 @@ def scan_steps(job: Job, states: TrainState) -> Advance:
             batches.epochs_order(key, part * num_epochs, num_epochs, of_run, program.batch_size)
             for key, of_run in zip(root_keys, rows, strict=True)
         ]
-        placed: Array = sharding.place(jnp.stack(drawn), by_order)
-        return placed
+        return sharding.place(jnp.stack(drawn), by_order)
 
     def steps(state: TrainState, order: Array, key: Array, shared: Any, num_steps: Array) -> Any:
         examples, teacher = shared

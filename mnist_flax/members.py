@@ -15,7 +15,8 @@ import numpy as np
 
 from mnist_flax import drivers, rng, sharding
 from mnist_flax.analysis.calibration import calibrate
-from mnist_flax.analysis.evaluation import Evaluation, Predictor, evaluate, fit_of, make_predictor
+from mnist_flax.analysis.evaluation import evaluate, fit_of, make_predictor
+from mnist_flax.analysis.report.facts import Reported
 from mnist_flax.analysis.report.write import write_report
 from mnist_flax.config import Config
 from mnist_flax.data import batches
@@ -25,7 +26,6 @@ from mnist_flax.distillation import LoadedTeacher, doubts
 from mnist_flax.errors import WorkdirError
 from mnist_flax.exporting import demo
 from mnist_flax.exporting.graph import ExportError
-from mnist_flax.exporting.inference import graph_of
 from mnist_flax.optimizer import schedule
 from mnist_flax.run import checkpoint, processes
 from mnist_flax.run import workdir as workdirs
@@ -89,7 +89,7 @@ def open_member(
     if writes:
         workdirs.write_text(workdir / workdirs.CONFIG, config.to_json())
     rate = schedule(config.optimizer, config.num_steps, config.steps_per_epoch)
-    log = RunLog(config, workdir if writes else None, record, learning_rate=rate)
+    log = RunLog(config, workdir, record, learning_rate=rate, writes=writes)
     rows, holdout_rows = batches.rows_of(splits.train.label, config.data)
     holdout = Examples(splits.train.image[holdout_rows], splits.train.label[holdout_rows])
     return Member(config, workdir, rows, holdout, store, state, log, is_finished, teacher)
@@ -97,8 +97,7 @@ def open_member(
 
 def is_complete(config: Config, step: int, workdir: pathlib.Path) -> bool:
     """Returns whether a run at `step` is finished: no step is left, and its summary, written last, is there."""
-    found = workdirs.read_json(workdir / workdirs.SUMMARY)
-    summary = found if isinstance(found, dict) else {}  # a damaged summary is written again
+    summary = workdirs.read_json(workdir / workdirs.SUMMARY)  # a damaged summary is written again
     are_numbers = isinstance(summary.get("epochs"), int) and isinstance(summary.get("test_accuracy"), float)
     if step < config.num_steps or summary.get("steps") != step or not are_numbers:
         return False
@@ -181,7 +180,7 @@ def announce(members: Sequence[Member], splits: Splits) -> None:
         len(splits.test.label),
     )  # fmt: skip
     if teacher := members[0].teacher:
-        logger.info("learning from %(workdir)s, networks: %(networks)d, digest: %(digest).12s", teacher.origin)
+        logger.info("learning from %(workdir)s (networks: %(networks)d, digest: %(digest).12s)", teacher.origin)
         for doubt in doubts(teacher, config, splits):
             logger.warning("config.train.teacher = %r: %s", config.train.teacher, doubt)
     runs = str(workdir) if len(members) == 1 else f"{len(members)} runs in {workdir.parent}"
@@ -245,36 +244,11 @@ def finish(member: Member, splits: Splits) -> None:
         evaluation.loss, log.seconds,
     )  # fmt: skip
     if config.train.demo:
-        write_demo_page(config, predictor, evaluation, splits, workdir, log.step)
+        try:
+            logger.info("draw digits: %s", demo.write_page(config, predictor, evaluation, splits, log.step, workdir))
+        except ExportError as error:
+            logger.warning("no demo page: %s", error)
     if config.train.report:
-        page = write_report(
-            config,
-            predictor,
-            records=log.snapshot()["log"],
-            splits=splits,
-            evaluation=evaluation,
-            step=log.step,
-            summary=summary,
-            workdir=workdir,
-        )
-        logger.info("report: %s", page)
+        run = Reported(config, predictor, splits, evaluation, log.snapshot()["log"], log.step, summary)
+        logger.info("report: %s", write_report(run, workdir))
     workdirs.write_text(workdir / workdirs.SUMMARY, json.dumps(summary, indent=2) + "\n")
-
-
-def write_demo_page(
-    config: Config, predictor: Predictor, evaluation: Evaluation, splits: Splits, workdir: pathlib.Path, step: int
-) -> None:
-    """Writes the demo page, unless the network contains an operation that the page does not support.
-
-    Raises:
-      WorkdirError: the page cannot be written.
-    """
-    try:
-        checkpoints = [demo.Checkpoint(demo.title_of(step, config), graph_of(predictor))]
-        checkpoints += demo.earlier_checkpoint(workdir, step)
-    except ExportError as error:
-        logger.warning("no page to draw digits on: %s", error)
-        return
-    path = workdir / demo.FILE
-    demo.write_page(checkpoints, predictor, evaluation, splits, title=workdir.absolute().name, path=path)
-    logger.info("draw digits: %s", path)

@@ -12,20 +12,17 @@ def log_probabilities(logits: np.ndarray) -> np.ndarray:
     SciPy has the same function, but importing `scipy.special` takes 0.17 s, too much at the end of a short run.
     """
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    log_probs: np.ndarray = shifted - np.log(np.sum(np.exp(shifted), axis=-1, keepdims=True))
-    return log_probs
+    return shifted - np.log(np.sum(np.exp(shifted), axis=-1, keepdims=True))
 
 
 def log_mean_probabilities(logits: np.ndarray) -> np.ndarray:
     """Computes the log of the mean softmax of M networks or views: `f32[M,...,C] -> f64[...,C]`."""
-    mean: np.ndarray = np.logaddexp.reduce(log_probabilities(logits), axis=0) - np.log(len(logits))
-    return mean
+    return np.logaddexp.reduce(log_probabilities(logits), axis=0) - np.log(len(logits))
 
 
 def negative_log_likelihood(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Computes the cross-entropy of each example in nats: `f32[N,C], i32[N] -> f64[N]`."""
-    picked: np.ndarray = -np.take_along_axis(log_probabilities(logits), labels[:, None], axis=-1)[:, 0]
-    return picked
+    return -np.take_along_axis(log_probabilities(logits), labels[:, None], axis=-1)[:, 0]
 
 
 def brier_score(probs: np.ndarray, labels: np.ndarray) -> float:
@@ -81,38 +78,21 @@ def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: i
     return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
-class PerClass(NamedTuple):
-    """Metrics of each class: `f64[C]`, NaN where undefined, with their 95 % intervals, `f64[C,2]`.
+def per_class(confusion: np.ndarray) -> dict[str, np.ndarray]:
+    """Computes precision, recall and F1 of each class, NaN where undefined, and 95 % intervals, from `i64[C,C]`.
 
-    Attributes:
-      precision: the share of a class's predictions that are correct.
-      recall: the share of a class's examples that are predicted correctly.
-      f1: the harmonic mean of precision and recall.
-      precision_interval: Wilson's score interval.
-      recall_interval: Wilson's score interval.
-      f1_interval: derived from Wilson's interval; see `f1_interval`.
+    A metric is `f64[C]`, its interval `f64[C,2]`: Wilson's, from which that of F1 is derived (see `f1_interval`).
     """
-
-    precision: np.ndarray
-    recall: np.ndarray
-    f1: np.ndarray
-    precision_interval: np.ndarray
-    recall_interval: np.ndarray
-    f1_interval: np.ndarray
-
-
-def per_class(confusion: np.ndarray) -> PerClass:
-    """Computes the metrics of each class from the confusion matrix, `i64[C,C] -> PerClass`."""
     right, predicted, actual = np.diag(confusion), confusion.sum(axis=0), confusion.sum(axis=1)
     with np.errstate(invalid="ignore"):
-        return PerClass(
-            precision=right / predicted,
-            recall=right / actual,
-            f1=2 * right / (predicted + actual),
-            precision_interval=wilson_interval(right, predicted),
-            recall_interval=wilson_interval(right, actual),
-            f1_interval=f1_interval(right, predicted + actual - right),
-        )
+        return {
+            "precision": right / predicted,
+            "recall": right / actual,
+            "f1": 2 * right / (predicted + actual),
+            "precision_interval": wilson_interval(right, predicted),
+            "recall_interval": wilson_interval(right, actual),
+            "f1_interval": f1_interval(right, predicted + actual - right),
+        }
 
 
 def wilson_interval(successes: np.ndarray | int, trials: np.ndarray | int, level: float = 0.95) -> np.ndarray:

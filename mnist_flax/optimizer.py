@@ -164,12 +164,9 @@ def _muon(o: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformat
     """
     from optax.contrib import MuonDimensionNumbers, muon
 
-    def dimensions(params: optax.Params) -> optax.Params:
-        def of_leaf(leaf: jax.Array) -> MuonDimensionNumbers | None:
-            last = leaf.ndim - 1
-            return MuonDimensionNumbers(tuple(range(last)), last) if leaf.ndim > 2 else None
-
-        return jax.tree.map(of_leaf, params)
+    def dimensions(leaf: jax.Array) -> MuonDimensionNumbers | None:
+        last = leaf.ndim - 1
+        return MuonDimensionNumbers(tuple(range(last)), last) if leaf.ndim > 2 else None
 
     return muon(
         rate,
@@ -180,7 +177,7 @@ def _muon(o: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformat
         adam_b1=o.b1,
         adam_b2=o.b2,
         adam_learning_rate=lambda step: o.adam_fraction * rate(step),
-        muon_weight_dimension_numbers=dimensions,
+        muon_weight_dimension_numbers=lambda params: jax.tree.map(dimensions, params),
     )
 
 

@@ -52,15 +52,15 @@ def comparison_text(folders: Sequence[str]) -> str:
         raise ConfigError(f"--compare={','.join(folders)}: name two folders, such as --compare=runs/a,runs/b")
     from mnist_flax.analysis import comparison
 
-    result = comparison.compare(*map(pathlib.Path, folders))
+    result = comparison.compare_results(*(comparison.load_result(pathlib.Path(folder)) for folder in folders))
     return json.dumps(result, indent=1) if FLAGS.json else comparison.comparison_table(result)
 
 
 if __name__ == "__main__":
     cli.define_config()
     flags.DEFINE_string("workdir", None, "the population's folder; default: runs/<config>-seeds<M> or -folds<K>")
-    flags.DEFINE_integer("seeds", None, "train M members: with the config's seed and those that follow", lower_bound=2)
+    flags.DEFINE_integer("seeds", None, "train M members, with consecutive seeds from the config's on", lower_bound=2)
     flags.DEFINE_integer("folds", None, "split the training rows in K parts; each member holds out one", lower_bound=2)
-    flags.DEFINE_list("compare", None, "A,B: two folders of runs or populations; is B better than A?")
+    flags.DEFINE_list("compare", None, "A,B: two folders of runs or populations; tests whether B is better than A")
     flags.DEFINE_boolean("json", False, "print the result as JSON, as it is saved")
     cli.run(main)

@@ -72,5 +72,5 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     cli.define_run()
     flags.DEFINE_boolean("json", False, "print one JSON object per picture instead of a table")
-    flags.DEFINE_string("save_preprocessed", None, "a folder to write what the network saw to, 28x28 PNG files")
+    flags.DEFINE_string("save_preprocessed", None, "a folder for the network's input images, as 28x28 PNG files")
     cli.run(main, takes_files=True)

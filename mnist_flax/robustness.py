@@ -1,8 +1,8 @@
-"""Evaluates a run, or a population as one network, beyond its test set: corrupted digits, and what is no digit.
+"""Evaluates a run, or a population as one network, beyond its test set: corrupted digits, pictures that are not digits.
 
     python -m mnist_flax.robustness --workdir=runs/default [--compare=runs/other] [--severity=1..5] [--json]
 
-It writes robustness.json and robustness.html. Of a population of folds it also lists the labels that may be wrong.
+It writes robustness.json and robustness.html. For a population of folds, it also lists labels that may be wrong.
 """
 
 import json
@@ -37,8 +37,8 @@ def main(_: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     cli.define_run(output="the folder to write to; default: --workdir")
-    flags.DEFINE_string("compare", None, "the folder of another run or population: is it better?")
-    flags.DEFINE_integer("severity", 0, "1 to 5; 0: that of MNIST-C", lower_bound=0, upper_bound=5)
-    flags.DEFINE_boolean("json", False, "print the result as JSON, as it is saved")
+    flags.DEFINE_string("compare", None, "the folder of another run or population to compare with")
+    flags.DEFINE_integer("severity", 0, "of the corruptions, 1 to 5; 0: as in MNIST-C", lower_bound=0, upper_bound=5)
+    flags.DEFINE_boolean("json", False, "print robustness.json instead of a table")
     run_data.define_data_flags()
     cli.run(main)

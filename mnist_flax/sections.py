@@ -119,7 +119,7 @@ class TrainConfig:
         for name in ("epochs_per_dispatch", "num_devices", "log_every_steps"):
             yield from within(f"train.{name}", getattr(self, name), 0)
         if self.batch_size > 0 and self.epochs * -(-num_rows // self.batch_size) >= 2**31:
-            yield f"config.train.epochs = {self.epochs}: steps are counted in 32 bits; use fewer than 2,147,483,648"
+            yield f"config.train.epochs = {self.epochs}: steps are counted in 32 bits; at most 2,147,483,647"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

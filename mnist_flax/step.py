@@ -173,10 +173,7 @@ def augmented_images(program: Program, batch: Batch, key: Array, step: Array) ->
 
     if program.augment_until == 1:
         return augmented()
-    images: Array = jax.lax.cond(
-        step < round(program.augment_until * program.num_steps), augmented, lambda: batch["image"]
-    )
-    return images
+    return jax.lax.cond(step < round(program.augment_until * program.num_steps), augmented, lambda: batch["image"])
 
 
 def train_step(

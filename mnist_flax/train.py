@@ -20,7 +20,7 @@ from mnist_flax.config import Config, replace
 from mnist_flax.data.load import adapt_to_dataset, load_splits
 from mnist_flax.data.splits import Examples, Splits
 from mnist_flax.distillation import LoadedTeacher, load_teacher
-from mnist_flax.errors import NonFiniteLossError, WorkdirError
+from mnist_flax.errors import WorkdirError
 from mnist_flax.members import Member, announce, evaluate_holdout, finish, open_member
 from mnist_flax.memory import check_memory
 from mnist_flax.run import processes
@@ -178,7 +178,8 @@ def train_group(members: Sequence[Member], examples: Examples, *, until: int, re
             with jax.transfer_guard("disallow"):
                 states, metrics = advance(states, target - step)
             seconds = time.perf_counter() - mark
-            log_steps(members, metrics, seconds)
+            for i, member in enumerate(members):  # each run counts its share of the time
+                member.log.steps({name: column[i] for name, column in metrics.items()}, seconds / len(members))
             rate = (target - step) / max(seconds, 1e-9)
             step, mark = target, time.perf_counter()
             progress.update(step, seconds, [member.log.epoch() for member in members])
@@ -217,19 +218,6 @@ def compile_steps(members: Sequence[Member], examples: Examples) -> tuple[TrainS
     job = drivers.Job(program, seeds, rows, examples, train.num_devices, train.epochs_per_dispatch, teacher)
     states = drivers.stack([member.state for member in members], job)
     return states, drivers.driver(train.driver, job, states)
-
-
-def log_steps(members: Sequence[Member], metrics: Mapping[str, np.ndarray], seconds: float) -> None:
-    """Logs the metrics `[M,n]` of n steps; each run counts an equal share of the time.
-
-    Raises:
-      NonFiniteLossError: a loss is not finite; the message names the run.
-    """
-    for i, member in enumerate(members):
-        try:
-            member.log.steps({name: column[i] for name, column in metrics.items()}, seconds / len(members))
-        except NonFiniteLossError as error:
-            raise NonFiniteLossError(f"{member.workdir}: {error}") from error
 
 
 def unstack(members: Sequence[Member], states: TrainState, step: int) -> None:

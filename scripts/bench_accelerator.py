@@ -308,7 +308,7 @@ if __name__ == "__main__":
     flags.DEFINE_list("drivers", "scan,stream", "train.driver")
     flags.DEFINE_list("devices", "", "train.num_devices; if not given, 1, 2, 4 and so on")
     flags.DEFINE_list("members", "8", "members of a population on each device, each with that batch size")
-    flags.DEFINE_integer("images", 60_000, "of an epoch, which is one call", lower_bound=1)
+    flags.DEFINE_integer("images", 60_000, "images per epoch; one call trains one epoch", lower_bound=1)
     flags.DEFINE_integer("repeats", 5, "how often each is timed", lower_bound=1)
     flags.DEFINE_string("picture", "bench_accelerator.png", "where the picture goes; empty means none")
     flags.DEFINE_string("profile", None, "a folder for a trace of one call each, for TensorBoard or ui.perfetto.dev")

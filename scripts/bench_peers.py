@@ -385,7 +385,7 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     cli.define_config()
-    flags.DEFINE_list("peers", list(PEERS), "with whom")
+    flags.DEFINE_list("peers", list(PEERS), "the peers to compare with")
     flags.DEFINE_integer("repeats", 5, "how many turns are timed", lower_bound=1)
     flags.DEFINE_boolean("whole", False, "time whole processes that train the whole recipe")
     cli.run(main)

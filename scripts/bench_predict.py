@@ -311,7 +311,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "the folder of a run", required=True)
     flags.DEFINE_string("checkpoint", "latest", "latest, best or a step")
     flags.DEFINE_enum("split", "test", ["test", "train"], "which images are drawn; choose on train, report test")
-    flags.DEFINE_integer("seed", 0, "of the renderer", lower_bound=0)
+    flags.DEFINE_integer("seed", 0, "seed of the renderer", lower_bound=0)
     flags.DEFINE_integer("single", 2000, "pictures of one digit; 0 leaves them out", lower_bound=0)
     flags.DEFINE_integer("row", 400, "pictures of five digits; 0 leaves them out", lower_bound=0)
     flags.DEFINE_integer(

@@ -28,7 +28,7 @@ def statistics_of(name: str, values: Sequence[float]) -> dict[str, Any]:
 
     if len(values) == 1:
         return {f"{name}_mean": values[0], f"{name}_sd": None, f"{name}_interval": None}
-    return {f"{name}_{part}": value for part, value in spread_of(values)._asdict().items()}
+    return {f"{name}_{part}": value for part, value in spread_of(values).items()}
 
 
 def bench(name: str, seeds: Sequence[int], target: float = 0.0) -> dict[str, Any]:

@@ -138,5 +138,5 @@ if __name__ == "__main__":
     cli.define_config()
     flags.DEFINE_list("drivers", "scan,stream", "train.driver")
     flags.DEFINE_list("batch_sizes", "64", "train.batch_size")
-    flags.DEFINE_integer("repeats", 9, "how often", lower_bound=1)
+    flags.DEFINE_integer("repeats", 9, "how often each is timed", lower_bound=1)
     cli.run(main)

@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> None:
         wrong = wrong[file["rows"]]
     k, ranking = int(wrong.sum()), joint.ranking()
     found = {f"of_first_{n}": int(wrong[ranking[:n]].sum()) for n in LISTED}
-    precision = label_errors.precision_recall(ranking, wrong, k)[0]
+    precision = float(wrong[ranking[:k]].mean())
     result = {
         "config": pathlib.Path(cli.config_file()).stem,
         "seed": config.seed,

@@ -65,9 +65,9 @@ REPORT = "report"
 LONGEST = 900.0  # seconds after which a process counts as hung, even on a busy machine
 
 _RUNS = flags.DEFINE_integer("runs", 100, "runs of each mode", lower_bound=1)
-_MODE = flags.DEFINE_enum("mode", "all", ("all", *MODES), "see above")
+_MODE = flags.DEFINE_enum("mode", "all", ("all", *MODES), "the kind of disturbance; all runs every mode")
 _MINUTES = flags.DEFINE_float("minutes", 60.0, "begin no new run after this time, over all modes", lower_bound=0.0)
-_SEED = flags.DEFINE_integer("seed", 0, "of the random moments")
+_SEED = flags.DEFINE_integer("seed", 0, "seed of the random times")
 
 
 class Process:

@@ -11,6 +11,7 @@ import numpy as np
 
 from mnist_flax import metrics
 from mnist_flax.analysis.evaluation import Evaluation, make_predictor
+from mnist_flax.analysis.report.facts import Reported
 from mnist_flax.analysis.report.write import write_report
 from mnist_flax.config import Config, replace
 from mnist_flax.data.registry import DATASETS
@@ -87,16 +88,9 @@ def made_up(
     )
     config = Config(model=model) if model else replace(Config(), data__name=dataset, **{**SMALLER, **fields})
     folder.mkdir()
-    path = write_report(
-        config,
-        make_predictor(config, eval_variables(jit_init_state(config.program, jax.random.key(0)))),
-        records=records,
-        splits=Splits(dataset, split, split, "f" * 64, "made up"),
-        evaluation=evaluation,
-        step=3,
-        summary=None,
-        workdir=folder,
-    )
+    predictor = make_predictor(config, eval_variables(jit_init_state(config.program, jax.random.key(0))))
+    splits = Splits(dataset, split, split, "f" * 64, "made up")
+    path = write_report(Reported(config, predictor, splits, evaluation, records, step=3, summary={}), folder)
     return json.loads(path.with_name("metrics.json").read_text()), path.read_text()
 
 

@@ -98,7 +98,7 @@ def test_best_latest_and_steps_can_be_loaded(tmp_path: pathlib.Path) -> None:
     found = {which: int(load_run(tmp_path, which).state.step) for which in ("latest", "best", "3")}
     assert found == {"latest": 4, "best": 2, "3": 3}
     for which in ("7", "first", "-1", "²"):
-        with pytest.raises(WorkdirError, match=rf"no checkpoint '{which}'; kept are the steps: 1, 2, 3, 4"):
+        with pytest.raises(WorkdirError, match=rf"no checkpoint '{which}'; it has these steps: 1, 2, 3, 4"):
             load_run(tmp_path, which)
     with pytest.raises(WorkdirError, match="holds no checkpoints/ of a run"):
         load_run(tmp_path / "elsewhere")

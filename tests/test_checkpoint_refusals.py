@@ -133,7 +133,7 @@ def test_record_with_wrong_types_gives_one_message(
 ) -> None:
     rewrite(fields)
     for read in (load_run, restored):
-        with pytest.raises(WorkdirError, match="6: holds what this program would not write") as error:
+        with pytest.raises(WorkdirError, match="6: contains something that this program does not write") as error:
             read(workdir)
         assert message in str(error.value)
     assert int(load_run(workdir, "best").state.step) == 3
@@ -198,7 +198,7 @@ def test_checkpoint_deleted_while_it_is_read_is_not_damage(
         raise OSError("gone")
 
     monkeypatch.setattr(storage, "restore_state", prune_and_fail)
-    with pytest.raises(WorkdirError, match="has no checkpoint '9'; kept are the steps: 12"):
+    with pytest.raises(WorkdirError, match="has no checkpoint '9'; it has these steps: 12"):
         load_run(workdir, "9")
 
 

@@ -181,8 +181,8 @@ def test_an_unusable_teacher_is_refused_before_data_are_loaded(
     for folder, fields, message in (
         (tmp_path / "none", {}, "there is no such folder; train the teacher first"),
         (empty, {}, "holds no checkpoints/ of a run"),
-        (unfinished, {}, "holds a population without a whole population.json; the command that trains it"),
-        (killed, {}, "is not finished; the command that trains it continues it"),
+        (unfinished, {}, "holds a population without a complete population.json; repeat the training command"),
+        (killed, {}, "is not finished; repeat its training command to finish it"),
         (seeds, {"data__name": "kmnist"}, "knows the 10 classes of digits, not the 10 of kmnist; name a teacher of"),
         (seeds, {"data__name": "emnist/byclass"}, "knows the 10 classes of digits, not the 62 of emnist/byclass"),
         (tmp_path / "run" / "members" / "seed-0", {}, f"is this run's own folder, --workdir={tmp_path / 'run'}; name"),

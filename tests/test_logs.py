@@ -21,7 +21,7 @@ NEW: dict[str, Any] = {"origin": {}}
 
 def open_log(folder: pathlib.Path, saved: dict[str, Any] = NEW, config: Any = SMALL) -> RunLog:
     """A log whose learning rate is an eighth of the step."""
-    return RunLog(config, folder, saved, learning_rate=lambda step: np.float32(step) / 8)
+    return RunLog(config, folder, saved, learning_rate=lambda step: np.float32(step) / 8, writes=True)
 
 
 def sums(first: int, last: int) -> dict[str, np.ndarray]:

@@ -38,9 +38,9 @@ def test_per_class_equals_scikit_learns() -> None:
     expected = sklearn_metrics.precision_recall_fscore_support(
         labels, predictions, labels=range(7), zero_division=np.nan
     )
-    for ours, theirs in zip(scores[:3], expected[:3], strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-12)
-    assert np.isnan(scores.f1[6]) and not np.isnan(scores.f1[:6]).any()
+    for name, theirs in zip(("precision", "recall", "f1"), expected[:3], strict=True):
+        np.testing.assert_allclose(scores[name], theirs, rtol=1e-12)
+    assert np.isnan(scores["f1"][6]) and not np.isnan(scores["f1"][:6]).any()
 
 
 def test_loss_and_brier_equal_scikit_learns() -> None:
@@ -126,7 +126,8 @@ def test_f1_interval_has_the_stated_coverage() -> None:
 
 def test_intervals_without_mistakes_end_at_one() -> None:
     scores = metrics.per_class(np.diag([5, 7]))
-    assert scores.f1.tolist() == [1.0, 1.0]
-    for intervals in scores[3:]:
+    assert scores["f1"].tolist() == [1.0, 1.0]
+    for name in ("precision", "recall", "f1"):
+        intervals = scores[f"{name}_interval"]
         assert np.all(intervals[:, 1] == 1.0) and np.all(intervals[:, 0] < 1.0)
-    assert scores.f1_interval[0, 0] < scores.f1_interval[1, 0]  # fewer examples, wider
+    assert scores["f1_interval"][0, 0] < scores["f1_interval"][1, 0]  # fewer examples, wider

@@ -82,7 +82,7 @@ def test_batch_norm_of_vectors_agrees_in_loops_and_in_bfloat16() -> None:
     alone = jnp.stack([gradient(row) for row in x])
     assert_near(jax.jit(jax.vmap(gradient))(x), alone, 1e-5)
     assert_near(jax.jit(lambda x: lax.map(gradient, x))(x), alone, 1e-5)
-    batch_norm = jax.jit(norm.batch_norm)
+    batch_norm = jax.jit(norm.norm_activate_pool)
     y, mean, _ = batch_norm(x[0].astype(jnp.bfloat16), scale, bias)
     assert y.dtype == jnp.bfloat16
     assert mean.dtype == jnp.float32
@@ -112,7 +112,7 @@ def test_nothing_is_transposed_between_layers() -> None:
 
     def loss(kernels: list[jax.Array], x: jax.Array) -> jax.Array:
         for kernel in kernels:
-            x = norm.norm_activate_pool(ops.conv(x, kernel), jnp.ones(8), jnp.zeros(8), activation=nn.relu)[0]
+            x = norm.norm_activate_pool(ops.conv_block(x, kernel), jnp.ones(8), jnp.zeros(8), activation=nn.relu)[0]
         return (x**2).mean()
 
     text = jax.jit(jax.grad(loss)).lower(kernels, x).compile().as_text() or ""

@@ -119,4 +119,4 @@ def test_own_dataset_with_the_files_of_another_is_announced(
     known = dataclasses.replace(DATASETS["kmnist"], fingerprint=load_letters(tmp_path).fingerprint)
     monkeypatch.setitem(DATASETS, "kmnist", known)
     load_letters(tmp_path)
-    assert data_messages == [f"WARNING: the files of letters in {tmp_path} are those of kmnist"]
+    assert data_messages == [f"WARNING: {tmp_path} holds the files of kmnist, not of letters"]

@@ -24,7 +24,7 @@ from mnist_flax.data.load import load_splits
 from mnist_flax.errors import ConfigError, NonFiniteLossError, WorkdirError
 from mnist_flax.members import Member
 from mnist_flax.run import checkpoint
-from mnist_flax.run.log import RunLog
+from mnist_flax.run.log import RunLog, read_log
 from mnist_flax.run.signals import Interrupted
 from mnist_flax.train import fit, fit_population, member_configs
 
@@ -52,8 +52,7 @@ def assert_same_run(one: pathlib.Path, other: pathlib.Path) -> None:
 
 
 def log_of(folder: pathlib.Path) -> list[dict[str, Any]]:
-    records = results.read_log(folder)
-    return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in read_log(folder)]
 
 
 def test_a_member_equals_a_single_run_with_its_seed(seeds: pathlib.Path, tmp_path: pathlib.Path) -> None:
@@ -229,14 +228,10 @@ def test_a_folder_with_something_else_is_refused(seeds: pathlib.Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_names_its_member(tmp_path: pathlib.Path) -> None:
-    nothing: Any = None
-    opened = []
-    for name in ("seed-3", "seed-4"):
-        log = RunLog(CONFIG, None, {"origin": {}}, learning_rate=lambda step: 0.1)
-        opened.append(Member(CONFIG, tmp_path / name, np.arange(0), nothing, nothing, nothing, log, False))
-    metrics = {"loss": np.array([[1.0], [np.nan]]), "accuracy": np.ones((2, 1)), "examples": np.full((2, 1), 25)}
+    log = RunLog(CONFIG, tmp_path / "seed-4", {"origin": {}}, learning_rate=lambda step: 0.1, writes=False)
+    metrics = {"loss": np.array([np.nan]), "accuracy": np.ones(1), "examples": np.full(1, 25)}
     with pytest.raises(NonFiniteLossError, match=r"seed-4: the loss of step 1 is nan"):
-        train.log_steps(opened, metrics, 1.0)
+        log.steps(metrics, 1.0)
 
 
 # The command line ----------------------------------------------------------------------------------------------------

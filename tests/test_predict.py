@@ -107,8 +107,9 @@ def test_good_pictures_are_read_between_bad_ones(model: Model, folder: pathlib.P
     Image.new("L", (50, 50), 255).save(tmp_path / "blank.png")
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
     bad = {
-        "missing.png": "does not exist", "truncated.png": "damaged", "text.png": "no picture", "empty.png": "is empty",
-        "nothing": "folder without pictures", "blank.png": "is blank", "bomb.png": "pixels", "*.bmp": "matches no file",
+        "missing.png": "does not exist", "truncated.png": "damaged", "text.png": "not a picture",
+        "empty.png": "is empty", "nothing": "folder without pictures", "blank.png": "is blank", "bomb.png": "pixels",
+        "*.bmp": "matches no file",
     }  # fmt: skip
     names = [str(folder / "3.png"), *(str(tmp_path / name) for name in bad), str(folder / "7.JPG")]
     status, lines = model.read(*names)
@@ -196,7 +197,7 @@ def test_doubt_marks_a_picture_without_a_sure_digit() -> None:
     assert readings_lib.is_doubtful([unsure, unsure])
     assert json.loads(readings_lib.as_json("a", [unsure], DIGITS))["doubtful"] is True
     assert "7?" in readings_lib.as_table("a", [unsure], 4, DIGITS)
-    assert "doubtful: perhaps no digit" in readings_lib.as_table("a", [unsure], 4, DIGITS)
+    assert "doubtful: may not be a digit" in readings_lib.as_table("a", [unsure], 4, DIGITS)
     assert "?" not in readings_lib.as_table("a", [sure], 4, DIGITS)
     assert "doubtful" not in readings_lib.as_table("a", [sure, unsure], 4, DIGITS)
 

@@ -151,10 +151,10 @@ def test_unfinished_run_can_be_reported(tmp_path: pathlib.Path, monkeypatch: pyt
     assert max(record["step"] for record in numbers["curves"]["train"]) <= steps[0]
     assert "not the results of a finished run" in path.read_text()
     (workdir / "metrics.jsonl").unlink()  # now the records come from the checkpoint
-    given: dict[str, Any] = {}
-    monkeypatch.setattr(write, "write_report", lambda config, variables, **arguments: given.update(arguments))
+    given: list[facts.Reported] = []
+    monkeypatch.setattr(write, "write_report", lambda run, workdir, folder: given.append(run))
     report_workdir(workdir, str(steps[0]))
-    assert facts.log_curves(given["records"]) == numbers["curves"]
+    assert facts.log_curves(given[0].records) == numbers["curves"]
 
 
 def test_page_says_that_embedded_digits_are_not_mnist(report: pathlib.Path) -> None:

@@ -2,6 +2,7 @@
 
 import pathlib
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,7 +73,8 @@ def test_galleries_are_sorted_and_pairs_counted() -> None:
 @pytest.mark.parametrize(("step", "finished"), [(3, False), (6, True)])
 def test_run_is_finished_only_at_its_last_checkpoint(step: int, finished: bool) -> None:
     summary = {"steps": 6, "device": "a", "versions": {"python": "3"}, "git_commit": ""}
-    run = facts.run_facts(Config(), [], [], step, summary)
+    nothing: Any = None
+    run = facts.run_facts(facts.Reported(Config(), nothing, nothing, nothing, [], step, summary), [])
     assert run["finished"] is finished and run["versions_of"] == "training"
 
 

@@ -46,17 +46,17 @@ def test_activations_equal_the_networks(fields: dict[str, Any]) -> None:
     variables = eval_variables(state)
     images = np.random.default_rng(0).integers(0, 256, (3, 28, 28, 1), dtype=np.uint8)
     found = layers.layer_inputs(config.program, variables, images)
-    np.testing.assert_allclose(found[-1].values, jit_forward(config.program, variables, images), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found[-1][1], jit_forward(config.program, variables, images), rtol=1e-4, atol=1e-5)
     names = ["Conv_1", "Conv_2", "Dense_0"] * bool(model.widths) + ["Dense_1", "logits"]
-    assert [stage.name for stage in found] == names
+    assert [name for name, _ in found] == names
     if model.widths:
         side = 13 if model.batch_norm else 12  # without batch norm two rows and columns are cropped
-        assert [stage.values.shape for stage in found[:3]] == [(3, side, side, 4), (3, 5, 5, 5), (3, 3, 3, 6)]
-    assert all(stage.values.min() >= 0 for stage in found[:-1])  # after the ReLU
+        assert [values.shape for _, values in found[:3]] == [(3, side, side, 4), (3, 5, 5, 5), (3, 3, 3, 6)]
+    assert all(values.min() >= 0 for _, values in found[:-1])  # after the ReLU
     # The last layer turns the stage before the logits into the logits.
     last = variables["params"][f"Dense_{len(model.dense)}"]
     np.testing.assert_allclose(
-        found[-2].values @ np.asarray(last["kernel"]) + np.asarray(last["bias"]), found[-1].values, rtol=1e-4, atol=1e-5
+        found[-2][1] @ np.asarray(last["kernel"]) + np.asarray(last["bias"]), found[-1][1], rtol=1e-4, atol=1e-5
     )
     rows = layers.layers(config.program, variables)
     assert sum(row.parameters for row in rows) == sum(leaf.size for leaf in jax.tree.leaves(state.params))

@@ -68,7 +68,7 @@ def test_busy_process_says_at_once_that_it_will_stop() -> None:
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
-    assert "stopping after this step; a second signal ends the program at once" in err
+    assert "stopping soon, after a checkpoint; a second signal ends the program at once" in err
     assert (process.returncode, out) == (0, "15\n")
 
 
@@ -79,7 +79,7 @@ def test_second_signal_ends_the_process_at_once(second: int, status: int) -> Non
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
     assert process.stderr.readline() == "\n"
-    assert process.stderr.readline().startswith("stopping after this step")
+    assert process.stderr.readline().startswith("stopping soon")
     process.send_signal(second)
     process.communicate(timeout=10)
     assert process.returncode == status

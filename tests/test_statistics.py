@@ -19,6 +19,7 @@ from mnist_flax.data.load import load_splits
 from mnist_flax.data.splits import Examples
 from mnist_flax.errors import ConfigError, WorkdirError
 from mnist_flax.run import checkpoint
+from mnist_flax.run.log import read_log
 from mnist_flax.step import eval_variables
 
 
@@ -46,7 +47,7 @@ def test_result_agrees_with_the_saved_probabilities_and_logs(seeds: pathlib.Path
     assert [member["seed"] for member in result["members"]] == [3, 4, 5]
     names = ["seed-3", "seed-4", "seed-5"]
     for name in names:
-        test = statistics.read_log(seeds / "members" / name)[-1]
+        test = read_log(seeds / "members" / name)[-1]
         member = next(member for member in result["members"] if member["name"] == name)
         assert (test["split"], test["accuracy"], test["loss"]) == ("test", member["accuracy"], member["loss"])
     assert result["mean"]["accuracy"] == pytest.approx(right.mean())
@@ -86,7 +87,7 @@ def test_out_of_fold_evaluates_every_row_with_the_member_not_trained_on_it(folds
         evaluation = evaluate(make_predictor(config, eval_variables(state)), Examples(image, of_held_out))
         np.testing.assert_allclose(probs[fold == k], jax.nn.softmax(evaluation.logits), atol=1e-6)
         assert out_of_fold["folds"][k]["accuracy"] == evaluation.accuracy
-        holdout = [line for line in statistics.read_log(folds / "members" / f"fold-{k}") if line["split"] == "holdout"]
+        holdout = [line for line in read_log(folds / "members" / f"fold-{k}") if line["split"] == "holdout"]
         assert holdout[-1]["accuracy"] == evaluation.accuracy
         assert (result["members"][k]["seed"], result["members"][k]["fold"]) == (3 + k, k)
     right = probs.argmax(axis=-1) == label
@@ -105,11 +106,12 @@ def test_out_of_fold_evaluates_every_row_with_the_member_not_trained_on_it(folds
 def test_spread_equals_values_of_a_table_and_scipy() -> None:
     from scipy import stats
 
-    mean, sd, interval = statistics.spread_of([1.0, 2.0, 3.0])
-    assert (mean, sd) == (2, 1)
-    assert interval == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5))  # t(0.975, 2) from a table
+    spread = statistics.spread_of([1.0, 2.0, 3.0])
+    assert (spread["mean"], spread["sd"]) == (2, 1)
+    half = 4.302653 / 3**0.5  # t(0.975, 2) from a table
+    assert spread["interval"] == pytest.approx([2 - half, 2 + half])
     values = [0.991, 0.9924, 0.9907, 0.9931]
-    assert statistics.spread_of(values).interval == pytest.approx(
+    assert tuple(statistics.spread_of(values)["interval"]) == pytest.approx(
         stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
     )
 
@@ -192,14 +194,14 @@ def test_member_name_that_leads_elsewhere_is_refused(seeds: pathlib.Path, tmp_pa
     assert saved
     saved["members"][1]["name"] = name
     (tmp_path / "population.json").write_text(json.dumps(saved))
-    with pytest.raises(WorkdirError, match=r"holds a population without a whole population.json"):
+    with pytest.raises(WorkdirError, match=r"holds a population without a complete population.json"):
         load_predictor(tmp_path)
 
 
 def test_unfinished_population_is_refused(seeds: pathlib.Path, tmp_path: pathlib.Path) -> None:
     workdir = shutil.copytree(seeds, tmp_path / "copy")
     (workdir / "population.json").unlink()
-    with pytest.raises(WorkdirError, match="the command that trains it writes one"):
+    with pytest.raises(WorkdirError, match="repeat the training command"):
         load_predictor(workdir)
 
 
@@ -207,7 +209,7 @@ def test_load_result_reads_runs_and_populations_alike(seeds: pathlib.Path, folds
     population, run = comparison.load_result(seeds), comparison.load_result(seeds / "members" / "seed-4")
     assert run.accuracies == population.accuracies[1:2]
     assert (population.pairing, run.pairing, run.kind) == ((3, 4, 5), (4,), "run")
-    compared = comparison.compare(seeds / "members" / "seed-4", seeds)
+    compared = comparison.compare_results(run, population)
     assert compared["examples"] == 360
     assert json.loads(json.dumps(compared)) == compared
     result = statistics.load_population_result(folds)

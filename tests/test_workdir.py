@@ -142,18 +142,18 @@ def test_full_disk_gives_one_message() -> None:
         workdirs.append_bytes(pathlib.Path("/dev/full"), b"line\n")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"\0\0\0\0"])
-def test_damaged_or_missing_json_reads_as_none(tmp_path: pathlib.Path, content: bytes) -> None:
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"\0\0\0\0"])
+def test_damaged_or_missing_json_reads_as_empty(tmp_path: pathlib.Path, content: bytes) -> None:
     (tmp_path / "file").write_bytes(content)
-    assert workdirs.read_json(tmp_path / "file") is None
-    assert workdirs.read_json(tmp_path / "missing") is None
+    assert workdirs.read_json(tmp_path / "file") == {}
+    assert workdirs.read_json(tmp_path / "missing") == {}
 
 
 def test_json_that_is_no_regular_file_is_not_read(tmp_path: pathlib.Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "endless").symlink_to("/dev/zero")
-    assert workdirs.read_json(tmp_path / "pipe") is None
-    assert workdirs.read_json(tmp_path / "endless") is None
+    assert workdirs.read_json(tmp_path / "pipe") == {}
+    assert workdirs.read_json(tmp_path / "endless") == {}
 
 
 # A stranger's folder --------------------------------------------------------------------------------------------------

@@ -70,15 +70,6 @@ def _result_of_run(workdir: pathlib.Path) -> Result:
     )
 
 
-def compare(a: pathlib.Path, b: pathlib.Path) -> Facts:
-    """Compares two results.
-
-    Raises:
-      UserError: a result cannot be read, or they were not evaluated on the same examples.
-    """
-    return compare_results(load_result(a), load_result(b))
-
-
 def compare_results(a: Result, b: Result) -> Facts:
     """Compares two results with McNemar's test and, if both have several members, with Student's or Welch's t-test.
 

@@ -4,9 +4,11 @@ import dataclasses
 import math
 import pathlib
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -63,7 +65,7 @@ def member_logits(predictor: Predictor, images: np.ndarray) -> np.ndarray:
     mesh = sharding.make_mesh(min(predictor.num_devices, jax.device_count()))
     members = sharding.place(predictor.members, sharding.replicated(mesh))
     placed = dataclasses.replace(predictor, members=members)
-    views = [_run(placed, mesh, _shifted(images, *shift)) for shift in VIEW_SHIFTS[: predictor.views]]
+    views = [_run(placed, mesh, view) for view in views_of(images, predictor.views)]
     return views[0] if len(views) == 1 else metrics.log_mean_probabilities(np.stack(views)).astype(np.float32)
 
 
@@ -81,13 +83,13 @@ def _run(predictor: Predictor, mesh: Mesh, images: np.ndarray) -> np.ndarray:
     return np.stack([np.concatenate(sharding.gather(logits))[: len(images)] for logits in outputs])
 
 
-def _shifted(images: np.ndarray, down: int, right: int) -> np.ndarray:
-    """Shifts images by at most one pixel and fills the new border with background."""
-    if not (down or right):
-        return images
+def views_of(images: Any, count: int) -> list[Any]:
+    """Returns the first views of images, NumPy's or JAX's: each is shifted by a pixel; the new border is background."""
+    if count == 1:
+        return [images]
     height, width = images.shape[1:3]
-    padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    return padded[:, 1 - down : 1 - down + height, 1 - right : 1 - right + width]
+    padded = (np if isinstance(images, np.ndarray) else jnp).pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    return [padded[:, 1 - y : 1 - y + height, 1 - x : 1 - x + width] for y, x in VIEW_SHIFTS[:count]]
 
 
 def predict_logits(predictor: Predictor, images: np.ndarray) -> np.ndarray:
@@ -181,7 +183,6 @@ def load_predictor(workdir: pathlib.Path, checkpoint: str = "latest") -> tuple[P
     """
     is_population = (workdir / workdirs.MEMBERS).is_dir()
     result = workdirs.read_json(workdir / (POPULATION if is_population else workdirs.SUMMARY))
-    result = result if isinstance(result, dict) else {}
     folders = _member_folders(workdir, result) if is_population else [workdir]
     runs = tuple(load_run(folder, checkpoint) for folder in folders)
     config, fingerprint = runs[0].config, runs[0].record["fingerprint"]
@@ -209,16 +210,16 @@ def _member_folders(workdir: pathlib.Path, result: dict[str, Any]) -> list[pathl
     except (KeyError, TypeError):
         pass
     raise WorkdirError(
-        f"{workdir}: holds a population without a whole {POPULATION}; the command that trains it writes one at the end,"
-        f" or name a single run, such as {workdir / workdirs.MEMBERS}/seed-0"
+        f"{workdir}: holds a population without a complete {POPULATION}; repeat the training command, which"
+        f" writes it at the end, or name a single run, such as {workdir / workdirs.MEMBERS}/seed-0"
     )
 
 
-def stored_fit(result: Any) -> dict[str, float]:
+def stored_fit(result: Mapping[str, Any]) -> dict[str, float]:
     """Returns the fitted values in a summary or `population.json`, with defaults for those missing or invalid."""
     fitted = dict(UNFITTED)
     for name in fitted:
-        value = result.get(name) if isinstance(result, dict) else None
+        value = result.get(name)
         if isinstance(value, int | float) and 0 < value < math.inf:
             fitted[name] = float(value)
     return fitted

@@ -61,12 +61,6 @@ def confident_joint(probs: np.ndarray, label: np.ndarray) -> ConfidentJoint:
     )
 
 
-def precision_recall(ranking: np.ndarray, wrong: np.ndarray, k: int) -> tuple[float, float]:
-    """Returns the share of wrong labels among the first k, and the share of all wrong labels found there."""
-    found = int(wrong[ranking[:k]].sum())
-    return found / k, found / int(wrong.sum())
-
-
 def label_facts(workdir: pathlib.Path) -> Facts:
     """Finds doubtful labels in the out-of-fold predictions of a population.
 

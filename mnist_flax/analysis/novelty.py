@@ -163,7 +163,7 @@ def novelty_facts(predictor: Predictor, test: Examples, held_out: Examples | Non
 def novelty_table(facts: Mapping[str, Any]) -> str:
     """Formats the facts as a text table of AUROC and FPR95; see `detection`."""
     measures = list(facts["scores"])
-    lines = ["what is no digit: AUROC, and the share that passes when 95 % of the digits pass"]
+    lines = ["pictures that are not digits: AUROC, and the share that passes when 95 % of the digits pass"]
     lines.append(f"{'':<16}" + "".join(f"{measure:>20}" for measure in measures))
     for kind in facts["pictures"]:
         cells = [facts["scores"][measure]["kinds"][kind] for measure in measures]
@@ -171,7 +171,7 @@ def novelty_table(facts: Mapping[str, Any]) -> str:
     best = facts["scores"][facts["best"]]
     if best["threshold"] is not None:
         lines.append(
-            f"best: {facts['best']}; above {best['threshold']:.4g}, {FALSE_ALARMS:.0%} of the hold-out digits and"
-            f" {best['false_alarms']:.2%} of the test digits"
+            f"best: {facts['best']}; its threshold {best['threshold']:.4g} is exceeded by {FALSE_ALARMS:.0%} of the"
+            f" hold-out digits and {best['false_alarms']:.2%} of the test digits"
         )
     return "\n".join(lines)

@@ -38,7 +38,7 @@ def scores(evaluation: Evaluation, label: np.ndarray, dataset: str) -> dict[str,
 
 def class_rows(confusion: np.ndarray, dataset: str) -> list[dict[str, Any]]:
     """Returns the scores of each class; None where a score is undefined (0 / 0)."""
-    columns = metrics.per_class(confusion)._asdict()
+    columns = metrics.per_class(confusion)
     return [
         {
             "class": number,

@@ -6,7 +6,7 @@ import json
 import pathlib
 import zipfile
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from mnist_flax.data import batches
 from mnist_flax.data.splits import Examples, Splits
 from mnist_flax.errors import WorkdirError
 from mnist_flax.run import workdir as workdirs
+from mnist_flax.run.log import read_log
 from mnist_flax.run.provenance import provenance
 from mnist_flax.step import Variables
 
@@ -37,31 +38,22 @@ NUM_DOUBTFUL = 100  # doubtful labels to list
 Records = Sequence[Mapping[str, Any]]  # the lines of a run's log
 
 
-class Spread(NamedTuple):
-    """The mean, standard deviation (M - 1 in the denominator) and 95 % interval of the mean (Student, 1908)."""
+def spread_of(values: Sequence[float]) -> Facts:
+    """Computes `mean`, `sd` (M - 1 in the denominator) and 95 % `interval` of the mean (Student, 1908).
 
-    mean: float
-    sd: float
-    interval: tuple[float, float]
-
-
-def spread_of(values: Sequence[float]) -> Spread:
-    """Computes the spread of at least two numbers, assuming that they are independent and approximately normal."""
+    It assumes at least two numbers that are independent and approximately normal.
+    """
     from scipy.stats import t
 
     mean, sd = float(np.mean(values)), float(np.std(values, ddof=1))
     half = float(t.ppf(0.975, len(values) - 1)) * sd / len(values) ** 0.5
-    return Spread(mean, sd, (mean - half, mean + half))
+    return {"mean": mean, "sd": sd, "interval": [mean - half, mean + half]}
 
 
 def spreads(rows: Sequence[Mapping[str, float]]) -> Facts:
     """Computes `mean`, `sd` and `interval` of accuracy and loss over the members."""
     of = {name: spread_of([row[name] for row in rows]) for name in ("accuracy", "loss")}
-    return {
-        "mean": {name: spread.mean for name, spread in of.items()},
-        "sd": {name: spread.sd for name, spread in of.items()},
-        "interval": {name: list(spread.interval) for name, spread in of.items()},
-    }
+    return {part: {name: spread[part] for name, spread in of.items()} for part in ("mean", "sd", "interval")}
 
 
 def score(logits: np.ndarray, labels: np.ndarray) -> Facts:
@@ -212,11 +204,6 @@ def out_of_fold_result(
     return facts, {"rows": rows, "fold": fold, "out_of_fold_probs": probs, "out_of_fold_label": label}
 
 
-def read_log(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns the lines of a finished run's log."""
-    return [json.loads(line) for line in (folder / workdirs.METRICS).read_text(encoding="utf-8").splitlines()]
-
-
 def save_population_result(result: Facts, arrays: Mapping[str, np.ndarray], workdir: pathlib.Path) -> None:
     """Writes the arrays, the curves and finally the result into the population's folder.
 
@@ -234,7 +221,7 @@ def save_population_result(result: Facts, arrays: Mapping[str, np.ndarray], work
 def load_population_result(workdir: pathlib.Path) -> Facts | None:
     """Returns the contents of `population.json`, or None if it is missing or damaged."""
     result = workdirs.read_json(workdir / POPULATION)
-    return result if isinstance(result, dict) and "members" in result else None
+    return result if "members" in result else None
 
 
 def load_arrays(workdir: pathlib.Path) -> dict[str, np.ndarray]:
@@ -270,7 +257,7 @@ def population_table(result: Mapping[str, Any]) -> str:
         f"  committee     accuracy {committee['accuracy']:.2%}   loss {committee['loss']:.4f}"
         "   (mean of the members' probabilities)",
         f"  agreement     all {count} members are right on {agreement['examples_by_members_right'][count]}"
-        f" examples, none is on {len(agreement['none_right'])}",
+        f" examples, none on {len(agreement['none_right'])}",
     ]
     if out_of_fold := result.get("out_of_fold"):
         lines += [

@@ -282,8 +282,7 @@ def _spline_spread(height: int, width: int, spacing: float = 9.0) -> NDArray[np.
         knots = np.arange(-1, np.ceil((size - 1) / spacing) + 2) * spacing
         t = np.abs(np.arange(size)[:, None] - knots) / spacing
         spline = np.where(t < 1, 2 / 3 - t**2 + t**3 / 2, np.clip(2 - t, 0, None) ** 3 / 6)
-        normalized: NDArray[np.float64] = spline / np.linalg.norm(spline, axis=1, keepdims=True)
-        return normalized
+        return spline / np.linalg.norm(spline, axis=1, keepdims=True)
 
     rows, columns = weights(height), weights(width)
     spread = np.einsum("yg,xk->gkyx", rows, columns).reshape(rows.shape[1] * columns.shape[1], -1)

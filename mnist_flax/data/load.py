@@ -88,7 +88,7 @@ def _from_raw(data: DataConfig) -> Splits:
     check_fingerprint(splits, dataset.fingerprint, folder, "replace the files, or correct its entry in DATASETS")
     for name, other in DATASETS.items():
         if name != splits.name and other.fingerprint == splits.fingerprint:
-            logger.warning("the files of %s in %s are those of %s", splits.name, folder, name)
+            logger.warning("%s holds the files of %s, not of %s", folder, name, splits.name)
     return splits
 
 

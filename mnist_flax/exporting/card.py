@@ -7,6 +7,7 @@ import jax
 
 from mnist_flax import metrics
 from mnist_flax.analysis.evaluation import POPULATION, Predictor, RunInfo
+from mnist_flax.analysis.report.page import load_template
 from mnist_flax.analysis.report.write import REPORT_FOLDER
 from mnist_flax.config import Config, differences
 from mnist_flax.run import workdir as workdirs
@@ -18,8 +19,6 @@ TEMPLATE = pathlib.Path(__file__).with_name("card.md.jinja")
 
 def text(workdir: pathlib.Path, predictor: Predictor, info: RunInfo) -> str:
     """Returns the card as Markdown, with the results found in the workdir; unknown values are omitted."""
-    import jinja2
-
     config = info.config
     data = {
         "dataset": config.data.name,
@@ -33,11 +32,9 @@ def text(workdir: pathlib.Path, predictor: Predictor, info: RunInfo) -> str:
         "Accuracy and calibration": _scores(workdir, predictor, info),
         "Robustness": _robustness(workdir, info),
     }
-    environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    return load_template(TEMPLATE).render(
+        dataset=config.data.name, tables=tables, classes=config.num_classes, torch=_torch(predictor)
     )
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(dataset=config.data.name, tables=tables, classes=config.num_classes, torch=_torch(predictor))
 
 
 def _recipe(predictor: Predictor, info: RunInfo) -> dict[str, Any]:
@@ -64,7 +61,7 @@ def _recipe(predictor: Predictor, info: RunInfo) -> dict[str, Any]:
 
 
 def _scores(workdir: pathlib.Path, predictor: Predictor, info: RunInfo) -> dict[str, str]:
-    result = _read(workdir / (workdirs.SUMMARY if info.kind == "run" else POPULATION))
+    result = workdirs.read_json(workdir / (workdirs.SUMMARY if info.kind == "run" else POPULATION))
     if info.kind == "run":
         examples, accuracy, loss = (result.get(f"test_{name}") for name in ("examples", "accuracy", "loss"))
     else:
@@ -84,25 +81,19 @@ def _scores(workdir: pathlib.Path, predictor: Predictor, info: RunInfo) -> dict[
 
 def _calibration(workdir: pathlib.Path, info: RunInfo) -> dict[str, Any]:
     """Returns the test scores at this step: from `evaluate` if it was run, else from the report, if there is one."""
-    evaluation = _read(workdir / f"evaluation-test-{info.config.data.name.replace('/', '-')}.json")
+    evaluation = workdirs.read_json(workdir / f"evaluation-test-{info.config.data.name.replace('/', '-')}.json")
     if evaluation.get("step") == max(info.steps):
         return evaluation
-    report = _read(workdir / REPORT_FOLDER / "metrics.json")
-    of_report: dict[str, Any] = report.get("test", {}) if report.get("run", {}).get("step") == max(info.steps) else {}
-    return of_report
+    report = workdirs.read_json(workdir / REPORT_FOLDER / "metrics.json")
+    return report.get("test", {}) if report.get("run", {}).get("step") == max(info.steps) else {}
 
 
 def _robustness(workdir: pathlib.Path, info: RunInfo) -> dict[str, str]:
-    result = _read(workdir / "robustness.json")
+    result = workdirs.read_json(workdir / "robustness.json")
     if result.get("step") != max(info.steps) or "mean_accuracy" not in result:
         return {"under corruptions": "not measured; `python -m mnist_flax.robustness --workdir=DIR` does"}
     rows = {name: f"{row['accuracy']:.2%}" for name, row in result.get("corruptions", {}).items()}
     return {"mean accuracy under corruptions": f"{result['mean_accuracy']:.2%}", **rows}
-
-
-def _read(path: pathlib.Path) -> dict[str, Any]:
-    result = workdirs.read_json(path)
-    return result if isinstance(result, dict) else {}
 
 
 def _torch(predictor: Predictor) -> str:

@@ -5,7 +5,7 @@ import contextlib
 import itertools
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from mnist_flax import metrics
 from mnist_flax.analysis.corruptions import corrupt
 from mnist_flax.analysis.evaluation import Evaluation, Predictor, evaluate, load_predictor
 from mnist_flax.analysis.report import facts
+from mnist_flax.analysis.report.page import load_template
 from mnist_flax.analysis.run_data import load_data
 from mnist_flax.config import Config
 from mnist_flax.data.registry import DATASETS
@@ -57,8 +58,7 @@ def write_demo(
 ) -> pathlib.Path:
     """Writes the demo page of a run, or of a population (as a committee).
 
-    If a run also has an earlier checkpoint, the page compares the two. `checkpoint` is as in `load_predictor`, and
-    `overrides` as in `load_data`. Returns the path, by default `demo.html` in the workdir.
+    `checkpoint` is as in `load_predictor`, and `overrides` as in `load_data`.
 
     Raises:
       UserError: the run or its data cannot be read, its network cannot be exported, or the page cannot be written.
@@ -66,12 +66,7 @@ def write_demo(
     predictor, info = load_predictor(workdir, checkpoint)
     _, splits = load_data(info.config, info.fingerprint, overrides or {})
     evaluation = evaluate(predictor, splits.test)
-    checkpoints = [Checkpoint(title_of(max(info.steps), info.config), graph_of(predictor))]
-    if info.kind == "run":
-        checkpoints += earlier_checkpoint(workdir, info.steps[0])
-    path = output or workdir / FILE
-    write_page(checkpoints, predictor, evaluation, splits, title=workdir.absolute().name, path=path)
-    return path
+    return write_page(info.config, predictor, evaluation, splits, max(info.steps), workdir, output)
 
 
 def title_of(step: int, config: Config) -> str:
@@ -90,22 +85,26 @@ def earlier_checkpoint(workdir: pathlib.Path, step: int) -> list[Checkpoint]:
 
 
 def write_page(
-    checkpoints: Sequence[Checkpoint],
+    config: Config,
     predictor: Predictor,
     evaluation: Evaluation,
     splits: Splits,
-    *,
-    title: str,
-    path: pathlib.Path,
-) -> None:
-    """Writes the demo page of a predictor; the first of `checkpoints` is its own, a second one is compared with it.
+    step: int,
+    workdir: pathlib.Path,
+    output: pathlib.Path | None = None,
+) -> pathlib.Path:
+    """Writes the demo page of a predictor at a step, by default `demo.html` in the workdir, and returns its path.
+
+    If a run also has an earlier checkpoint, the page compares the two.
 
     Raises:
+      ExportError: the network contains an operation that the page does not know.
       WorkdirError: the file cannot be written.
     """
     import jax
-    import jinja2
 
+    path = output or workdir / FILE
+    checkpoints = [Checkpoint(title_of(step, config), graph_of(predictor)), *earlier_checkpoint(workdir, step)]
     classes = DATASETS[splits.name].class_names
     probs = np.exp(metrics.log_probabilities(evaluation.logits))
     graphs = [(name, textbook_order(graph)) for name, graph in checkpoints]
@@ -118,9 +117,8 @@ def write_page(
         ],
         "examples": choose_examples(splits, probs),
     }
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    page = environment.from_string(_source("page.html.jinja")).render(
-        title=title,
+    page = load_template(PAGE / "page.html.jinja").render(
+        title=workdir.absolute().name,
         dataset=DATASET_TITLES.get(splits.name, splits.name),
         num_members=len(predictor.members),
         num_weights=sum(leaf.size for leaf in jax.tree.leaves([member["params"] for member in predictor.members])),
@@ -134,6 +132,7 @@ def write_page(
         data=json.dumps(data).replace("<", "\\u003c"),  # so that no text in the data can close the script element
     )
     workdirs.write_text(path, page, remedy="name another file with --output=FILE")
+    return path
 
 
 def _source(name: str) -> str:

@@ -157,15 +157,10 @@ def trace(logits: Callable[[Any, jax.Array], jax.Array], variables: Any) -> Grap
     closed = jax.make_jaxpr(logits)(variables, images)
     builder = Builder()
     leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(variables))
-    names = [builder.constant(leaf, "/".join(str(_key(key)) for key in path)) for path, leaf in leaves]
+    names = [builder.constant(leaf, jax.tree_util.keystr(path, simple=True, separator="/")) for path, leaf in leaves]
     (result,) = jaxpr.inline_jaxpr(builder, closed.jaxpr, closed.consts, [*names, INPUT], stack="")
     builder.layer = builder.function = ""
     (output,) = closed.out_avals
     probabilities = builder.add("softmax", (result,), output.shape, output.dtype)
     graph = Graph(tuple(builder.nodes.values()), builder.constants, {"logits": result, "probabilities": probabilities})
     return patterns.simplify(graph)
-
-
-def _key(key: Any) -> Any:
-    """Returns one key of a tree path as a name; an index is that of a committee member."""
-    return f"member_{key.idx}" if hasattr(key, "idx") else getattr(key, "key", getattr(key, "name", key))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mnist_flax.analysis.evaluation import VIEW_SHIFTS, Predictor
+from mnist_flax.analysis.evaluation import Predictor, views_of
 from mnist_flax.exporting.graph import Graph, trace
 from mnist_flax.step import Variables, forward
 
@@ -24,7 +24,11 @@ def logits_of(predictor: Predictor, members: Sequence[Variables], images: Array)
 
     The weights come from `members`, everything else from the predictor. N may be symbolic.
     """
-    views = _shifted(images, VIEW_SHIFTS[: predictor.views])
+    views = images
+    if predictor.views > 1:  # one after the other: u8[N*V,H,W,1]
+        views = jnp.stack(views_of(images, predictor.views), 1).reshape(
+            images.shape[0] * predictor.views, *images.shape[1:]
+        )
     outputs = []
     for i, variables in enumerate(members):
         with jax.named_scope(f"member_{i}") if len(members) > 1 else contextlib.nullcontext():
@@ -38,16 +42,6 @@ def logits_of(predictor: Predictor, members: Sequence[Variables], images: Array)
     return (top + jnp.log(jnp.exp(log_probs - top).mean(1, keepdims=True)))[:, 0] / predictor.temperature
 
 
-def _shifted(images: Array, shifts: Sequence[tuple[int, int]]) -> Array:
-    """Returns the shifted views, those of one image next to each other: `u8[N,H,W,1] -> u8[N*V,H,W,1]`."""
-    if len(shifts) == 1:
-        return images
-    count, height, width, channels = images.shape
-    padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    views = [padded[:, 1 - down : 1 - down + height, 1 - right : 1 - right + width] for down, right in shifts]
-    return jnp.stack(views, 1).reshape(count * len(shifts), height, width, channels)
-
-
 def graph_of(predictor: Predictor) -> Graph:
     """Returns the graph of a predictor.
 
@@ -57,4 +51,5 @@ def graph_of(predictor: Predictor) -> Graph:
     exact = in_float32(predictor)
     if len(exact.members) == 1:
         return trace(lambda variables, images: logits_of(exact, [variables], images), exact.members[0])
-    return trace(lambda members, images: logits_of(exact, members, images), exact.members)
+    members = {f"member_{i}": variables for i, variables in enumerate(exact.members)}
+    return trace(lambda named, images: logits_of(exact, [named[name] for name in members], images), members)

@@ -80,5 +80,4 @@ def _literal(value: Any) -> str:
 
 def load_program(path: pathlib.Path) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
     """Runs the .py file beside an .npz file and returns its `predict`."""
-    predict: Callable[[np.ndarray], dict[str, np.ndarray]] = runpy.run_path(str(path.with_suffix(".py")))["predict"]
-    return predict
+    return runpy.run_path(str(path.with_suffix(".py")))["predict"]

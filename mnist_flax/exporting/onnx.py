@@ -11,15 +11,8 @@ from mnist_flax.exporting.graph import IMAGE_SHAPE, INPUT, ExportError, Graph, N
 # Supported by onnxruntime and onnxruntime-web since 1.14 (2023).
 OPSET, IR_VERSION = 18, 8
 
-OPS = {  # operations with the same inputs and attributes in ONNX
-    **{"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "max": "Max", "min": "Min", "pow": "Pow"},
-    **{"equal": "Equal", "less": "Less", "less_equal": "LessOrEqual", "greater": "Greater"},
-    **{"greater_equal": "GreaterOrEqual", "and": "And", "or": "Or", "not": "Not", "neg": "Neg", "abs": "Abs"},
-    **{"sign": "Sign", "floor": "Floor", "exp": "Exp", "log": "Log", "sqrt": "Sqrt", "tanh": "Tanh", "erf": "Erf"},
-    **{"logistic": "Sigmoid", "sin": "Sin", "cos": "Cos", "where": "Where", "relu": "Relu", "softmax": "Softmax"},
-    **{"einsum": "Einsum", "concat": "Concat"},
-}
-REDUCTIONS = {f"reduce_{kind}": f"Reduce{kind.title()}" for kind in ("sum", "mean", "max", "min")}
+# ONNX calls the other operations as the graph does, in title case, with the same inputs and attributes.
+RENAMED = {"less_equal": "LessOrEqual", "greater_equal": "GreaterOrEqual", "logistic": "Sigmoid"}
 TO_NCHW, TO_NHWC, TO_OIHW = (0, 3, 1, 2), (0, 2, 3, 1), (3, 2, 0, 1)
 
 
@@ -73,11 +66,11 @@ class _Writer:
                 self.add("Cast", inputs, name, to=_onnx_type(node.dtype))
             case "transpose":
                 self.add("Transpose", inputs, name, perm=attrs["axes"])
-            case op if op in REDUCTIONS:
+            case op if op.startswith("reduce_"):
                 axes = self.ints(f"{name}/axes", attrs["axes"])
-                self.add(REDUCTIONS[op], (*inputs, axes), name, keepdims=0)
+                self.add(op.title().replace("_", ""), (*inputs, axes), name, keepdims=0)
             case op:
-                self.add(OPS[op], inputs, name, **attrs)
+                self.add(RENAMED.get(op, op.title()), inputs, name, **attrs)
 
     def _images(self, op: str, inputs: tuple[str, ...], name: str, **attrs: Any) -> str:
         """Adds a channels-first node between two transposes; onnxruntime cancels adjacent transposes of neighbours."""
@@ -179,8 +172,7 @@ def to_onnx(graph: Graph, metadata: dict[str, str]) -> bytes:
     )
     helper.set_model_props(model, metadata)
     onnx.checker.check_model(model, full_check=True)
-    content: bytes = model.SerializeToString()
-    return content
+    return model.SerializeToString()
 
 
 def load_onnx(path: pathlib.Path) -> Callable[[np.ndarray], dict[str, np.ndarray]]:

@@ -187,22 +187,6 @@ def _bias(state: _Pass, node: Node) -> Node | str | None:
     return None
 
 
-def _windows(state: _Pass, node: Node) -> Node | None:
-    """Recognises pooling written as a reshape to windows, [B,H/s,s,W/t,t,C], and a reduction over s and t."""
-    pools = {"reduce_sum": "sum_pool", "reduce_max": "max_pool"}
-    if node.op not in pools or node.attrs["axes"] != (2, 4):
-        return None
-    inner = state.only(node.inputs[0], "reshape")
-    outer = state.shape(inner.inputs[0]) if inner else None
-    if not inner or not outer or len(outer) != 4 or len(inner.shape) != 6:
-        return None
-    batch, rows, height, columns, width, channels = inner.shape
-    if outer != (batch, rows * height, columns * width, channels):
-        return None
-    window = {"size": (height, width), "strides": (height, width), "pads": ((0, 0), (0, 0))}
-    return dataclasses.replace(node, op=pools[node.op], inputs=inner.inputs, attrs=window)
-
-
 def _mean(state: _Pass, node: Node) -> Node | None:
     """Fuses a sum and its division by the number of terms into a mean."""
     if node.op not in ("div", "mul"):
@@ -222,4 +206,4 @@ def _mean(state: _Pass, node: Node) -> Node | None:
     return None
 
 
-RULES: tuple[Rule, ...] = (_nothing, _reshape_twice, _broadcast, _bias, _relu, _windows, _mean)
+RULES: tuple[Rule, ...] = (_nothing, _reshape_twice, _broadcast, _bias, _relu, _mean)

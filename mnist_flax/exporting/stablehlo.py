@@ -43,9 +43,4 @@ def to_stablehlo(predictor: Predictor) -> bytes:
 def load_stablehlo(path: pathlib.Path) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
     """Loads a serialised program and compiles it for the current device."""
     call = jax.jit(export.deserialize(bytearray(path.read_bytes())).call)
-
-    def run(images: np.ndarray) -> dict[str, np.ndarray]:
-        outputs: dict[str, np.ndarray] = jax.device_get(call(images))
-        return outputs
-
-    return run
+    return lambda images: jax.device_get(call(images))

@@ -81,7 +81,7 @@ class Conv(nn.Module):
             x.astype(self.dtype),
             kernel.astype(self.dtype),
             bias,
-            stride=self.stride,
+            strides=(self.stride, self.stride),
             padding=self.padding,
             activation=self.activation,
             pool=self.pool,

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,17 +29,22 @@ def max_pool(x: jax.Array, size: int) -> jax.Array:
         return x
     if 0 in (*x.shape, x.shape[1] // size, x.shape[2] // size):
         return xla_max_pool(x, size)
-    y: jax.Array = lax.platform_dependent(
+    return lax.platform_dependent(
         x,
         cpu=lambda x: batch_first(max_of(split_windows(rows_first(x), size), (1, 3))),
         default=lambda x: xla_max_pool(x, size),
     )
-    return y
 
 
 def avg_pool(x: jax.Array, size: int) -> jax.Array:
     """Takes the mean of each window, with a stride of its size: f32[B,H,W,C] -> f32[B,H//size,W//size,C]."""
-    return x if size == 1 else batch_first(split_windows(rows_first(x), size).mean((1, 3)))
+    if size == 1:
+        return x
+    return lax.platform_dependent(
+        x,
+        cpu=lambda x: batch_first(split_windows(rows_first(x), size).mean((1, 3))),
+        default=lambda x: nn.avg_pool(x, (size, size), (size, size)),
+    )
 
 
 def activate_pool(x: jax.Array, activation: Activation | None, pool: int, pooling: str) -> jax.Array:

@@ -48,7 +48,7 @@ def find_blobs(mask: np.ndarray, steps: np.ndarray, pen: float) -> tuple[np.ndar
     places = enumerate(ndimage.find_objects(labels), 1)
     blobs = _without_specks([_blob((number,), place) for number, place in places if place], labels, steps, pen)
     if len(blobs) > MOST:
-        raise PictureError(f"holds more than {MOST:,} separate marks, which is no handwriting; crop it")
+        raise PictureError(f"has more than {MOST:,} separate marks, too many for handwriting; crop it")
     count = int(labels.max())
     digits = []
     for blob in _join_broken(blobs, pen):

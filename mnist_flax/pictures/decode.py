@@ -64,10 +64,10 @@ def decode(content: bytes) -> Picture:
         except UnidentifiedImageError as error:
             foreign = {b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIC", b"avif": "AVIF"}.get(content[8:12])
             hint = f", but {foreign}; save it as JPEG" if foreign and content[4:8] == b"ftyp" else ""
-            raise PictureError(f"is no picture of a known format ({', '.join(FORMATS)}){hint}") from error
+            raise PictureError(f"is not a picture in a known format ({', '.join(FORMATS)}){hint}") from error
         except Exception as error:  # decoders raise almost anything for a damaged file
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise PictureError(f"is damaged, or not all there ({reason})") from error
+            raise PictureError(f"is damaged or incomplete ({reason})") from error
     if (shrink := max(grey.size) / _SIDE) > 1:
         width, height = (max(1, round(side / shrink)) for side in grey.size)
         grey = grey.resize((width, height), Image.Resampling.BOX)

@@ -98,5 +98,5 @@ def as_table(name: str, readings: Sequence[Reading], width: int, class_names: Se
         lines.append(f"{name:<{width}}  {label:>{column}}{mark} {reading.probability:11.1%}  {top}")
         name = ""
     if is_doubtful(readings):
-        lines[-1] += "  doubtful: perhaps no digit"
+        lines[-1] += "  doubtful: may not be a digit"
     return "\n".join(lines)

@@ -127,7 +127,7 @@ def _choose(folder: pathlib.Path, which: str) -> int:
             return max(ranked, key=lambda step: (ranked[step], step))
     kept = [str(step) for step in steps]
     if which not in kept:
-        raise WorkdirError(f"{folder.parent}: has no checkpoint {which!r}; kept are the steps: {', '.join(kept)}")
+        raise WorkdirError(f"{folder.parent}: has no checkpoint {which!r}; it has these steps: {', '.join(kept)}")
     return int(which)
 
 
@@ -176,8 +176,8 @@ def read_record(path: pathlib.Path) -> dict[str, Any]:
 
 def _foreign(path: pathlib.Path, mistake: str) -> WorkdirError:
     return WorkdirError(
-        f"{path}: holds what this program would not write ({mistake}); delete that folder to continue from the"
-        " checkpoint before it, or name another --workdir"
+        f"{path}: contains something that this program does not write ({mistake}); delete that folder to continue from"
+        " the checkpoint before it, or name another --workdir"
     )
 
 

@@ -37,14 +37,15 @@ class RunLog:
     """
 
     def __init__(
-        self, config: Config, folder: pathlib.Path | None, saved: Record, *, learning_rate: Callable[[int], Any]
+        self, config: Config, workdir: pathlib.Path, saved: Record, *, learning_rate: Callable[[int], Any], writes: bool
     ) -> None:
         """Starts from `saved`: the record of a checkpoint, or, for a new run, a record with only an `origin`.
 
-        If `folder` is None, no files are written, because another process does that. `learning_rate` maps the number
-        of finished updates to the learning rate of the next one.
+        Without `writes`, another process writes the files. `learning_rate` maps the number of finished updates to the
+        learning rate of the next one.
         """
         self._config = config
+        self._workdir = workdir
         self._learning_rate = learning_rate
         self.step: int = saved.get("step", 0)
         self.seconds: float = saved.get("seconds", 0.0)
@@ -56,12 +57,12 @@ class RunLog:
         self._records: list[Record] = list(saved.get("log", ()))
         self._window: list[Sums] = list(saved.get("window", ()))  # one per step since the last train line
         self._epoch: Sums = dict(saved.get("epoch_sums", {}))  # over the epoch so far
-        self._metrics = folder / workdirs.METRICS if folder else None
+        self._metrics = workdir / workdirs.METRICS if writes else None
         if self._metrics:
             workdirs.write_text(self._metrics, "".join(json.dumps(record) + "\n" for record in self._records))
         self._events: Events | None = None
-        if folder and config.train.tensorboard:
-            self._events = Events(folder, self._records, self.seconds)
+        if writes and config.train.tensorboard:
+            self._events = Events(workdir, self._records, self.seconds)
 
     def snapshot(self) -> dict[str, Any]:
         """Returns what a checkpoint must hold so that a resumed run writes the same log."""
@@ -92,7 +93,7 @@ class RunLog:
         names = ["loss", "accuracy", "examples", *sorted(metrics.keys() - {"loss", "accuracy", "examples"})]
         for values in zip(*(metrics[name].tolist() for name in names), strict=True):
             sums = dict(zip(names, values, strict=True))
-            check_finite(sums["loss"], f"the loss of step {self.step + 1}")
+            check_finite(sums["loss"], f"{self._workdir}: the loss of step {self.step + 1}")
             if self.step % steps_per_epoch == 0:
                 self._epoch = {}
             self.step += 1
@@ -110,7 +111,7 @@ class RunLog:
           NonFiniteLossError: the loss is NaN or infinite.
           WorkdirError: a file cannot be written.
         """
-        check_finite(scores["loss"], f"the loss on the {split} examples after step {self.step}")
+        check_finite(scores["loss"], f"{self._workdir}: the loss on the {split} examples after step {self.step}")
         self._write(split, scores)
 
     def epoch(self) -> Record:
@@ -162,6 +163,15 @@ def means(steps: Sequence[Sums]) -> Record:
         mean = total / math.fsum(step["examples"] for step in having)
         record[name] = int(total) if name == "examples" else mean if math.isfinite(mean) else None
     return record
+
+
+def read_log(workdir: pathlib.Path, until: float = math.inf) -> list[Record]:
+    """Returns the lines of a run's log up to a step; none if the file is missing or damaged."""
+    try:
+        lines = (workdir / workdirs.METRICS).read_text(encoding="utf-8").splitlines()
+        return [record for record in map(json.loads, lines) if record["step"] <= until]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 class Events:

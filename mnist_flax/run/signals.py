@@ -30,7 +30,7 @@ class StopRequest:
         """Records the first signal; a second one ends the process at once."""
         if not self.signum:
             self.signum = signum
-            _print("\nstopping after this step; a second signal ends the program at once\n")
+            _print("\nstopping soon, after a checkpoint; a second signal ends the program at once\n")
         elif signum != HANGUP:  # a second SIGHUP is ignored, because the terminal and its shell may both send one
             end_process(128 + signum)
 

@@ -101,7 +101,7 @@ def _owner(workdir: pathlib.Path) -> str:
     owner = read_json(workdir / _OWNER)
     try:
         return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
-    except (KeyError, TypeError):
+    except KeyError:
         return "another process"
 
 
@@ -236,9 +236,10 @@ def sync(path: pathlib.Path) -> None:
             os.close(descriptor)
 
 
-def read_json(path: pathlib.Path) -> Any:
-    """Returns the content of a JSON file, or None if it is missing, damaged or not a regular file."""
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the object in a JSON file; an empty one if it is missing, damaged, no object or not a regular file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, ValueError, RecursionError):
-        return None
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,13 +1,13 @@
 """Every number in a report: the contents of `metrics.json`, which the page displays."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mnist_flax import metrics
 from mnist_flax.analysis.calibration import NUM_BINS, reliability_rows
-from mnist_flax.analysis.evaluation import Evaluation, Facts
+from mnist_flax.analysis.evaluation import Evaluation, Facts, Predictor
 from mnist_flax.analysis.report.layers import Layer
 from mnist_flax.analysis.scores import scores
 from mnist_flax.config import Config
@@ -23,18 +23,22 @@ TOP = 3  # most probable classes listed for each example
 CURVE_POINTS = 1000  # a longer training log is thinned to at most this many points
 
 
-def report_facts(
-    config: Config,
-    *,
-    layers: Sequence[Layer],
-    records: Sequence[Mapping[str, Any]],
-    splits: Splits,
-    evaluation: Evaluation,
-    step: int,
-    summary: Mapping[str, Any] | None,
-    evaluated_by: str,
-) -> Facts:
-    """Computes all numbers of a report; `write_report` explains the arguments."""
+class Reported(NamedTuple):
+    """A run at a step: what a report is about."""
+
+    config: Config
+    predictor: Predictor
+    splits: Splits
+    evaluation: Evaluation  # on the test set
+    records: Sequence[Mapping[str, Any]]  # the lines of the log
+    step: int
+    summary: Mapping[str, Any]  # empty for an unfinished run
+    evaluated_by: str = "training"  # or `report`
+
+
+def report_facts(run: Reported, layers: Sequence[Layer]) -> Facts:
+    """Computes all numbers of a report."""
+    config, splits, evaluation = run.config, run.splits, run.evaluation
     probs = np.exp(metrics.log_probabilities(evaluation.logits))
     label, raw = splits.test.label, evaluation.logits * evaluation.temperature
     confusion = metrics.confusion_matrix(label, probs.argmax(axis=-1), config.num_classes)
@@ -42,8 +46,8 @@ def report_facts(
         "dataset": splits.name,
         "dataset_fingerprint": splits.fingerprint,
         "class_names": list(DATASETS[splits.name].class_names),
-        "run": run_facts(config, layers, records, step, summary),
-        "test": {"evaluated_by": evaluated_by, **scores(evaluation, label, splits.name)},
+        "run": run_facts(run, layers),
+        "test": {"evaluated_by": run.evaluated_by, **scores(evaluation, label, splits.name)},
         "calibration": {
             "num_bins": NUM_BINS,
             "bins": reliability_rows(evaluation.logits, label),
@@ -52,7 +56,7 @@ def report_facts(
         "confusion": confusion.tolist(),
         "confused_pairs": confused_pairs(confusion, label, probs),
         "galleries": galleries(probs, label, splits.name),
-        "curves": log_curves(records),
+        "curves": log_curves(run.records),
         "network": [layer._asdict() for layer in layers],
         "config": config.to_dict(),
         "config_changed": changed_fields(config),
@@ -60,18 +64,13 @@ def report_facts(
     }
 
 
-def run_facts(
-    config: Config,
-    layers: Sequence[Layer],
-    records: Sequence[Mapping[str, Any]],
-    step: int,
-    summary: Mapping[str, Any] | None,
-) -> Facts:
+def run_facts(run: Reported, layers: Sequence[Layer]) -> Facts:
     """Summarises the run: its size, progress and training time, and the device, versions and commit."""
+    config, step, summary = run.config, run.step, run.summary
     made_with = summary or provenance()
-    seconds = max((record["seconds"] for record in records), default=0.0)
+    seconds = max((record["seconds"] for record in run.records), default=0.0)
     return {
-        "finished": summary is not None and summary["steps"] == step,
+        "finished": summary.get("steps") == step,
         "seed": config.seed,
         "step": step,
         "num_steps": config.num_steps,
@@ -159,8 +158,7 @@ def smoothed(values: Sequence[float], reach: int) -> list[float]:
     sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
     places = np.arange(len(values))
     first, last = np.maximum(places - reach, 0), np.minimum(places + reach + 1, len(values))
-    means: list[float] = ((sums[last] - sums[first]) / (last - first)).tolist()
-    return means
+    return ((sums[last] - sums[first]) / (last - first)).tolist()
 
 
 def changed_fields(config: Config) -> Facts:

@@ -29,13 +29,6 @@ class Layer(NamedTuple):
     multiply_adds: int  # the multiply-add operations of its kernel, for one example
 
 
-class LayerInput(NamedTuple):
-    """The input of a layer, after the preceding activation and pooling, `f32[B,H,W,C]` or `f32[B,D]`; or the logits."""
-
-    name: str
-    values: np.ndarray
-
-
 class _Call(NamedTuple):
     """One call of a layer while the network is traced; `params` holds the original arrays, not tracers."""
 
@@ -108,9 +101,10 @@ def _multiply_adds(call: _Call) -> int:
     return math.prod(sizes) * int(kernel.size)
 
 
-def layer_inputs(program: Program, variables: Variables, images: np.ndarray) -> list[LayerInput]:
+def layer_inputs(program: Program, variables: Variables, images: np.ndarray) -> list[tuple[str, np.ndarray]]:
     """Computes the input of each layer with a kernel, except the first, and the logits, for images `u8[B,28,28,1]`.
 
+    An input, after the preceding activation and pooling, is `f32[B,H,W,C]` or `f32[B,D]`, with the name of its layer.
     An input that several layers share, such as the two branches of a residual block, is listed once.
     """
     names: list[str] = []
@@ -136,7 +130,7 @@ def layer_inputs(program: Program, variables: Variables, images: np.ndarray) -> 
     unoptimised = jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
     values = [np.asarray(value, np.float32) for value in unoptimised(variables, images)]
     seen = [_unflatten(value, before) for value, before in zip(values, [*channels, 0], strict=True)]
-    return [LayerInput(name, value) for name, value in zip([*names, "logits"], seen, strict=True)][1:]
+    return list(zip([*names, "logits"], seen, strict=True))[1:]
 
 
 def _unflatten(values: np.ndarray, channels: int) -> np.ndarray:

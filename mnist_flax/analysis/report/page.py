@@ -38,16 +38,17 @@ def render_page(facts: Mapping[str, Any], pictures: Mapping[str, Any]) -> str:
         "filters": "filters" not in pictures["sheets"],
     }
     sections = [(name, title) for name, title in SECTIONS.items() if not missing.get(name)]
-    return template.render(**facts, **pictures, sections=sections) + "\n"
+    return template.render(**facts, **pictures, sections=sections)
 
 
 def load_template(path: pathlib.Path, **filters: Callable[..., str]) -> Any:
-    """Returns a Jinja template for HTML, with the filter `percent` and the given `filters`."""
+    """Returns a Jinja template, of HTML or Markdown, with the filter `percent` and the given `filters`."""
     import jinja2
 
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+        autoescape=path.name.endswith(".html.jinja"), undefined=jinja2.StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
     environment.filters |= {"percent": percent, **filters}
     return environment.from_string(path.read_text(encoding="utf-8"))
 

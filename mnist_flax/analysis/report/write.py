@@ -2,69 +2,43 @@
 
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from mnist_flax.analysis.evaluation import Evaluation, Predictor, evaluate, load_predictor
+from mnist_flax.analysis.evaluation import evaluate, load_predictor
 from mnist_flax.analysis.report import facts as facts_lib
 from mnist_flax.analysis.report import layers, page, pictures, plots
+from mnist_flax.analysis.report.facts import Reported
 from mnist_flax.analysis.run_data import load_data
-from mnist_flax.config import Config
-from mnist_flax.data.splits import Splits
 from mnist_flax.errors import WorkdirError
 from mnist_flax.run import workdir as workdirs
+from mnist_flax.run.log import read_log
 
 REPORT_FOLDER = "report"
 
 
-def write_report(
-    config: Config,
-    predictor: Predictor,
-    *,
-    records: Sequence[Mapping[str, Any]],
-    splits: Splits,
-    evaluation: Evaluation,
-    step: int,
-    summary: Mapping[str, Any] | None,
-    workdir: pathlib.Path,
-    folder: pathlib.Path | None = None,
-    evaluated_by: str = "training",
-) -> pathlib.Path:
+def write_report(run: Reported, workdir: pathlib.Path, folder: pathlib.Path | None = None) -> pathlib.Path:
     """Writes the report of a run at a step into a folder, by default `report` in the workdir; returns the page's path.
-
-    `records` are the lines of the log. `evaluation` is that of the test set; `evaluated_by` says whether it was
-    computed at the end of `training` or by `report`. `summary` is None if the run is unfinished.
 
     Raises:
       WorkdirError: the folder cannot be written.
     """
     place = shown(folder) if folder else f"{shown(workdir)}/{REPORT_FOLDER}"
-    remedy = workdirs.RESUMES if evaluated_by == "training" else workdirs.NAME_OUTPUT
+    remedy = workdirs.RESUMES if run.evaluated_by == "training" else workdirs.NAME_OUTPUT
     folder = folder or workdirs.subfolder(workdir, REPORT_FOLDER, remedy=remedy)
-    facts = facts_lib.report_facts(
-        config,
-        layers=layers.layers(predictor.program, predictor.members[0]),
-        records=records,
-        splits=splits,
-        evaluation=evaluation,
-        step=step,
-        summary=summary,
-        evaluated_by=evaluated_by,
-    )
+    facts = facts_lib.report_facts(run, layers.layers(run.predictor.program, run.predictor.members[0]))
     facts["draw"] = "../demo.html" if folder.parent == workdir and (workdir / "demo.html").is_file() else ""
     facts["command"] = f"python -m mnist_flax.main --config={place}/config.py --workdir={shown(workdir)}-again"
-    for name, content in _pieces(config, predictor, facts, splits, title=shown(workdir)).items():
+    for name, content in _pieces(run, facts, title=shown(workdir)).items():
         workdirs.write_bytes(folder / name, content, remedy=remedy)
     return folder / "index.html"
 
 
-def _pieces(
-    config: Config, predictor: Predictor, facts: dict[str, Any], splits: Splits, *, title: str
-) -> dict[str, bytes]:
+def _pieces(run: Reported, facts: dict[str, Any], *, title: str) -> dict[str, bytes]:
     """Returns the files of a report by name; adds what the pictures show to `facts`."""
-    program, variables, images = predictor.program, predictor.members[0], splits.test.image
+    program, variables, images = run.predictor.program, run.predictor.members[0], run.splits.test.image
     activations = pictures.draw_layer_inputs(program, variables, facts, images)
-    files = pictures.sheets(config, program, variables, facts, splits)
+    files = pictures.sheets(run.config, program, variables, facts, run.splits)
     svgs = plots.draw_all(facts)
     text = json.dumps(facts, indent=1, allow_nan=False) + "\n"
     shown_pictures = {
@@ -102,32 +76,15 @@ def report_workdir(
     if info.kind != "run":
         raise WorkdirError(
             f"--workdir={workdir}: holds a population; name one of its runs, such as"
-            f" {workdir / workdirs.MEMBERS / next((workdir / workdirs.MEMBERS).iterdir()).name}, or see it as one"
-            " network with python -m mnist_flax.evaluate"
+            f" {workdir / workdirs.MEMBERS / next((workdir / workdirs.MEMBERS).iterdir()).name}, or evaluate it"
+            " as one network with python -m mnist_flax.evaluate"
         )
     _, splits = load_data(info.config, info.fingerprint, overrides or {})
     (step,) = info.steps
-    return write_report(
-        info.config,
-        predictor,
-        records=logged(workdir, step) or info.runs[0].record["log"],
-        splits=splits,
-        evaluation=evaluate(predictor, splits.test),
-        step=step,
-        summary=workdirs.read_json(workdir / workdirs.SUMMARY),
-        workdir=workdir,
-        folder=folder,
-        evaluated_by="report",
-    )
-
-
-def logged(workdir: pathlib.Path, step: int) -> list[dict[str, Any]]:
-    """Returns the lines of a run's log up to a step; none if the file is missing or damaged."""
-    try:
-        lines = (workdir / workdirs.METRICS).read_text(encoding="utf-8").splitlines()
-        return [record for record in map(json.loads, lines) if record["step"] <= step]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+    records = read_log(workdir, step) or info.runs[0].record["log"]
+    evaluation, summary = evaluate(predictor, splits.test), workdirs.read_json(workdir / workdirs.SUMMARY)
+    run = Reported(info.config, predictor, splits, evaluation, records, step, summary, evaluated_by="report")
+    return write_report(run, workdir, folder)
 
 
 def shown(path: pathlib.Path) -> str:
