@@ -70,7 +70,7 @@ def load_teacher(config: Config, workdir: pathlib.Path | None = None) -> LoadedT
     return LoadedTeacher(teacher, origin, tuple(run.config.data for run in info.runs), info.fingerprint)
 
 
-def doubts(teacher: LoadedTeacher, config: Config, splits: Splits) -> Iterator[str]:
+def teacher_warnings(teacher: LoadedTeacher, config: Config, splits: Splits) -> Iterator[str]:
     """Yields a warning if the teacher was trained on other data, or on rows that the student holds out."""
     if teacher.fingerprint != splits.fingerprint:
         yield f"was trained on other data (fingerprint {teacher.fingerprint[:12]})"

@@ -127,7 +127,7 @@ def scan_steps(job: Job, states: TrainState) -> Advance:
     def orders(part: int) -> Array:
         # Drawn on one device, then split: random values can depend on how their computation is sharded.
         drawn = [
-            batches.epochs_order(key, part * num_epochs, num_epochs, of_run, program.batch_size)
+            batches.consecutive_orders(key, part * num_epochs, num_epochs, of_run, program.batch_size)
             for key, of_run in zip(root_keys, rows, strict=True)
         ]
         return sharding.place(jnp.stack(drawn), by_order)

@@ -22,7 +22,7 @@ from mnist_flax.config import Config
 from mnist_flax.data import batches
 from mnist_flax.data.registry import IMAGE_SIZE
 from mnist_flax.data.splits import Examples, Splits
-from mnist_flax.distillation import LoadedTeacher, doubts
+from mnist_flax.distillation import LoadedTeacher, teacher_warnings
 from mnist_flax.errors import WorkdirError
 from mnist_flax.exporting import demo
 from mnist_flax.exporting.graph import ExportError
@@ -181,7 +181,7 @@ def announce(members: Sequence[Member], splits: Splits) -> None:
     )  # fmt: skip
     if teacher := members[0].teacher:
         logger.info("learning from %(workdir)s (networks: %(networks)d, digest: %(digest).12s)", teacher.origin)
-        for doubt in doubts(teacher, config, splits):
+        for doubt in teacher_warnings(teacher, config, splits):
             logger.warning("config.train.teacher = %r: %s", config.train.teacher, doubt)
     runs = str(workdir) if len(members) == 1 else f"{len(members)} runs in {workdir.parent}"
     if step:

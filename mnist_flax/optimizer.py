@@ -140,7 +140,7 @@ def schedule(o: OptimizerConfig, num_steps: int, steps_per_epoch: int) -> optax.
     return optax.join_schedules([optax.linear_schedule(0.0, o.learning_rate, warmup), main], [warmup])
 
 
-def is_decayed(params: optax.Params) -> optax.Params:
+def decay_mask(params: optax.Params) -> optax.Params:
     """Marks the leaves that weight decay applies to: kernels, but neither biases nor norms."""
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
@@ -154,7 +154,7 @@ class Optimizer(NamedTuple):
 
 def _with_l2(o: OptimizerConfig, rule: optax.GradientTransformation) -> optax.GradientTransformation:
     """Adds the gradient of the L2 penalty to the gradient before the update rule."""
-    return optax.chain(optax.add_decayed_weights(o.weight_decay, mask=is_decayed), rule) if o.weight_decay else rule
+    return optax.chain(optax.add_decayed_weights(o.weight_decay, mask=decay_mask), rule) if o.weight_decay else rule
 
 
 def _muon(o: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
@@ -173,7 +173,7 @@ def _muon(o: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformat
         beta=o.momentum,
         eps=o.eps,
         weight_decay=o.weight_decay,
-        weight_decay_mask=is_decayed,
+        weight_decay_mask=decay_mask,
         adam_b1=o.b1,
         adam_b2=o.b2,
         adam_learning_rate=lambda step: o.adam_fraction * rate(step),
@@ -186,7 +186,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
         lambda o, rate: _with_l2(o, optax.adam(rate, o.b1, o.b2, o.eps)), ("b1", "b2", "eps", "weight_decay")
     ),
     "adamw": Optimizer(  # Loshchilov and Hutter (2019)
-        lambda o, rate: optax.adamw(rate, o.b1, o.b2, o.eps, weight_decay=o.weight_decay, mask=is_decayed),
+        lambda o, rate: optax.adamw(rate, o.b1, o.b2, o.eps, weight_decay=o.weight_decay, mask=decay_mask),
         ("b1", "b2", "eps", "weight_decay"),
     ),
     "sgd": Optimizer(

@@ -49,7 +49,7 @@ def load_config(path: pathlib.Path, overrides: Iterable[str] = ()) -> Config:
     Raises:
       ConfigError: the preset fails, or one of its fields or overrides is wrong.
     """
-    values = execute(path)
+    values = run_preset(path)
     try:
         config = Config.from_dict(values)
     except ConfigError as error:
@@ -62,7 +62,7 @@ def load_config(path: pathlib.Path, overrides: Iterable[str] = ()) -> Config:
     return Config.from_dict(fields)
 
 
-def execute(path: pathlib.Path) -> dict[str, Any]:
+def run_preset(path: pathlib.Path) -> dict[str, Any]:
     """Runs a preset, and returns the result of its `get_config()` as nested dicts.
 
     Raises:

@@ -22,7 +22,7 @@ from mnist_flax.data.augment import augment
 from mnist_flax.data.batches import NO_LABEL, Batch
 from mnist_flax.data.load import load_splits
 from mnist_flax.data.splits import Examples
-from mnist_flax.distillation import LoadedTeacher, doubts, load_teacher
+from mnist_flax.distillation import LoadedTeacher, load_teacher, teacher_warnings
 from mnist_flax.drivers import jit_forward, jit_init_state
 from mnist_flax.errors import ConfigError, WorkdirError
 from mnist_flax.exporting import card
@@ -198,11 +198,11 @@ def test_an_unusable_teacher_is_refused_before_data_are_loaded(
 
 def test_a_teacher_trained_on_holdout_rows_or_other_data_is_announced(seeds: pathlib.Path) -> None:
     teacher, splits = loaded(seeds), load_splits(STUDENT)
-    assert not list(doubts(teacher, STUDENT, splits))  # both hold out the same rows
-    (doubt,) = doubts(teacher, replace(STUDENT, data__holdout=30), splits)
+    assert not list(teacher_warnings(teacher, STUDENT, splits))  # both hold out the same rows
+    (doubt,) = teacher_warnings(teacher, replace(STUDENT, data__holdout=30), splits)
     assert doubt == "was trained on rows that this run holds out, so its hold-out scores are too good"
-    assert not list(doubts(teacher, replace(STUDENT, data__holdout=0), splits))
-    (doubt,) = doubts(teacher, STUDENT, splits._replace(fingerprint="f" * 64))
+    assert not list(teacher_warnings(teacher, replace(STUDENT, data__holdout=0), splits))
+    (doubt,) = teacher_warnings(teacher, STUDENT, splits._replace(fingerprint="f" * 64))
     assert doubt == f"was trained on other data (fingerprint {splits.fingerprint[:12]})"
 
 

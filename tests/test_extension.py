@@ -64,7 +64,7 @@ def speckle(share, image, key):
 models.MODELS["twin"] = TwinConfig
 registry.DATASETS["bars"] = registry.Dataset(num_classes=3, num_train=90, num_test=30, class_names=("a", "b", "c"))
 optimizer.OPTIMIZERS["lion"] = optimizer.Optimizer(
-    lambda o, rate: optax.lion(rate, o.b1, o.b2, weight_decay=o.weight_decay, mask=optimizer.is_decayed),
+    lambda o, rate: optax.lion(rate, o.b1, o.b2, weight_decay=o.weight_decay, mask=optimizer.decay_mask),
     ("b1", "b2", "weight_decay"),
 )
 optimizer.SCHEDULES["halves"] = optimizer.Schedule(

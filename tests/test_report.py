@@ -23,7 +23,7 @@ from mnist_flax.config import Config
 from mnist_flax.data.load import load_splits
 from mnist_flax.errors import WorkdirError
 
-PIECES = {
+FILES = {
     *(f"{name}.svg" for name in ("loss", "accuracy", "confusion_counts", "confusion_rates", "classes", "reliability")),
     *(f"{name}.png" for name in ("filters", "mistakes", "correct", "least_certain")),
     *("config.py", "metrics.json", "index.html"),
@@ -45,7 +45,7 @@ def numbers(report: pathlib.Path) -> dict[str, Any]:
 
 
 def test_report_has_every_file(report: pathlib.Path) -> None:
-    assert {path.name for path in report.iterdir()} == PIECES
+    assert {path.name for path in report.iterdir()} == FILES
 
 
 def test_page_needs_no_other_file(report: pathlib.Path) -> None:
@@ -204,7 +204,7 @@ def test_command_writes_into_the_run_or_the_output_folder(tmp_path: pathlib.Path
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
     done = command(f"--workdir={workdir}", f"--output={tmp_path / 'there'}")
     assert pathlib.Path(done.stdout.strip()) == tmp_path / "there" / "index.html"
-    assert {path.name for path in (tmp_path / "there").iterdir()} == PIECES
+    assert {path.name for path in (tmp_path / "there").iterdir()} == FILES
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
     for arguments, message in (
         (["--workdir=nowhere"], "--workdir=nowhere"),

@@ -92,7 +92,7 @@ def test_comparison_finds_the_better_network(test: Examples) -> None:
 
 def test_detection_on_a_hand_made_case() -> None:
     digits, others = np.arange(100.0), np.array([200.0, 50.5, 96.5])
-    result = novelty.detection(digits, others)
+    result = novelty.detection_scores(digits, others)
     assert result["auroc"] == pytest.approx((100 + 51 + 97) / 300)
     assert result["fpr95"] == pytest.approx(1 / 3)  # the threshold is 95, and only 50.5 lies below it
 
@@ -100,7 +100,7 @@ def test_detection_on_a_hand_made_case() -> None:
 def test_strangers_have_five_kinds_and_are_the_same_every_time(test: Examples, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MNIST_FLAX_RAW_DIR", raising=False)
     monkeypatch.setattr(novelty, "_fashion", lambda config: None)
-    first, second = (novelty.strangers(test, small_population.CONFIG) for _ in range(2))
+    first, second = (novelty.non_digits(test, small_population.CONFIG) for _ in range(2))
     assert list(first) == ["uniform_noise", "smooth_noise", "rotated_digits", "cut_digits", "letters"]
     for kind, pictures in first.items():
         np.testing.assert_array_equal(pictures, second[kind])

@@ -238,7 +238,7 @@ def test_output_goes_where_it_is_wanted(tmp_path: pathlib.Path) -> None:
     with pytest.raises(WorkdirError, match=r"--output=/proc/none: cannot be written \(.+\); name another folder"):
         workdirs.output_folder(tmp_path, "/proc/none")
     with pytest.raises(WorkdirError, match=r"file: cannot be written \(.+\); name another folder with --output=DIR"):
-        workdirs.write_text(pathlib.Path("/proc/none/file"), "", remedy=workdirs.NAME_OUTPUT)
+        workdirs.write_text(pathlib.Path("/proc/none/file"), "", remedy=workdirs.REMEDY_OUTPUT)
 
 
 # These write files directly: the module itself, the cache of programs, saved pictures, and temporary exports.

@@ -52,7 +52,7 @@ def _entropy(log_probs: np.ndarray) -> np.ndarray:
     return np.asarray(-np.sum(np.exp(log_probs) * log_probs, axis=-1))
 
 
-def strangers(test: Examples, config: Config) -> dict[str, np.ndarray]:
+def non_digits(test: Examples, config: Config) -> dict[str, np.ndarray]:
     """Returns pictures that are not digits, `u8[K,28,28,1]`, by kind; the same ones every time.
 
     They include digits of `test` rotated by 90 degrees or cut in half. `config` says where to look for Fashion-MNIST;
@@ -114,7 +114,7 @@ def letters() -> np.ndarray:
     return np.stack(drawn)[..., None]
 
 
-def detection(digits: np.ndarray, others: np.ndarray) -> Facts:
+def detection_scores(digits: np.ndarray, others: np.ndarray) -> Facts:
     """Computes how well a measure of doubt separates digits, `f64[N]`, from other pictures, `f64[K]`.
 
     Returns:
@@ -135,16 +135,16 @@ def novelty_facts(predictor: Predictor, test: Examples, held_out: Examples | Non
     The network was trained on neither `test` nor `held_out`. Thresholds are chosen on `held_out`.
 
     Returns:
-      `scores`: for each measure, `detection` for each kind of picture, the means over the kinds, the `threshold` that
-      1 % of the hold-out digits exceed, and the shares above it of test digits (`false_alarms`) and of each kind
+      `scores`: for each measure, `detection_scores` for each kind of picture, the means over the kinds, the `threshold`
+      that 1 % of the hold-out digits exceed, and the shares above it of test digits (`false_alarms`) and of each kind
       (`caught`). `best`: the measure with the highest mean AUROC. `pictures`: the number of pictures of each kind.
     """
     digits = doubt_scores(predictor, np.asarray(test.image))
-    kinds = {name: doubt_scores(predictor, pictures) for name, pictures in strangers(test, config).items()}
+    kinds = {name: doubt_scores(predictor, pictures) for name, pictures in non_digits(test, config).items()}
     chosen_on = doubt_scores(predictor, np.asarray(held_out.image)) if held_out is not None else None
     scores: Facts = {}
     for measure, of_digits in digits.items():
-        found = {kind: detection(of_digits, of_kind[measure]) for kind, of_kind in kinds.items()}
+        found = {kind: detection_scores(of_digits, of_kind[measure]) for kind, of_kind in kinds.items()}
         threshold = float(np.quantile(chosen_on[measure], 1 - FALSE_ALARMS)) if chosen_on else None
         scores[measure] = {
             "kinds": found,
@@ -161,7 +161,7 @@ def novelty_facts(predictor: Predictor, test: Examples, held_out: Examples | Non
 
 
 def novelty_table(facts: Mapping[str, Any]) -> str:
-    """Formats the facts as a text table of AUROC and FPR95; see `detection`."""
+    """Formats the facts as a text table of AUROC and FPR95; see `detection_scores`."""
     measures = list(facts["scores"])
     lines = ["pictures that are not digits: AUROC, and the share that passes when 95 % of the digits pass"]
     lines.append(f"{'':<16}" + "".join(f"{measure:>20}" for measure in measures))

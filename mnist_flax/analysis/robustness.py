@@ -205,9 +205,9 @@ def save_robustness(outcome: Outcome, page: str, folder: pathlib.Path) -> None:
     Raises:
       WorkdirError: a file cannot be written.
     """
-    workdirs.write_text(folder / "robustness.html", page, remedy=workdirs.NAME_OUTPUT)
+    workdirs.write_text(folder / "robustness.html", page, remedy=workdirs.REMEDY_OUTPUT)
     content = json.dumps(outcome.facts, indent=1, allow_nan=False) + "\n"
-    workdirs.write_text(folder / ROBUSTNESS, content, remedy=workdirs.NAME_OUTPUT)
+    workdirs.write_text(folder / ROBUSTNESS, content, remedy=workdirs.REMEDY_OUTPUT)
 
 
 def robustness_table(facts: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 from mnist_flax import metrics
 from mnist_flax.analysis.corruptions import CORRUPTIONS, corrupt
 from mnist_flax.analysis.evaluation import Predictor, predict_logits
-from mnist_flax.analysis.novelty import strangers
+from mnist_flax.analysis.novelty import non_digits
 from mnist_flax.analysis.report.page import load_template
 from mnist_flax.analysis.report.pictures import data_uri, png
 from mnist_flax.analysis.robustness import Outcome
@@ -31,7 +31,7 @@ def draw_page(outcome: Outcome) -> str:
     per_name = {name: cards[i * len(SEVERITIES) :][: len(SEVERITIES)] for i, name in enumerate(CORRUPTIONS)}
     others = {
         kind: _cards(outcome.predictor, pictures[:: max(1, len(pictures) // NUM_STRANGERS)][:NUM_STRANGERS], names)
-        for kind, pictures in strangers(splits.test, outcome.config).items()
+        for kind, pictures in non_digits(splits.test, outcome.config).items()
     }
     doubtful = [
         {**entry, "picture": data_uri(png(splits.train.image[entry["row"], :, :, 0]))}
@@ -43,7 +43,7 @@ def draw_page(outcome: Outcome) -> str:
         label=names[label],
         corrupted=per_name,
         published={name: kind.published for name, kind in CORRUPTIONS.items()},
-        strangers=others,
+        non_digits=others,
         doubtful=doubtful,
     )
 

@@ -96,7 +96,9 @@ def save_evaluation(result: Mapping[str, Any], folder: pathlib.Path) -> None:
     Raises:
       WorkdirError: the file cannot be written.
     """
-    workdirs.write_text(folder / result_file(result), json.dumps(result, indent=2) + "\n", remedy=workdirs.NAME_OUTPUT)
+    workdirs.write_text(
+        folder / result_file(result), json.dumps(result, indent=2) + "\n", remedy=workdirs.REMEDY_OUTPUT
+    )
 
 
 def evaluation_table(result: Mapping[str, Any]) -> str:

@@ -17,8 +17,8 @@ from mnist_flax import rng
 from mnist_flax.checks import within
 from mnist_flax.data.pens import CLASSES, pens
 
-PIECES = 2  # the most pieces that `clutter` adds to an image
-FARTHEST = 12  # the largest shift of a piece along each axis, in pixels
+MAX_PIECES = 2  # the most pieces that `clutter` adds to an image
+MAX_SHIFT = 12  # the largest shift of a piece along each axis, in pixels
 
 Move = Callable[[float, Array, Array, Array], tuple[Array, Array]]  # strength, y, x, key
 Change = Callable[[float, Array, Array], Array]  # strength, image, key
@@ -119,7 +119,7 @@ def clutter(pixels: float, image: Array, key: Array) -> Array:
     """
     size = jnp.array(image.shape[:2])
     result = image
-    for piece_key in jax.random.split(key, PIECES):
+    for piece_key in jax.random.split(key, MAX_PIECES):
         at, to, turn = jax.random.split(piece_key, 3)
         middle = jax.random.randint(at, (2,), 0, size)
         rows, columns = (jnp.abs(jnp.arange(n) - middle[axis]) <= pixels / 2 for axis, n in enumerate(image.shape[:2]))
@@ -128,7 +128,7 @@ def clutter(pixels: float, image: Array, key: Array) -> Array:
         piece = jnp.where(flips[0], piece[::-1], piece)
         piece = jnp.where(flips[1], piece[:, ::-1], piece)
         piece = jnp.where(flips[2], piece.transpose(1, 0, 2), piece)
-        result = jnp.where(flips[3], jnp.maximum(result, shifted(piece, FARTHEST, to)), result)
+        result = jnp.where(flips[3], jnp.maximum(result, shifted(piece, MAX_SHIFT, to)), result)
     return result
 
 

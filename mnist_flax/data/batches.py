@@ -96,7 +96,7 @@ def epoch_order(key: Array, epoch: Array | int, rows: Array, batch_size: int) ->
 jit_epoch_order = jax.jit(epoch_order, static_argnames="batch_size")
 
 
-def epochs_order(key: Array, first_epoch: int, num_epochs: int, rows: Array, batch_size: int) -> Array:
+def consecutive_orders(key: Array, first_epoch: int, num_epochs: int, rows: Array, batch_size: int) -> Array:
     """Returns the orders of consecutive epochs, one after the other: `i32[R] -> i32[num_epochs*S,B]`.
 
     They are computed one epoch at a time, so one compiled program serves any number of epochs.

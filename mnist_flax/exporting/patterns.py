@@ -111,7 +111,7 @@ class _Pass:
 Rule = Callable[[_Pass, Node], Node | str | None]
 
 
-def _nothing(state: _Pass, node: Node) -> str | None:
+def _no_op(state: _Pass, node: Node) -> str | None:
     """Drops operations that return one of their inputs unchanged."""
     x = node.inputs[0]
     same = state.shape(x) == node.shape
@@ -120,7 +120,7 @@ def _nothing(state: _Pass, node: Node) -> str | None:
         for x, other in (node.inputs, node.inputs[::-1])[: 1 if node.op in ("sub", "div") else 2]:
             if state.number(other) == neutral[node.op] and state.shape(x) == node.shape:
                 return x
-    is_nothing = {
+    unchanged = {
         "reshape": same,
         "broadcast": same,
         "pad": same,
@@ -128,7 +128,7 @@ def _nothing(state: _Pass, node: Node) -> str | None:
         "transpose": node.attrs.get("axes") == tuple(range(len(node.shape))),
         "cast": x in state.nodes and state.nodes[x].dtype == node.dtype,
     }
-    return x if is_nothing.get(node.op) else None
+    return x if unchanged.get(node.op) else None
 
 
 def _reshape_twice(state: _Pass, node: Node) -> Node | None:
@@ -206,4 +206,4 @@ def _mean(state: _Pass, node: Node) -> Node | None:
     return None
 
 
-RULES: tuple[Rule, ...] = (_nothing, _reshape_twice, _broadcast, _bias, _relu, _mean)
+RULES: tuple[Rule, ...] = (_no_op, _reshape_twice, _broadcast, _bias, _relu, _mean)

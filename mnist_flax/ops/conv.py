@@ -78,7 +78,7 @@ def _conv(
     def cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
         # Half precision is cast up: Winograd's sums would lose accuracy, and few CPUs multiply it faster.
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        form = winograd.winograd if winograd.pays(kernel.shape, window) else patches
+        form = winograd.winograd if winograd.is_faster(kernel.shape, window) else patches
         return form(x.astype(wide), kernel.astype(wide), window).astype(x.dtype)
 
     outputs = (window.output_size(axis, x.shape[1 + axis], kernel.shape[axis]) for axis in (0, 1))

@@ -85,7 +85,7 @@ def _fused_forward(
 ) -> tuple[Normalized, tuple[Any, ...]]:
     # The gradient compares x with the maxima, so XLA must not recompute x, which could round it differently.
     x = lax.optimization_barrier(x)
-    count, mean, var = _statistics(x, weights, row=x.ndim - 2)
+    count, mean, var = _statistics(x, weights, batch_axis=x.ndim - 2)
     factor, sign = scale * lax.rsqrt(var + eps), _sign(scale)
     # Where the scale is negative, z is largest where x is smallest.
     maxima = _per_channel(sign, x) * x
@@ -117,20 +117,25 @@ def _fused_backward(
     slope = (factor * dscale * rstd - 2 * dvar) / count
     constant = (factor * dbias - dmean) / count - slope * mean
     correction = _per_channel(constant, x) + _per_channel(slope, x) * x
-    dx -= correction if weights is None else correction * _per_row(weights, x, x.ndim - 2)
+    dx -= correction if weights is None else correction * _per_example(weights, x, x.ndim - 2)
     return dx, dscale, dbias, None if weights is None else jnp.zeros_like(weights)
 
 
 _fused.defvjp(_fused_forward, _fused_backward)
 
 
-def _statistics(x: jax.Array, weights: jax.Array | None = None, row: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Computes the count, mean and variance of each channel's values in one pass; `row` is the batch axis."""
+def _statistics(
+    x: jax.Array, weights: jax.Array | None = None, batch_axis: int = 0
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Computes the count, mean and variance of each channel's values in one pass."""
     axes, size = tuple(range(x.ndim - 1)), math.prod(x.shape[:-1])
     if weights is None:
         weighted, count = x, jnp.float32(size)
     else:
-        weighted, count = x * _per_row(weights, x, row), jnp.maximum(weights.sum() * (size // x.shape[row]), 1)
+        weighted, count = (
+            x * _per_example(weights, x, batch_axis),
+            jnp.maximum(weights.sum() * (size // x.shape[batch_axis]), 1),
+        )
     mean = weighted.sum(axes) / count
     return count, mean, jnp.maximum((weighted * x).sum(axes) / count - jnp.square(mean), 0)
 
@@ -139,8 +144,8 @@ def _per_channel(v: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.expand_dims(v, range(x.ndim - 1))
 
 
-def _per_row(v: jax.Array, x: jax.Array, row: int) -> jax.Array:
-    return jnp.expand_dims(v, [axis for axis in range(x.ndim) if axis != row])
+def _per_example(v: jax.Array, x: jax.Array, batch_axis: int) -> jax.Array:
+    return jnp.expand_dims(v, [axis for axis in range(x.ndim) if axis != batch_axis])
 
 
 def _sign(scale: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ from scipy import ndimage
 
 from mnist_flax.pictures.decode import PictureError
 
-MOST = 10_000  # the maximum number of pieces of ink; a page of handwriting has fewer
+MAX_PIECES = 10_000  # the maximum number of pieces of ink; a page of handwriting has fewer
 
 
 class Blob(NamedTuple):
@@ -47,8 +47,8 @@ def find_blobs(mask: np.ndarray, steps: np.ndarray, pen: float) -> tuple[np.ndar
     labels[~mask] = 0
     places = enumerate(ndimage.find_objects(labels), 1)
     blobs = _without_specks([_blob((number,), place) for number, place in places if place], labels, steps, pen)
-    if len(blobs) > MOST:
-        raise PictureError(f"has more than {MOST:,} separate marks, too many for handwriting; crop it")
+    if len(blobs) > MAX_PIECES:
+        raise PictureError(f"has more than {MAX_PIECES:,} separate marks, too many for handwriting; crop it")
     count = int(labels.max())
     digits = []
     for blob in _join_broken(blobs, pen):
@@ -64,7 +64,7 @@ def _blob(numbers: tuple[int, ...], place: tuple[slice, slice], left: int = 0, t
     return Blob(numbers, left + columns.start, top + rows.start, left + columns.stop, top + rows.stop)
 
 
-def in_lines(blobs: list[Blob]) -> list[list[Blob]]:
+def group_lines(blobs: list[Blob]) -> list[list[Blob]]:
     """Groups blobs into lines, from top to bottom; each is sorted from left to right.
 
     A blob belongs to a line if its middle is within the vertical extent of the horizontally nearest blob of the line,

@@ -14,7 +14,7 @@ _SMALLEST = 60  # pixels: below this height or width, lines cannot be distinguis
 _SIDE = 400  # pixels: lines are detected in an image downsampled to at most this height and width
 _SPAN = 0.62  # a ruling covers at least this share of the width or height of its piece of ink
 _STRAIGHT = 0.88  # the minimum inked share of a line's length: higher in printed lines, lower in a curved 0
-_TURNS = np.tan(np.deg2rad(np.arange(-8, 8.01, 0.5)))
+_SLOPES = np.tan(np.deg2rad(np.arange(-8, 8.01, 0.5)))
 
 
 class Line(NamedTuple):
@@ -130,9 +130,9 @@ def _lines(piece: np.ndarray, level: bool, tilt: float = 0.0) -> list[Line]:
     height, width = reduced.shape
     y, x = np.nonzero(ndimage.binary_dilation(reduced, np.ones((3, 1))))
     x = x - width / 2
-    pad = int(width * _TURNS[-1]) + 2
+    pad = int(width * _SLOPES[-1]) + 2
     rows = np.stack([
-        np.bincount(np.round(y - slope * x).astype(int) + pad, minlength=height + 2 * pad) for slope in _TURNS
+        np.bincount(np.round(y - slope * x).astype(int) + pad, minlength=height + 2 * pad) for slope in _SLOPES
     ])  # fmt: skip
     span = max(0.4 * width, width - tilt * height)
     share, offsets = rows / span, np.arange(rows.shape[1])[None, :] - pad
@@ -142,10 +142,10 @@ def _lines(piece: np.ndarray, level: bool, tilt: float = 0.0) -> list[Line]:
         best = float(share[turn, row])
         if best < _SPAN:
             break
-        slope, middle = _fitted(reduced, float(_TURNS[turn]), int(row) - pad)
+        slope, middle = _fitted(reduced, float(_SLOPES[turn]), int(row) - pad)
         first, last = _edges(reduced, slope, middle)
         # Discard candidates that cross this line in the piece: rulings of the same direction do not cross.
-        reach = np.abs(_TURNS - slope)[:, None] * width / 2 + max(2, last - first + 2)
+        reach = np.abs(_SLOPES - slope)[:, None] * width / 2 + max(2, last - first + 2)
         share[np.abs(offsets - (first + last) / 2) <= reach] = 0
         found.append(Line(level, slope, first * factor, (last + 1) * factor - 1, best))
     # Lines that span much less than the first are strokes. If several lines fill half of the piece, it is not a grid.

@@ -12,7 +12,7 @@ from mnist_flax.pictures.segment import Digit
 
 TOP = 3
 
-_PATIENCE = 0.3  # seconds since the last batch; after that, the next picture completes a batch, full or not
+_FLUSH_SECONDS = 0.3  # seconds since the last batch; after that, the next picture completes a batch, full or not
 
 
 class Reading(NamedTuple):
@@ -62,7 +62,7 @@ def classify_all(
     for name, digits in pictures:
         waiting.append((name, digits))
         count = sum(len(digits) for _, digits in waiting if isinstance(digits, list))
-        if count >= batch_size or time.monotonic() - started > _PATIENCE:
+        if count >= batch_size or time.monotonic() - started > _FLUSH_SECONDS:
             yield from flush()
             started = time.monotonic()
     yield from flush()

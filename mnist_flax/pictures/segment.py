@@ -14,7 +14,7 @@ from scipy import ndimage
 
 from mnist_flax.data.framing import BOX_SIZE, CENTRE, frame
 from mnist_flax.data.registry import IMAGE_SIZE
-from mnist_flax.pictures.blobs import Blob, find_blobs, in_lines, of_digit_size
+from mnist_flax.pictures.blobs import Blob, find_blobs, group_lines, of_digit_size
 from mnist_flax.pictures.decode import PictureError, decode
 from mnist_flax.pictures.grids import without_grids
 from mnist_flax.pictures.ink import Ink, find_ink, is_dark_on_light, pen_width, thick_pen
@@ -114,7 +114,7 @@ def _segment(ink: Ink) -> tuple[list[Digit], float]:
         return [], 0.0
     pen = pen_width(mask)
     labels, blobs = find_blobs(mask, ink.steps, pen)
-    lines = [of_digit_size(line) for line in in_lines(blobs)]
+    lines = [of_digit_size(line) for line in group_lines(blobs)]
     erased = ink.mask & ~mask
     digits = [
         Digit(_draw(ink.strength, labels, blob, pen), blob[1:], _touches(ruled, blob) or _ends_in(erased, blob))

@@ -67,7 +67,7 @@ def layout(state: Any) -> dict[str, str]:
     return {name: f"{leaf.dtype}{leaf.shape}" for name, leaf in leaves(state).items()}
 
 
-def rank(holdout: Mapping[str, float]) -> tuple[float, float]:
+def sort_key(holdout: Mapping[str, float]) -> tuple[float, float]:
     """Returns the sort key of a checkpoint, highest for the best: hold-out accuracy, then negative loss."""
     return holdout["accuracy"], -holdout["loss"]
 
@@ -122,7 +122,7 @@ def _choose(folder: pathlib.Path, which: str) -> int:
     if which == "latest":
         return steps[-1]
     if which == "best":
-        ranked = {step: rank(holdout) for step, holdout in holdouts(folder).items() if holdout}
+        ranked = {step: sort_key(holdout) for step, holdout in holdouts(folder).items() if holdout}
         if ranked:
             return max(ranked, key=lambda step: (ranked[step], step))
     kept = [str(step) for step in steps]

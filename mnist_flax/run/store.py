@@ -149,7 +149,7 @@ class Store:
     def _prune(self) -> None:
         """Deletes all but the `keep_latest` newest checkpoints and the `keep_best` best by hold-out scores."""
         limits = self._config.checkpoint
-        scores = {step: checkpoint.rank(holdout) for step, holdout in self._holdouts.items() if holdout}
+        scores = {step: checkpoint.sort_key(holdout) for step, holdout in self._holdouts.items() if holdout}
         best = sorted(scores, key=lambda step: (scores[step], step), reverse=True)[: limits.keep_best]
         latest = sorted(self._holdouts)[-limits.keep_latest :]
         for step in self._holdouts.keys() - {*best, *latest}:

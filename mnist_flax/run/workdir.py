@@ -29,11 +29,11 @@ CHECKPOINTS = "checkpoints"
 DAMAGED = "checkpoints_damaged"
 TENSORBOARD = "tensorboard"
 MEMBERS = "members"  # in the folder of a population: the folders of its runs
-RESUMES = "fix that, and the same command continues from the newest checkpoint"
-NAME_OUTPUT = "name another folder with --output=DIR"
+REMEDY_RESUME = "fix that, and the same command continues from the newest checkpoint"
+REMEDY_OUTPUT = "name another folder with --output=DIR"
 _LOCK = ".mnist_flax.lock"
 _OWNER = ".mnist_flax.owner.json"
-_NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
 def check(workdir: pathlib.Path) -> None:
@@ -122,7 +122,7 @@ def reason(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def as_workdir_error(subject: object, remedy: str = RESUMES) -> Iterator[None]:
+def as_workdir_error(subject: object, remedy: str = REMEDY_RESUME) -> Iterator[None]:
     """Converts an OSError raised inside into `<subject>: cannot be written (<reason>); <remedy>`.
 
     Raises:
@@ -134,7 +134,7 @@ def as_workdir_error(subject: object, remedy: str = RESUMES) -> Iterator[None]:
         raise WorkdirError(f"{subject}: cannot be written ({reason(error)}); {remedy}") from error
 
 
-def inside(workdir: pathlib.Path, *names: str, remedy: str = RESUMES) -> pathlib.Path:
+def inside(workdir: pathlib.Path, *names: str, remedy: str = REMEDY_RESUME) -> pathlib.Path:
     """Returns a path inside a run's folder, and checks that no part of it below `workdir` is a symbolic link.
 
     Raises:
@@ -149,7 +149,7 @@ def inside(workdir: pathlib.Path, *names: str, remedy: str = RESUMES) -> pathlib
     return path
 
 
-def subfolder(workdir: pathlib.Path, *names: str, remedy: str = RESUMES) -> pathlib.Path:
+def subfolder(workdir: pathlib.Path, *names: str, remedy: str = REMEDY_RESUME) -> pathlib.Path:
     """Creates a folder inside a run's folder if it is missing, and returns it.
 
     Raises:
@@ -175,7 +175,7 @@ def output_folder(workdir: pathlib.Path, output: str | None) -> pathlib.Path:
     return folder
 
 
-def write_bytes(path: pathlib.Path, content: bytes, *, remedy: str = RESUMES) -> None:
+def write_bytes(path: pathlib.Path, content: bytes, *, remedy: str = REMEDY_RESUME) -> None:
     """Writes a file atomically: readers see all of the old or all of the new content, even after a power failure.
 
     A symbolic link at `path` is replaced, not followed. The folder must exist: create it with `subfolder`.
@@ -186,7 +186,7 @@ def write_bytes(path: pathlib.Path, content: bytes, *, remedy: str = RESUMES) ->
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     with as_workdir_error(path, remedy):
         try:
-            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINK, 0o666), "wb") as file:
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, 0o666), "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -197,7 +197,7 @@ def write_bytes(path: pathlib.Path, content: bytes, *, remedy: str = RESUMES) ->
             raise
 
 
-def write_text(path: pathlib.Path, text: str, *, remedy: str = RESUMES) -> None:
+def write_text(path: pathlib.Path, text: str, *, remedy: str = REMEDY_RESUME) -> None:
     """Writes UTF-8 text as `write_bytes` does."""
     write_bytes(path, text.encode(), remedy=remedy)
 
@@ -209,7 +209,7 @@ def append_bytes(path: pathlib.Path, content: bytes) -> None:
       WorkdirError: the disk is full, or the file cannot be written or is a symbolic link.
     """
     with as_workdir_error(path):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _NO_LINK, 0o666)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _NO_FOLLOW, 0o666)
         with open(descriptor, "ab") as file:
             file.write(content)
 

@@ -24,7 +24,7 @@ def write_report(run: Reported, workdir: pathlib.Path, folder: pathlib.Path | No
       WorkdirError: the folder cannot be written.
     """
     place = shown(folder) if folder else f"{shown(workdir)}/{REPORT_FOLDER}"
-    remedy = workdirs.RESUMES if run.evaluated_by == "training" else workdirs.NAME_OUTPUT
+    remedy = workdirs.REMEDY_RESUME if run.evaluated_by == "training" else workdirs.REMEDY_OUTPUT
     folder = folder or workdirs.subfolder(workdir, REPORT_FOLDER, remedy=remedy)
     facts = facts_lib.report_facts(run, layers.layers(run.predictor.program, run.predictor.members[0]))
     facts["draw"] = "../demo.html" if folder.parent == workdir and (workdir / "demo.html").is_file() else ""
