@@ -29,7 +29,7 @@ from mnist_flax.sections import CheckpointConfig, DataConfig, EvalConfig, TrainC
 class Program:
     """The part of a config that compiled code depends on: hashable, and a static argument of jitted functions.
 
-    Runs with equal programs share compiled code, even if they differ in seed, fold, paths or `cadence` fields.
+    The members of a population, which differ only in seed and fold, share compiled code.
     """
 
     model: ModelConfig
@@ -124,8 +124,8 @@ class Config:
     def unused(self) -> Iterator[str]:
         """Yields a message for changed fields that have no effect on this run."""
         if names := [f"config.optimizer.{name}" for name in self.optimizer.unused()]:
-            name, rate = self.optimizer.name, self.optimizer.schedule
-            yield f"{', '.join(names)}: changed, but {name} with the schedule {rate} does not use it"
+            name, schedule = self.optimizer.name, self.optimizer.schedule
+            yield f"{', '.join(names)}: changed, but not used by {name} with the schedule {schedule}"
         if self.train.augment_until < 1 and not self.augment.strengths:
             yield f"config.train.augment_until = {self.train.augment_until}: has no effect without an augmentation"
         if self.train.teacher_weight < 1 and not self.train.teacher:
@@ -204,7 +204,7 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     there, now = _result_fields(old), _result_fields(new)
     changed = {name: (there.get(name), now.get(name)) for name in there | now if there.get(name) != now.get(name)}
     if not SCHEDULES[new.optimizer.schedule].needs_end and new.train.augment_until == 1:
-        changed.pop("train.epochs", None)  # no step depends on how many follow
+        changed.pop("train.epochs", None)  # no step depends on the length of the run
     return changed
 
 

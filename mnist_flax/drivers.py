@@ -112,7 +112,7 @@ def over_runs(steps: Callable[..., Any], mesh: Mesh, num_runs: int) -> Callable[
 
 
 def scan_steps(job: Job, states: TrainState) -> Advance:
-    """Compiles a loop of steps on the device; a call runs any number of steps within one order (see `train_steps`)."""
+    """Compiles a loop of steps on the device; a call runs steps of one `order`, the batches of an epoch or more."""
     program, num_runs = job.program, len(job.seeds)
     mesh = job_mesh(program, num_runs, job.num_devices)
     everywhere, by_run = sharding.replicated(mesh), _run_sharding(mesh, num_runs)

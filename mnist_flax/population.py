@@ -61,6 +61,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "the population's folder; default: runs/<config>-seeds<M> or -folds<K>")
     flags.DEFINE_integer("seeds", None, "train M members, with consecutive seeds from the config's on", lower_bound=2)
     flags.DEFINE_integer("folds", None, "split the training rows in K parts; each member holds out one", lower_bound=2)
-    flags.DEFINE_list("compare", None, "A,B: two folders of runs or populations; tests whether B is better than A")
-    flags.DEFINE_boolean("json", False, "print the result as JSON, as it is saved")
+    flags.DEFINE_list("compare", None, "A,B: two folders of runs or populations; tests which is better")
+    flags.DEFINE_boolean("json", False, "print the result as JSON instead of a table")
     cli.run(main)

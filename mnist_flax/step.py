@@ -130,7 +130,7 @@ def eval_variables(state: TrainState) -> Variables:
 
 
 def soft_targets(teacher: Teacher, images: Array) -> Array:
-    """Computes the teacher's probabilities, `u8[B,28,28,1] -> f32[B,C]`, as `evaluate` does without shifted views.
+    """Computes the teacher's probabilities, `u8[B,28,28,1] -> f32[B,C]`, as `evaluate` does with one view.
 
     The networks run one after the other, so that compile time and memory do not grow with their number.
     """

@@ -88,7 +88,7 @@ def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, fol
         result = statistics.load_population_result(workdir) if all(member.is_finished for member in members) else None
         expected = (list(configs), members[0].config.num_steps)
         if result and ([member["name"] for member in result["members"]], result["steps"]) == expected:
-            logger.info("%s is finished; a larger --seeds, or more epochs, trains further", workdir)
+            logger.info("%s is finished; more epochs, or a larger --seeds, train further", workdir)
             return result
         named = {member.workdir.name: (member.config, eval_variables(member.state)) for member in members}
         result, arrays = statistics.population_result(named, splits, folder)
@@ -236,7 +236,7 @@ def stopped(config: Config, step: int, signum: int) -> Interrupted:
 
 
 def next_num_steps(config: Config, num_steps: int, rate: float) -> int:
-    """Returns the maximum number of steps of the next call: those of `DISPATCH_SECONDS`, but at most twice `num_steps`.
+    """Returns how many steps the next call may make: those of `DISPATCH_SECONDS`, at most twice the last `num_steps`.
 
     `rate` is in steps per second. If the config sets `epochs_per_dispatch`, the number does not change.
     """
@@ -263,7 +263,7 @@ def steps_per_order(config: Config) -> int:
 def is_save_due(config: Config, step: int) -> bool:
     """Returns whether a checkpoint is due at `step`, by epochs, by steps or because the run ends.
 
-    A call of several epochs saves at its end if a checkpoint by epochs was due within it.
+    If `every_epochs` falls due within a call of several epochs, the checkpoint is saved at the end of that call.
     """
     limits, stride = config.checkpoint, steps_per_order(config)
     every = limits.every_epochs * config.steps_per_epoch

@@ -11,10 +11,10 @@ runs alternate between the scan and the stream driver. A quiet run is one that n
   console             standard error is closed, full, or a pipe whose reader exits; the run must finish as usual
   disk                no file may grow beyond a random size, at most that of the largest file of a quiet run
 
-In every mode but `console`, the same command then restarts the disturbed run. A run that does not finish counts as
-needing help. In a finished run, all arrays of the last checkpoint, the weights and metrics.jsonl (except the seconds)
-must match those of a quiet run bit for bit, and summary and report must be complete. Each mode prints one line of JSON
-to standard output.
+In every mode but `console`, the same command then restarts the disturbed run. A run that does not finish, or shows a
+traceback, counts as needing help. In a finished run, all arrays of the last checkpoint, the weights and metrics.jsonl
+(except the seconds) must match those of a quiet run bit for bit, and summary and report must be complete. Each mode
+prints one line of JSON to standard output.
 """
 
 import collections
@@ -67,7 +67,7 @@ LONGEST = 900.0  # seconds after which a process counts as hung, even on a busy 
 _RUNS = flags.DEFINE_integer("runs", 100, "runs of each mode", lower_bound=1)
 _MODE = flags.DEFINE_enum("mode", "all", ("all", *MODES), "the kind of disturbance; all runs every mode")
 _MINUTES = flags.DEFINE_float("minutes", 60.0, "begin no new run after this time, over all modes", lower_bound=0.0)
-_SEED = flags.DEFINE_integer("seed", 0, "seed of the random times")
+_SEED = flags.DEFINE_integer("seed", 0, "seed of everything random")
 
 
 class Process:
@@ -175,7 +175,7 @@ def hit(
     while tally["hits"] < wanted:
         process = Process(workdir, driver)
         try:
-            # In mode `end`, a process first spends seconds on starting Python and reading the checkpoint.
+            # In mode `end` not before 0.4 of a run: earlier, Python is starting or reading the checkpoint.
             process.process.wait(timeout=chance.uniform(0.4 * seconds if mode == "end" else 0, seconds))
         except subprocess.TimeoutExpired:
             process.process.send_signal(signum)
@@ -212,7 +212,7 @@ def lose_console(workdir: pathlib.Path, driver: str, seconds: float, chance: ran
     return kind, f"status {status} with the console {kind}" if status else ""
 
 
-def fill_disk(workdir: pathlib.Path, driver: str, largest: int, chance: random.Random) -> tuple[str, str]:
+def limit_file_size(workdir: pathlib.Path, driver: str, largest: int, chance: random.Random) -> tuple[str, str]:
     """Trains with a limit on file size; returns which file hit the limit, and the error, empty if none."""
     limit = int(largest ** chance.uniform(0.5, 1))
     limits = (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
@@ -226,7 +226,7 @@ def fill_disk(workdir: pathlib.Path, driver: str, largest: int, chance: random.R
     return what, "" if is_clear else f"status {status} at a limit of {limit} bytes: {said}"
 
 
-def stripped(source: pathlib.Path, workdir: pathlib.Path) -> None:
+def copy_without_results(source: pathlib.Path, workdir: pathlib.Path) -> None:
     """Copies a finished run without the files that are written after the last step."""
     shutil.copytree(source, workdir)
     for name in (workdirs.WEIGHTS, workdirs.SUMMARY, REPORT):
@@ -239,7 +239,7 @@ def quiet_runs(mode: str, folder: pathlib.Path) -> tuple[dict[str, dict[str, Any
     for driver in DRIVERS:
         for name in ("cold", "warm"):  # the first compiles, the second shows how long a run takes
             if mode == "end" and name == "warm":
-                stripped(folder / f"cold-{driver}", folder / f"warm-{driver}")
+                copy_without_results(folder / f"cold-{driver}", folder / f"warm-{driver}")
             began = time.monotonic()
             status, said = Process(folder / f"{name}-{driver}", driver).finish()
             if status:
@@ -259,20 +259,20 @@ def disturb(
     """
     warm = workdir.with_name(f"warm-{driver}")
     if mode == "console":
-        kind, help_needed = lose_console(workdir, driver, seconds, chance)
-        return collections.Counter([kind]), help_needed
+        kind, error_of_run = lose_console(workdir, driver, seconds, chance)
+        return collections.Counter([kind]), error_of_run
     if mode == "disk":
         largest = max(path.stat().st_size for path in warm.rglob("*") if path.is_file())
-        kind, help_needed = fill_disk(workdir, driver, largest, chance)
+        kind, error_of_run = limit_file_size(workdir, driver, largest, chance)
         tally = collections.Counter([kind])
     else:
         if mode == "end":
-            stripped(warm, workdir)
-        tally, help_needed = hit(mode, workdir, driver, seconds, chance)
-    if not help_needed:
+            copy_without_results(warm, workdir)
+        tally, error_of_run = hit(mode, workdir, driver, seconds, chance)
+    if not error_of_run:
         status, said = Process(workdir, driver).finish()
-        help_needed = f"status {status}: {said}" if status else ""
-    return tally, help_needed
+        error_of_run = f"status {status}: {said}" if status else ""
+    return tally, error_of_run
 
 
 def torture(mode: str, folder: pathlib.Path, deadline: float) -> dict[str, Any]:
@@ -280,31 +280,31 @@ def torture(mode: str, folder: pathlib.Path, deadline: float) -> dict[str, Any]:
     chance = random.Random(f"{_SEED.value} {mode}")
     quiet, seconds = quiet_runs(mode, folder)
     tally: collections.Counter[str] = collections.Counter()
-    runs, differing, helped = 0, [], []
+    runs, differing, errors = 0, [], []
     for driver in itertools.islice(itertools.cycle(DRIVERS), _RUNS.value):
         if time.monotonic() > deadline:
             break
         workdir = folder / f"run-{runs}"
-        counted, help_needed = disturb(mode, workdir, driver, seconds[driver], chance)
+        counted, error_of_run = disturb(mode, workdir, driver, seconds[driver], chance)
         tally.update(counted)
         runs += 1
         try:
-            found = {} if help_needed else outcome(workdir)
+            found = {} if error_of_run else outcome(workdir)
         except (OSError, ValueError, KeyError) as error:
-            found, help_needed = {}, f"incomplete: {error!r}"
-        if help_needed:
-            helped.append(help_needed)
+            found, error_of_run = {}, f"incomplete: {error!r}"
+        if error_of_run:
+            errors.append(error_of_run)
         elif names := [name for name in quiet[driver] | found if quiet[driver].get(name) != found.get(name)]:
             differing.append(names)
         shutil.rmtree(workdir, ignore_errors=True)
-        flaws = f"{len(differing)} differing {differing[-1:]}, {len(helped)} needing help {helped[-1:]}"
+        flaws = f"{len(differing)} differing {differing[-1:]}, {len(errors)} needing help {errors[-1:]}"
         print(f"{mode}: run {runs} of {_RUNS.value}, {dict(tally)}, {flaws}", file=sys.stderr, flush=True)
     return {
         "claim": "torture",
         "mode": mode,
         "runs": runs,
         "differing": len(differing),
-        "needing_help": len(helped),
+        "needing_help": len(errors),
         "happened": dict(tally),
         "quiet_seconds": {driver: round(value, 2) for driver, value in seconds.items()},
         "seed": _SEED.value,

@@ -123,8 +123,8 @@ def test_a_family_of_models_brings_its_own_fields() -> None:
         (
             {"optimizer__momentum": 0.5, "optimizer__decay_rate": 0.5},
             [
-                "config.optimizer.decay_rate, config.optimizer.momentum: changed, but adam with the schedule constant"
-                " does not use it"
+                "config.optimizer.decay_rate, config.optimizer.momentum: changed, but not used by adam with the"
+                " schedule constant"
             ],
         ),
         ({"optimizer__name": "sgd", "optimizer__momentum": 0.5}, []),

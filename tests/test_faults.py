@@ -35,12 +35,12 @@ def quiet(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return outcome(workdir)
 
 
-# One moment for each kind of file that is being written, and one for none; the other moments are slow tests.
-KINDS = ["while Orbax writes", "between a save and its rename", "while a line is written", "before its summary"]
+# One moment while each kind of file is written, and one while none is; tests of the other moments are slow.
+FAST_MOMENTS = ["while Orbax writes", "between a save and its rename", "while a line is written", "before its summary"]
 
 
 @pytest.mark.parametrize(
-    "moment", [pytest.param(moment, marks=[] if moment in KINDS else [pytest.mark.slow]) for moment in MOMENTS]
+    "moment", [pytest.param(moment, marks=[] if moment in FAST_MOMENTS else [pytest.mark.slow]) for moment in MOMENTS]
 )
 def test_killed_run_is_continued(quiet: dict[str, Any], tmp_path: pathlib.Path, moment: str) -> None:
     config, workdir = tmp_path / "config.json", tmp_path / "run"

@@ -75,7 +75,7 @@ def test_raw_dir_of_another_dataset_is_named(
     field = "$MNIST_FLAX_RAW_DIR" if of_environment else "config.data.raw_dir"
     assert str(raised.value).startswith(f"{field} = '{mnist.raw_dir}' does not hold fashion_mnist: {mnist.raw_dir}/")
     assert "the size of mnist's train-images-idx3-ubyte.gz" in str(raised.value)
-    assert "files of fashion_mnist can be in its subfolder 'fashion_mnist'" in str(raised.value)
+    assert "put the files into it or its subfolder 'fashion_mnist'" in str(raised.value)
     assert not fashion.data_dir.exists()
 
 

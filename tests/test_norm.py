@@ -89,6 +89,14 @@ def test_batch_norm_of_vectors_agrees_in_loops_and_in_bfloat16() -> None:
     assert_near(y.astype(jnp.float32), batch_norm(x[0], scale, bias)[0], 2.0**-8)
 
 
+def test_mask_marks_examples_whatever_the_number_of_axes() -> None:
+    x, scale, bias, mask = normal(0, 6, 4, 5), normal(1, 5), normal(2, 5), jnp.arange(6) < 4
+    y, mean, var = norm.norm_activate_pool(x, scale, bias, mask)
+    expected = norm.norm_activate_pool(x[:4], scale, bias)
+    for actual, wanted in zip((y[:4], mean, var), expected, strict=True):
+        assert_near(actual, wanted, 1e-5)
+
+
 def test_batch_norm_takes_statistics_over_all_devices() -> None:
     x, scale, bias, mask = normal(0, 8, 4, 4, 3), normal(1, 3), normal(2, 3), jnp.arange(8) < 7
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

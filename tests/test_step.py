@@ -156,7 +156,7 @@ def test_padding_changes_no_result(config: Config, examples: Examples) -> None:
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=2e-4)
 
 
-def test_a_step_depends_on_seed_and_step_and_nothing_else(examples: Examples) -> None:
+def test_randomness_of_a_step_depends_only_on_seed_and_step(examples: Examples) -> None:
     state, batch = jit_init_state(RICH.program, KEY), batch_of(examples, 20)
     assert_equal(step_once(RICH.program, state, batch, KEY), step_once(RICH.program, state, batch, KEY))
     _, sums = step_once(RICH.program, state, batch, KEY)

@@ -95,19 +95,17 @@ def robustness_facts(logits: Mapping[str, np.ndarray], corrupted: Corrupted) -> 
 
     def mean_over(names: list[str]) -> Facts:
         accuracy, interval = mean_with_interval(np.mean([right[name] for name in names], axis=0))
-        of_names = {f"mean_{field}": float(np.mean([rows[name][field] for name in names])) for field in ("loss", "ece")}
-        return {"mean_accuracy": accuracy, "mean_accuracy_interval": interval, **of_names, "names": names}
+        means = {f"mean_{field}": float(np.mean([rows[name][field] for name in names])) for field in ("loss", "ece")}
+        return {"mean_accuracy": accuracy, "mean_accuracy_interval": interval, **means}
 
-    means = {
-        "all": mean_over(list(CORRUPTIONS)),
-        "in_family": mean_over([name for name, kind in CORRUPTIONS.items() if kind.affine]),
-        "never_seen": mean_over([name for name, kind in CORRUPTIONS.items() if not kind.affine]),
-    }
+    affine = [name for name, kind in CORRUPTIONS.items() if kind.affine]
+    others = [name for name in CORRUPTIONS if name not in affine]
     return {
-        **{field: value for field, value in means.pop("all").items() if field != "names"},
+        **mean_over(list(CORRUPTIONS)),
         "examples": len(corrupted.label),
         "clean": scores("clean"),
-        **means,
+        "in_family": {**mean_over(affine), "names": affine},
+        "never_seen": {**mean_over(others), "names": others},
         "corruptions": rows,
     }
 
@@ -165,7 +163,9 @@ def robustness_of_workdir(
     other = load_predictor(compare, checkpoint) if compare else None
     config, splits = load_data(info.config, info.fingerprint, overrides)
     if other and other[1].fingerprint != info.fingerprint:
-        raise WorkdirError(f"--compare={compare}: was trained on other data than {workdir}, so its test set differs")
+        raise WorkdirError(
+            f"--compare={compare}: was trained on other data than {workdir}; name a run of the same data"
+        )
     corrupted = corrupt_all(splits.test, severity, official_folder(config))
     logits = predict_all(predictor, splits.test, corrupted)
     facts = {
@@ -190,7 +190,7 @@ def robustness_of_workdir(
 
 
 def _held_out(config: Config, info: RunInfo, splits: Splits) -> Examples | None:
-    """Returns the rows that no member was trained on, or None if there are none."""
+    """Returns the hold-out rows, which no member was trained on, or None if there are none."""
     if info.kind == "folds":
         return None
     try:
@@ -214,9 +214,8 @@ def robustness_table(facts: Mapping[str, Any]) -> str:
     """Formats the facts as a text table."""
     against = facts.get("compare")
     lines = [
-        f"{facts['dataset']}, {facts['examples']} test images under each corruption, severity {facts['severity']}",
-        f"{'':<16}{'accuracy':>9}  {'95 % interval':<18}{'loss':>8}{'ECE':>8}"
-        + "   only B - only A right" * bool(against),
+        f"{facts['dataset']}, {facts['examples']} test images under each corruption, severity: {facts['severity']}",
+        f"{'':<16}{'accuracy':>9}  {'95 % interval':<18}{'loss':>8}{'ECE':>8}" + "   B right - A right" * bool(against),
         _row("clean", facts["clean"]),
     ]
     for name, row in facts["corruptions"].items():

@@ -134,7 +134,7 @@ def member_curves(logs: Sequence[Records]) -> Facts:
 def population_result(
     members: Mapping[str, tuple[Config, Variables]], splits: Splits, folder: pathlib.Path
 ) -> tuple[Facts, dict[str, np.ndarray]]:
-    """Evaluates trained members on the test set, alone and as a committee, and folds also on their held-out rows.
+    """Evaluates trained members on the test set, alone and as a committee; folds also on the rows that they hold out.
 
     Each member is scored at the temperature in its summary, and the committee at a temperature fitted on the rows that
     all members held out (1 for folds). The arrays hold probabilities at temperature 1.
@@ -157,9 +157,10 @@ def population_result(
         fold = {"fold": config.data.fold} if is_folds else {}
         scores = score(combine_members(of_member[None], temperature), label)
         rows.append({"name": name, "seed": config.seed, **fold, **scores, "temperature": temperature})
-    _, held_out = batches.rows_of(splits.train.label, configs[0].data)
-    by_all = Examples(splits.train.image[held_out], splits.train.label[held_out])
-    fitted = committee if is_folds else calibration.calibrate(committee, by_all)
+    fitted = committee
+    if not is_folds:  # all members hold out the same rows
+        _, held_out = batches.rows_of(splits.train.label, configs[0].data)
+        fitted = calibration.calibrate(committee, Examples(splits.train.image[held_out], splits.train.label[held_out]))
     result: Facts = {
         "kind": "folds" if is_folds else "seeds",
         "dataset": splits.name,

@@ -39,7 +39,8 @@ class Augmentation:
       high: the largest strength; the smallest is 0, which turns the operation off.
       open_high: `high` itself is not allowed.
       whole: the strength is an integer.
-      classes: label -> class name, for an operation that applies only to these labels; other datasets are refused.
+      classes: label -> class name, if the operation applies only to these labels; datasets that name them differently
+        are refused.
     """
 
     strength: str

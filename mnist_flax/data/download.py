@@ -13,7 +13,7 @@ TIMEOUTS = (5, 20)  # seconds to connect, and between two chunks of a response
 
 
 class UnavailableError(DataError):
-    """A source does not have the dataset, but nothing is damaged, so the next source may be tried."""
+    """A source has no usable copy of the dataset, so the next source may be tried."""
 
 
 def check_files(dataset: Dataset, folder: Path) -> None:

@@ -30,7 +30,7 @@ FILE = "demo.html"
 PAGE = pathlib.Path(__file__).with_name("page")
 SCRIPTS = ("framing", "network", "inspect", "draw", "views", "inspector", "app")  # in dependency order
 
-EXAMPLES = 12  # at most, of correct images and of mistakes
+EXAMPLES = 12  # at most this many correct images, and as many mistakes
 CORRUPTED = ("impulse_noise", "motion_blur", "translate", "brightness", "stripe", "fog", "dotted_line", "zigzag")
 
 # Names as the datasets' authors write them; other datasets are shown under their config names.

@@ -86,7 +86,7 @@ class _Pass:
         return Graph(tuple(self.nodes.values()), self.constants, outputs)
 
     def replace(self, old: str, new: str) -> None:
-        """Lets the users of `old`, which itself used `new` once, use `new`."""
+        """Redirects the users of `old` to `new`; the one use of `new` by `old` itself goes."""
         self.alias[old] = new
         self.uses[new] += self.uses[old] - 1
 

@@ -19,7 +19,7 @@ class CleanedCNNConfig(CNNConfig):
     """A `CNNConfig` whose network sees `cleaned(image)`."""
 
     def seen_size(self, size: int) -> int:
-        """Returns the full side: the background is estimated from the whole image."""
+        """Returns the full size: the cleaning reads the whole image."""
         return size
 
     def module(self, num_classes: int, *, train: bool = False) -> nn.Module:

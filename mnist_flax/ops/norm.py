@@ -27,8 +27,9 @@ def norm_activate_pool(
 ) -> Normalized:
     """Computes pool(activation(batch_norm(x))): f32[B,H,W,C] -> f32[B,H',W',C], or f32[B,...,C] without pooling.
 
-    Batch normalisation is that of Ioffe and Szegedy (2015). Also returns the mean and the (biased) variance of the
-    batch, `f32[C]`, over the rows that are examples, `mask` `bool[B]`; None means all. Incomplete windows are dropped.
+    Batch normalisation is that of Ioffe and Szegedy (2015). Also returns the batch's mean and (biased)
+    variance, each `f32[C]`, over the examples that `mask`, `bool[B]`, marks; without a mask, over all. Incomplete
+    windows are dropped.
 
     On CPU, the forward pass reads `x` twice (for the statistics, then for the output), and so does the backward pass
     (for the sums in the gradient, then for the gradient). Only `x` and the pooled maxima are saved in between. Max
@@ -59,14 +60,14 @@ def norm_activate_pool(
 def normalize(
     x: jax.Array, scale: jax.Array, bias: jax.Array, mean: jax.Array, var: jax.Array, *, eps: float = 1e-5
 ) -> jax.Array:
-    """Normalises each channel with a given mean and variance, `f32[B,...,C] -> f32[B,...,C]`, in the dtype of `x`."""
+    """Normalises each channel with a given mean and variance, `[B,...,C] -> [B,...,C]`; returns the dtype of `x`."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     factor = lax.rsqrt(var + eps) * scale
     return ((wide - _per_channel(mean, x)) * _per_channel(factor, x) + _per_channel(bias, x)).astype(x.dtype)
 
 
-# The CPU implementation, on f32[H,W,B,C] or f32[B,C]. With n = (x - mean) * rstd, z = scale * n + bias, and g = dL/dz:
-# dL/dx = scale * rstd * (g - mean(g) - n * mean(g * n)).
+# The CPU implementation, on f32[H,W,B,C] or f32[B,...,C]. With n = (x - mean) * rstd, z = scale * n + bias and
+# g = dL/dz: dL/dx = scale * rstd * (g - mean(g) - n * mean(g * n)).
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -85,7 +86,7 @@ def _fused_forward(
 ) -> tuple[Normalized, tuple[Any, ...]]:
     # The gradient compares x with the maxima, so XLA must not recompute x, which could round it differently.
     x = lax.optimization_barrier(x)
-    count, mean, var = _statistics(x, weights, batch_axis=x.ndim - 2)
+    count, mean, var = _statistics(x, weights, _batch_axis(x))
     factor, sign = scale * lax.rsqrt(var + eps), _sign(scale)
     # Where the scale is negative, z is largest where x is smallest.
     maxima = _per_channel(sign, x) * x
@@ -117,7 +118,7 @@ def _fused_backward(
     slope = (factor * dscale * rstd - 2 * dvar) / count
     constant = (factor * dbias - dmean) / count - slope * mean
     correction = _per_channel(constant, x) + _per_channel(slope, x) * x
-    dx -= correction if weights is None else correction * _per_example(weights, x, x.ndim - 2)
+    dx -= correction if weights is None else correction * _per_example(weights, x, _batch_axis(x))
     return dx, dscale, dbias, None if weights is None else jnp.zeros_like(weights)
 
 
@@ -142,6 +143,10 @@ def _statistics(
 
 def _per_channel(v: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.expand_dims(v, range(x.ndim - 1))
+
+
+def _batch_axis(x: jax.Array) -> int:
+    return 2 if x.ndim == 4 else 0  # images come with rows first
 
 
 def _per_example(v: jax.Array, x: jax.Array, batch_axis: int) -> jax.Array:

@@ -69,7 +69,7 @@ def find_digits(grey: np.ndarray) -> list[Digit]:
 
 
 def _as_in_mnist(grey: np.ndarray) -> np.ndarray | None:
-    """If a picture is already in MNIST's format, returns it as white on black, otherwise unchanged; else None."""
+    """Returns a picture that is already in MNIST's format as white on black, with no other change; else None."""
     if grey.shape != (IMAGE_SIZE, IMAGE_SIZE):
         return None
     image = 255 - grey if is_dark_on_light(grey.astype(np.float32)) else grey

@@ -109,16 +109,16 @@ def agree(*numbers: int) -> tuple[int, ...]:
 
 
 def stop_signals() -> Sequence[signal.Signals]:
-    """Returns the signals that stop a run, without SIGTERM in multi-process runs (see `Store.preemption`)."""
+    """Returns the signals that this program handles; JAX handles SIGTERM in multi-process runs (`Store.preemption`)."""
     return [signum for signum in signals.SIGNALS if signum != signal.SIGTERM or jax.process_count() == 1]
 
 
 @contextlib.contextmanager
 def bound_together() -> Iterator[None]:
-    """In a multi-process run, exits immediately if an error occurs in this process or another.
+    """In a multi-process run, ends this process if an error occurs in it or in another.
 
-    The others notice within `HEARTBEAT_SECONDS`, usually at once, and exit the same way. A normal exit could hang
-    waiting for them, in a collective save or in JAX's shutdown. This loses no more than a kill would.
+    The others notice within `HEARTBEAT_SECONDS`, usually at once, and exit the same way. They skip the
+    normal exit, which could hang in a collective save or in JAX's shutdown. That loses no more than a kill would.
     """
     try:
         yield

@@ -1,8 +1,9 @@
 """The folder of a run: its file names, its lock, and atomic writes.
 
 A run's folder may come from an untrusted source. So the functions here do not write through symbolic links inside it:
-`write_bytes` replaces a link, `append_bytes` and `subfolder` raise an error. Always write with these functions. If
-something cannot be written (a full disk, a link in the way), they raise WorkdirError.
+`write_bytes` replaces a link, `append_bytes` and `subfolder` raise an error. Always write with these functions, to
+paths from `inside` or `subfolder`. If something cannot be written (a full disk, a link in the way), they raise
+WorkdirError.
 """
 
 import contextlib
@@ -37,7 +38,7 @@ _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
 def check(workdir: pathlib.Path) -> None:
-    """Checks, without writing anything, that `workdir` is unused or holds a run.
+    """Checks, without writing anything, that `workdir` is unused or holds a run or a population.
 
     Raises:
       WorkdirError: it is not a folder, cannot be read, or holds something that is not a run.
@@ -203,7 +204,7 @@ def write_text(path: pathlib.Path, text: str, *, remedy: str = REMEDY_RESUME) ->
 
 
 def append_bytes(path: pathlib.Path, content: bytes) -> None:
-    """Appends to a file and closes it, so that a later crash of the process neither loses nor duplicates the content.
+    """Appends to a file and closes it: nothing stays in a buffer that a crash would lose or a forked process repeat.
 
     Raises:
       WorkdirError: the disk is full, or the file cannot be written or is a symbolic link.
@@ -223,7 +224,7 @@ def remove(path: pathlib.Path) -> None:
 
 
 def sync(path: pathlib.Path) -> None:
-    """Flushes a file or folder to disk, so that its contents survive a power failure.
+    """Flushes a file, or the entries of a folder, to disk, so that they survive a power failure.
 
     Raises:
       WorkdirError: it cannot be flushed to disk.
@@ -237,7 +238,7 @@ def sync(path: pathlib.Path) -> None:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Returns the object in a JSON file; an empty one if it is missing, damaged, no object or not a regular file."""
+    """Returns the object in a JSON file; an empty one if it is missing, damaged, something else or no regular file."""
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, ValueError, RecursionError):

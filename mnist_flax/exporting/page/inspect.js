@@ -63,7 +63,7 @@ function indexOf(shape, { y, x, channel }) {
 
 // Explains one value of a stage: { window, sum, lines }.
 // `window` is the input that the value is computed from: { rows, columns, channels, firstChannel, depth,
-// value(i, j, k), weight(i, j, k) }. Its `channels` are the input maps from `firstChannel` on, of `depth` in all.
+// value(i, j, k), weight(i, j, k) }. It covers `channels` input maps, from map `firstChannel` on; the input has `depth`.
 // Pooling has one channel, no `firstChannel` and no `depth`, and its `weight` is null.
 // `sum` is the result before the bias, and `lines` are the bias and the steps after it, each { label, value }.
 function explain(network, stage, place) {

@@ -1,7 +1,7 @@
 // Runs the graph that mnist_flax/exporting/graph.py describes, one image at a time.
 //
 // Each node is compiled once into a function that fills its own array. All activations of the last image can thus be
-// inspected, and running the network allocates nothing. Layout operations (slice, pad, transpose, ...) and broadcasting
+// inspected, and running the network allocates no arrays. Layout operations (slice, pad, transpose, ...) and broadcasting
 // become index maps, computed when the graph is compiled.
 
 class Network {
@@ -63,7 +63,7 @@ function stridesOf(shape) {
   return strides;
 }
 
-// Reads a constant out of the weights; everything is computed in float32.
+// Reads a constant out of the weights; all values are stored in float32.
 function decode(weights, { shape, dtype, offset }) {
   const size = count(shape);
   if (dtype === "bfloat16") {
@@ -278,7 +278,7 @@ function dense(node, [x, kernel, bias], output) {
   };
 }
 
-// Nonzero inputs, each with the index of its first weight; the weights for all channels are contiguous.
+// A list of nonzero inputs, each with the index of the first of its weights: one per output channel, contiguous.
 class Terms {
   constructor(weights, most) {
     this.weights = weights;
@@ -314,7 +314,7 @@ class Terms {
   }
 }
 
-// The loop runs over the result's axes, then over the summed ones, so each result sums consecutive products.
+// The summed axes vary fastest, so each value of the output is the sum of consecutive products.
 function einsum(node, inputs, output) {
   const [operands, result] = node.attrs.equation.split("->");
   const letters = operands.split(",");
