@@ -2,7 +2,7 @@
 
     python -m mnist_flax.main --config=configs/default.py
 
-Any field of the config can be overridden: --config.optimizer.learning_rate=0.05 --config.model.widths="(16,32)".
+Any field of the config can be overridden: --config.optimizer.learning_rate=0.05 --config.model.widths="(16,32,64)".
 Repeating the command continues a run that was stopped, or reports that it is finished. `--fork=DIR` starts a new run
 from the weights of the run in DIR.
 

@@ -26,6 +26,7 @@ from mnist_flax.distillation import LoadedTeacher, teacher_warnings
 from mnist_flax.errors import WorkdirError
 from mnist_flax.exporting import demo
 from mnist_flax.exporting.graph import ExportError
+from mnist_flax.models.layers import NORM_MOMENTUM
 from mnist_flax.optimizer import schedule
 from mnist_flax.run import checkpoint, processes
 from mnist_flax.run import workdir as workdirs
@@ -170,6 +171,11 @@ def announce(members: Sequence[Member], splits: Splits) -> None:
         logger.warning("config.model.dtype = %r: is several times slower than 'float32' on a CPU", config.model.dtype)
     for message in config.unused():
         logger.warning("%s", message)
+    if members[0].state.batch_stats and NORM_MOMENTUM**config.num_steps > 0.05:
+        logger.warning(
+            "batch norm's running averages need about 300 steps; after %d, the hold-out and test scores are too low",
+            config.num_steps,
+        )
     images = jnp.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 1))
     style = {"width": 100, "force_terminal": False, "no_color": True}
     module = config.model.module(config.num_classes)

@@ -65,7 +65,7 @@ def test_entry_of_an_own_dataset_needs_three_numbers() -> None:
         ({"num_classes": 0}, "1 to 256 classes"),
         ({"num_classes": 257}, "1 to 256 classes"),
         ({"num_test": 0}, "at least one training row and one test row"),
-        ({"class_names": ("a", "b")}, "has 2 class_names for 3 classes"),
+        ({"class_names": ("a", "b")}, "a dataset of 3 classes needs 3 class_names, not 2"),
         ({"files": IDX_FILES[:2]}, "give four files"),
     ],
 )

@@ -58,12 +58,14 @@ class Dataset:
 
     def __post_init__(self) -> None:
         if min(self.num_classes, self.num_train, self.num_test) < 1 or self.num_classes > 256:
-            raise DataError(f"{self}: a dataset needs 1 to 256 classes, and at least one training row and one test row")
+            raise DataError("a dataset needs 1 to 256 classes, and at least one training row and one test row")
         if len(self.members or self.files) not in (0, 4):
-            raise DataError(f"{self}: give four files: training images and labels, test images and labels")
+            raise DataError("a dataset needs four files: training images and labels, test images and labels")
         names = self.class_names or tuple(map(str, range(self.num_classes)))
         if len(names) != self.num_classes:
-            raise DataError(f"{self}: has {len(names)} class_names for {self.num_classes} classes")
+            raise DataError(
+                f"a dataset of {self.num_classes} classes needs {self.num_classes} class_names, not {len(names)}"
+            )
         object.__setattr__(self, "class_names", names)
 
     @property

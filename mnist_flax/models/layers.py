@@ -14,6 +14,8 @@ from mnist_flax.ops.conv import conv_block
 from mnist_flax.ops.norm import norm_activate_pool, normalize
 from mnist_flax.ops.pool import activate_pool
 
+NORM_MOMENTUM = 0.99  # the share of the running averages of batch norm that a step keeps
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": nn.relu,
     "leaky_relu": nn.leaky_relu,
@@ -97,14 +99,14 @@ class BatchNorm(nn.Module):
     Training normalises with the mean and variance of the batch's examples and moves the running averages towards them;
     evaluation normalises with the running averages.
 
-    Activation and pooling are as in `Conv`; `momentum` is the share of the running averages that each step keeps.
+    Activation and pooling are as in `Conv`.
     """
 
     activation: Callable[[Array], Array] | None = None
     pool: int = 1
     pooling: str = "max"
     train: bool = False
-    momentum: float = 0.99
+    momentum: float = NORM_MOMENTUM
     eps: float = 1e-5
 
     @nn.compact

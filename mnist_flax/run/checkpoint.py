@@ -147,10 +147,9 @@ def read_run(path: pathlib.Path, same_as: tuple[Config, str] | None = None) -> R
     try:
         config = Config.from_dict(record["config"])
     except ConfigError as error:
-        from_outside = str(error).startswith("config.model.name")
-        remedy = "use that version" + (", or the script that adds this family" if from_outside else "")
         raise WorkdirError(
-            f"{workdir}: was written by another version of this program ({error}); {remedy}, or name another --workdir"
+            f"{workdir}: was written by another version of this program, or by a script that extends it ({error}); use"
+            " that version or script, or name another --workdir"
         ) from error
     if same_as:
         _check_same_run(workdir, config, record, *same_as)
