@@ -185,7 +185,7 @@ def test_an_unusable_teacher_is_refused_before_data_are_loaded(
         (killed, {}, "is not finished; repeat its training command to finish it"),
         (seeds, {"data__name": "kmnist"}, "knows the 10 classes of digits, not the 10 of kmnist; name a teacher of"),
         (seeds, {"data__name": "emnist/byclass"}, "knows the 10 classes of digits, not the 62 of emnist/byclass"),
-        (tmp_path / "run" / "members" / "seed-0", {}, f"is this run's own folder, --workdir={tmp_path / 'run'}; name"),
+        (tmp_path / "run" / "members" / "seed-0", {}, f"lies in this run's folder, --workdir={tmp_path / 'run'}; name"),
     ):
         config = replace(student_of(folder), data__holdout=0, **fields)
         with pytest.raises(ConfigError) as raised:

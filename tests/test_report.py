@@ -207,7 +207,7 @@ def test_command_writes_into_the_run_or_the_output_folder(tmp_path: pathlib.Path
     assert {path.name for path in (tmp_path / "there").iterdir()} == FILES
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
     for arguments, message in (
-        (["--workdir=nowhere"], "--workdir=nowhere"),
+        (["--workdir=nowhere"], "nowhere: holds no checkpoints"),
         ([f"--workdir={workdir}", "--checkpoint=7"], "has no checkpoint '7'"),
     ):
         done = command(*arguments)
