@@ -66,7 +66,7 @@ def test_entry_of_an_own_dataset_needs_three_numbers() -> None:
         ({"num_classes": 257}, "1 to 256 classes"),
         ({"num_test": 0}, "at least one training row and one test row"),
         ({"class_names": ("a", "b")}, "a dataset of 3 classes needs 3 class_names, not 2"),
-        ({"files": IDX_FILES[:2]}, "give four files"),
+        ({"files": IDX_FILES[:2]}, "a dataset needs four files"),
     ],
 )
 def test_entry_that_cannot_be_right_is_refused(wrong: dict[str, object], message: str) -> None:
