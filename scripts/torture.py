@@ -102,7 +102,7 @@ class Process:
             self.process.wait()
             said = "hung; "
         self._said.seek(0)
-        said += self._said.read().decode()[-1000:]
+        said += self._said.read().decode(errors="replace")[-1000:]
         self._said.close()
         return self.process.returncode, said
 
@@ -214,14 +214,14 @@ def lose_console(workdir: pathlib.Path, driver: str, seconds: float, chance: ran
 
 def limit_file_size(workdir: pathlib.Path, driver: str, largest: int, chance: random.Random) -> tuple[str, str]:
     """Trains with a limit on file size; returns which file hit the limit, and the error, empty if none."""
-    limit = int(largest ** chance.uniform(0.5, 1))
+    limit = max(2**14, int(largest ** chance.uniform(0.5, 1)))  # stderr is a file too, and must hold the message
     limits = (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
     process = Process(workdir, driver, prepare=functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, limits))
     status, said = process.finish()
     if status == 0:
         return "large enough", ""
     last = said.strip().splitlines()[-1] if said.strip() else ""
-    is_clear = status == 2 and last.startswith("error: ") and "File too large" in last and "Traceback" not in said
+    is_clear = status == 2 and last.startswith("error: ") and "cannot be written (" in last and "Traceback" not in said
     what = next((name for name in ("checkpoint", REPORT, workdirs.WEIGHTS, "tfevents") if name in last), "another file")
     return what, "" if is_clear else f"status {status} at a limit of {limit} bytes: {said}"
 

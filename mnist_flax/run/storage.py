@@ -92,6 +92,7 @@ def _checkpointer(*, all_processes: bool = False) -> Iterator[Any]:
         active_processes=set(range(count)) if all_processes else {index},
         barrier_sync_key_prefix="all" if all_processes else str(index),
     )
+    _silence_closed_loops()
     absl = logging.getLogger("absl")
     level = absl.level
     absl.setLevel(logging.CRITICAL)
@@ -101,15 +102,12 @@ def _checkpointer(*, all_processes: bool = False) -> Iterator[Any]:
         )
         with ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
             yield checkpointer
-    except Exception:
-        _silence_closed_loops()
-        raise
     finally:
         absl.setLevel(level)
 
 
 @functools.cache  # runs only once
 def _silence_closed_loops() -> None:
-    """Hides the errors that Python prints when threads of a failed save later find their event loop closed."""
+    """Hides the errors that Python prints when threads of a failed save find their event loop closed."""
     report = sys.unraisablehook
     sys.unraisablehook = lambda failure: None if "loop is closed" in str(failure.exc_value) else report(failure)
