@@ -233,6 +233,11 @@ def test_a_graph_is_small_and_named_after_the_layers() -> None:
     assert graph.constants["params/Conv_0/bias"].shape == (4,)
 
 
+def test_average_pooling_is_one_operation_with_maps_of_rows_and_columns() -> None:
+    (first, _) = only(graph_of(predictor_of(cnn(pooling="avg"))), "avg_pool")
+    assert first.shape == (-1, 12, 12, 4)
+
+
 def test_operations_on_weights_alone_are_folded_into_constants() -> None:
     graph = graph_of(predictor_of(cnn(batch_norm=True)))
     assert [node.op for node in graph.nodes if node.layer == "BatchNorm_0"][:3] == ["sub", "mul", "add"]

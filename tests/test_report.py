@@ -22,6 +22,7 @@ from mnist_flax.analysis.report.write import report_workdir
 from mnist_flax.config import Config
 from mnist_flax.data.load import load_splits
 from mnist_flax.errors import WorkdirError
+from mnist_flax.templates import percent
 
 FILES = {
     *(f"{name}.svg" for name in ("loss", "accuracy", "confusion_counts", "confusion_rates", "classes", "reliability")),
@@ -87,10 +88,10 @@ def test_page_links_every_section(report: pathlib.Path) -> None:
 def test_page_shows_the_contents_of_metrics_json(report: pathlib.Path, numbers: dict[str, Any]) -> None:
     text = "".join(Page((report / "index.html").read_text()).text)
     test = numbers["test"]
-    assert page.percent(test["accuracy"]) in text
+    assert percent(test["accuracy"]) in text
     low, high = test["accuracy_interval"]
     assert f"{100 * low:.2f} – {100 * high:.2f}" in text  # noqa: RUF001
-    assert f"{test['loss']:.4f}" in text and f"{test['brier']:.4f}" in text and page.percent(test["ece"]) in text
+    assert f"{test['loss']:.4f}" in text and f"{test['brier']:.4f}" in text and percent(test["ece"]) in text
     assert numbers["dataset_fingerprint"] in text and numbers["command"] in text
     assert all(version in text for version in numbers["run"]["versions"].values())
     assert all(f"image {item['row']}" in text for item in gallery_items(numbers))

@@ -151,6 +151,14 @@ def test_the_summary_counts_restarts_and_the_seconds_of_all_processes(
     assert seconds == sorted(seconds)
 
 
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_short_run_with_batch_norm_gets_a_warning(
+    batch_norm: bool, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fit(replace(SMALL, model__batch_norm=batch_norm, train__epochs=1), tmp_path)
+    assert ("running averages need about 300 steps; after 7," in caplog.text) == batch_norm
+
+
 def test_a_finished_run_stays_as_it_is(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
     def files() -> dict[str, int]:
         return {str(path): path.stat().st_mtime_ns for path in tmp_path.rglob("*") if not path.name.startswith(".")}

@@ -9,14 +9,14 @@ from mnist_flax import metrics
 from mnist_flax.analysis.corruptions import CORRUPTIONS, corrupt
 from mnist_flax.analysis.evaluation import Predictor, predict_logits
 from mnist_flax.analysis.novelty import non_digits
-from mnist_flax.analysis.report.page import load_template
 from mnist_flax.analysis.report.pictures import data_uri, png
 from mnist_flax.analysis.robustness import Outcome
 from mnist_flax.data.registry import DATASETS
+from mnist_flax.templates import load_template
 
 TEMPLATE = pathlib.Path(__file__).with_name("robustness.html.jinja")
 SEVERITIES = (1, 2, 3, 4, 5)
-NUM_STRANGERS = 8  # pictures shown of each kind of non-digit
+NUM_NON_DIGITS = 8  # pictures shown of each kind of non-digit
 NUM_LABELS = 40  # doubtful labels shown
 
 Cards = list[dict[str, Any]]
@@ -30,7 +30,7 @@ def draw_page(outcome: Outcome) -> str:
     cards = _cards(outcome.predictor, np.stack(corrupted).transpose(0, 2, 3, 1), names, label)
     per_name = {name: cards[i * len(SEVERITIES) :][: len(SEVERITIES)] for i, name in enumerate(CORRUPTIONS)}
     others = {
-        kind: _cards(outcome.predictor, pictures[:: max(1, len(pictures) // NUM_STRANGERS)][:NUM_STRANGERS], names)
+        kind: _cards(outcome.predictor, pictures[:: max(1, len(pictures) // NUM_NON_DIGITS)][:NUM_NON_DIGITS], names)
         for kind, pictures in non_digits(splits.test, outcome.config).items()
     }
     doubtful = [

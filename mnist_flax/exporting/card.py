@@ -7,10 +7,10 @@ import jax
 
 from mnist_flax import metrics
 from mnist_flax.analysis.evaluation import POPULATION, Predictor, RunInfo
-from mnist_flax.analysis.report.page import load_template
 from mnist_flax.analysis.report.write import REPORT_FOLDER
 from mnist_flax.config import Config, differences
 from mnist_flax.run import workdir as workdirs
+from mnist_flax.templates import load_template
 
 FILE = "MODEL_CARD.md"
 

@@ -14,7 +14,6 @@ from mnist_flax import metrics
 from mnist_flax.analysis.corruptions import corrupt
 from mnist_flax.analysis.evaluation import Evaluation, Predictor, evaluate, load_predictor
 from mnist_flax.analysis.report import facts
-from mnist_flax.analysis.report.page import load_template
 from mnist_flax.analysis.run_data import load_data
 from mnist_flax.config import Config
 from mnist_flax.data.registry import DATASETS
@@ -25,6 +24,7 @@ from mnist_flax.exporting.inference import graph_of
 from mnist_flax.exporting.textbook import textbook_order
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.checkpoint import steps_in
+from mnist_flax.templates import load_template
 
 FILE = "demo.html"
 PAGE = pathlib.Path(__file__).with_name("page")

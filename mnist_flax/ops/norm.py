@@ -27,9 +27,8 @@ def norm_activate_pool(
 ) -> Normalized:
     """Computes pool(activation(batch_norm(x))): f32[B,H,W,C] -> f32[B,H',W',C], or f32[B,...,C] without pooling.
 
-    Batch normalisation is that of Ioffe and Szegedy (2015). Also returns the batch's mean and (biased)
-    variance, each `f32[C]`, over the examples that `mask`, `bool[B]`, marks; without a mask, over all. Incomplete
-    windows are dropped.
+    Batch normalisation is that of Ioffe and Szegedy (2015). Also returns the mean and the (biased) variance, each
+    `f32[C]`, over the examples that `mask`, `bool[B]`, marks; without a mask, over all. Incomplete windows are dropped.
 
     On CPU, the forward pass reads `x` twice (for the statistics, then for the output), and so does the backward pass
     (for the sums in the gradient, then for the gradient). Only `x` and the pooled maxima are saved in between. Max
@@ -133,10 +132,8 @@ def _statistics(
     if weights is None:
         weighted, count = x, jnp.float32(size)
     else:
-        weighted, count = (
-            x * _per_example(weights, x, batch_axis),
-            jnp.maximum(weights.sum() * (size // x.shape[batch_axis]), 1),
-        )
+        weighted = x * _per_example(weights, x, batch_axis)
+        count = jnp.maximum(weights.sum() * (size // x.shape[batch_axis]), 1)
     mean = weighted.sum(axes) / count
     return count, mean, jnp.maximum((weighted * x).sum(axes) / count - jnp.square(mean), 0)
 

@@ -1,8 +1,10 @@
 """Renders the report as one self-contained HTML page."""
 
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
+
+from mnist_flax.templates import load_template, percent
 
 TEMPLATE = pathlib.Path(__file__).with_name("page.html.jinja")
 
@@ -39,23 +41,6 @@ def render_page(facts: Mapping[str, Any], pictures: Mapping[str, Any]) -> str:
     }
     sections = [(name, title) for name, title in SECTIONS.items() if not missing.get(name)]
     return template.render(**facts, **pictures, sections=sections)
-
-
-def load_template(path: pathlib.Path, **filters: Callable[..., str]) -> Any:
-    """Returns a Jinja template, of HTML or Markdown, with the filter `percent` and the given `filters`."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        autoescape=path.name.endswith(".html.jinja"), undefined=jinja2.StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, keep_trailing_newline=True,
-    )  # fmt: skip
-    environment.filters |= {"percent": percent, **filters}
-    return environment.from_string(path.read_text(encoding="utf-8"))
-
-
-def percent(value: float | None, digits: int = 2) -> str:
-    """Formats a fraction as a percentage, with a no-break space; None becomes a dash."""
-    return "-" if value is None else f"{100 * value:.{digits}f}\N{NO-BREAK SPACE}%"
 
 
 def calibration_value(value: float, field: str) -> str:
