@@ -56,7 +56,7 @@ def _recipe(predictor: Predictor, info: RunInfo) -> dict[str, Any]:
         "batch size": config.train.batch_size,
         "seed": config.seed,
         **changed,
-        "the exports compute in": "float32" + f" (trained in {dtype})" * (dtype != "float32"),
+        "precision of the exports": "float32" + f" (trained in {dtype})" * (dtype != "float32"),
     }
 
 
@@ -75,7 +75,7 @@ def _scores(workdir: pathlib.Path, predictor: Predictor, info: RunInfo) -> dict[
     if "ece" in calibration:
         rows["expected calibration error on the test set"] = f"{calibration['ece']:.2%}"
         rows["Brier score on the test set"] = f"{calibration['brier']:.4f}"
-    fitted = ", fitted on the rows held out" * (predictor.temperature != 1)
+    fitted = ", fitted on held-out rows" * (predictor.temperature != 1)
     return rows | {"temperature": f"{predictor.temperature:.3f}{fitted}"}
 
 
@@ -91,7 +91,7 @@ def _calibration(workdir: pathlib.Path, info: RunInfo) -> dict[str, Any]:
 def _robustness(workdir: pathlib.Path, info: RunInfo) -> dict[str, str]:
     result = workdirs.read_json(workdir / "robustness.json")
     if result.get("step") != max(info.steps) or "mean_accuracy" not in result:
-        return {"under corruptions": "not measured; `python -m mnist_flax.robustness --workdir=DIR` does"}
+        return {"under corruptions": "not measured; run `python -m mnist_flax.robustness --workdir=DIR`"}
     rows = {name: f"{row['accuracy']:.2%}" for name, row in result.get("corruptions", {}).items()}
     return {"mean accuracy under corruptions": f"{result['mean_accuracy']:.2%}", **rows}
 
