@@ -32,7 +32,8 @@ def get_config() -> ConfigDict:
     config.optimizer.weight_decay = 1e-2
     config.optimizer.schedule = "one_cycle"
     config.train.batch_size = 128
-    config.train.epochs = 12
+    config.train.epochs = 16
+    config.train.augment_until = 0.8
     config.eval.batch_size = 500  # five views each
     config.eval.views = 5
     return config
