@@ -41,7 +41,11 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class Member:
-    """A run that is open for training on `rows`, `i32[R]`; between saves, its state may lag behind `log.step`."""
+    """A run that is open for training on `rows`, `i32[R]`; between saves, its state may lag behind `log.step`.
+
+    The batches of a single run are split over all devices. A run `in_population` trains on one device, whether in a
+    group or alone, so that its last bits do not depend on which runs are still unfinished.
+    """
 
     config: Config
     workdir: pathlib.Path
@@ -52,6 +56,7 @@ class Member:
     log: RunLog
     is_finished: bool
     teacher: LoadedTeacher | None = None
+    in_population: bool = False
 
     @property
     def step(self) -> int:
@@ -239,7 +244,7 @@ def finish(member: Member, splits: Splits) -> None:
         "images_per_second": config.num_train * config.train.epochs / log.seconds,
         "restarts": log.restarts,
         **{name: log.origin.get(name) for name in ("fork", "teacher")},
-        "num_devices": sharding.make_mesh(config.train.num_devices).size,
+        "num_devices": 1 if member.in_population else sharding.make_mesh(config.train.num_devices).size,
         "num_processes": jax.process_count(),
         "earlier_versions": log.versions[:-1],
         **provenance(),

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mnist_flax import drivers
+from mnist_flax import drivers, sharding
 from mnist_flax.analysis import statistics
 from mnist_flax.config import Config, replace
 from mnist_flax.data.load import adapt_to_dataset, load_splits
@@ -77,14 +77,15 @@ def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, fol
         raise WorkdirError(f"--workdir={workdir}: holds a run, not a population; name another folder")
     teacher = load_teacher(config, workdir)
     check_memory(config, teacher and teacher.networks)
+    sharding.make_mesh(config.train.num_devices)
     splits = load_splits(config)
     configs = member_configs(adapt_to_dataset(config, splits), seeds=seeds, folds=folds)
     if folds and config.data.holdout:
         logger.info("config.data.holdout = %d is not used: each member holds out its fold", config.data.holdout)
     with workdirs.claim(workdir):
         folder = workdir / workdirs.MEMBERS
-        folders = [workdirs.inside(workdir, workdirs.MEMBERS, name) for name in configs]
-        members = fit_all(dict(zip(folders, configs.values(), strict=True)), splits, teacher=teacher)
+        runs = {workdirs.inside(workdir, workdirs.MEMBERS, name): config for name, config in configs.items()}
+        members = fit_all(runs, splits, teacher=teacher, in_population=True)
         result = statistics.load_population_result(workdir) if all(member.is_finished for member in members) else None
         expected = (list(configs), members[0].config.num_steps)
         if result and ([member["name"] for member in result["members"]], result["steps"]) == expected:
@@ -121,6 +122,7 @@ def fit_all(
     *,
     fork: pathlib.Path | None = None,
     teacher: LoadedTeacher | None = None,
+    in_population: bool = False,
 ) -> list[Member]:
     """Trains every run, given by folder and config, to its end; runs with equal programs train together.
 
@@ -129,12 +131,15 @@ def fit_all(
     """
     with stop_request(processes.stop_signals()) as request, contextlib.ExitStack() as stack, processes.bound_together():
         members = [open_member(config, workdir, splits, fork, teacher, stack) for workdir, config in configs.items()]
+        for member in members:
+            member.in_population = in_population
         unfinished = [member for member in members if not member.is_finished]
         if unfinished and processes.is_primary():
             announce(unfinished, splits)
         train_all(unfinished, splits.train, request)
         for member in unfinished:
             finish(member, splits)
+            stop_if_requested(members, request.signum)
         processes.agree(0)  # no process leaves before the primary has written everything
     return members
 
@@ -164,9 +169,7 @@ def train_group(members: Sequence[Member], examples: Examples, *, until: int, re
     started = time.perf_counter()
     states, advance = compile_steps(members, examples)
     logger.info("compiled in %.1f s", time.perf_counter() - started)
-    (signum,) = processes.agree(request.signum)
-    if signum:
-        raise stopped(config, step, signum)
+    stop_if_requested(members, request.signum)
 
     progress = Progress(config, step, num_runs=len(members), quiet=not processes.is_primary())
     num_steps = config.num_steps if config.train.epochs_per_dispatch else 1  # the maximum for the next call
@@ -203,10 +206,7 @@ def train_group(members: Sequence[Member], examples: Examples, *, until: int, re
                 for member, of_member in zip(members, scores, strict=True):
                     member.store.save(member.state, member.log.snapshot(), holdout=of_member)
                 last_save = time.perf_counter()
-            if signum:
-                for member in members:
-                    member.store.wait()
-                raise stopped(config, step, signum)
+            stop_if_requested(members, signum)
             mark = time.perf_counter()
 
 
@@ -215,7 +215,8 @@ def compile_steps(members: Sequence[Member], examples: Examples) -> tuple[TrainS
     program, train = members[0].config.program, members[0].config.train
     seeds, rows = [member.config.seed for member in members], [member.rows for member in members]
     teacher = members[0].teacher and members[0].teacher.networks
-    job = drivers.Job(program, seeds, rows, examples, train.num_devices, train.epochs_per_dispatch, teacher)
+    num_devices = 1 if len(members) == 1 and members[0].in_population else train.num_devices
+    job = drivers.Job(program, seeds, rows, examples, num_devices, train.epochs_per_dispatch, teacher)
     states = drivers.stack([member.state for member in members], job)
     return states, drivers.driver(train.driver, job, states)
 
@@ -229,10 +230,20 @@ def unstack(members: Sequence[Member], states: TrainState, step: int) -> None:
             check_finite(float(np.max(np.abs(leaf))), f"{member.workdir}: the largest weight after step {step}")
 
 
-def stopped(config: Config, step: int, signum: int) -> Interrupted:
-    """Returns the exception that ends the program on a signal; `step` is already saved, or no step was made."""
-    message = f"stopped at step {step} of {config.num_steps}; nothing is lost: the same command continues from here"
-    return Interrupted(message, signum)
+def stop_if_requested(members: Sequence[Member], signum: int) -> None:
+    """Ends the program if a process has received a signal; the runs are being saved, or have made no step.
+
+    Raises:
+      Interrupted: `signum` is not 0 in at least one process.
+    """
+    (signum,) = processes.agree(signum)
+    if not signum:
+        return
+    for member in members:
+        member.store.wait()
+    step, num_steps = members[0].step, members[0].config.num_steps
+    message = f"stopped at step {step} of {num_steps}; nothing is lost: the same command continues from here"
+    raise Interrupted(message, signum)
 
 
 def next_num_steps(config: Config, num_steps: int, rate: float) -> int:

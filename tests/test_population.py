@@ -6,6 +6,7 @@ import os
 import pathlib
 import shutil
 import signal
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -144,6 +145,29 @@ def test_a_stopped_population_resumes_exactly(
         assert result[field] == undisturbed[field], field
 
 
+def test_a_signal_while_members_are_evaluated_stops_before_the_next_member(
+    seeds: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workdir = shutil.copytree(seeds, tmp_path / "copy")
+    for path in (*workdir.glob("members/*/summary.json"), workdir / "population.json"):
+        path.unlink()
+    finish = members.finish
+
+    def finish_and_stop(*arguments: Any) -> None:
+        finish(*arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)  # another thread receives the signal
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "finish", finish_and_stop)
+        with pytest.raises(Interrupted, match=f"stopped at step {CONFIG.num_steps} of {CONFIG.num_steps}; nothing"):
+            fit_population(CONFIG, workdir, seeds=3)
+    assert [path.parent.name for path in workdir.glob("members/*/summary.json")] == ["seed-3"]
+    result, undisturbed = fit_population(CONFIG, workdir, seeds=3), results.load_population_result(seeds)
+    assert undisturbed
+    assert result["members"] == undisturbed["members"]
+
+
 def test_a_finished_population_is_not_trained_again_but_can_get_more_members(
     seeds: pathlib.Path, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,7 +175,9 @@ def test_a_finished_population_is_not_trained_again_but_can_get_more_members(
     with caplog.at_level(logging.INFO, "mnist_flax"), monkeypatch.context() as patch:
         patch.setattr(train, "train_group", None)
         patch.setattr(train, "finish", None)
-        assert fit_population(CONFIG, workdir, seeds=3) == results.load_population_result(seeds)
+        result, undisturbed = fit_population(CONFIG, workdir, seeds=3), results.load_population_result(seeds)
+    assert undisturbed
+    assert result["members"] == undisturbed["members"]
     assert "is finished" in caplog.text
     summary = (workdir / "members" / "seed-4" / "summary.json").read_bytes()
     result = fit_population(CONFIG, workdir, seeds=4)

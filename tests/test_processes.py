@@ -25,13 +25,18 @@ RUN = replace(
 Ended = subprocess.CompletedProcess[str]
 
 
+def free_port() -> int:
+    """Returns a port that no program listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def start_together(
     count: int, folder: pathlib.Path, *flags: str, deaths: dict[int, int] | None = None
 ) -> list[subprocess.Popen[str]]:
     """Starts the processes of a run in `folder`/run; `deaths` maps the index of a process to its last step."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     common = [f"--config={config_file(RUN, folder / 'config.py')}", f"--workdir={folder / 'run'}", "--distributed"]
     common += [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}", *flags]
     killed = str(pathlib.Path(__file__).parent / "killed_process.py")
@@ -159,6 +164,10 @@ def test_signal_to_one_stops_all_at_the_same_step(tmp_path: pathlib.Path) -> Non
             ["--distributed", "--coordinator=here", "--num_processes=2", "--process_index=0"],
             "--coordinator=here: must be HOST:PORT",
         ),
+        (
+            ["--distributed", "--coordinator=127.0.0.1:65536", "--num_processes=2", "--process_index=0"],
+            "--coordinator=127.0.0.1:65536: must be HOST:PORT",
+        ),
         (["--distributed"], "--distributed: found no cluster to join"),
     ],
 )
@@ -182,16 +191,36 @@ def test_primary_that_waits_for_others_ends_at_once_on_a_signal(tmp_path: pathli
     assert (process.returncode, said) == (130, "stopped\n")
 
 
-def test_process_that_finds_no_coordinator_gives_one_message() -> None:
+def join(port: int, process_index: int) -> Ended:
+    """Joins a run of two processes as one of them, waiting for a second at most."""
     code = (
+        "from mnist_flax import cli\n"
         "from mnist_flax.run import processes\n"
-        "from mnist_flax.errors import ConfigError\n"
         "processes.JOIN_SECONDS = 1\n"
-        "try:\n    processes.join('127.0.0.1:1', 2, 1)\n"
-        "except ConfigError as error:\n    print(error)"
+        f"cli.run(lambda _: processes.join('127.0.0.1:{port}', 2, {process_index}))"
     )
-    ended = run("-c", code)
-    assert ended.stdout.startswith("--coordinator=127.0.0.1:1: cannot be reached (Connection refused)"), ended.stderr
+    return run("-c", code)
+
+
+def test_process_that_finds_no_coordinator_gives_one_message() -> None:
+    ended = join(1, 1)
+    expected = "error: --coordinator=127.0.0.1:1: cannot be reached (Connection refused)"
+    assert (ended.returncode, ended.stderr[: len(expected)]) == (2, expected)
+
+
+def test_primary_whose_port_is_taken_gives_one_message() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        ended = join(port := other.getsockname()[1], 0)
+    expected = f"error: --coordinator=127.0.0.1:{port}: cannot listen at this port (Address already in use"
+    assert (ended.returncode, ended.stderr[: len(expected)]) == (2, expected)
+
+
+def test_primary_that_no_other_process_joins_gives_one_message() -> None:
+    ended = join(free_port(), 0)
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1].startswith("error: --distributed: not all 2 processes have started within 1 s")
 
 
 def test_single_process_agrees_with_itself() -> None:

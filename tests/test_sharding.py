@@ -1,15 +1,17 @@
 """Many devices: the same data, the same random numbers and, up to rounding, the same result as with one."""
 
+import functools
 import pathlib
 import re
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_run import SMALL, lines
+from small_run import SMALL, lines, summary
 
 from mnist_flax import rng, sharding
 from mnist_flax.analysis.evaluation import make_predictor, predict_logits
@@ -53,9 +55,10 @@ def test_one_cpu_device_is_used_unless_more_are_asked_for() -> None:
     assert [device.id for device in sharding.make_mesh(3).devices] == [0, 1, 2]
 
 
-def test_devices_that_are_not_there_are_refused(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("train", [fit, functools.partial(fit_population, seeds=2)])
+def test_devices_that_are_not_there_are_refused(train: Callable[..., Any], tmp_path: pathlib.Path) -> None:
     with pytest.raises(ConfigError, match=r"config.train.num_devices = 9: there are only 8 here; use at most as many"):
-        fit(replace(SMALL, train__num_devices=9), tmp_path / "run")
+        train(replace(SMALL, train__num_devices=9), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -219,3 +222,11 @@ def test_members_on_separate_devices_equal_members_on_one(tmp_path: pathlib.Path
     for name in ("seed-0", "seed-1"):
         one, other = (checkpoint.load_run(tmp_path / str(count) / "members" / name).state for count in (1, 2))
         assert_close(one, other)  # XLA fuses loops of other lengths differently
+
+
+def test_a_member_of_a_population_that_trains_alone_uses_one_device(tmp_path: pathlib.Path) -> None:
+    # A batch of 33 cannot be split over two devices.
+    config = replace(RUN, train__epochs=1, train__batch_size=33, train__num_devices=2)
+    for count in (2, 3):
+        fit_population(config, tmp_path, seeds=count)
+    assert [summary(tmp_path / "members" / f"seed-{seed}")["num_devices"] for seed in range(3)] == [1, 1, 1]

@@ -12,6 +12,7 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -40,6 +41,8 @@ def join(coordinator: str | None, num_processes: int | None, process_index: int 
 
     Raises:
       ConfigError: an argument is missing or invalid, JAX cannot detect them, or process 0 cannot be reached.
+
+    If some process is still missing after `JOIN_SECONDS`, this one prints a message and exits.
     """
     given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_index": process_index}
     missing = [name for name, value in given.items() if value is None]
@@ -50,12 +53,20 @@ def join(coordinator: str | None, num_processes: int | None, process_index: int 
     if coordinator is not None:
         _wait_for(coordinator, is_first=process_index == 0)
         logger.info("waiting for %d processes at %s, up to %d s", num_processes, coordinator, JOIN_SECONDS)
+    absent = ConfigError(
+        f"--distributed: not all {num_processes or ''} processes have started within {JOIN_SECONDS} s; start all of"
+        " them, this one too"
+    )
+    # JAX would end a process that has waited for too long with an abort, before our message is printed.
+    timer = threading.Timer(JOIN_SECONDS, lambda: signals.end_process(console.print_error(absent)))
+    timer.daemon = True
+    timer.start()
     try:
         jax.distributed.initialize(
             coordinator,
             num_processes,
             process_index,
-            initialization_timeout=JOIN_SECONDS,
+            initialization_timeout=2 * JOIN_SECONDS,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
     except ValueError as error:
@@ -63,19 +74,29 @@ def join(coordinator: str | None, num_processes: int | None, process_index: int 
             f"--distributed: found no cluster to join ({str(error).splitlines()[0]}); give --coordinator=HOST:PORT,"
             " --num_processes and --process_index"
         ) from error
+    finally:
+        timer.cancel()
     logging.getLogger("mnist_flax").setLevel(logging.INFO if is_primary() else logging.WARNING)
 
 
 def _wait_for(coordinator: str, *, is_first: bool) -> None:
-    """Waits until process 0 accepts connections; process 0 itself only checks the address.
+    """Waits until process 0 accepts connections; process 0 itself only checks that the port is free.
 
-    Without this, JAX would kill a process that cannot reach process 0, and our error message would not be printed.
+    Without this, JAX would kill a process that cannot reach process 0 or use the port, without a clear message.
     """
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal():
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise ConfigError(f"--coordinator={coordinator}: must be HOST:PORT, such as 10.0.0.1:1234")
+    if is_first:
+        try:
+            socket.create_server(("", int(port))).close()
+        except OSError as error:
+            raise ConfigError(
+                f"--coordinator={coordinator}: cannot listen at this port ({error.strerror}); choose another"
+            ) from error
+        return
     deadline = time.monotonic() + JOIN_SECONDS
-    while not is_first:
+    while True:
         try:
             socket.create_connection((host, int(port)), timeout=5).close()
             return
