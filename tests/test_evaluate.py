@@ -193,6 +193,20 @@ def test_other_dataset_has_all_rows_and_no_holdout(workdir: pathlib.Path, monkey
         evaluate_workdir(workdir, split="holdout", overrides={"data.name": "kmnist"})
 
 
+@pytest.mark.parametrize(
+    ("fields", "name"), [({"augment__pens": 0.3}, "kmnist"), ({"train__batch_size": 2048}, "digits")]
+)
+def test_other_dataset_need_not_fit_the_training(
+    monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], name: str
+) -> None:
+    examples = embedded_digits()
+    monkeypatch.setattr(run_data, "load_splits", lambda config: Splits(config.data.name, *examples, "other", "tfds"))
+    data, splits = load_data(replace(Config(), data__holdout=5000, **fields), "0123", {"data.name": name})
+    assert (data.name, data.holdout, splits.name) == (name, 0, name)
+    with pytest.raises(ConfigError, match=r"config.data.source = 'web'"):
+        load_data(Config(), "0123", {"data.name": name, "data.source": "web"})
+
+
 def test_data_with_another_fingerprint_are_refused() -> None:
     with pytest.raises(DataError, match=r"digits: its fingerprint is .* but the run was trained on 0123"):
         load_data(tiny_run.CONFIG, "0123", {})

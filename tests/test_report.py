@@ -6,6 +6,7 @@ import pathlib
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from typing import Any
 
 import forked
@@ -21,7 +22,8 @@ from mnist_flax.analysis.report import facts, page, plots, write
 from mnist_flax.analysis.report.write import report_workdir
 from mnist_flax.config import Config
 from mnist_flax.data.load import load_splits
-from mnist_flax.errors import WorkdirError
+from mnist_flax.errors import ConfigError, WorkdirError
+from mnist_flax.exporting.demo import write_demo
 from mnist_flax.templates import percent
 
 FILES = {
@@ -183,6 +185,12 @@ def test_plots_beside_the_page_are_valid_files(report: pathlib.Path) -> None:
     for path in report.glob("*.png"):
         with Image.open(path) as image:
             image.load()
+
+
+@pytest.mark.parametrize("write_page", [report_workdir, write_demo])
+def test_page_about_another_dataset_is_refused(write_page: Callable[..., pathlib.Path]) -> None:
+    with pytest.raises(ConfigError, match=r"config.data.name = 'mnist': .* trained on digits; .*mnist_flax.evaluate"):
+        write_page(tiny_run.workdir(), overrides={"data.name": "mnist"})
 
 
 def test_unwritable_folder_is_named_in_the_error(tmp_path: pathlib.Path) -> None:

@@ -15,11 +15,11 @@ from sklearn.metrics import accuracy_score, log_loss
 from mnist_flax.analysis import novelty, robustness
 from mnist_flax.analysis.corruptions import CORRUPTIONS
 from mnist_flax.analysis.evaluation import load_predictor
-from mnist_flax.config import Config, replace
 from mnist_flax.data.load import load_splits
 from mnist_flax.data.splits import Examples
 from mnist_flax.errors import DataError, WorkdirError
 from mnist_flax.metrics import log_probabilities
+from mnist_flax.sections import DataConfig
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +71,10 @@ def test_published_arrays_are_looked_for_where_the_data_are(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MNIST_FLAX_RAW_DIR", str(tmp_path))
-    assert robustness.official_folder(Config()) is None
+    assert robustness.official_folder(DataConfig()) is None
     (tmp_path / "mnist_c").mkdir()
-    assert robustness.official_folder(Config()) == tmp_path / "mnist_c"
-    assert robustness.official_folder(replace(Config(), data__name="kmnist")) is None
+    assert robustness.official_folder(DataConfig()) == tmp_path / "mnist_c"
+    assert robustness.official_folder(DataConfig(name="kmnist")) is None
 
 
 def test_comparison_finds_the_better_network(test: Examples) -> None:
@@ -99,8 +99,8 @@ def test_detection_on_a_hand_made_case() -> None:
 
 def test_strangers_have_five_kinds_and_are_the_same_every_time(test: Examples, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MNIST_FLAX_RAW_DIR", raising=False)
-    monkeypatch.setattr(novelty, "_fashion", lambda config: None)
-    first, second = (novelty.non_digits(test, small_population.CONFIG) for _ in range(2))
+    monkeypatch.setattr(novelty, "_fashion", lambda data: None)
+    first, second = (novelty.non_digits(test, small_population.CONFIG.data) for _ in range(2))
     assert list(first) == ["uniform_noise", "smooth_noise", "rotated_digits", "cut_digits", "letters"]
     for kind, pictures in first.items():
         np.testing.assert_array_equal(pictures, second[kind])
@@ -110,24 +110,21 @@ def test_strangers_have_five_kinds_and_are_the_same_every_time(test: Examples, m
     assert len(first["letters"]) == len(novelty.LETTERS) * len(novelty.FONTS) * 5
 
 
-def test_missing_fashion_mnist_is_skipped_even_for_a_run_with_pens(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_fashion_mnist_is_skipped(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MNIST_FLAX_RAW_DIR", raising=False)
-    config = replace(small_population.CONFIG, augment__pens=0.3, data__data_dir=str(tmp_path))
-    assert novelty._fashion(config) is None
+    assert novelty._fashion(DataConfig(data_dir=str(tmp_path))) is None
 
 
 def test_doubt_is_measured_for_a_committee_and_a_single_run(test: Examples, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(novelty, "_fashion", lambda config: None)
+    monkeypatch.setattr(novelty, "_fashion", lambda data: None)
     predictor, info = load_predictor(small_population.seeds())
-    facts = novelty.novelty_facts(predictor, test, test, info.config)
+    facts = novelty.novelty_facts(predictor, test, test, info.config.data)
     assert set(facts["scores"]) == {"doubt", "max_probability", "energy", "disagreement"}
     for of in facts["scores"].values():
         assert of["false_alarms"] == pytest.approx(0.01, abs=0.006)
     assert facts["scores"][facts["best"]]["mean_auroc"] == max(of["mean_auroc"] for of in facts["scores"].values())
     alone = novelty.novelty_facts(
-        load_predictor(small_population.seeds() / "members" / "seed-3")[0], test, None, info.config
+        load_predictor(small_population.seeds() / "members" / "seed-3")[0], test, None, info.config.data
     )
     assert set(alone["scores"]) == {"doubt", "max_probability", "energy"}
     assert alone["scores"]["energy"]["threshold"] is None

@@ -52,10 +52,10 @@ def _entropy(log_probs: np.ndarray) -> np.ndarray:
     return np.asarray(-np.sum(np.exp(log_probs) * log_probs, axis=-1))
 
 
-def non_digits(test: Examples, config: Config) -> dict[str, np.ndarray]:
+def non_digits(test: Examples, data: DataConfig) -> dict[str, np.ndarray]:
     """Returns pictures that are not digits, `u8[K,28,28,1]`, by kind; the same ones every time.
 
-    They include digits of `test` rotated by 90 degrees or cut in half. `config` says where to look for Fashion-MNIST;
+    They include digits of `test` rotated by 90 degrees or cut in half. `data` says where to look for Fashion-MNIST;
     nothing is downloaded.
     """
     from scipy.ndimage import gaussian_filter
@@ -67,7 +67,7 @@ def non_digits(test: Examples, config: Config) -> dict[str, np.ndarray]:
     cut = images.copy()
     cut[:, :14] = 0
     found = {
-        "fashion_mnist": _fashion(config),
+        "fashion_mnist": _fashion(data),
         "uniform_noise": _grey(noise),
         "smooth_noise": _grey((smooth - low) / (high - low)),
         "rotated_digits": np.rot90(images[np.isin(label, TURNABLE)], axes=(1, 2)),
@@ -81,17 +81,16 @@ def _grey(shares: np.ndarray) -> np.ndarray:
     return np.rint(255 * shares).astype(np.uint8)[..., None]
 
 
-def _fashion(config: Config) -> np.ndarray | None:
+def _fashion(data: DataConfig) -> np.ndarray | None:
     """Returns test images of Fashion-MNIST; None if they are not on this machine or are the evaluated dataset."""
-    if config.data.name == "fashion_mnist":
+    if data.name == "fashion_mnist":
         return None
     for source in ("tfds", "raw"):
         try:
-            data = DataConfig(
-                name="fashion_mnist", source=source, data_dir=config.data.data_dir, raw_dir=config.data.raw_dir,
-                on_missing="error",
-            )  # fmt: skip
-            return np.asarray(load_splits(Config(data=data)).test.image)[:COUNT]
+            fashion = DataConfig(
+                name="fashion_mnist", source=source, data_dir=data.data_dir, raw_dir=data.raw_dir, on_missing="error"
+            )
+            return np.asarray(load_splits(Config(data=fashion)).test.image)[:COUNT]
         except DataError:
             continue
     return None
@@ -129,7 +128,7 @@ def detection_scores(digits: np.ndarray, others: np.ndarray) -> Facts:
     return {"auroc": auroc, "fpr95": float(np.mean(others <= threshold))}
 
 
-def novelty_facts(predictor: Predictor, test: Examples, held_out: Examples | None, config: Config) -> Facts:
+def novelty_facts(predictor: Predictor, test: Examples, held_out: Examples | None, data: DataConfig) -> Facts:
     """Computes how well each measure of doubt tells digits from each kind of other picture.
 
     The network was trained on neither `test` nor `held_out`. Thresholds are chosen on `held_out`.
@@ -140,7 +139,7 @@ def novelty_facts(predictor: Predictor, test: Examples, held_out: Examples | Non
       (`caught`). `best`: the measure with the highest mean AUROC. `pictures`: the number of pictures of each kind.
     """
     digits = doubt_scores(predictor, np.asarray(test.image))
-    kinds = {name: doubt_scores(predictor, pictures) for name, pictures in non_digits(test, config).items()}
+    kinds = {name: doubt_scores(predictor, pictures) for name, pictures in non_digits(test, data).items()}
     chosen_on = doubt_scores(predictor, np.asarray(held_out.image)) if held_out is not None else None
     scores: Facts = {}
     for measure, of_digits in digits.items():

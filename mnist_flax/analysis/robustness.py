@@ -16,10 +16,10 @@ from mnist_flax.analysis.comparison import mcnemar
 from mnist_flax.analysis.corruptions import CORRUPTIONS, corrupt
 from mnist_flax.analysis.evaluation import Facts, Predictor, RunInfo, load_predictor, predict_logits
 from mnist_flax.analysis.run_data import load_data, select_examples
-from mnist_flax.config import Config
 from mnist_flax.data.splits import Examples, Splits
 from mnist_flax.errors import ConfigError, DataError, WorkdirError
 from mnist_flax.run import workdir as workdirs
+from mnist_flax.sections import DataConfig
 
 ROBUSTNESS = "robustness.json"
 OFFICIAL = "mnist_c"  # the folder of the published arrays, inside the folder of official files
@@ -65,11 +65,11 @@ def read_official(folder: pathlib.Path, label: np.ndarray) -> np.ndarray:
     return np.asarray(images)
 
 
-def official_folder(config: Config) -> pathlib.Path | None:
+def official_folder(data: DataConfig) -> pathlib.Path | None:
     """Returns the folder of the published arrays, or None if there is none."""
-    raw_dir = config.data.raw_dir or os.environ.get("MNIST_FLAX_RAW_DIR", "")
+    raw_dir = data.raw_dir or os.environ.get("MNIST_FLAX_RAW_DIR", "")
     folder = pathlib.Path(raw_dir).expanduser() / OFFICIAL
-    return folder if raw_dir and config.data.name == "mnist" and folder.is_dir() else None
+    return folder if raw_dir and data.name == "mnist" and folder.is_dir() else None
 
 
 def predict_all(predictor: Predictor, test: Examples, corrupted: Corrupted) -> dict[str, np.ndarray]:
@@ -139,7 +139,7 @@ class Outcome(NamedTuple):
 
     facts: Facts
     predictor: Predictor
-    config: Config
+    data: DataConfig
     splits: Splits
 
 
@@ -161,12 +161,12 @@ def robustness_of_workdir(
     """
     predictor, info = load_predictor(workdir, checkpoint)
     other = load_predictor(compare, checkpoint) if compare else None
-    config, splits = load_data(info.config, info.fingerprint, overrides)
+    data, splits = load_data(info.config, info.fingerprint, overrides)
     if other and other[1].fingerprint != info.fingerprint:
         raise WorkdirError(
             f"--compare={compare}: was trained on other data than {workdir}; name a run of the same data"
         )
-    corrupted = corrupt_all(splits.test, severity, official_folder(config))
+    corrupted = corrupt_all(splits.test, severity, official_folder(data))
     logits = predict_all(predictor, splits.test, corrupted)
     facts = {
         "dataset": splits.name,
@@ -179,22 +179,22 @@ def robustness_of_workdir(
         "temperature": predictor.temperature,
         "severity": severity or "published",
         **robustness_facts(logits, corrupted),
-        "no_digit": novelty.novelty_facts(predictor, splits.test, _held_out(config, info, splits), config),
+        "no_digit": novelty.novelty_facts(predictor, splits.test, _held_out(data, info, splits), data),
     }
     if info.kind == "folds" and splits.name == info.config.data.name:
         facts["labels"] = label_errors.label_facts(workdir)
     if other:
         theirs = predict_all(other[0], splits.test, corrupted)
         facts["compare"] = {"with": str(compare), **compare_robustness(logits, theirs, corrupted.label)}
-    return Outcome(facts, predictor, config, splits)
+    return Outcome(facts, predictor, data, splits)
 
 
-def _held_out(config: Config, info: RunInfo, splits: Splits) -> Examples | None:
+def _held_out(data: DataConfig, info: RunInfo, splits: Splits) -> Examples | None:
     """Returns the hold-out rows, which no member was trained on, or None if there are none."""
     if info.kind == "folds":
         return None
     try:
-        return select_examples(config, splits, "holdout")
+        return select_examples(data, splits, "holdout")
     except ConfigError:
         return None
 

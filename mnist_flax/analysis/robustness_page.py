@@ -31,7 +31,7 @@ def draw_page(outcome: Outcome) -> str:
     per_name = {name: cards[i * len(SEVERITIES) :][: len(SEVERITIES)] for i, name in enumerate(CORRUPTIONS)}
     others = {
         kind: _cards(outcome.predictor, pictures[:: max(1, len(pictures) // NUM_NON_DIGITS)][:NUM_NON_DIGITS], names)
-        for kind, pictures in non_digits(splits.test, outcome.config).items()
+        for kind, pictures in non_digits(splits.test, outcome.data).items()
     }
     doubtful = [
         {**entry, "picture": data_uri(png(splits.train.image[entry["row"], :, :, 0]))}

@@ -12,6 +12,7 @@ from mnist_flax.data.load import load_splits
 from mnist_flax.data.registry import DATASETS, IMAGE_SIZE
 from mnist_flax.data.splits import Examples, Splits
 from mnist_flax.errors import ConfigError, DataError
+from mnist_flax.sections import DataConfig, TrainConfig
 
 SPLITS = ("train", "holdout", "test")
 OVERRIDES = ("data.name", "data.source", "data.data_dir", "data.raw_dir")  # fields that may differ from the run's
@@ -29,7 +30,7 @@ def given_overrides() -> dict[str, Any]:
     return {field: value for field, value in given.items() if value is not None}
 
 
-def load_data(config: Config, fingerprint: str, overrides: Mapping[str, Any]) -> tuple[Config, Splits]:
+def load_data(config: Config, fingerprint: str, overrides: Mapping[str, Any]) -> tuple[DataConfig, Splits]:
     """Loads the dataset of a run, or another one to evaluate it on.
 
     The paths recorded in the run are ignored, because the run may come from someone else or another machine.
@@ -38,7 +39,7 @@ def load_data(config: Config, fingerprint: str, overrides: Mapping[str, Any]) ->
     source and folders default to those of a new config.
 
     Returns:
-      The config that describes the data, and the data.
+      The data config in use, and the data.
 
     Raises:
       ConfigError: a field is not one of `OVERRIDES`, or the other dataset is not compatible with the network.
@@ -58,7 +59,8 @@ def load_data(config: Config, fingerprint: str, overrides: Mapping[str, Any]) ->
         check_classes(config, name)
         # The run neither trained on nor held out any of its rows.
         changed |= dict.fromkeys(("data__num_train", "data__holdout", "data__folds", "data__fold"), 0)
-    used = replace(config, **changed)
+    # Without the other sections, because augmentation and batch size need not fit another dataset.
+    used = replace(Config(data=config.data, train=TrainConfig(batch_size=1)), **changed)
     splits = load_splits(used)
     for split in (splits.train, splits.test):
         if split.image.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 1):
@@ -68,7 +70,22 @@ def load_data(config: Config, fingerprint: str, overrides: Mapping[str, Any]) ->
             f"{name}: its fingerprint is {splits.fingerprint}, but the run was trained on {fingerprint}; name the"
             " folder of the same data with --config.data.data_dir=DIR or --config.data.raw_dir=DIR"
         )
-    return used, splits
+    return used.data, splits
+
+
+def load_own_data(config: Config, fingerprint: str, overrides: Mapping[str, Any]) -> Splits:
+    """Loads the dataset of a run, for a page that describes the run; see `load_data`.
+
+    Raises:
+      ConfigError, DataError: as for `load_data`; or the overrides name another dataset.
+    """
+    name = overrides.get("data.name", config.data.name)
+    if name != config.data.name:
+        raise ConfigError(
+            f"config.data.name = {name!r}: the page describes a network trained on {config.data.name}; leave this field"
+            " out, or use python -m mnist_flax.evaluate to evaluate the network on another dataset"
+        )
+    return load_data(config, fingerprint, overrides)[1]
 
 
 def check_classes(config: Config, name: str) -> None:
@@ -84,8 +101,8 @@ def check_classes(config: Config, name: str) -> None:
         )
 
 
-def select_examples(config: Config, splits: Splits, split: str) -> Examples:
-    """Returns the examples of one of `SPLITS`, given the config and the data from `load_data`.
+def select_examples(data: DataConfig, splits: Splits, split: str) -> Examples:
+    """Returns the examples of one of `SPLITS`, given what `load_data` returns.
 
     On the run's own dataset, `train` means the rows that it was trained on.
 
@@ -94,7 +111,7 @@ def select_examples(config: Config, splits: Splits, split: str) -> Examples:
     """
     if split == "test":
         return splits.test
-    train, held_out = batches.rows_of(splits.train.label, config.data)
+    train, held_out = batches.rows_of(splits.train.label, data)
     rows = {"train": train, "holdout": held_out}[split]
     if not len(rows):
         raise ConfigError(f"--split={split}: the run held out no rows of {splits.name}; choose train or test")

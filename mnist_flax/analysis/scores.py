@@ -66,13 +66,13 @@ def evaluate_workdir(
       UserError: the run, the checkpoint or the data cannot be loaded, or do not match.
     """
     predictor, info = load_predictor(workdir, checkpoint)
-    config, splits = load_data(info.config, info.fingerprint, overrides)
+    data, splits = load_data(info.config, info.fingerprint, overrides)
     if info.kind == "folds" and split != "test" and splits.name == info.config.data.name:
         raise ConfigError(
             f"--split={split}: each of these rows was trained on by other folds; choose test, or see out_of_fold in"
             f" {workdir / POPULATION}"
         )
-    examples = select_examples(config, splits, split)
+    examples = select_examples(data, splits, split)
     return {
         "dataset": splits.name,
         "dataset_fingerprint": splits.fingerprint,

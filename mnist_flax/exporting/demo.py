@@ -14,7 +14,7 @@ from mnist_flax import metrics
 from mnist_flax.analysis.corruptions import corrupt
 from mnist_flax.analysis.evaluation import Evaluation, Predictor, evaluate, load_predictor
 from mnist_flax.analysis.report import facts
-from mnist_flax.analysis.run_data import load_data
+from mnist_flax.analysis.run_data import load_own_data
 from mnist_flax.config import Config
 from mnist_flax.data.registry import DATASETS
 from mnist_flax.data.splits import Splits
@@ -58,13 +58,13 @@ def write_demo(
 ) -> pathlib.Path:
     """Writes the demo page of a run, or of a population (as a committee).
 
-    `checkpoint` is as in `load_predictor`, and `overrides` as in `load_data`.
+    `checkpoint` is as in `load_predictor`, and `overrides` as in `load_own_data`.
 
     Raises:
       UserError: the run or its data cannot be read, its network cannot be exported, or the page cannot be written.
     """
     predictor, info = load_predictor(workdir, checkpoint)
-    _, splits = load_data(info.config, info.fingerprint, overrides or {})
+    splits = load_own_data(info.config, info.fingerprint, overrides or {})
     evaluation = evaluate(predictor, splits.test)
     return write_page(info.config, predictor, evaluation, splits, max(info.steps), workdir, output)
 

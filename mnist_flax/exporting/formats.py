@@ -107,8 +107,8 @@ def export_workdir(
 def images_to_compare(info: RunInfo, overrides: Mapping[str, Any]) -> tuple[np.ndarray, str]:
     """Returns up to 1,000 test images, or scikit-learn's digits if the data are unavailable, and a description."""
     try:
-        config, splits = load_data(info.config, info.fingerprint, overrides)
-        return splits.test.image[:NUM_IMAGES], f"test images of {config.data.name}"
+        _, splits = load_data(info.config, info.fingerprint, overrides)
+        return splits.test.image[:NUM_IMAGES], f"test images of {splits.name}"
     except DataError:
         digits = load_splits(Config(data=DataConfig(name="digits")))
         source = f"of scikit-learn's digits, because {info.config.data.name} cannot be had here"

@@ -9,7 +9,7 @@ from mnist_flax.analysis.evaluation import evaluate, load_predictor
 from mnist_flax.analysis.report import facts as facts_lib
 from mnist_flax.analysis.report import layers, page, pictures, plots
 from mnist_flax.analysis.report.facts import Reported
-from mnist_flax.analysis.run_data import load_data
+from mnist_flax.analysis.run_data import load_own_data
 from mnist_flax.errors import WorkdirError
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.log import read_log
@@ -67,7 +67,7 @@ def report_workdir(
 ) -> pathlib.Path:
     """Writes the report of a finished or unfinished run at one of its checkpoints; returns the page's path.
 
-    See `load_predictor` for the checkpoints and `load_data` for the overrides.
+    See `load_predictor` for the checkpoints and `load_own_data` for the overrides.
 
     Raises:
       UserError: the run, the checkpoint or the data cannot be loaded, or the folder cannot be written.
@@ -79,7 +79,7 @@ def report_workdir(
             f" {workdir / workdirs.MEMBERS / next((workdir / workdirs.MEMBERS).iterdir()).name}, or evaluate it"
             " as one network with python -m mnist_flax.evaluate"
         )
-    _, splits = load_data(info.config, info.fingerprint, overrides or {})
+    splits = load_own_data(info.config, info.fingerprint, overrides or {})
     (step,) = info.steps
     records = read_log(workdir, step) or info.runs[0].record["log"]
     evaluation, summary = evaluate(predictor, splits.test), workdirs.read_json(workdir / workdirs.SUMMARY)
