@@ -19,6 +19,7 @@ from small_population import CONFIG
 
 from mnist_flax import drivers, members, train
 from mnist_flax.analysis import statistics as results
+from mnist_flax.analysis.evaluation import load_predictor
 from mnist_flax.config import replace
 from mnist_flax.data import batches
 from mnist_flax.data.load import load_splits
@@ -95,6 +96,11 @@ def test_folds_of_different_lengths_train_in_groups(tmp_path: pathlib.Path) -> N
     steps = [checkpoint.load_run(tmp_path / "members" / f"fold-{k}").record["step"] for k in range(3)]
     assert steps == [2, 3, 3]
     assert len(result["members"]) == 3
+    _, info = load_predictor(tmp_path)
+    assert info.steps == (2, 3, 3) and info.is_final
+    summary = tmp_path / "members" / "fold-2" / "summary.json"
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"steps": 1}))  # from before it trained further
+    assert not load_predictor(tmp_path)[1].is_final
 
 
 def stop_after_first_evaluation(patch: pytest.MonkeyPatch) -> None:

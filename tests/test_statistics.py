@@ -187,6 +187,16 @@ def test_folds_are_evaluated_on_the_test_set_only(folds: pathlib.Path) -> None:
             evaluate_workdir(folds, split=split, overrides={})
 
 
+def test_members_of_different_populations_are_refused(
+    seeds: pathlib.Path, folds: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    workdir = shutil.copytree(seeds, tmp_path / "copy")
+    shutil.rmtree(workdir / "members" / "seed-4")
+    shutil.copytree(folds / "members" / "fold-1", workdir / "members" / "seed-4")
+    with pytest.raises(WorkdirError, match=r"seed-4: was trained with another config or on other data than .*seed-3"):
+        load_predictor(workdir)
+
+
 @pytest.mark.parametrize("name", ["../seed-3", "..", "", 3, None])
 def test_member_name_that_leads_elsewhere_is_refused(seeds: pathlib.Path, tmp_path: pathlib.Path, name: Any) -> None:
     (tmp_path / "members").mkdir()

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mnist_flax import metrics, sharding
-from mnist_flax.config import Config, Program
+from mnist_flax.config import Config, Program, differences
 from mnist_flax.data.batches import NO_LABEL
 from mnist_flax.data.splits import Examples
 from mnist_flax.drivers import jit_forward
@@ -187,10 +187,13 @@ def load_predictor(workdir: pathlib.Path, checkpoint: str = "latest") -> tuple[P
     runs = tuple(load_run(folder, checkpoint) for folder in folders)
     config, fingerprint = runs[0].config, runs[0].record["fingerprint"]
     for folder, run in zip(folders, runs, strict=True):
-        if run.record["fingerprint"] != fingerprint or run.config.program != config.program:
+        changed = differences(config, run.config).keys() - {"seed", "data.fold"}
+        if changed or run.record["fingerprint"] != fingerprint:
             raise WorkdirError(f"{folder}: was trained with another config or on other data than {folders[0]}")
     steps = tuple(int(run.state.step) for run in runs)
-    is_final = set(steps) == {result.get("steps")}
+    # Each member has its own number of steps if the folds differ in size.
+    ends = [workdirs.read_json(folder / workdirs.SUMMARY).get("steps") for folder in folders]
+    is_final = steps == (result.get("steps"), *ends[1:])
     variables = [eval_variables(run.state) for run in runs]
     predictor = make_predictor(config, *variables, **(stored_fit(result) if is_final else {}))
     kind = str(result["kind"]) if is_population else "run"
