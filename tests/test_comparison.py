@@ -1,5 +1,6 @@
 """Comparing two results: the statistical tests against hand calculation, the verdict, and invalid comparisons."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -29,9 +30,29 @@ def test_t_test_by_hand() -> None:
     welch = comparison.t_test([1.0, 2.0, 3.0], [4.0, 6.0], paired=False)
     assert welch["t"] == pytest.approx(3 / (1 / 3 + 2 / 2) ** 0.5)
     assert welch["df"] == pytest.approx((1 / 3 + 1) ** 2 / ((1 / 3) ** 2 / 2 + 1))
-    same = comparison.t_test([0.9, 0.9], [0.9, 0.9], paired=True)
-    assert (same["p"], same["t"]) == (1, None)
-    assert comparison.t_test([0.9, 0.9], [0.8, 0.8], paired=False)["p"] == 0
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "paired", "p"),
+    [
+        ([0.9, 0.9], [0.9, 0.9], True, 1),
+        ([0.9, 0.9], [0.9, 0.9, 0.9], False, 1),
+        ([0.9970, 0.9972], [0.9971, 0.9973], True, 2 / 2**2),  # equal differences, up to rounding
+        ([0.9] * 6, [0.8] * 6, True, 2 / 2**6),
+        ([0.9] * 3, [0.8] * 3, False, 2 / 20),
+        ([0.9] * 2, [0.8] * 3, False, 1 / 10),
+    ],
+)
+def test_p_of_constant_differences_counts_the_permutations(
+    a: list[float], b: list[float], paired: bool, p: float
+) -> None:
+    test = comparison.t_test(a, b, paired=paired)
+    assert (test["p"], test["t"], test["interval"]) == (pytest.approx(p), None, None)
+    both = np.array([*a, *b])
+    sides = np.array(list(itertools.product([False, True], repeat=len(both))))  # whether each value is on B's side
+    allowed = (sides[:, : len(a)] != sides[:, len(a) :]).all(axis=1) if paired else sides.sum(axis=1) == len(b)
+    differences = [abs(both[side].mean() - both[~side].mean()) for side in sides[allowed]]
+    assert np.mean(np.array(differences) >= abs(test["difference"]) - 1e-9) == pytest.approx(p)
 
 
 def result_of(predictions: Any, accuracies: tuple[float, ...], **fields: Any) -> Result:
@@ -57,12 +78,15 @@ def test_verdict_follows_the_members_if_there_are_any() -> None:
     # For populations the members decide: here the committees differ, but the members do not.
     populations = comparison.compare_results(result_of(bad, (0.5, 0.9)), result_of(good, (0.9, 0.5)))
     assert populations["mcnemar"]["p"] < 0.05
-    assert (populations["verdict"], populations["t"]["kind"]) == (None, "paired")
+    assert (populations["verdict"], populations["t"]["kind"]) == (None, "paired t-test")
     assert "No significant difference" in comparison.comparison_table(populations)
+    constant = comparison.compare_results(result_of(bad, (0.5, 0.6)), result_of(good, (0.6, 0.7)))
+    assert constant["verdict"] is None
+    assert "members: B - A = +10.000 points (permutation test: p = 0.5)" in comparison.comparison_table(constant)
     welch = comparison.compare_results(
         result_of(bad, (0.5, 0.51, 0.52)), result_of(good, (0.9, 0.91), pairing=(7, 8), kind="seeds")
     )
-    assert (welch["verdict"], welch["t"]["kind"]) == ("b", "Welch")
+    assert (welch["verdict"], welch["t"]["kind"]) == ("b", "Welch's t-test")
 
 
 def test_results_on_different_examples_are_not_compared() -> None:

@@ -1,5 +1,6 @@
 """Tests whether one result is better than another, on the same examples and over the members of each."""
 
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from mnist_flax.analysis.run_data import load_data
 from mnist_flax.errors import WorkdirError
 
 SIGNIFICANCE = 0.05  # a difference is significant if its p-value is below this
+ROUNDING = 1e-12  # a smaller difference of two accuracies is a rounding error
 
 
 class Result(NamedTuple):
@@ -146,20 +148,27 @@ def t_test(a: Sequence[float], b: Sequence[float], *, paired: bool) -> Facts:
 
     `a` and `b` are the accuracies of their members, at least two each. If members at the same index share a seed or a
     fold, they are `paired`, and the test is Student's (1908), otherwise Welch's (1947), which allows unequal variances.
-    The training sets of folds overlap, so p is a little too small.
+    The training sets of folds overlap, so p is a little too small. Without any variance, which few members can have by
+    chance, the test is the exact permutation test.
 
     Returns:
-      `difference` (B - A), its 95 % `interval`, `t`, `df` and `p`.
+      `kind`, `difference` (B - A), its 95 % `interval`, `t`, `df` and `p`; a permutation test has only the first two
+      and `p`, and the others are None.
     """
+    difference = float(np.mean(b) - np.mean(a))
+    varying = [np.subtract(b, a)] if paired else [a, b]
+    if max(np.ptp(values) for values in varying) < ROUNDING:
+        # No other permutation has a difference as large, except the one with all signs or both populations swapped.
+        num_permutations = 2 ** len(a) if paired else math.comb(len(a) + len(b), len(a))
+        num_extreme = 2 if len(a) == len(b) else 1
+        p = num_extreme / num_permutations if abs(difference) > ROUNDING else 1.0
+        return {"kind": "permutation test", "difference": difference, "interval": None, "t": None, "df": None, "p": p}
     from scipy import stats
 
-    difference = float(np.mean(b) - np.mean(a))
-    result = {"kind": "paired" if paired else "Welch", "difference": difference}
-    is_constant = np.ptp(np.subtract(b, a)) == 0 if paired else np.ptp(a) == np.ptp(b) == 0
-    if is_constant:  # no variance to compare the difference with
-        return result | {"interval": [difference] * 2, "t": None, "df": None, "p": float(difference == 0)}
     test = stats.ttest_rel(b, a) if paired else stats.ttest_ind(b, a, equal_var=False)
-    return result | {
+    return {
+        "kind": "paired t-test" if paired else "Welch's t-test",
+        "difference": difference,
         "interval": [float(end) for end in test.confidence_interval(0.95)],
         "t": float(test.statistic),
         "df": float(test.df),
@@ -181,10 +190,13 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
         f" (exact McNemar test: p = {examples['p']:.2g})"
     )
     if members:
-        low, high = members["interval"]
+        interval = ""
+        if members["interval"]:
+            low, high = members["interval"]
+            interval = f", 95 % interval {100 * low:+.3f} to {100 * high:+.3f}"
         lines.append(
-            f"members: B - A = {100 * members['difference']:+.3f} points, 95 % interval {100 * low:+.3f} to"
-            f" {100 * high:+.3f} ({members['kind']} t-test: p = {members['p']:.2g})"
+            f"members: B - A = {100 * members['difference']:+.3f} points{interval}"
+            f" ({members['kind']}: p = {members['p']:.2g})"
         )
     lines += ["", sentence(comparison)]
     return "\n".join(lines)
