@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 
@@ -82,6 +83,14 @@ def test_folder_with_leftovers_of_a_killed_claim_is_accepted(tmp_path: pathlib.P
     (tmp_path / ".mnist_flax.lock").touch()
     (tmp_path / ".config.json.tmp").write_text('{"see')
     workdirs.check(tmp_path)
+
+
+def test_claim_of_a_folder_deleted_in_use_keeps_the_error_and_ends(tmp_path: pathlib.Path) -> None:
+    workdir, unlocked = tmp_path / "run", len(os.listdir("/proc/self/fd"))
+    with pytest.raises(WorkdirError, match=r"metrics.jsonl: cannot be written \(No such file"), workdirs.claim(workdir):
+        shutil.rmtree(workdir)
+        workdirs.append_bytes(workdir / workdirs.METRICS, b"line")
+    assert len(os.listdir("/proc/self/fd")) == unlocked  # the lock's file is closed
 
 
 @pytest.mark.parametrize(

@@ -89,9 +89,10 @@ def claim(workdir: pathlib.Path) -> Iterator[None]:
         write_text(workdir / _OWNER, json.dumps(owner) + "\n")
         yield
     finally:
-        if lock.is_locked and {path.name for path in workdir.iterdir()} <= {_LOCK, _OWNER}:
-            (workdir / _OWNER).unlink(missing_ok=True)
-            (workdir / _LOCK).unlink()
+        with contextlib.suppress(OSError):  # the folder may be gone
+            if lock.is_locked and set(os.listdir(workdir)) <= {_LOCK, _OWNER}:
+                (workdir / _OWNER).unlink(missing_ok=True)
+                (workdir / _LOCK).unlink()
         for folder in new:
             with contextlib.suppress(OSError, ValueError):
                 folder.rmdir()  # deletes only empty folders
