@@ -1,6 +1,7 @@
 """Loads the teacher of a run: a finished run or population whose probabilities the run learns (`step.soft_targets`)."""
 
 import hashlib
+import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -48,7 +49,7 @@ def load_teacher(config: Config, workdir: pathlib.Path | None = None) -> LoadedT
     folder, field = pathlib.Path(config.train.teacher), f"config.train.teacher = {config.train.teacher!r}"
     if workdir and folder.resolve().is_relative_to(workdir.resolve()):
         raise ConfigError(f"{field}: lies in this run's folder, --workdir={workdir}; name another for one of them")
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # unlike `folder.is_dir`, it never raises an error
         raise ConfigError(f"{field}: there is no such folder; train the teacher first, or name where it is")
     try:
         predictor, info = load_predictor(folder)

@@ -1,6 +1,8 @@
 """Evaluating a run: rows, checkpoints, data, saved results and rejected input."""
 
+import errno
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -237,9 +239,35 @@ def test_images_of_another_shape_are_refused(monkeypatch: pytest.MonkeyPatch) ->
         load_data(tiny_run.CONFIG, "0123", {"data.name": "mnist"})
 
 
-def test_folder_without_a_run_is_refused(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(WorkdirError, match=r"name a run's folder|name the folder of a run"):
-        evaluate_workdir(tmp_path, overrides={})
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", r"holds no checkpoints/ of a run; name a run's folder"),
+        ("none", r"none: holds no checkpoints/ of a run; name a run's folder"),
+        ("file", r"file: is a file; name a folder"),
+        ("long" * 100, r"long: cannot be read \(File name too long\); name another folder"),
+    ],
+)
+def test_folder_without_a_run_is_refused(tmp_path: pathlib.Path, name: str, message: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(WorkdirError, match=message):
+        evaluate_workdir(tmp_path / name, overrides={})
+
+
+@pytest.mark.parametrize("hidden", ["", "checkpoints"])
+def test_unreadable_folder_gives_one_message(
+    workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch, hidden: str
+) -> None:
+    listdir = os.listdir
+
+    def denied(path: Any) -> list[str]:
+        if pathlib.Path(path) == workdir / hidden:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", denied)
+    with pytest.raises(WorkdirError, match=rf"{hidden}: cannot be read \(Permission denied\); name another folder"):
+        evaluate_workdir(workdir, overrides={})
 
 
 def test_command_prints_the_saved_json(workdir: pathlib.Path) -> None:

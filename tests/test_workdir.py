@@ -11,6 +11,7 @@ import subprocess
 import pytest
 from small_run import ROOT, start
 
+from mnist_flax.config import Config
 from mnist_flax.errors import WorkdirError
 from mnist_flax.run import workdir as workdirs
 
@@ -85,7 +86,24 @@ def test_folder_with_leftovers_of_a_killed_claim_is_accepted(tmp_path: pathlib.P
     workdirs.check(tmp_path)
 
 
-def test_claim_of_a_folder_deleted_in_use_keeps_the_error_and_ends(tmp_path: pathlib.Path) -> None:
+def foreign(path: pathlib.Path, config: str) -> None:
+    """Makes a folder of another program, which also has a file called config.json."""
+    (path / config).parent.mkdir(parents=True)
+    (path / config).write_text('{"model_type": "vit", "seed": 1}')
+    (path / ".x.tmp").touch()
+
+
+@pytest.mark.parametrize("folder", [".", "members/seed-0"])
+def test_run_or_population_copied_without_hidden_files_is_accepted(tmp_path: pathlib.Path, folder: str) -> None:
+    (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    (tmp_path / folder / workdirs.CONFIG).write_text(Config().to_json())
+    (tmp_path / "population.npz").touch()
+    with workdirs.claim(tmp_path):
+        pass
+    assert (tmp_path / folder / workdirs.CONFIG).is_file()
+
+
+def test_claim_of_a_folder_deleted_in_use_keeps_its_error_and_releases_the_lock(tmp_path: pathlib.Path) -> None:
     workdir, unlocked = tmp_path / "run", len(os.listdir("/proc/self/fd"))
     with pytest.raises(WorkdirError, match=r"metrics.jsonl: cannot be written \(No such file"), workdirs.claim(workdir):
         shutil.rmtree(workdir)
@@ -99,6 +117,8 @@ def test_claim_of_a_folder_deleted_in_use_keeps_the_error_and_ends(tmp_path: pat
         (lambda path: path.write_text("text"), "is a file; name a folder"),
         (lambda path: (path.mkdir(), (path / "thesis.tex").touch()), "holds 'thesis.tex' but no config.json"),
         (lambda path: path.symlink_to("/proc/version"), "is a file; name a folder"),
+        (lambda path: foreign(path, "config.json"), "holds '.x.tmp' but no config.json of a run; name another folder"),
+        (lambda path: foreign(path, "members/alice/config.json"), "holds '.x.tmp' but no config.json of a run"),
     ],
 )
 def test_path_that_is_something_else_is_left_alone(tmp_path: pathlib.Path, make: object, message: str) -> None:
@@ -216,7 +236,7 @@ def test_claim_follows_no_link(tmp_path: pathlib.Path) -> None:
     outside.mkdir()
     (outside / ".precious.tmp").write_text("precious")
     (run / "report").symlink_to(outside)
-    (run / workdirs.CONFIG).touch()
+    (run / workdirs.CONFIG).write_text(Config().to_json())
     (run / ".mnist_flax.owner.json").symlink_to(outside / "owner")
     (run / ".summary.json.0000.tmp").symlink_to(outside / ".precious.tmp")
     with workdirs.claim(run):

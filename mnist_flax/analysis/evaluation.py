@@ -179,9 +179,10 @@ def load_predictor(workdir: pathlib.Path, checkpoint: str = "latest") -> tuple[P
     and the defaults otherwise.
 
     Raises:
-      WorkdirError: there is no such checkpoint, it is damaged, or the members differ in config or data.
+      WorkdirError: the folder cannot be read, there is no such checkpoint, it is damaged, or the members differ in
+        config or data.
     """
-    is_population = (workdir / workdirs.MEMBERS).is_dir()
+    is_population = workdirs.MEMBERS in workdirs.names_in(workdir)
     result = workdirs.read_json(workdir / (POPULATION if is_population else workdirs.SUMMARY))
     folders = _member_folders(workdir, result) if is_population else [workdir]
     runs = tuple(load_run(folder, checkpoint) for folder in folders)

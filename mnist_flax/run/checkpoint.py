@@ -73,9 +73,12 @@ def sort_key(holdout: Mapping[str, float]) -> tuple[float, float]:
 
 
 def steps_in(folder: pathlib.Path) -> list[int]:
-    """Returns the steps of the finished checkpoints in a folder, ascending; empty if the folder does not exist."""
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
+    """Returns the steps of the finished checkpoints in a folder, ascending; empty if the folder does not exist.
+
+    Raises:
+      WorkdirError: it cannot be read.
+    """
+    return sorted(int(name) for name in workdirs.names_in(folder) if name.isdecimal() and str(int(name)) == name)
 
 
 def holdouts(folder: pathlib.Path) -> dict[int, dict[str, float] | None]:
@@ -107,8 +110,9 @@ def load_run(workdir: pathlib.Path, which: str = "latest") -> Run:
         except WorkdirError:
             raise
         except Exception as error:  # Orbax and TensorStore raise many types for damaged files
-            others = ", ".join(str(other) for other in steps_in(folder) if other != step) or "none"
-            if (folder / str(step)).exists() or others == "none":
+            kept = steps_in(folder)
+            others = ", ".join(str(other) for other in kept if other != step) or "none"
+            if step in kept or others == "none":
                 raise WorkdirError(
                     f"{workdir}: checkpoint {step} is damaged ({workdirs.reason(error)}); the others are: {others}"
                 ) from error

@@ -34,6 +34,7 @@ REMEDY_RESUME = "fix that, and the same command continues from the newest checkp
 REMEDY_OUTPUT = "name another folder with --output=DIR"
 _LOCK = ".mnist_flax.lock"
 _OWNER = ".mnist_flax.owner.json"
+CONFIG_FIELDS = {"seed", "data", "model", "optimizer", "checkpoint"}  # of a run's config, in all versions
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
@@ -45,20 +46,34 @@ def check(workdir: pathlib.Path) -> None:
     """
     try:
         os.path.abspath(workdir).encode()  # checkpoints cannot be written to a path that is not UTF-8
-        with contextlib.suppress(FileNotFoundError):
-            os.stat(workdir)  # unlike `exists`, `stat` raises an error with the reason
-        if workdir.exists() and not workdir.is_dir():
-            raise WorkdirError(f"--workdir={workdir}: is a file; name a folder")
-        names = {path.name for path in workdir.iterdir()} if workdir.is_dir() else set()
     except UnicodeEncodeError as error:
         remedy = "name a folder whose path is valid UTF-8, or set PYTHONUTF8=1 if this one is"
         raise WorkdirError(f"--workdir={workdir}: checkpoints cannot be written to this path; {remedy}") from error
+    names = names_in(workdir, f"--workdir={workdir}")
+    members = [workdir / MEMBERS / name for name in names_in(workdir / MEMBERS)] if MEMBERS in names else []
+    if names and not any(map(_holds_run, [workdir, *members])):
+        raise WorkdirError(f"--workdir={workdir}: holds {min(names)!r} but no {CONFIG} of a run; name another folder")
+
+
+def _holds_run(folder: pathlib.Path) -> bool:
+    """Returns whether a folder was claimed, or holds the config of a run; a copy may lack hidden files."""
+    return os.path.lexists(folder / _LOCK) or read_json(folder / CONFIG).keys() >= CONFIG_FIELDS
+
+
+def names_in(folder: pathlib.Path, subject: str = "") -> set[str]:
+    """Returns the names in a folder; none if it does not exist. `subject` replaces the folder in messages.
+
+    Raises:
+      WorkdirError: it is not a folder, or cannot be read.
+    """
+    try:
+        return set(os.listdir(folder))
+    except FileNotFoundError:
+        return set()
     except (OSError, ValueError) as error:  # such as a name that is too long, or contains a zero byte
-        raise WorkdirError(f"--workdir={workdir}: cannot be read ({reason(error)}); name another folder") from error
-    if names and not names & {CONFIG, _LOCK}:
-        raise WorkdirError(
-            f"--workdir={workdir}: holds {min(names)!r} but no {CONFIG}, so it is not a run; name another folder"
-        )
+        problem = f"cannot be read ({reason(error)}); name another folder"
+        problem = "is a file; name a folder" if os.path.isfile(folder) else problem
+        raise WorkdirError(f"{subject or folder}: {problem}") from error
 
 
 @contextlib.contextmanager
