@@ -118,7 +118,8 @@ def scan_steps(job: Job, states: TrainState) -> Advance:
     everywhere, by_run = sharding.replicated(mesh), _run_sharding(mesh, num_runs)
     # Orders are [M,S,B]: a single run is split along the batch, several along the runs.
     by_order = sharding.split(mesh, axis=2) if num_runs == 1 else by_run
-    num_epochs = max(1, job.epochs_per_dispatch)  # per order
+    run_epochs = program.num_steps // program.steps_per_epoch
+    num_epochs = max(1, min(job.epochs_per_dispatch, run_epochs))  # per order
     order_steps = num_epochs * program.steps_per_epoch
     root_keys = [rng.root_key(seed) for seed in job.seeds]
     rows = [jax.device_put(of_run) for of_run in job.rows]

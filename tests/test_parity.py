@@ -90,6 +90,21 @@ def test_several_epochs_in_a_call_give_the_same_bits_and_training_curve(
             np.testing.assert_array_equal(one, another)
 
 
+def test_an_order_is_no_longer_than_the_run(examples: Examples, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Drawn(Exception):
+        """Raised with the number of epochs in an order."""
+
+    def draw(key: jax.Array, first: int, num_epochs: int, *_: Any) -> None:
+        raise Drawn(num_epochs)
+
+    monkeypatch.setattr(batches, "consecutive_orders", draw)
+    rows = np.arange(96, dtype=np.int32)
+    for asked, epochs in ((0, 1), (2, 2), (10**6, 3)):
+        job = Job(CONFIG.program, [0], [rows], examples, epochs_per_dispatch=asked)
+        with pytest.raises(Drawn, match=str(epochs)):
+            driver("scan", job, stack([jit_init_state(CONFIG.program, KEY)], job))
+
+
 def test_call_of_several_epochs_saves_if_a_checkpoint_was_due_within_it(tmp_path: pathlib.Path) -> None:
     config = replace(SMALL, train__epochs=7, train__epochs_per_dispatch=2, checkpoint__every_epochs=3)
     fit(replace(config, checkpoint__keep_latest=9), tmp_path)
