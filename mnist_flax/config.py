@@ -130,6 +130,10 @@ class Config:
             yield f"config.train.augment_until = {self.train.augment_until}: has no effect without an augmentation"
         if self.train.teacher_weight < 1 and not self.train.teacher:
             yield f"config.train.teacher_weight = {self.train.teacher_weight}: has no effect without a teacher"
+        if self.train.teacher and self.train.teacher_weight == 1:
+            for name in ("loss", "label_smoothing"):
+                if (value := getattr(self.train, name)) != getattr(TrainConfig(), name):
+                    yield f"config.train.{name} = {value!r}: has no effect with config.train.teacher_weight = 1"
 
     @classmethod
     def from_dict(cls, values: Any) -> Self:

@@ -8,6 +8,7 @@ import pytest
 from mnist_flax.config import Config, default_config_dict, differences, replace
 from mnist_flax.data.registry import DATASETS
 from mnist_flax.errors import ConfigError
+from mnist_flax.losses import LOSSES, cross_entropy
 from mnist_flax.models.cnn import CNNConfig
 from mnist_flax.models.resnet import ResNetConfig
 
@@ -134,10 +135,20 @@ def test_a_family_of_models_brings_its_own_fields() -> None:
         ),
         ({"train__augment_until": 0.5, "augment__shift": 1}, []),
         ({"train__teacher_weight": 0.5}, ["config.train.teacher_weight = 0.5: has no effect without a teacher"]),
-        ({"train__teacher_weight": 0.5, "train__teacher": "runs/teacher"}, []),
+        ({"train__teacher_weight": 0.5, "train__teacher": "runs/teacher", "train__label_smoothing": 0.1}, []),
+        (
+            {"train__teacher": "runs/teacher", "train__label_smoothing": 0.1, "train__loss": "focal"},
+            [
+                "config.train.loss = 'focal': has no effect with config.train.teacher_weight = 1",
+                "config.train.label_smoothing = 0.1: has no effect with config.train.teacher_weight = 1",
+            ],
+        ),
     ],
 )
-def test_fields_without_effect_are_found(fields: dict[str, Any], messages: list[str]) -> None:
+def test_fields_without_effect_are_found(
+    fields: dict[str, Any], messages: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(LOSSES, "focal", cross_entropy)
     assert list(replace(Config(), **fields).unused()) == messages
 
 
