@@ -1,6 +1,7 @@
 """The demo page's JavaScript computes what Python does: framing, every layer, and the arithmetic of single values."""
 
 import base64
+import functools
 import json
 import pathlib
 from collections.abc import Iterator
@@ -14,12 +15,14 @@ import pytest
 from browser import browser
 from test_export_graph import run_program
 
+from mnist_flax.analysis.evaluation import make_predictor
 from mnist_flax.config import Config, replace
 from mnist_flax.data.framing import frame
+from mnist_flax.exporting import inference
 from mnist_flax.exporting.demo import PAGE
 from mnist_flax.exporting.graph import Graph, trace
 from mnist_flax.exporting.textbook import textbook_order
-from mnist_flax.models.cleaned import CleanedCNNConfig
+from mnist_flax.models.cleaned import CleanedCNNConfig, despeckled
 from mnist_flax.models.resnet import ResNetConfig
 from mnist_flax.step import crop, forward, init_state, scale_pixels
 
@@ -47,6 +50,7 @@ CONFIGS = {
     "resnet": replace(Config(), model=ResNetConfig(widths=(6, 10), blocks=2)),
     "cleaned": replace(Config(), model=CleanedCNNConfig(widths=(6, 8), pools=(2,), dense=(12,), batch_norm=True)),
 }
+VIEWS = replace(Config(), eval__views=5)
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +70,7 @@ def images() -> np.ndarray:
     return (generator.integers(0, 256, (3, 28, 28, 1)) * (generator.random((3, 28, 28, 1)) < 0.3)).astype(np.uint8)
 
 
+@functools.cache
 def variables_of(config: Config) -> Any:
     """Random weights; biases and statistics, which start at 0 or 1, are changed too."""
     state = init_state(config.program, jax.random.key(0))
@@ -75,8 +80,10 @@ def variables_of(config: Config) -> Any:
     return jax.tree.unflatten(tree, [np.asarray(leaf, np.float32) for leaf in noisy])
 
 
-def graph_of(config: Config, variables: Any) -> Graph:
-    return trace(lambda variables, images: forward(config.program, variables, images), variables)
+@functools.cache
+def graph_of(config: Config) -> Graph:
+    """The graph as the page gets it."""
+    return textbook_order(inference.graph_of(make_predictor(config, variables_of(config))))
 
 
 def load(page: Any, graph: Graph) -> None:
@@ -116,7 +123,7 @@ def layers_in_jax(config: Config, variables: Any, images: np.ndarray) -> dict[st
 def test_demo_layers_equal_jax(name: str, page: Any, images: np.ndarray) -> None:
     config = CONFIGS[name]
     variables = variables_of(config)
-    load(page, textbook_order(graph_of(config, variables)))
+    load(page, graph_of(config))
     wanted = layers_in_jax(config, variables, images)
     for i, image in enumerate(images):
         found = page.evaluate(
@@ -167,13 +174,13 @@ def test_demo_operations_equal_their_definitions(page: Any) -> None:
 def test_textbook_order_keeps_the_logits(name: str, images: np.ndarray, tmp_path: pathlib.Path) -> None:
     config = CONFIGS[name]
     variables = variables_of(config)
-    graph = textbook_order(graph_of(config, variables))
+    graph = graph_of(config)
     wanted = forward(config.program, variables, jnp.asarray(images))
     np.testing.assert_allclose(run_program(graph, tmp_path, images)["logits"], wanted, atol=1e-5)
 
 
 def test_textbook_order_shows_activations_before_pooling() -> None:
-    graph = textbook_order(graph_of(Config(), variables_of(Config())))
+    graph = graph_of(Config())
     assert [node.op for node in graph.nodes if node.layer == "Conv_0"] == ["conv", "relu", "max_pool"]
 
 
@@ -194,9 +201,10 @@ def explained(page: Any, pixels: np.ndarray, title: str, place: dict[str, int]) 
     )
 
 
-def test_demo_explains_a_convolution(page: Any, images: np.ndarray) -> None:
-    variables = variables_of(Config())
-    load(page, textbook_order(graph_of(Config(), variables)))
+@pytest.mark.parametrize("config", [Config(), VIEWS])  # the maps are those of the first view, which is not shifted
+def test_demo_explains_a_convolution(config: Config, page: Any, images: np.ndarray) -> None:
+    variables = variables_of(config)
+    load(page, graph_of(config))
     found = explained(page, images[0], "Convolution 1", {"y": 3, "x": 5, "channel": 7})
     kernel, bias = variables["params"]["Conv_0"]["kernel"][:, :, 0, 7], variables["params"]["Conv_0"]["bias"][7]
     products = images[0, 3:6, 5:8, 0] / 255 * kernel
@@ -210,7 +218,7 @@ def test_demo_explains_a_convolution(page: Any, images: np.ndarray) -> None:
 
 
 def test_demo_explains_pooling_and_dense_layers(page: Any, images: np.ndarray) -> None:
-    load(page, textbook_order(graph_of(Config(), variables_of(Config()))))
+    load(page, graph_of(Config()))
     pooled = explained(page, images[0], "Max pooling", {"y": 2, "x": 4, "channel": 9})
     assert len(pooled["products"]) == 4
     assert max(pooled["products"]) == pooled["sum"] == pooled["value"]
@@ -224,7 +232,7 @@ def test_demo_explains_pooling_and_dense_layers(page: Any, images: np.ndarray) -
 @pytest.mark.parametrize("name", CONFIGS)
 def test_demo_explanations_end_with_the_shown_values(name: str, page: Any, images: np.ndarray) -> None:
     """In every stage of every family, the last line of an explanation is the value that the map shows."""
-    load(page, textbook_order(graph_of(CONFIGS[name], variables_of(CONFIGS[name]))))
+    load(page, graph_of(CONFIGS[name]))
     stages = page.evaluate(
         """(pixels) => {
           network.run(Uint8Array.from(pixels));
@@ -247,6 +255,43 @@ def test_demo_explanations_end_with_the_shown_values(name: str, page: Any, image
         assert last == pytest.approx(stage["value"], abs=1e-5), stage
         if stage["weighted"]:
             assert stage["products"] == pytest.approx(stage["sum"], abs=1e-5), stage
+
+
+def despeckled_first(variables: Any, images: jax.Array) -> jax.Array:
+    """A network whose convolution sees the images without specks: rows and columns at the border are repeated."""
+    x = despeckled(images / 255)
+    x = jax.lax.conv_general_dilated(x, variables["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return x.reshape(len(x), -1) @ variables["dense"]
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, "views", "despeckled"])
+def test_demo_values_depend_on_their_receptive_fields_alone(name: str, page: Any, images: np.ndarray) -> None:
+    if name == "despeckled":
+        generator = np.random.default_rng(3)
+        shapes = {"kernel": (3, 3, 1, 2), "dense": (28 * 28 * 2, 10)}
+        weights = {key: generator.normal(size=shape).astype(np.float32) for key, shape in shapes.items()}
+        load(page, trace(despeckled_first, weights))
+    else:
+        load(page, graph_of(CONFIGS.get(name, VIEWS)))
+    stages = page.evaluate(
+        """([pixels, others]) => findStages(network).map(({ node, title }) => {
+             const { height, width } = mapSize(node.shape);
+             return [0, height >> 1, height - 1].map((y) => {
+               const place = { y, x: width >> 1, channel: 0 };
+               const { top, left, bottom, right } = receptiveField(network, node, place);
+               const inside = (row, column) => row >= top && row < bottom && column >= left && column < right;
+               const changed = pixels.map((pixel, i) => inside(Math.floor(i / 28), i % 28) ? pixel : others[i]);
+               return [title, ...[pixels, changed].map((image) => {
+                 network.run(Uint8Array.from(image));
+                 return network.values.get(node.name).data[indexOf(node.shape, place)];
+               })];
+             });
+           }).flat()""",
+        [images[0].ravel().tolist(), images[1].ravel().tolist()],
+    )
+    assert len(stages) >= 6
+    for title, value, with_other_pixels_outside in stages:
+        assert value == with_other_pixels_outside, title
 
 
 def test_demo_frames_as_python_does(page: Any) -> None:

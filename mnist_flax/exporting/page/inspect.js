@@ -170,39 +170,53 @@ function signed(value) {
 }
 
 // The part of the image that a value depends on: { top, left, bottom, right }, in pixels, bottom and right exclusive.
-function receptiveField(network, node, { y, x }) {
-  const all = { top: 0, left: 0, bottom: SIDE, right: SIDE };
-  const field = fieldOf(network, node.name, { top: y, left: x, bottom: y + 1, right: x + 1 });
-  if (!field) return all;
+// It is the whole image if an operation before the value does not keep rows and columns.
+function receptiveField(network, { name }, { y, x }) {
+  const boxes = new Map([[name, { top: y, left: x, bottom: y + 1, right: x + 1 }]]);
+  for (const node of [...network.nodes].reverse()) {
+    const box = boxes.get(node.name);
+    if (!box) continue;
+    const sources = sourcesOf(network, node);
+    if (!sources) return { top: 0, left: 0, bottom: SIDE, right: SIDE };
+    const wider = inputBox(network, node, box);
+    for (const source of sources) boxes.set(source, union(wider, boxes.get(source) ?? wider));
+  }
+  const field = boxes.get(network.image);
   return {
     top: Math.max(0, field.top), left: Math.max(0, field.left),
     bottom: Math.min(SIDE, field.bottom), right: Math.min(SIDE, field.right),
   };
 }
 
-// Traces a box of a node's map back to the image; null means the whole image.
-function fieldOf(network, name, box) {
-  const node = network.node(name);
-  if (!node) return box; // the image itself
+// The inputs of a node that are not constants; null if their rows and columns are not those of its output.
+function sourcesOf(network, node) {
   const sources = node.inputs.filter((input) => !(input in network.constants));
-  if (node.shape.length !== 4 || sources.some((input) => network.values.get(input).shape.length !== 4)) return null;
-  let wider = box;
-  if (node.op === "conv" || /pool/.test(node.op)) {
-    const { strides, pads, dilations = [1, 1] } = node.attrs;
-    const size = node.attrs.size ?? network.values.get(node.inputs[1]).shape;
+  const shapes = [node, ...sources.map((source) => network.values.get(source))].map(({ shape }) => shape);
+  // Several views of the image, [1, views, SIDE, SIDE, 1], become one batch: the first view, which is not shifted, is shown.
+  if (node.op === "reshape" && sameShape(shapes[1].slice(2), [SIDE, SIDE, 1])) return [network.image];
+  const isMoved = node.op === "concat" && node.attrs.axis < 3;
+  return isMoved || shapes.some((shape) => shape.length !== 4) ? null : sources;
+}
+
+// The part of a node's inputs that a box of its output is computed from.
+function inputBox(network, { op, attrs, inputs }, box) {
+  if (op === "conv" || /pool/.test(op)) {
+    const { strides, pads, dilations = [1, 1] } = attrs;
+    const size = attrs.size ?? network.values.get(inputs[1]).shape;
     const reach = [0, 1].map((axis) => (size[axis] - 1) * dilations[axis]);
-    wider = {
+    return {
       top: box.top * strides[0] - pads[0][0], bottom: (box.bottom - 1) * strides[0] - pads[0][0] + reach[0] + 1,
       left: box.left * strides[1] - pads[1][0], right: (box.right - 1) * strides[1] - pads[1][0] + reach[1] + 1,
     };
-  } else if (node.op === "slice" || node.op === "pad") {
-    const [dy, dx] = node.op === "slice" ? node.attrs.starts.slice(1) : node.attrs.low.slice(1).map((width) => -width);
-    wider = { top: box.top + dy, bottom: box.bottom + dy, left: box.left + dx, right: box.right + dx };
   }
-  const fields = sources.map((input) => fieldOf(network, input, wider));
-  if (fields.some((field) => field === null)) return null;
+  if (op !== "slice" && op !== "pad") return box;
+  const [dy, dx] = op === "slice" ? attrs.starts.slice(1) : attrs.low.slice(1).map((width) => -width);
+  return { top: box.top + dy, bottom: box.bottom + dy, left: box.left + dx, right: box.right + dx };
+}
+
+function union(a, b) {
   return {
-    top: Math.min(...fields.map((field) => field.top)), left: Math.min(...fields.map((field) => field.left)),
-    bottom: Math.max(...fields.map((field) => field.bottom)), right: Math.max(...fields.map((field) => field.right)),
+    top: Math.min(a.top, b.top), left: Math.min(a.left, b.left),
+    bottom: Math.max(a.bottom, b.bottom), right: Math.max(a.right, b.right),
   };
 }

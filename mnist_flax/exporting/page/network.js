@@ -15,8 +15,9 @@ class Network {
     for (const [name, constant] of Object.entries(graph.constants)) {
       this.values.set(name, { data: decode(weights, constant), shape: constant.shape });
     }
+    this.image = graph.input; // the name of the input
     this.input = { data: new Float32Array(SIDE * SIDE), shape: [1, SIDE, SIDE, 1] };
-    this.values.set(graph.input, this.input);
+    this.values.set(this.image, this.input);
     this.steps = this.nodes.map((node) => this.compile(node));
   }
 
