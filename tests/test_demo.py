@@ -94,6 +94,37 @@ def test_demo_undoes_and_clears_strokes(page: Any) -> None:
     assert page.inner_text("#live") == "The pad is empty."
 
 
+@pytest.mark.parametrize(("key", "left"), [("u", 1), ("c", 0), ("Escape", 0)])
+def test_demo_stops_a_stroke_that_is_undone_or_cleared(key: str, left: int, page: Any) -> None:
+    draw_by_mouse(page, [(0.5, 0.2), (0.5, 0.8)])
+    box = page.locator("#pad").bounding_box()
+    page.mouse.move(box["x"] + 20, box["y"] + 20)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 40, box["y"] + 20)
+    page.keyboard.press(key)
+    remaining = page.evaluate("JSON.stringify(app.pad.strokes)")
+    assert len(json.loads(remaining)) == left
+    page.mouse.move(box["x"] + 90, box["y"] + 90)
+    page.mouse.up()
+    assert page.evaluate("JSON.stringify(app.pad.strokes)") == remaining
+    draw_by_mouse(page, [(0.2, 0.5), (0.8, 0.5)])
+    assert page.evaluate("app.pad.strokes.length") == left + 1
+
+
+def test_demo_keys_work_after_a_checkpoint_is_chosen(page: Any) -> None:
+    draw_by_mouse(page, [(0.5, 0.2), (0.5, 0.8)])
+    page.locator("#checkpoints label").nth(1).click()
+    page.keyboard.press("c")
+    assert page.evaluate("app.pad.isEmpty")
+    draw_by_mouse(page, [(0.5, 0.2), (0.5, 0.8)])
+    assert not page.evaluate("document.activeElement.matches(':focus-visible')")  # no outline while drawing
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate("[app.example, app.chosen]") == [0, 1]
+    page.locator("#checkpoints input").nth(1).focus()
+    page.keyboard.press("ArrowUp")
+    assert page.evaluate("[app.example, app.chosen]") == [0, 0]
+
+
 def test_demo_steps_through_examples_by_keys(page: Any, workdir: pathlib.Path) -> None:
     kinds = page.evaluate("app.data.examples.map((example) => example.kind)")
     assert {"right", "mistake", "corrupted"} == set(kinds)
@@ -200,15 +231,29 @@ def test_demo_compares_two_checkpoints(page: Any, workdir: pathlib.Path) -> None
     np.testing.assert_allclose(found, wanted, atol=1e-4)
 
 
+def test_demo_doubts_by_the_threshold_of_the_chosen_checkpoint(page: Any) -> None:
+    page.evaluate("app.data.checkpoints.forEach((checkpoint, i) => (checkpoint.doubtful_below = 2 * i))")
+    doubts = []
+    for label in page.locator("#checkpoints label").all():
+        label.click()
+        settle(page)
+        doubts.append(page.inner_text("#confidence").startswith("a guess"))
+    assert doubts == [False, True]
+
+
 def test_training_writes_a_page_that_compares_the_first_checkpoint_with_the_last(tmp_path: pathlib.Path) -> None:
-    config = replace(tiny_run.CONFIG, train__demo=True, checkpoint__keep_latest=3)
+    config = replace(tiny_run.CONFIG, train__demo=True, checkpoint__keep_latest=3, eval__views=5)
     fit(config, tmp_path / "run")
-    data = json.loads(re.findall(r'id="data">(.*?)</script>', (tmp_path / "run" / "demo.html").read_text())[0])
+    page = (tmp_path / "run" / "demo.html").read_text()
+    assert "averages 5 shifted views of the image" in page
+    data = json.loads(re.findall(r'id="data">(.*?)</script>', page)[0])
     steps = [config.num_steps, config.steps_per_epoch]
     assert [entry["title"] for entry in data["checkpoints"]] == [f"step {steps[0]} (end)", f"step {steps[1]}"]
     early, late = (load_predictor(tmp_path / "run", str(step))[0] for step in reversed(steps))
     for entry, predictor in zip(data["checkpoints"], (late, early), strict=True):
         assert base64.b64decode(entry["weights"]) == textbook_order(graph_of(predictor)).weights()
+        assert entry["doubtful_below"] == predictor.doubtful_below
+    assert late.doubtful_below != early.doubtful_below
 
 
 def test_a_damaged_checkpoint_is_not_compared(workdir: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -43,10 +43,11 @@ DATASET_TITLES = {
 
 
 class Checkpoint(NamedTuple):
-    """A network on the page: its title there, and its graph."""
+    """A network on the page: its title there, its graph, and the probability below which its answer is a guess."""
 
     title: str
     graph: Graph
+    doubtful_below: float
 
 
 def write_demo(
@@ -69,9 +70,10 @@ def write_demo(
     return write_page(info.config, predictor, evaluation, splits, max(info.steps), workdir, output)
 
 
-def title_of(step: int, config: Config) -> str:
-    """Returns what the page calls a checkpoint."""
-    return f"step {step:,}" + (" (end)" if step == config.num_steps else "")
+def checkpoint_of(predictor: Predictor, step: int, config: Config) -> Checkpoint:
+    """Returns a predictor as the page shows it."""
+    title = f"step {step:,}" + (" (end)" if step == config.num_steps else "")
+    return Checkpoint(title, textbook_order(graph_of(predictor)), predictor.doubtful_below)
 
 
 def earlier_checkpoint(workdir: pathlib.Path, step: int) -> list[Checkpoint]:
@@ -80,7 +82,7 @@ def earlier_checkpoint(workdir: pathlib.Path, step: int) -> list[Checkpoint]:
         if earlier < step:
             with contextlib.suppress(WorkdirError):  # skips a damaged checkpoint
                 predictor, info = load_predictor(workdir, str(earlier))
-                return [Checkpoint(title_of(earlier, info.config), graph_of(predictor))]
+                return [checkpoint_of(predictor, earlier, info.config)]
     return []
 
 
@@ -104,16 +106,19 @@ def write_page(
     import jax
 
     path = output or workdir / FILE
-    checkpoints = [Checkpoint(title_of(step, config), graph_of(predictor)), *earlier_checkpoint(workdir, step)]
+    checkpoints = [checkpoint_of(predictor, step, config), *earlier_checkpoint(workdir, step)]
     classes = DATASETS[splits.name].class_names
     probs = np.exp(metrics.log_probabilities(evaluation.logits))
-    graphs = [(name, textbook_order(graph)) for name, graph in checkpoints]
     data = {
         "classes": list(classes),
-        "doubtful_below": predictor.doubtful_below,
         "checkpoints": [
-            {"title": name, "graph": json.loads(graph.to_json()), "weights": _base64(graph.weights())}
-            for name, graph in graphs
+            {
+                "title": title,
+                "doubtful_below": doubtful_below,
+                "graph": json.loads(graph.to_json()),
+                "weights": _base64(graph.weights()),
+            }
+            for title, graph, doubtful_below in checkpoints
         ],
         "examples": choose_examples(splits, probs),
     }
@@ -125,6 +130,7 @@ def write_page(
         num_right=round(evaluation.accuracy * evaluation.examples),
         num_examples=evaluation.examples,
         temperature=predictor.temperature,
+        views=predictor.views,
         classes=classes,
         checkpoints=checkpoints,
         css=_source("page.css"),

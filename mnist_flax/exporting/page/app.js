@@ -77,7 +77,7 @@ class App {
     $("#bars").classList.toggle("still", this.pad.pointer !== null);
     this.bars.update(probabilities, other, probabilities ? best : -1);
     const name = this.data.classes[best];
-    const sure = probabilities && probabilities[best] >= this.data.doubtful_below;
+    const sure = probabilities && probabilities[best] >= this.data.checkpoints[this.chosen].doubtful_below;
     setText($("#digit"), probabilities ? name : "–");
     $("#digit").classList.toggle("long", Boolean(probabilities) && name.length > 2);
     $("#digit").classList.toggle("doubtful", Boolean(probabilities) && !sure);
@@ -257,7 +257,8 @@ class App {
   }
 
   key(event) {
-    if (event.ctrlKey || event.metaKey ? event.key !== "z" : event.altKey || event.target.matches("input")) return;
+    if (event.ctrlKey || event.metaKey ? event.key !== "z" : event.altKey) return;
+    if (event.target.matches("input") && event.key.startsWith("Arrow")) return; // radio buttons and sliders use them
     const actions = { ArrowLeft: "#previous", ArrowRight: "#next", u: "#undo", z: "#undo", c: "#clear", Escape: "#clear" };
     const button = actions[event.key.length === 1 ? event.key.toLowerCase() : event.key];
     if (!button) return;

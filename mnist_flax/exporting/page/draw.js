@@ -22,7 +22,6 @@ class Pad {
 
   start(event) {
     if (this.pointer !== null || event.button !== 0) return;
-    event.preventDefault();
     this.pointer = event.pointerId;
     this.canvas.setPointerCapture(event.pointerId);
     this.backdrop = null;
@@ -50,8 +49,9 @@ class Pad {
     return [inside(event.clientX - box.left, box.width), inside(event.clientY - box.top, box.height)];
   }
 
-  // Replaces the drawing.
+  // Replaces the drawing; a stroke that is being drawn ends.
   set(strokes, backdrop = null) {
+    this.pointer = null;
     this.strokes = strokes;
     this.backdrop = backdrop;
     this.onDraw(true);
