@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 from jax import Array, lax
 from test_presets import PRESETS, load
 
@@ -242,6 +243,17 @@ def test_operations_on_weights_alone_are_folded_into_constants() -> None:
     graph = graph_of(predictor_of(cnn(batch_norm=True)))
     assert [node.op for node in graph.nodes if node.layer == "BatchNorm_0"][:3] == ["sub", "mul", "add"]
     assert not only(graph, "sqrt") + only(graph, "reshape")[1:]
+
+
+def test_arrays_of_batch_norm_keep_the_shapes_of_the_weights() -> None:
+    config = cnn(batch_norm=True)
+    constants = graph_of(predictor_of(config)).constants
+    wanted = traverse_util.flatten_dict(jax.device_get(variables(config)), sep="/")
+    unchanged = {name: array for name, array in constants.items() if name in wanted}
+    assert {"batch_stats/BatchNorm_0/mean", "params/BatchNorm_2/bias"} <= set(unchanged)
+    for name, array in unchanged.items():
+        np.testing.assert_array_equal(array, wanted[name], strict=True, err_msg=name)
+    assert constants["BatchNorm_0/mul"].shape == (4,)
 
 
 # Results that are used twice, once through an operation without effect, so that fusing one use would change the other.

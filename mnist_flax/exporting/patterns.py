@@ -165,6 +165,17 @@ def _relu(state: _Pass, node: Node) -> Node | None:
     return None
 
 
+def _vector(state: _Pass, node: Node) -> None:
+    """Drops leading axes of size 1 from constants, such as those of batch norm, where broadcasting adds them anyway."""
+    if node.op in BINARY:
+        for x, name in (node.inputs, node.inputs[::-1]):
+            array = state.constants.get(name)
+            if array is not None and state.uses[name] == 1 and len(state.shape(x) or ()) == len(node.shape):
+                while array.ndim > 1 and len(array) == 1:
+                    array = array[0]
+                state.constants[name] = array
+
+
 def _bias(state: _Pass, node: Node) -> Node | str | None:
     """Fuses a bias, a constant for each channel, into the convolution or dense layer before it.
 
@@ -174,14 +185,11 @@ def _bias(state: _Pass, node: Node) -> Node | str | None:
         return None
     for x, bias in (node.inputs, node.inputs[::-1]):
         array = state.constants.get(bias)
-        if array is None or array.ndim == 0 or array.size != array.shape[-1] or array.size != node.shape[-1]:
-            continue
-        if array.ndim > 1 and state.uses[bias] > 1:  # fusing makes it a vector
+        if array is None or array.shape != node.shape[-1:]:
             continue
         pool = state.only(x, "max_pool")
         inner = state.only(pool.inputs[0], "conv") if pool else state.only(x, "conv") or state.only(x, "dense")
         if inner and len(inner.inputs) == 2 and inner.dtype == node.dtype and state.shape(x) == node.shape:
-            state.constants[bias] = array.reshape(-1)
             state.nodes[inner.name] = dataclasses.replace(inner, inputs=(*inner.inputs, bias))
             return x
     return None
@@ -206,4 +214,4 @@ def _mean(state: _Pass, node: Node) -> Node | None:
     return None
 
 
-RULES: tuple[Rule, ...] = (_no_op, _reshape_twice, _broadcast, _bias, _relu, _mean)
+RULES: tuple[Rule, ...] = (_no_op, _reshape_twice, _broadcast, _vector, _bias, _relu, _mean)
