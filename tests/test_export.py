@@ -20,7 +20,7 @@ from mnist_flax import metrics, rng
 from mnist_flax.analysis.evaluation import load_predictor, make_predictor, predict_logits
 from mnist_flax.config import replace
 from mnist_flax.errors import DataError, UserError
-from mnist_flax.exporting import formats, stablehlo
+from mnist_flax.exporting import card, formats, stablehlo
 from mnist_flax.exporting.formats import FORMATS, export_workdir
 from mnist_flax.exporting.graph import ExportError
 from mnist_flax.models.cnn import CNNConfig
@@ -159,25 +159,47 @@ def test_a_snippet_of_the_model_card_runs(library: str, workdir: pathlib.Path, m
 
 def test_the_model_card_tells_what_is_known(workdir: pathlib.Path) -> None:
     export_workdir(workdir, "npz", overrides={})
-    card = workdir / "export" / "MODEL_CARD.md"
+    text = (workdir / "export" / "MODEL_CARD.md").read_text()
     accuracy = json.loads((workdir / "summary.json").read_text())["test_accuracy"]
-    assert f"| test accuracy | {accuracy:.2%} of 360 images (95 % interval " in card.read_text()
-    assert "| `config.optimizer.learning_rate` | `0.01` |" in card.read_text()
-    assert "| under corruptions | not measured; " in card.read_text()
-    assert "calibration error" not in card.read_text()
-    test = {"ece": 0.0123, "brier": 0.4}
+    assert f"| test accuracy | {accuracy:.2%} of 360 images (95 % interval " in text
+    assert "| `config.optimizer.learning_rate` | `0.01` |" in text
+    assert "| under corruptions | not measured; " in text
+    assert "calibration error" not in text
+
+
+TEST = {"ece": 0.0123, "brier": 0.4}
+RESULTS: dict[str, tuple[dict[str, Any], str]] = {  # without the step, and what the card says
+    "report/metrics.json": ({"dataset": "digits", "test": TEST}, "test set | 1.23% |"),
+    "evaluation-test-digits.json": ({"dataset": "digits", "members": 1, **TEST}, "test set | 1.23% |"),
+    "robustness.json": (
+        {
+            **{"dataset": "digits", "members": 1, "severity": "published", "mean_accuracy": 0.5},
+            "corruptions": {"blur": {"accuracy": 0.25, "loss": 1.0, "ece": 0.1}},
+        },
+        "| blur | 25.00% |",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "difference"),
+    [
+        *((name, difference) for name in RESULTS for difference in ({"step": 1}, {"dataset": "mnist"})),
+        *((name, {"members": 2}) for name in RESULTS if name != "report/metrics.json"),
+        ("robustness.json", {"severity": 2}),
+    ],
+)
+def test_the_model_card_shows_results_of_the_same_network_and_data(
+    name: str, difference: dict[str, Any], workdir: pathlib.Path
+) -> None:
+    predictor, info = load_predictor(workdir)
+    content, shown = RESULTS[name]
     (workdir / "report").mkdir()
-    (workdir / "report" / "metrics.json").write_text(json.dumps({"run": {"step": 1}, "test": test}))
-    export_workdir(workdir, "npz", overrides={})
-    assert "calibration error" not in card.read_text()  # the report is of another step
-    step = json.loads((workdir / "summary.json").read_text())["steps"]
-    (workdir / "report" / "metrics.json").write_text(json.dumps({"run": {"step": step}, "test": test}))
-    export_workdir(workdir, "npz", overrides={})
-    assert "| expected calibration error on the test set | 1.23% |" in card.read_text()
-    results = {"step": step, "mean_accuracy": 0.5, "corruptions": {"blur": {"accuracy": 0.25, "loss": 1.0, "ece": 0.1}}}
-    (workdir / "robustness.json").write_text(json.dumps(results))
-    export_workdir(workdir, "npz", overrides={})
-    assert "| blur | 25.00% |" in card.read_text()
+    for changed in ({}, difference):
+        result = content | {"step": max(info.steps)} | changed
+        result |= {"run": {"step": result["step"]}} if name.startswith("report") else {}
+        (workdir / name).write_text(json.dumps(result))
+        assert (shown in card.text(workdir, predictor, info)) == (not changed)
 
 
 def test_the_verb_prints_one_line_and_knows_its_formats() -> None:

@@ -8,6 +8,8 @@ import jax
 from mnist_flax import metrics
 from mnist_flax.analysis.evaluation import POPULATION, Predictor, RunInfo
 from mnist_flax.analysis.report.write import REPORT_FOLDER
+from mnist_flax.analysis.robustness import ROBUSTNESS
+from mnist_flax.analysis.scores import result_file
 from mnist_flax.config import Config, differences
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.templates import load_template
@@ -30,7 +32,7 @@ def text(workdir: pathlib.Path, predictor: Predictor, info: RunInfo) -> str:
         "Data": data,
         "Recipe": _recipe(predictor, info),
         "Accuracy and calibration": _scores(workdir, predictor, info),
-        "Robustness": _robustness(workdir, info),
+        "Robustness": _robustness(workdir, predictor, info),
     }
     return load_template(TEMPLATE).render(
         dataset=config.data.name, tables=tables, classes=config.num_classes, torch=_torch(predictor)
@@ -71,7 +73,7 @@ def _scores(workdir: pathlib.Path, predictor: Predictor, info: RunInfo) -> dict[
         low, high = metrics.wilson_interval(round(accuracy * examples), examples)
         rows["test accuracy"] = f"{accuracy:.2%} of {examples:,} images (95 % interval {low:.2%} to {high:.2%})"
         rows["test loss"] = f"{loss:.4f}"
-    calibration = _calibration(workdir, info)
+    calibration = _calibration(workdir, predictor, info)
     if "ece" in calibration:
         rows["expected calibration error on the test set"] = f"{calibration['ece']:.2%}"
         rows["Brier score on the test set"] = f"{calibration['brier']:.4f}"
@@ -79,21 +81,28 @@ def _scores(workdir: pathlib.Path, predictor: Predictor, info: RunInfo) -> dict[
     return rows | {"temperature": f"{predictor.temperature:.3f}{fitted}"}
 
 
-def _calibration(workdir: pathlib.Path, info: RunInfo) -> dict[str, Any]:
-    """Returns the test scores at this step: from `evaluate` if it was run, else from the report, if there is one."""
-    evaluation = workdirs.read_json(workdir / f"evaluation-test-{info.config.data.name.replace('/', '-')}.json")
-    if evaluation.get("step") == max(info.steps):
+def _calibration(workdir: pathlib.Path, predictor: Predictor, info: RunInfo) -> dict[str, Any]:
+    """Returns the test scores of these weights: from `evaluate` if it was run, else from the report, if any."""
+    evaluation = workdirs.read_json(workdir / result_file({"split": "test", "dataset": info.config.data.name}))
+    if _is_of(evaluation, predictor, info):
         return evaluation
     report = workdirs.read_json(workdir / REPORT_FOLDER / "metrics.json")
-    return report.get("test", {}) if report.get("run", {}).get("step") == max(info.steps) else {}
+    step = report.get("run", {}).get("step")
+    return report.get("test", {}) if _is_of(report | {"step": step, "members": 1}, predictor, info) else {}
 
 
-def _robustness(workdir: pathlib.Path, info: RunInfo) -> dict[str, str]:
-    result = workdirs.read_json(workdir / "robustness.json")
-    if result.get("step") != max(info.steps) or "mean_accuracy" not in result:
+def _robustness(workdir: pathlib.Path, predictor: Predictor, info: RunInfo) -> dict[str, str]:
+    result = workdirs.read_json(workdir / ROBUSTNESS)
+    if not _is_of(result, predictor, info) or result.get("severity") != "published":
         return {"under corruptions": "not measured; run `python -m mnist_flax.robustness --workdir=DIR`"}
-    rows = {name: f"{row['accuracy']:.2%}" for name, row in result.get("corruptions", {}).items()}
+    rows = {name: f"{row['accuracy']:.2%}" for name, row in result["corruptions"].items()}
     return {"mean accuracy under corruptions": f"{result['mean_accuracy']:.2%}", **rows}
+
+
+def _is_of(result: dict[str, Any], predictor: Predictor, info: RunInfo) -> bool:
+    """Returns whether a result was measured with these weights, on the test set of the training data."""
+    wanted = {"dataset": info.config.data.name, "members": len(predictor.members), "step": max(info.steps)}
+    return wanted.items() <= result.items()
 
 
 def _torch(predictor: Predictor) -> str:
