@@ -61,6 +61,7 @@ def modes() -> dict[str, Image.Image]:
         "RGBA over white": Image.merge("RGBA", [black, black, black, alpha]),
         "RGBA opaque": image.convert("RGBA"),
         "white ink on nothing": Image.merge("RGBA", [white, white, white, alpha]),
+        "nearly white ink on nothing": Image.merge("RGBA", [Image.new("L", image.size, 250)] * 3 + [alpha]),
         "I;16": Image.fromarray(grey.astype(np.uint16) * 257),
         "12 bits in 16": Image.fromarray(grey.astype(np.uint16) * 16),
     }
@@ -164,6 +165,19 @@ def test_ruled_lines_are_removed(wanted: Array, squared: bool) -> None:
     assert difference(only(encode(grey)).image, wanted) < 12
 
 
+@pytest.mark.parametrize("margin", [0, 3, 30])
+def test_straight_one_as_tall_as_its_picture_is_no_ruled_line(margin: int) -> None:
+    row = np.hstack([draw(name, 110, 16)[55:165, 50:170] for name in "417"])
+    digits = read_digits(encode(np.pad(row, margin, constant_values=255)))
+    assert [digit.suspect for digit in digits] == [False] * 3
+
+
+def test_ruled_line_as_thick_as_the_pen_is_removed(wanted: Array) -> None:
+    grey = draw("L").copy()
+    grey[:, 20:30] = 0
+    assert difference(only(encode(grey)).image, wanted) < 1
+
+
 @pytest.mark.parametrize("turn", [0, 10, 35])
 @pytest.mark.parametrize(("width", "height"), [(70, 90), (80, 80), (95, 85)])
 def test_a_zero_in_thick_strokes_is_not_taken_for_a_printed_box(width: int, height: int, turn: int) -> None:
@@ -205,6 +219,24 @@ def test_digits_are_read_line_by_line_from_left_to_right() -> None:
     boxes = np.array([digit.box for digit in digits])
     assert (np.diff(boxes[:3, 0]) > 0).all() and (np.diff(boxes[3:, 0]) > 0).all()
     assert boxes[:3, 3].max() < boxes[3:, 1].min() + 60
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_tall_stroke_beside_digits_is_no_digit(rows: int) -> None:
+    row = np.hstack([draw(name, 60, 6) for name in "7L4"])
+    page = np.pad(np.vstack([row] * rows), ((100, 100), (60, 0)), constant_values=255)
+    page[20:-20, 30:37] = 0
+    digits = read_digits(encode(page))
+    assert len(digits) == 3 * rows
+    for digit, name in zip(digits, "7L4" * rows, strict=True):
+        assert difference(digit.image, only(encode(draw(name, 60, 6))).image) < 1
+
+
+def test_two_digits_far_apart_are_not_levelled(wanted: Array) -> None:
+    page = np.full((400, 600), 255, np.uint8)
+    page[:200, :200] = page[-200:, -200:] = draw("L")
+    for digit in read_digits(encode(page)):
+        assert difference(digit.image, wanted) < 1
 
 
 def test_slanting_row_is_read_from_left_to_right() -> None:

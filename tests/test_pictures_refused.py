@@ -125,6 +125,12 @@ def test_page_of_thousands_of_marks_is_read() -> None:
     assert len(read_digits(encode(page))) == 71 * 71
 
 
+def test_tiny_marks_are_read() -> None:
+    page = np.full((9, 9), 255, np.uint8)
+    page[2, 2:4] = page[6, 2:4] = 0
+    assert read_digits(encode(page))
+
+
 @pytest.mark.slow
 def test_mutated_pictures_are_read_or_refused() -> None:
     random = np.random.default_rng(0)

@@ -46,7 +46,8 @@ def find_blobs(mask: np.ndarray, steps: np.ndarray, pen: float) -> tuple[np.ndar
     labels, _ = ndimage.label(ndimage.maximum_filter(mask, 2 * reach + 1), structure=np.ones((3, 3)))
     labels[~mask] = 0
     places = enumerate(ndimage.find_objects(labels), 1)
-    blobs = _without_specks([_blob((number,), place) for number, place in places if place], labels, steps, pen)
+    pieces = _without_bars([_blob((number,), place) for number, place in places if place], pen)
+    blobs = _without_specks(pieces, labels, steps, pen)
     if len(blobs) > MAX_PIECES:
         raise PictureError(f"has more than {MAX_PIECES:,} separate marks, too many for handwriting; crop it")
     count = int(labels.max())
@@ -87,9 +88,31 @@ def group_lines(blobs: list[Blob]) -> list[list[Blob]]:
 
 def of_digit_size(line: list[Blob]) -> list[Blob]:
     """Removes blobs that are much shorter than the rest of their line: dashes, dots, commas."""
-    heights = np.array([blob.height for blob in line])
-    height = float(np.median(heights[heights >= 0.5 * heights.max()]))
+    height = _typical_height(np.array([blob.height for blob in line]))
     return [blob for blob in line if blob.height >= 0.4 * height]
+
+
+def _typical_height(heights: np.ndarray) -> float:
+    """Returns the median height of digits, `i64[N]`, ignoring dashes, dots and commas."""
+    return float(np.median(heights[heights >= 0.4 * heights.max()]))
+
+
+def _without_bars(blobs: list[Blob], pen: float) -> list[Blob]:
+    """Removes narrow strokes that are much taller than the digits beside them, such as margins drawn by hand."""
+    if not blobs:
+        return []
+    boxes = np.array([blob[1:] for blob in blobs])
+    widths, heights = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    middles = (boxes[:, 1] + boxes[:, 3]) / 2
+    is_digit = (widths >= 0.25 * heights) & (widths <= 1.5 * heights) & (heights >= 4 * pen)
+
+    def is_bar(blob: Blob) -> bool:
+        if blob.width >= 0.25 * blob.height or blob.height <= 10 * pen:  # 2.5 times as tall as the smallest digits
+            return False
+        beside = heights[is_digit & (blob.top <= middles) & (middles <= blob.bottom)]
+        return len(beside) > 1 and blob.height > 2.5 * _typical_height(beside)
+
+    return [blob for blob in blobs if not is_bar(blob)]
 
 
 def _without_specks(blobs: list[Blob], labels: np.ndarray, steps: np.ndarray, pen: float) -> list[Blob]:
@@ -97,7 +120,7 @@ def _without_specks(blobs: list[Blob], labels: np.ndarray, steps: np.ndarray, pe
     if not blobs:
         return []
     areas = np.bincount(labels.ravel())
-    tallest, largest = max(blob.height for blob in blobs), max(areas[1:])
+    tallest, largest = max(blob.height for blob in blobs), max(areas[blob.labels[0]] for blob in blobs)
     height, width = labels.shape
 
     def is_speck(blob: Blob) -> bool:
@@ -164,7 +187,7 @@ def _cut_touching(blob: Blob, labels: np.ndarray, pen: float, number: int) -> li
 
     In `labels`, the right digit gets the new label `number`, in place.
     """
-    if blob.width < 1.5 * blob.height:
+    if blob.width < max(3, 1.5 * blob.height):
         return [blob]
     window = labels[blob.top : blob.bottom, blob.left : blob.right]
     own = np.isin(window, blob.labels)

@@ -90,9 +90,14 @@ def _to_grey(image: Image.Image) -> Image.Image:
     if not image.has_transparency_data:
         return _converted(image, lambda strip: strip.convert("L"))
     grey = _converted(image, lambda strip: _over(strip, "white"))
-    if grey.getextrema()[0] == grey.getextrema()[1]:  # white ink on a transparent background
-        grey = _converted(image, lambda strip: _over(strip, "black"))
+    if _contrast(grey) < 32:  # perhaps light ink on a transparent background
+        grey = max(grey, _converted(image, lambda strip: _over(strip, "black")), key=_contrast)
     return grey
+
+
+def _contrast(grey: Image.Image) -> int:
+    """Returns the difference between the lightest and the darkest pixel."""
+    return int(np.ptp(np.asarray(grey)))
 
 
 def _converted(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:

@@ -37,12 +37,17 @@ def without_grids(mask: np.ndarray, pen: float) -> tuple[np.ndarray, np.ndarray]
     if min(mask.shape) < _SMALLEST:
         return kept, ruled
     labels, _ = ndimage.label(mask, np.ones((3, 3)))
-    for number, place in enumerate(ndimage.find_objects(labels), 1):
+    places = ndimage.find_objects(labels)
+    heights = np.array([rows.stop - rows.start for rows, _ in places])
+    for number, place in enumerate(places, 1):
         sides = [part.stop - part.start for part in place]
         if max(sides) < max(30, 6 * pen, 0.12 * max(mask.shape)):
             continue
         piece = labels[place] == number
-        lines = list(_rulings(piece, place, mask.shape, pen))
+        others = np.delete(heights, number - 1)
+        others = others[others > 0.15 * sides[0]]  # without specks
+        stands_out = len(others) > 0 and sides[0] > 1.5 * np.median(others)
+        lines = list(_rulings(piece, place, mask.shape, pen, stands_out))
         if not lines:
             continue
         if kept is mask:
@@ -55,8 +60,10 @@ def without_grids(mask: np.ndarray, pen: float) -> tuple[np.ndarray, np.ndarray]
     return kept, ruled
 
 
-def _rulings(piece: np.ndarray, place: tuple[slice, slice], shape: tuple[int, ...], pen: float) -> Iterator[Line]:
-    """Yields the lines of a piece of ink that are rulings, not strokes."""
+def _rulings(
+    piece: np.ndarray, place: tuple[slice, slice], shape: tuple[int, ...], pen: float, stands_out: bool
+) -> Iterator[Line]:
+    """Yields the lines of a piece of ink that are rulings, not strokes; it may be much taller than the other pieces."""
     found = {True: _lines(piece, True)}
     found[False] = _lines(piece, False, abs(_slope(found[True])))
     if not found[True]:
@@ -72,11 +79,14 @@ def _rulings(piece: np.ndarray, place: tuple[slice, slice], shape: tuple[int, ..
         ends = (part.start <= 0.03 * side) + (part.stop >= 0.97 * side)
         for line in lines:
             thickness = line.last - line.first + 1
+            thin = thickness < 0.75 * pen
             alone = piece.shape[1 - axis] < 1.5 * thickness + 4 + abs(line.slope) * length
+            if alone and not (line.level or thin or stands_out):
+                continue  # a 1, which may fill the height of its picture
             crossed = line in level + upright and len(level) + len(upright) >= 2
             if (
                 (ends == 2 and (alone or crossed))
-                or (thickness < 0.75 * pen and (ends == 2 or (ends == 1 and length > 0.55 * side)))
+                or (thin and (ends == 2 or (ends == 1 and length > 0.55 * side)))
                 or (thickness < 0.5 * pen and length > 0.6 * side and line.share > 0.9)
                 or (line.level and alone and length > 8 * thickness)  # a lone horizontal bar is not a digit
             ):
@@ -174,7 +184,7 @@ def _fitted(piece: np.ndarray, slope: float, row: int) -> tuple[float, int]:
 def _edges(piece: np.ndarray, slope: float, row: int) -> tuple[int, int]:
     """Returns the first and last row of the ink of the line at `row`, as medians over the columns."""
     height, width = piece.shape
-    reach = max(4, height // 8)
+    reach = max(height // 8, min(height, 40))  # a lone stroke is as thick as its piece is high
     columns = np.arange(width)
     middle = np.round(row + slope * (columns - width / 2)).astype(int)
     rows = middle + np.arange(-reach, reach + 1)[:, None]

@@ -157,7 +157,8 @@ def _fitted_slope(line: list[Blob], fewest: int) -> float:
     x = np.array([blob.left + blob.right for blob in line]) / 2
     y = np.array([blob.top + blob.bottom for blob in line]) / 2
     height = float(np.median([blob.height for blob in line]))
-    if np.ptp(x) < (1.5 if len(line) > 2 else 1.0) * height:
+    nearest, farthest = (1.5, np.inf) if len(line) > 2 else (1.0, 3.0)  # any two digits are in a straight line
+    if not nearest * height <= np.ptp(x) <= farthest * height:
         return 0.0
     fit = np.polyfit(x, y, 1)
     is_straight = np.abs(y - np.polyval(fit, x)).max() < 0.25 * height
