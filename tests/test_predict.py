@@ -268,6 +268,13 @@ def test_heic_files_in_a_folder_are_reported(tmp_path: pathlib.Path) -> None:
     assert "HEIC; save it as JPEG" in str(pool.read_one(str(tmp_path / "photo.HEIC")))
 
 
+def test_file_in_a_folder_that_cannot_be_examined_is_reported(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "1.png").symlink_to("a" * 300)  # too long a name
+    (name,) = files.find_files([str(tmp_path)])
+    with pytest.raises(PictureError, match="cannot be read"):
+        files.read_file(name)
+
+
 def test_saved_images_have_short_names(tmp_path: pathlib.Path) -> None:
     for number, stem in enumerate(["x" * 250, "\u4e09" * 80, "\udcff"], 1):
         files.save_images([np.zeros((28, 28), np.uint8)], tmp_path, number, f"{stem}.png")
@@ -303,6 +310,10 @@ def test_find_files_expands_folders_and_patterns(folder: pathlib.Path, tmp_path:
     ]
     assert list(files.find_files([str(folder / "**" / "*.gif")])) == pictures[2:]
     assert list(files.find_files(["-", "gone.png", str(tmp_path)])) == ["-", "gone.png", str(tmp_path)]
+    assert list(files.find_files([str(tmp_path / "*"), str(tmp_path.parent / f"{tmp_path.name}*")])) == [
+        str(tmp_path / "*"),
+        str(tmp_path),
+    ]
     odd = tmp_path / "scan[1].png"  # a name that looks like a pattern
     odd.touch()
     assert list(files.find_files([str(odd)])) == [str(odd)]

@@ -22,31 +22,29 @@ _LONGEST_STEM = 100  # bytes; longer picture names are cut to this in the names 
 def find_files(names: Sequence[str]) -> Iterator[str]:
     """Yields the files that the names stand for, with folders and glob patterns expanded in sorted order.
 
-    A name that matches no file is yielded unchanged, so that opening it reports the error.
+    A name that matches no file, or a folder without pictures, is yielded unchanged, so that opening it reports the
+    error.
     """
     for name in names:
-        if name == STDIN:
-            yield name
-        elif os.path.isdir(name):
-            yield from _in_folder(pathlib.Path(name)) or [name]
-        elif glob.has_magic(name) and not os.path.exists(name):
-            for match in sorted(glob.glob(name, recursive=True)) or [name]:
-                yield from _in_folder(pathlib.Path(match)) if os.path.isdir(match) else [match]
-        else:
-            yield name
+        is_pattern = glob.has_magic(name) and not os.path.exists(name)
+        matches = sorted(glob.glob(name, recursive=True)) if is_pattern else []
+        for match in matches or [name]:
+            pictures = _in_folder(pathlib.Path(match)) if match != STDIN and os.path.isdir(match) else []
+            yield from pictures or [match]
 
 
 def _in_folder(folder: pathlib.Path) -> list[str]:
     """Returns the paths of the pictures in a folder and its subfolders, sorted, without hidden ones.
 
-    Pictures in unsupported formats are included, because skipping them silently would look like success.
+    Pictures in unsupported formats are included, and files that cannot be examined, because skipping them silently
+    would look like success.
     """
     return sorted(
         str(path)
         for path in folder.rglob("*")
         if path.suffix.lower() in SUFFIXES + FOREIGN_SUFFIXES
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
+        and (os.path.isfile(path) or not os.path.exists(path))
     )
 
 
