@@ -79,7 +79,8 @@ def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, fol
     check_memory(config, teacher and teacher.networks)
     sharding.make_mesh(config.train.num_devices)
     splits = load_splits(config)
-    configs = member_configs(adapt_to_dataset(config, splits), seeds=seeds, folds=folds)
+    wanted = member_configs(config, seeds=seeds, folds=folds)
+    configs = {name: adapt_to_dataset(member, splits) for name, member in wanted.items()}
     if folds and config.data.holdout:
         logger.info("config.data.holdout = %d is not used: each member holds out its fold", config.data.holdout)
     with workdirs.claim(workdir):

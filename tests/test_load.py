@@ -19,6 +19,7 @@ from idx_files import (
 from mnist_flax import config
 from mnist_flax.config import Config
 from mnist_flax.data import tfds_copy
+from mnist_flax.data.batches import rows_of
 from mnist_flax.data.load import adapt_to_dataset, load_splits
 from mnist_flax.data.registry import DATASETS
 from mnist_flax.data.splits import Splits
@@ -215,6 +216,21 @@ def test_adapt_always_gives_a_valid_config(digits: Splits, name: str) -> None:
         assert got.data.holdout <= holdout
         assert (got.data.holdout == 0) == (holdout == 0)
         assert got.train.batch_size <= batch_size
+
+
+@pytest.mark.parametrize(
+    ("num_train", "folds", "batch_size"), [(0, 5, 1200), (1000, 5, 800), (60_000, 139, 64), (5000, 100, 64)]
+)
+def test_adapt_keeps_the_folds(digits: Splits, num_train: int, folds: int, batch_size: int) -> None:
+    for fold in (0, folds - 1):
+        wanted = config.replace(
+            Config(), data__num_train=num_train, data__folds=folds, data__fold=fold, train__batch_size=batch_size
+        )
+        got = adapt_to_dataset(wanted, digits)
+        assert (got.data.folds, got.data.fold) == (folds, fold)
+        training, held_out = rows_of(digits.train.label, got.data)
+        assert (len(training), len(held_out)) == (got.num_train, got.num_holdout)
+        assert got.train.batch_size == adapt_to_dataset(config.replace(wanted, data__fold=0), digits).train.batch_size
 
 
 # The real files -------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from small_population import CONFIG
 from mnist_flax import drivers, members, train
 from mnist_flax.analysis import statistics as results
 from mnist_flax.analysis.evaluation import load_predictor
-from mnist_flax.config import replace
+from mnist_flax.config import Config, replace
 from mnist_flax.data import batches
 from mnist_flax.data.load import load_splits
 from mnist_flax.errors import ConfigError, NonFiniteLossError, WorkdirError
@@ -88,6 +88,20 @@ def test_other_seeds_and_folds_have_the_same_program() -> None:
     programs = {config.program for config in member_configs(CONFIG, seeds=3).values()}
     assert programs == {replace(CONFIG, seed=40).program}
     assert len({config.program for config in member_configs(CONFIG, folds=3).values()}) == 1
+
+
+def test_folds_are_known_when_a_substitute_dataset_is_used(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs: dict[pathlib.Path, Config] = {}
+    monkeypatch.setattr(train, "load_splits", lambda _: load_splits(CONFIG))
+    monkeypatch.setattr(train, "fit_all", lambda given, *_, **__: configs.update(given) or [])
+    wanted = replace(Config(), data__num_train=1000, data__holdout=100, train__batch_size=800)
+    with pytest.raises(IndexError):  # no member was trained
+        fit_population(wanted, tmp_path, folds=5)
+    assert [config.data.fold for config in configs.values()] == [0, 1, 2, 3, 4]
+    assert len({config.train.batch_size for config in configs.values()}) == 1
+    assert all(config.num_holdout >= config.num_classes for config in configs.values())
 
 
 def test_folds_of_different_lengths_train_in_groups(tmp_path: pathlib.Path) -> None:

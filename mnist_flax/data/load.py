@@ -4,6 +4,8 @@ import logging
 import os
 from pathlib import Path
 
+import numpy as np
+
 from mnist_flax import config as config_lib
 from mnist_flax.config import Config
 from mnist_flax.data.download import UnavailableError, check_files
@@ -116,7 +118,8 @@ def adapt_to_dataset(config: Config, splits: Splits) -> Config:
     """Returns the config adapted to the dataset that was loaded.
 
     For a substitute dataset, the numbers of rows shrink in proportion to its size. At least one training row remains
-    and, if the config holds out rows, one hold-out row per class. The batch is no larger than the training set.
+    and, if the config holds out rows, one hold-out row per class; with folds, a row per class and fold. The batch is no
+    larger than the training set, or the smallest training set of all folds.
     """
     data = config.data
     if splits.name == data.name:
@@ -124,10 +127,13 @@ def adapt_to_dataset(config: Config, splits: Splits) -> Config:
     new, old = DATASETS[splits.name], DATASETS[data.name]
     fraction = min(1.0, new.num_train / old.num_train)
     fewest = new.num_classes + 1 if data.holdout else 1
-    num_train = max(fewest, round(data.num_train * fraction)) if data.num_train else 0
+    if data.folds:  # every class, even the rarest, has a row in each fold
+        fewest = -(-data.folds * new.num_train // int(np.bincount(splits.train.label).min()))
+    num_train = min(max(fewest, round(data.num_train * fraction)), new.num_train) if data.num_train else 0
     rows = num_train or new.num_train
     holdout = min(max(new.num_classes, round(data.holdout * fraction)), rows - 1) if data.holdout else 0
-    batch_size = min(config.train.batch_size, rows - holdout)
+    held_out = -(-rows // data.folds) if data.folds else holdout  # the first fold is the largest
+    batch_size = min(config.train.batch_size, rows - held_out)
     return config_lib.replace(
         config, data__name=splits.name, data__num_train=num_train, data__holdout=holdout, train__batch_size=batch_size
     )
