@@ -54,7 +54,9 @@ def test_own_dataset_may_have_other_file_names_and_checksums(
     contents = {f"part{i}.idx": idx(array) for i, array in enumerate(itertools.chain(*letters.values()))}
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
-    files = tuple(DataFile(name, sha256=hashlib.sha256(content).hexdigest()) for name, content in contents.items())
+    files = tuple(
+        DataFile(name, sha256=hashlib.sha256(content).hexdigest().upper()) for name, content in contents.items()
+    )
     monkeypatch.setitem(DATASETS, "letters", dataclasses.replace(DATASETS["letters"], files=files))
     check_arrays(load_letters(tmp_path), letters)
     (tmp_path / "part2.idx").write_bytes(idx(letters["test"][0] ^ 1))
@@ -104,7 +106,7 @@ def test_own_dataset_with_a_fingerprint_is_checked(
 ) -> None:
     write_files(tmp_path, "letters", letters)
     entry, known = DATASETS["letters"], load_letters(tmp_path).fingerprint
-    monkeypatch.setitem(DATASETS, "letters", dataclasses.replace(entry, fingerprint=known))
+    monkeypatch.setitem(DATASETS, "letters", dataclasses.replace(entry, fingerprint=known.upper()))
     load_letters(tmp_path)
     monkeypatch.setitem(DATASETS, "letters", dataclasses.replace(entry, fingerprint="0" * 64))
     with pytest.raises(DataError, match=f"{tmp_path}: its images and labels are not those of letters"):

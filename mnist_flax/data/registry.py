@@ -67,6 +67,9 @@ class Dataset:
                 f"a dataset of {self.num_classes} classes needs {self.num_classes} class_names, not {len(names)}"
             )
         object.__setattr__(self, "class_names", names)
+        # Tools print SHA-256 in either case; hashlib in lower case.
+        object.__setattr__(self, "fingerprint", self.fingerprint.lower())
+        object.__setattr__(self, "files", tuple(file._replace(sha256=file.sha256.lower()) for file in self.files))
 
     @property
     def num_rows(self) -> dict[str, int]:
