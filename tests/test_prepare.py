@@ -134,17 +134,24 @@ def test_data_dir_that_cannot_be_written_is_an_error(small: Published, tmp_path:
     assert tree(tmp_path) == ["a file", "raw", *(f"raw/{path.name}" for path in sorted(small.raw_dir.iterdir()))]
 
 
+@pytest.mark.parametrize("source", ["raw", "download"])
 def test_too_little_free_space_is_reported_before_anything_is_written(
-    small: Published, monkeypatch: pytest.MonkeyPatch
+    small: Published, monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
     usage = namedtuple("usage", "free")
     needed = 120 * prepare._BYTES_PER_ROW
+    if source == "download":
+        needed += sum(file.size for file in DATASETS["mnist"].files)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(needed - 1))
-    with pytest.raises(DataError, match=r"cannot prepare mnist there \(it needs 0\.2 MB, .*0\.2 MB.* free some space"):
-        small.load_raw()
+    message = rf"cannot prepare mnist there \(it needs {needed / 1e6:.1f} MB, .* free some space"
+    with pytest.raises(DataError, match=message):
+        small.load(source=source, raw_dir=str(small.raw_dir))
     assert not small.data_dir.exists()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(needed))
-    small.check(small.load_raw(), "raw")
+    monkeypatch.setattr(
+        prepare, "download_files", lambda _, folder: shutil.copytree(small.raw_dir, folder, dirs_exist_ok=True)
+    )
+    small.check(small.load(source=source, raw_dir=str(small.raw_dir)), source)
 
 
 def test_disk_that_fills_up_gives_a_clear_error(small: Published) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 from mnist_flax.data import tfds_copy
 from mnist_flax.data.download import check_files, download_files
 from mnist_flax.data.idx import read_files
-from mnist_flax.data.registry import DATASETS, IMAGE_SIZE
+from mnist_flax.data.registry import DATASETS, IMAGE_SIZE, Dataset
 from mnist_flax.data.splits import Examples, Splits, check_fingerprint, fingerprint, make_splits
 from mnist_flax.errors import DataError
 
@@ -52,9 +52,12 @@ def prepare(name: str, data_dir: Path, raw_dir: Path | None) -> Splits:
                 logger.info("not used: %s", flaw)
             for leftover in own.glob("preparing-*"):  # left by a process that died
                 shutil.rmtree(leftover, ignore_errors=True)
-            _check_space(own, sum(dataset.num_rows.values()) * _BYTES_PER_ROW)
+            downloads = own / "downloads" / name.partition("/")[0]
+            files = raw_dir or (downloads if _holds(downloads, dataset) else None)
+            num_bytes = 0 if files else sum(file.size for file in dataset.files)
+            _check_space(own, num_bytes + sum(dataset.num_rows.values()) * _BYTES_PER_ROW)
             with tempfile.TemporaryDirectory(prefix="preparing-", dir=own) as staging:
-                files = raw_dir or _downloaded(name, own, Path(staging))
+                files = files or _downloaded(dataset, downloads, Path(staging))
                 logger.info("preparing %s in %s, which happens only once", name, own)
                 train, test = read_files(dataset, files)
                 tfds_copy.write_copy(name, train, test, Path(staging))
@@ -79,14 +82,17 @@ def _check_space(folder: Path, num_bytes: int) -> None:
         raise OSError(f"it needs {num_bytes / 1e6:.1f} MB, but only {free / 1e6:.1f} MB are free")
 
 
-def _downloaded(name: str, own: Path, staging: Path) -> Path:
-    """Downloads the official files unless they are already there, and returns their folder."""
-    dataset = DATASETS[name]
-    target = own / "downloads" / name.partition("/")[0]
-    with contextlib.suppress(DataError):
-        check_files(dataset, target)
-        return target
-    _check_space(own, sum(file.size for file in dataset.files))
+def _holds(folder: Path, dataset: Dataset) -> bool:
+    """Returns whether a folder holds the official files of a dataset."""
+    try:
+        check_files(dataset, folder)
+    except DataError:
+        return False
+    return True
+
+
+def _downloaded(dataset: Dataset, target: Path, staging: Path) -> Path:
+    """Downloads the official files of a dataset into a folder, and returns it."""
     folder = staging / "downloaded"
     folder.mkdir()
     download_files(dataset, folder)
