@@ -1,4 +1,4 @@
-"""Meant to be the most accurate preset, slow to train: `accurate.py`, wider and with more epochs.
+"""Meant to be the most accurate preset, slow to train: `accurate.py`, wider.
 
 Measured: not yet. The recipe is that of `accurate.py`; `docs/accuracy.md` lists what was compared on hold-out rows.
 

@@ -1,4 +1,4 @@
-"""As accurate as possible with fewer than 25,000 weights: `accurate.py`, narrower, with one more pooling.
+"""As accurate as possible with fewer than 25,000 weights: narrower than `accurate.py`, with one more pooling.
 
 Measured: 99.65 +- 0.06 % test accuracy (mean and sd, n = 8), NLL 0.0105, ECE 0.12 %;
 8 minutes of training on one CPU core.

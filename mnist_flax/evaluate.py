@@ -1,8 +1,9 @@
-"""Evaluates a run, or a population as a committee, on a whole split, and prints the scores with 95 % intervals.
+"""Evaluates a run, or a population as a committee, on a whole split; prints and saves the scores with 95 % intervals.
 
     python -m mnist_flax.evaluate --workdir=runs/default [--split=train|holdout|test] [--checkpoint=latest|best|STEP]
 
-`--config.data.name=kmnist` evaluates on another dataset; only data.name, source, data_dir and raw_dir can be set.
+The scores are saved as evaluation-SPLIT-DATASET.json in the run's folder or --output. `--config.data.name=kmnist`
+evaluates on another dataset with as many classes; only data.name, source, data_dir and raw_dir can be set.
 """
 
 import json
