@@ -107,7 +107,9 @@ def _one_cycle(o: OptimizerConfig, run: RunLength) -> optax.Schedule:
 
 def _decay(o: OptimizerConfig, run: RunLength, *, staircase: bool) -> optax.Schedule:
     decay_steps = max(1, round(o.decay_epochs * run.steps_per_epoch))
-    return optax.exponential_decay(o.learning_rate, decay_steps, o.decay_rate, staircase=staircase)
+    if staircase:  # in whole numbers: optax's own can be a step late, because a compiled division rounds differently
+        return lambda step: o.learning_rate * o.decay_rate ** (step // decay_steps)
+    return optax.exponential_decay(o.learning_rate, decay_steps, o.decay_rate)
 
 
 SCHEDULES: dict[str, Schedule] = {
@@ -160,7 +162,7 @@ def _with_l2(o: OptimizerConfig, rule: optax.GradientTransformation) -> optax.Gr
 def _muon(o: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
     """Jordan et al. (2024): orthogonalised momentum for convolution kernels, AdamW for all other weights.
 
-    A convolution kernel is treated as a matrix that maps patches to output channels.
+    A convolution kernel is treated as a matrix that maps patches to output channels. Both use Nesterov momentum.
     """
     from optax.contrib import MuonDimensionNumbers, muon
 

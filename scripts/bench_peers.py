@@ -127,6 +127,9 @@ def check(config: Config, names: Sequence[str] = tuple(PEERS)) -> None:
         raise ConfigError(
             f"config.optimizer.weight_decay = {config.optimizer.weight_decay}: the peers need adamw for it"
         )
+    sizes, paddings = getattr(config.model, "kernel_sizes", ()), getattr(config.model, "paddings", ())
+    if "SAME" in paddings and any(size % 2 == 0 for size in sizes):
+        raise ConfigError(f"config.model.kernel_sizes = {sizes}: the peers need odd sizes for padding SAME")
     for peer in names:
         for field, (known_value, value) in differences(_as_followed(config, PEERS[peer]), config).items():
             raise ConfigError(f"config.{field} = {value!r}: {peer} knows only {known_value!r}")

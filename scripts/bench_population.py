@@ -2,13 +2,14 @@
 
     python scripts/bench_population.py --config=configs/tiny.py --seeds=10 --repeats=3
 
-Each side is what a user would run: `mnist_flax.main` once for each seed, and `mnist_flax.population` once. Seconds are
-those of whole processes, including start-up and compilation; fields with `train` in their names cover the training
-steps alone. Use a quiet machine.
+Each side is what a user would run: `mnist_flax.main` once for each seed, without report and demo page, and
+`mnist_flax.population` once. Seconds are those of whole processes, including start-up and compilation: each side starts
+with an empty compilation cache. Fields with `train` in their names cover the training steps alone. Use a quiet machine.
 """
 
 import datetime
 import json
+import os
 import pathlib
 import statistics
 import subprocess
@@ -24,17 +25,19 @@ from mnist_flax import cli
 from mnist_flax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+BARE = ("--config.train.report=False", "--config.train.demo=False")  # as for the members of a population
 
 
-def execute(module: str, *arguments: str) -> tuple[float, str]:
-    """Runs a command of the package, and returns its seconds and its standard error.
+def execute(module: str, programs: pathlib.Path, *arguments: str) -> tuple[float, str]:
+    """Runs a command of the package, and returns its seconds and its standard error; `programs` is the compile cache.
 
     Raises:
       UserError: the command failed.
     """
     command = [sys.executable, "-m", f"mnist_flax.{module}", f"--config={flags.FLAGS.config}", *arguments]
     started = time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(programs)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     seconds = time.perf_counter() - started
     if done.returncode:
         raise UserError(f"{' '.join(command)} failed:\n{done.stderr}")
@@ -51,11 +54,13 @@ def once(seeds: range, folder: pathlib.Path) -> dict[str, Any]:
     """Trains both ways; returns the seconds, and whether the accuracies are the same."""
     singles = [folder / f"single-{seed}" for seed in seeds]
     single_seconds = sum(
-        execute("main", f"--config.seed={seed}", f"--workdir={run}")[0]
+        execute("main", folder / "programs-singles", f"--config.seed={seed}", f"--workdir={run}", *BARE)[0]
         for seed, run in zip(seeds, singles, strict=True)
     )
     population = folder / "population"
-    seconds, told = execute("population", f"--seeds={len(seeds)}", f"--workdir={population}")
+    seconds, told = execute(
+        "population", folder / "programs-population", f"--seeds={len(seeds)}", f"--workdir={population}"
+    )
     members = [population / "members" / f"seed-{seed}" for seed in seeds]
     accuracies = [[json.loads((run / "summary.json").read_text())["test_accuracy"] for run in runs]
                   for runs in (singles, members)]  # fmt: skip

@@ -95,6 +95,7 @@ def start(config_file: str, programs: str) -> dict[str, float]:
     environment = {**os.environ, "PYTHONPATH": paths, "JAX_COMPILATION_CACHE_DIR": programs}
     with tempfile.TemporaryDirectory() as folder:
         arguments = [f"--config={config_file}", f"--workdir={folder}/run"]
+        arguments += [f"--config.{override}" for override in flags.FLAGS.override]
         code = f"import bench_startup; bench_startup.probe({time.monotonic()}, {arguments})"
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     try:

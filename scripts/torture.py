@@ -36,9 +36,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from absl import flags
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from mnist_flax import cli
+from mnist_flax.errors import UserError
 from mnist_flax.run import checkpoint
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.provenance import cpu_name, provenance
@@ -290,7 +292,7 @@ def torture(mode: str, folder: pathlib.Path, deadline: float) -> dict[str, Any]:
         runs += 1
         try:
             found = {} if error_of_run else outcome(workdir)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, UserError, SafetensorError) as error:
             found, error_of_run = {}, f"incomplete: {error!r}"
         if error_of_run:
             errors.append(error_of_run)

@@ -39,6 +39,13 @@ def test_learning_rates_equal_values_by_hand(fields: dict[str, Any], values: dic
         assert float(rate(step)) == pytest.approx(expected, abs=1e-7), step
 
 
+def test_step_schedule_decays_at_the_start_of_an_epoch_in_compiled_code() -> None:
+    # In float32, 235 * (1 / 235) is below 1: a compiled division may round 235 / 235 down to 0.
+    o = replace(BASE, optimizer__schedule="step", optimizer__decay_rate=0.5, optimizer__learning_rate=1.0).optimizer
+    rate = schedule(o, 1000, 235)
+    assert jax.jit(jax.vmap(rate))(jnp.array([0, 234, 235, 236, 470])).tolist() == [1, 1, 0.5, 0.5, 0.25]
+
+
 PARAMS = {"kernel": jnp.array([[1.0, -2.0]]), "bias": jnp.array([0.5])}
 GRADS = {"kernel": jnp.array([[0.3, 0.4]]), "bias": jnp.array([0.0])}
 

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import shlex
 import subprocess
 import sys
 from types import ModuleType
@@ -117,11 +118,27 @@ def test_a_peer_that_fails_is_reported(tmp_path: pathlib.Path) -> None:
         ({"model__widths": (8, 16, 16)}, r"config\.model\.widths = \(8, 16, 16\): flax knows only \(32, 64, 64\)"),
         ({"optimizer__name": "sgd"}, "config.optimizer.name = 'sgd': the peers know only adam and adamw"),
         ({"augment__rotate": 5.0}, r"config\.augment\.rotate = 5\.0: keras knows only 0\.0"),
+        (
+            {"model__kernel_sizes": (4,), "model__paddings": ("SAME",)},
+            r"kernel_sizes = \(4,\): the peers need odd sizes",
+        ),
     ],
 )
 def test_a_recipe_that_the_peers_cannot_follow_is_refused(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         script("bench_peers").check(replace(SMALL, **fields))
+
+
+def test_the_peers_can_follow_the_documented_commands() -> None:
+    bench_peers = script("bench_peers")
+    page = (ROOT / "docs" / "speed.md").read_text().replace("\\\n", " ")
+    commands = [shlex.split(line) for line in page.splitlines() if line.startswith("python scripts/bench_peers.py")]
+    assert len(commands) == 2
+    for command in commands:
+        overrides = [word.removeprefix("--config.") for word in command if word.startswith("--config.")]
+        given = dict(word.removeprefix("--").split("=", 1) for word in command if word.startswith("--"))
+        config = preset.load_config(ROOT / given["config"], overrides)
+        bench_peers.check(config, given["peers"].split(",") if "peers" in given else tuple(bench_peers.PEERS))
 
 
 @pytest.mark.slow

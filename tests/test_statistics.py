@@ -9,10 +9,12 @@ import jax
 import numpy as np
 import pytest
 import small_population
+from matplotlib.axes import Axes
 from small_population import CONFIG
 
 from mnist_flax.analysis import comparison, label_errors, statistics
 from mnist_flax.analysis.evaluation import combine_members, evaluate, load_predictor, make_predictor
+from mnist_flax.analysis.report import plots
 from mnist_flax.analysis.scores import evaluate_workdir
 from mnist_flax.data import batches
 from mnist_flax.data.load import load_splits
@@ -162,6 +164,24 @@ def test_curves_hold_the_points_that_all_members_have() -> None:
     (point,) = curves["train"]
     assert (point["step"], point["epoch"]) == (10, 1)
     assert point["loss"] == {"mean": 2.0, "sd": pytest.approx(2**0.5), "min": 1.0, "max": 3.0}
+
+
+def test_curves_show_the_range_of_the_error_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    errorbar = Axes.errorbar
+
+    def record(axes: Axes, x: Any, y: Any, **more: Any) -> Any:
+        drawn.append((y, more["yerr"]))
+        return errorbar(axes, x, y, **more)
+
+    monkeypatch.setattr(Axes, "errorbar", record)
+    accuracy = {"mean": 0.99, "sd": 0.01, "min": 0.97, "max": 0.995}
+    point = {"step": 10, "epoch": 1, "loss": accuracy, "accuracy": accuracy}
+    plots.population_curves({"train": [point], "holdout": [], "test": [point]})
+    (_, of_loss), (error, of_error) = drawn
+    np.testing.assert_allclose(of_loss, [[0.02], [0.005]])
+    np.testing.assert_allclose(error, [0.01])
+    np.testing.assert_allclose(of_error, [[0.005], [0.02]])  # the largest accuracy is the smallest error rate
 
 
 def test_population_is_evaluated_as_one_network(seeds: pathlib.Path) -> None:

@@ -173,7 +173,8 @@ def _bands(curves: Mapping[str, Any], field: str) -> str:
     """Draws loss or accuracy; accuracy on a log scale of the error rate, to resolve 99 to 100 %."""
 
     def columns(split: str) -> tuple[list[float], np.ndarray, np.ndarray, np.ndarray]:
-        values = np.array([[point[field][name] for name in ("mean", "min", "max")] for point in curves[split]])
+        names = ("mean", "min", "max") if field == "loss" else ("mean", "max", "min")  # ascending on the axis
+        values = np.array([[point[field][name] for name in names] for point in curves[split]])
         mean, low, high = (values if field == "loss" else np.maximum(1 - values, 1e-5)).T  # a log axis cannot show 0
         return [point["epoch"] for point in curves[split]], mean, low, high
 
