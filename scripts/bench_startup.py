@@ -81,12 +81,13 @@ def probe(started: float, arguments: Sequence[str]) -> None:
     runpy.run_module("mnist_flax.main", run_name="__main__", alter_sys=True)
 
 
-def start(config_file: str, programs: str) -> dict[str, float]:
+def start(config_file: str, programs: str, overrides: Sequence[str] = ()) -> dict[str, float]:
     """Runs one start in a new process, and returns the seconds of each part.
 
     Args:
       config_file: the preset.
       programs: the folder of the compilation cache.
+      overrides: `section.field=value` for each field to override.
 
     Raises:
       UserError: the process failed before its first step.
@@ -95,7 +96,7 @@ def start(config_file: str, programs: str) -> dict[str, float]:
     environment = {**os.environ, "PYTHONPATH": paths, "JAX_COMPILATION_CACHE_DIR": programs}
     with tempfile.TemporaryDirectory() as folder:
         arguments = [f"--config={config_file}", f"--workdir={folder}/run"]
-        arguments += [f"--config.{override}" for override in flags.FLAGS.override]
+        arguments += [f"--config.{override}" for override in overrides]
         code = f"import bench_startup; bench_startup.probe({time.monotonic()}, {arguments})"
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     try:
@@ -105,13 +106,13 @@ def start(config_file: str, programs: str) -> dict[str, float]:
     return seconds
 
 
-def bench(config_file: str, repeats: int) -> Iterator[dict[str, Any]]:
+def bench(config_file: str, repeats: int, overrides: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     """Yields the timings of cold starts, then those of warm starts."""
     starts: dict[str, list[dict[str, float]]] = {"cold": [], "warm": []}
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as programs:
             for kind, seconds in starts.items():  # the warm start reuses the cache of the cold one
-                seconds.append(start(config_file, programs))
+                seconds.append(start(config_file, programs, overrides))
                 print(f"{kind}: {seconds[-1]['total']:.2f} s", file=sys.stderr, flush=True)
     for kind, seconds in starts.items():
         columns = {part: [one[part] for one in seconds] for part in seconds[0]}
@@ -126,7 +127,7 @@ def main(argv: Sequence[str]) -> None:
     """Measures starts with the config from the flags."""
     del argv
     cli.config()  # reports a mistake in the config before anything is measured
-    results = list(bench(cli.config_file(), flags.FLAGS.repeats))
+    results = list(bench(cli.config_file(), flags.FLAGS.repeats, flags.FLAGS.override))
     from mnist_flax.run.provenance import provenance  # only now: JAX would compete with the measured processes
 
     made = {"config": cli.config_file(), "date": datetime.date.today().isoformat(), **provenance()}
