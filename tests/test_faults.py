@@ -36,7 +36,7 @@ def quiet(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 # One moment while each kind of file is written, and one while none is; tests of the other moments are slow.
-FAST_MOMENTS = ["while Orbax writes", "between a save and its rename", "while a line is written", "before its summary"]
+FAST_MOMENTS = ["while Orbax writes", "while a line is written", "before its summary"]
 
 
 @pytest.mark.parametrize(

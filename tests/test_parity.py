@@ -62,7 +62,9 @@ def test_scan_and_stream_agree(examples: Examples, cuts: list[int]) -> None:
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize(("name", "counts"), [("scan", (0, 1, 2)), ("stream", (0, 2))])
+@pytest.mark.parametrize(
+    ("name", "counts"), [("scan", (0, 1, 2)), pytest.param("stream", (0, 2), marks=pytest.mark.slow)]
+)
 def test_several_epochs_in_a_call_give_the_same_bits_and_training_curve(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, name: str, counts: tuple[int, ...]
 ) -> None:
