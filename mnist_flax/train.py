@@ -140,7 +140,7 @@ def fit_all(
         train_all(unfinished, splits.train, request)
         for member in unfinished:
             finish(member, splits)
-            stop_if_requested(members, request.signum)
+            stop_if_requested(members, *processes.agree(request.signum))
         processes.agree(0)  # no process leaves before the primary has written everything
     return members
 
@@ -170,7 +170,7 @@ def train_group(members: Sequence[Member], examples: Examples, *, until: int, re
     started = time.perf_counter()
     states, advance = compile_steps(members, examples)
     logger.info("compiled in %.1f s", time.perf_counter() - started)
-    stop_if_requested(members, request.signum)
+    stop_if_requested(members, *processes.agree(request.signum))
 
     progress = Progress(config, step, num_runs=len(members), quiet=not processes.is_primary())
     num_steps = config.num_steps if config.train.epochs_per_dispatch else 1  # the maximum for the next call
@@ -232,12 +232,12 @@ def unstack(members: Sequence[Member], states: TrainState, step: int) -> None:
 
 
 def stop_if_requested(members: Sequence[Member], signum: int) -> None:
-    """Ends the program if a process has received a signal; the runs are being saved, or have made no step.
+    """Ends the program if `signum`, on which all processes agree, is not 0; the runs are saved, or have made no step.
 
     Raises:
-      Interrupted: `signum` is not 0 in at least one process.
+      Interrupted: a signal asked to stop.
+      WorkdirError: a checkpoint, saved in the background, could not be written.
     """
-    (signum,) = processes.agree(signum)
     if not signum:
         return
     for member in members:

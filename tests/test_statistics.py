@@ -12,10 +12,11 @@ import small_population
 from matplotlib.axes import Axes
 from small_population import CONFIG
 
-from mnist_flax.analysis import comparison, label_errors, statistics
+from mnist_flax.analysis import comparison, evaluation, label_errors, statistics
 from mnist_flax.analysis.evaluation import combine_members, evaluate, load_predictor, make_predictor
 from mnist_flax.analysis.report import plots
 from mnist_flax.analysis.scores import evaluate_workdir
+from mnist_flax.config import replace
 from mnist_flax.data import batches
 from mnist_flax.data.load import load_splits
 from mnist_flax.data.splits import Examples
@@ -215,6 +216,19 @@ def test_members_of_different_populations_are_refused(
     shutil.copytree(folds / "members" / "fold-1", workdir / "members" / "seed-4")
     with pytest.raises(WorkdirError, match=r"seed-4: was trained with another config or on other data than .*seed-3"):
         load_predictor(workdir)
+
+
+def test_member_that_was_trained_further_is_refused(seeds: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load_run = checkpoint.load_run
+
+    def load_longer(folder: pathlib.Path, which: str) -> checkpoint.Run:
+        run = load_run(folder, which)
+        epochs = run.config.train.epochs + (folder.name == "seed-4")
+        return run._replace(config=replace(run.config, train__epochs=epochs))
+
+    monkeypatch.setattr(evaluation, "load_run", load_longer)
+    with pytest.raises(WorkdirError, match=r"seed-4: was trained with another config"):
+        load_predictor(seeds)
 
 
 @pytest.mark.parametrize("name", ["../seed-3", "..", "", 3, None])

@@ -189,7 +189,8 @@ def load_predictor(workdir: pathlib.Path, checkpoint: str = "latest") -> tuple[P
     config, fingerprint = runs[0].config, runs[0].record["fingerprint"]
     for folder, run in zip(folders, runs, strict=True):
         changed = differences(config, run.config).keys() - {"seed", "data.fold"}
-        if changed or run.record["fingerprint"] != fingerprint:
+        same_length = run.config.train.epochs == config.train.epochs
+        if changed or not same_length or run.record["fingerprint"] != fingerprint:
             raise WorkdirError(f"{folder}: was trained with another config or on other data than {folders[0]}")
     steps = tuple(int(run.state.step) for run in runs)
     # Each member has its own number of steps if the folds differ in size.

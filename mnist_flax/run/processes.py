@@ -37,12 +37,11 @@ def join(coordinator: str | None, num_processes: int | None, process_index: int 
     """Joins this process to a multi-process run; call it before JAX computes anything.
 
     `coordinator` is `host:port` of process 0. If all three arguments are None, JAX detects them on SLURM, Open MPI, GKE
-    and Cloud TPU.
+    and Cloud TPU. If some process is still missing after `JOIN_SECONDS`, this one prints a message and exits.
 
     Raises:
-      ConfigError: an argument is missing or invalid, JAX cannot detect them, or process 0 cannot be reached.
-
-    If some process is still missing after `JOIN_SECONDS`, this one prints a message and exits.
+      ConfigError: an argument is missing or invalid, JAX cannot detect them, process 0 cannot be reached, or its port
+        is not free.
     """
     given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_index": process_index}
     missing = [name for name, value in given.items() if value is None]
@@ -54,8 +53,8 @@ def join(coordinator: str | None, num_processes: int | None, process_index: int 
         _wait_for(coordinator, is_first=process_index == 0)
         logger.info("waiting for %d processes at %s, up to %d s", num_processes, coordinator, JOIN_SECONDS)
     absent = ConfigError(
-        f"--distributed: not all {num_processes or ''} processes have started within {JOIN_SECONDS} s; start all of"
-        " them, this one too"
+        f"--distributed: some processes have not started within {JOIN_SECONDS} s; start all of them again, at about the"
+        " same time"
     )
     # JAX would end a process that has waited for too long with an abort, before our message is printed.
     timer = threading.Timer(JOIN_SECONDS, lambda: signals.end_process(console.print_error(absent)))

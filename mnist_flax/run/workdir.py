@@ -34,7 +34,7 @@ REMEDY_RESUME = "fix that, and the same command continues from the newest checkp
 REMEDY_OUTPUT = "name another folder with --output=DIR"
 _LOCK = ".mnist_flax.lock"
 _OWNER = ".mnist_flax.owner.json"
-CONFIG_FIELDS = {"seed", "data", "model", "optimizer", "checkpoint"}  # of a run's config, in all versions
+_CONFIG_FIELDS = {"seed", "data", "model", "optimizer", "checkpoint"}  # of a run's config, in all versions
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
@@ -57,7 +57,7 @@ def check(workdir: pathlib.Path) -> None:
 
 def _holds_run(folder: pathlib.Path) -> bool:
     """Returns whether a folder was claimed, or holds the config of a run; a copy may lack hidden files."""
-    return os.path.lexists(folder / _LOCK) or read_json(folder / CONFIG).keys() >= CONFIG_FIELDS
+    return os.path.lexists(folder / _LOCK) or read_json(folder / CONFIG).keys() >= _CONFIG_FIELDS
 
 
 def names_in(folder: pathlib.Path, subject: str = "") -> set[str]:
