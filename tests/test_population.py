@@ -174,14 +174,14 @@ def test_a_signal_while_members_are_evaluated_stops_before_the_next_member(
     finish = members.finish
 
     def finish_and_stop(*arguments: Any) -> None:
+        monkeypatch.setattr(train, "finish", finish)
         finish(*arguments)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.1)  # another thread receives the signal
 
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "finish", finish_and_stop)
-        with pytest.raises(Interrupted, match=f"stopped at step {CONFIG.num_steps} of {CONFIG.num_steps}; nothing"):
-            fit_population(CONFIG, workdir, seeds=3)
+    monkeypatch.setattr(train, "finish", finish_and_stop)
+    with pytest.raises(Interrupted, match=f"stopped at step {CONFIG.num_steps} of {CONFIG.num_steps}; nothing is lost"):
+        fit_population(CONFIG, workdir, seeds=3)
     assert [path.parent.name for path in workdir.glob("members/*/summary.json")] == ["seed-3"]
     result, undisturbed = fit_population(CONFIG, workdir, seeds=3), results.load_population_result(seeds)
     assert undisturbed
