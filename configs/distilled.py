@@ -1,8 +1,8 @@
-"""The network of `accurate.py`, trained on the mean probabilities of ten such networks (Hinton et al., 2015).
+"""The network of `accurate.py`, trained on the mean probabilities of three such networks (Hinton et al., 2015).
 
-Measured: not yet. First train the teacher, ten networks of `accurate.py`:
+Measured: not yet. First train the teacher, three networks of `accurate.py`:
 
-    python -m mnist_flax.population --config=configs/accurate.py --seeds=10 --workdir=runs/accurate-seeds
+    python -m mnist_flax.population --config=configs/accurate.py --seeds=3 --workdir=runs/accurate-seeds
     scripts/train --config=configs/distilled.py
 """
 
@@ -14,7 +14,7 @@ from mnist_flax.config import default_config_dict
 def get_config() -> ConfigDict:
     """Returns what differs from the defaults."""
     config = default_config_dict()
-    config.seed = 10  # the teacher's networks have the seeds 0 to 9
+    config.seed = 10  # the teacher's networks have the seeds 0, 1, 2 ...
     config.model.widths = (32, 64, 64, 128)
     config.model.kernel_sizes = (5, 3, 3, 3)
     config.model.paddings = ("SAME",)

@@ -15,7 +15,7 @@ from absl import logging as absl_logging
 
 from mnist_flax.checks import nearest
 from mnist_flax.errors import ConfigError, UserError
-from mnist_flax.run import allocator, console, signals
+from mnist_flax.run import console, machine, signals
 
 FLAGS = flags.FLAGS
 
@@ -100,7 +100,7 @@ def run(main: Callable[[Sequence[str]], None], *, takes_files: bool = False) -> 
     # Importing JAX and tracing create a million long-lived objects. With the default threshold, garbage collection
     # takes 0.2 s of the 1.8 s to the first step.
     gc.set_threshold(100_000)
-    allocator.keep_freed_memory()
+    machine.keep_freed_memory()
     console.open_streams()
     console.log_to_console()
     absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax and JAX log a lot; --verbosity=0 shows it

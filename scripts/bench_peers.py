@@ -64,7 +64,7 @@ class Peer(NamedTuple):
 
 # Environment variables for the peers. By default, glibc returns the memory of each large array to the system, and
 # faults in new pages for the next one. On a virtual machine, this takes a third of PyTorch's time; PyTorch's tuning
-# guide suggests other allocators. Our program sets this itself, in mnist_flax/run/allocator.py.
+# guide suggests other allocators. Our program sets this itself, in mnist_flax/run/machine.py.
 TUNED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**26)}
 
 PYTORCH = ("torch==2.13.0", "numpy")

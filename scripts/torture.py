@@ -43,7 +43,8 @@ from mnist_flax import cli
 from mnist_flax.errors import UserError
 from mnist_flax.run import checkpoint
 from mnist_flax.run import workdir as workdirs
-from mnist_flax.run.provenance import cpu_name, provenance
+from mnist_flax.run.machine import cpu_name
+from mnist_flax.run.provenance import provenance
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SIGNALS = {"kill": signal.SIGKILL, "damage": signal.SIGKILL, "end": signal.SIGKILL}

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.smoke
 # listed has the layer of its folder.
 LAYERS = [
     ["errors"],
-    ["checks", "rng", "metrics", "sharding", "templates", "ops", "run.allocator", "run.console", "run.signals"],
+    ["checks", "rng", "metrics", "sharding", "templates", "ops", "run.console", "run.machine", "run.signals"],
     ["models", "optimizer", "losses", "data.registry", "data.pens", "data.framing"],
     ["data.augment"],
     ["sections"],

@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 import shutil
 from typing import Any
 
@@ -13,7 +14,7 @@ from small_run import ROOT, SMALL, config_file, run, steps, summary
 from mnist_flax import drivers, members
 from mnist_flax.config import Config, replace
 from mnist_flax.errors import NonFiniteLossError, UserError, WorkdirError
-from mnist_flax.run import checkpoint
+from mnist_flax.run import checkpoint, provenance
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.train import fit
 
@@ -111,3 +112,14 @@ def test_nothing_is_pickled() -> None:
                 assert not names & {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}, path
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 assert node.func.id not in ("eval", "exec") or path.name == "preset.py", path
+
+
+def test_a_resumed_run_on_another_number_of_cores_warns(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    origin = {"fork": None, "versions": provenance.versions()}
+    members.check_origin(origin, None, None, tmp_path)
+    assert not caplog.text
+    monkeypatch.setattr(provenance, "num_cores", lambda: 1000)
+    members.check_origin(origin, None, None, tmp_path)
+    assert re.search(r"its last bits may differ: cpu .+, \d+ cores -> .+, 1000 cores", caplog.text)

@@ -13,6 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from mnist_flax.pictures.decode import PictureError
 from mnist_flax.pictures.files import STDIN, read_file
 from mnist_flax.pictures.segment import Digit, read_digits
+from mnist_flax.run.machine import num_cores
 
 Outcome = list[Digit] | PictureError
 
@@ -23,13 +24,12 @@ _AHEAD = 8  # pictures per process that are read ahead of the caller; limits mem
 def read_all(names: Sequence[str], num_workers: int = 0) -> Iterator[tuple[str, Outcome]]:
     """Reads the digits of many pictures; yields each file's name, in order, with its digits or its error.
 
-    `num_workers` is the number of processes: 0 means one per CPU, or none for a few pictures. With processes, reading
+    `num_workers` is the number of processes: 0 means one per core, or none for a few pictures. With processes, reading
     starts when this is called, not when the first result is requested.
     """
     if not num_workers and len(names) < _FEW:
         return ((name, read_one(name)) for name in names)
-    num_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return iter(_Reader(names, num_workers or num_cpus))
+    return iter(_Reader(names, num_workers or num_cores()))
 
 
 def read_one(name: str) -> Outcome:

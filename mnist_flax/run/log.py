@@ -33,7 +33,7 @@ class RunLog:
         that a killed process did after its last checkpoint.
       restarts: how often training was resumed from a checkpoint.
       origin: how the run started, as JSON.
-      versions: the package versions at the start, and after each restart that changed them; the current ones last.
+      versions: `provenance.versions` at the start, and after each restart that changed it; the current one last.
     """
 
     def __init__(

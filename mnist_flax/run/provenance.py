@@ -9,12 +9,19 @@ from typing import Any
 
 import jax
 
+from mnist_flax.run.machine import cpu_name, num_cores
+
 _PACKAGES = ("mnist-flax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of Python and of the packages that a result depends on; those not installed are left out."""
+    """Returns what the last bits of a result depend on: the versions of Python and of packages, and on a CPU its cores.
+
+    Packages that are not installed are left out. XLA divides sums among the cores, which changes their rounding.
+    """
     found = {"python": platform.python_version()}
+    if jax.default_backend() == "cpu":
+        found["cpu"] = f"{cpu_name()}, {num_cores()} cores"
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
@@ -31,15 +38,6 @@ def git_commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
-
-
-def cpu_name() -> str:
-    """Returns the CPU's model name, or its architecture if the name is unknown."""
-    with contextlib.suppress(OSError):  # not Linux
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def provenance() -> dict[str, Any]:

@@ -13,7 +13,7 @@ from mnist_flax.analysis.evaluation import evaluate, make_predictor
 from mnist_flax.config import Config
 from mnist_flax.data import splits
 from mnist_flax.drivers import Job, driver, jit_init_state, stack
-from mnist_flax.run import allocator
+from mnist_flax.run import machine
 from mnist_flax.step import eval_variables
 from scripts.peers.harness import Examples, Recipe, serve
 
@@ -41,6 +41,6 @@ class Ours:
 
 
 if __name__ == "__main__":
-    allocator.keep_freed_memory()
+    machine.keep_freed_memory()
     jax.config.update("jax_platforms", "cpu")
     serve(Ours, ["jax", "jaxlib", "flax", "optax"])

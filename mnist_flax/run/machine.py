@@ -1,10 +1,13 @@
-"""The C library's memory allocator, set up for arrays that are allocated and freed at each step."""
+"""The CPU that a process runs on, and its memory allocator."""
 
 import contextlib
 import ctypes
+import os
+import pathlib
+import platform
 import sys
 
-OPTIONS = {  # of mallopt(3)
+ALLOCATOR_OPTIONS = {  # of mallopt(3)
     -4: 0,  # M_MMAP_MAX: large arrays come from the heap, too
     -1: 2**31 - 1,  # M_TRIM_THRESHOLD: up to 2 GiB of freed memory are kept
     -8: 1,  # M_ARENA_MAX: one heap for all threads, because only the main one can hold arrays over 64 MiB
@@ -21,5 +24,19 @@ def keep_freed_memory() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # not glibc
             mallopt = ctypes.CDLL(None).mallopt
-            for option, value in OPTIONS.items():
+            for option, value in ALLOCATOR_OPTIONS.items():
                 mallopt(option, value)
+
+
+def num_cores() -> int:
+    """Returns the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_name() -> str:
+    """Returns the CPU's model name, or its architecture if the name is unknown."""
+    with contextlib.suppress(OSError):  # not Linux
+        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

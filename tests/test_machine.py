@@ -1,4 +1,4 @@
-"""What a command asks of the C library's memory allocator."""
+"""What a command asks of the memory allocator."""
 
 import platform
 import subprocess
