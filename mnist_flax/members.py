@@ -166,7 +166,7 @@ def check_origin(
     there, here = origin["versions"], versions()
     differing = [name for name in there | here if there.get(name) != here.get(name)]
     if changed := [f"{name} {there.get(name)} -> {here.get(name)}" for name in differing]:
-        logger.warning("began with other versions or cores, so its last bits may differ: %s", ", ".join(changed))
+        logger.warning("this run began with other versions or cores; its last bits may differ: %s", ", ".join(changed))
 
 
 def announce(members: Sequence[Member], splits: Splits) -> None:
