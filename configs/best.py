@@ -1,6 +1,7 @@
-"""Meant to be the most accurate preset, slow to train: `accurate.py`, wider.
+"""`accurate.py` with wider layers, slow to train; no more accurate in the one run that was made.
 
-Measured: not yet. The recipe is that of `accurate.py`; `docs/accuracy.md` lists what was compared on hold-out rows.
+Measured: 99.63 % test accuracy (n = 1), NLL 0.0103. The recipe is that of `accurate.py`;
+`docs/accuracy.md` lists what was compared on hold-out rows.
 
     scripts/train --config=configs/best.py
 """

@@ -87,7 +87,8 @@ class Config:
     @property
     def num_holdout(self) -> int:
         """The number of rows that are held out; if the rows do not divide evenly, the first folds have one more."""
-        return -((self.data.fold - self.num_rows) // self.data.folds) if self.data.folds else self.data.holdout
+        data = self.data
+        return len(range(data.fold, self.num_rows, data.folds)) if data.folds else data.holdout
 
     @property
     def num_train(self) -> int:

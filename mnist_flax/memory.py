@@ -38,17 +38,15 @@ def check_memory(config: Config, teacher: Teacher | None = None) -> None:
     state = jax.eval_shape(lambda: init_state(config.program, rng.root_key(0)))
     weights = sum(_num_bytes(leaf) for leaf in jax.tree.leaves(state))
     outputs = list(_product_bytes(config.program, state))  # of one image, in the order of the layers
-    needs = {
-        f"config.model: {config.model}: its weights and their optimizer state need": weights,
-        # The backward pass needs every layer's output for the whole batch.
-        f"config.train.batch_size = {config.train.batch_size}: a training step needs at least": weights
-        + sum(_num_bytes(leaf) for leaf in jax.tree.leaves(teacher))
-        + config.train.batch_size // num_parts * sum(outputs),
-        f"config.eval.batch_size = {config.eval.batch_size}: an evaluation needs at least": config.eval.batch_size
-        // num_parts
-        * max(outputs),
-    }
-    for subject, needed in needs.items():
+    # The backward pass needs every layer's output for the whole batch.
+    training = weights + sum(_num_bytes(leaf) for leaf in jax.tree.leaves(teacher))
+    training += config.train.batch_size // num_parts * sum(outputs)
+    evaluation = config.eval.batch_size // num_parts * max(outputs)
+    for subject, needed in [
+        (f"config.model: {config.model}: its weights and their optimizer state need", weights),
+        (f"config.train.batch_size = {config.train.batch_size}: a training step needs at least", training),
+        (f"config.eval.batch_size = {config.eval.batch_size}: an evaluation needs at least", evaluation),
+    ]:
         if needed > available:
             readable = [f"{size / 2**30:,.1f} GiB" for size in (needed, available)]
             raise ConfigError(f"{subject} {readable[0]}, but there are {readable[1]}; make it smaller")

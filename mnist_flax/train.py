@@ -178,7 +178,8 @@ def train_group(members: Sequence[Member], examples: Examples, *, until: int, re
     calls = itertools.count()
     with contextlib.closing(progress):
         while step < until:
-            target = min(step + num_steps, next_stop(config, step), until)
+            stop = min(next_stop(config, step), until)
+            target = min(step + num_steps, stop)
             with jax.transfer_guard("disallow"):
                 states, metrics = advance(states, target - step)
             seconds = time.perf_counter() - mark
@@ -193,7 +194,7 @@ def train_group(members: Sequence[Member], examples: Examples, *, until: int, re
             num_steps, timed_save, signum = processes.agree(
                 next_num_steps(config, num_steps, rate), is_late, request.signum or preempted
             )
-            if step not in (until, next_stop(config, step - 1)) and not timed_save and not signum:
+            if step < stop and not timed_save and not signum:
                 continue
 
             # The host has something to do: it evaluates at the end of an epoch, and saves when a checkpoint is due.
