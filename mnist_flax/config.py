@@ -70,7 +70,7 @@ class Config:
         yield from self.model.check(IMAGE_SIZE)
         yield from self.augment.check(dataset.class_names)
         yield from self.train.check(self.num_train)
-        yield from self.optimizer.check(self.train.epochs)
+        yield from self.optimizer.check(self.train.epochs, self.steps_per_epoch)
         yield from self.eval.check()
         yield from self.checkpoint.check()
 

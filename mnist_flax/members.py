@@ -249,11 +249,7 @@ def finish(member: Member, splits: Splits) -> None:
         "earlier_versions": log.versions[:-1],
         **provenance(),
     }
-    logger.info(
-        "%s: test accuracy %.2f %% (%d of %d right), loss %.4f, after %.1f s of training",
-        splits.name, 100 * evaluation.accuracy, round(evaluation.accuracy * evaluation.examples), evaluation.examples,
-        evaluation.loss, log.seconds,
-    )  # fmt: skip
+    logger.info("%s: test %s, after %.1f s of training", splits.name, evaluation.line(), log.seconds)
     if config.train.demo:
         try:
             logger.info("draw digits: %s", demo.write_page(config, predictor, evaluation, splits, log.step, workdir))

@@ -52,12 +52,14 @@ class OptimizerConfig:
     decay_epochs: float = 1.0
     ema_decay: float = 0.0
 
-    def check(self, epochs: int) -> Iterator[str]:
-        """Yields a message for each value that is out of range."""
+    def check(self, epochs: int, steps_per_epoch: int) -> Iterator[str]:
+        """Yields a message for each value that is out of range, given the length of the run."""
         yield from among("optimizer.name", self.name, OPTIMIZERS)
         yield from among("optimizer.schedule", self.schedule, SCHEDULES)
-        for name in ("learning_rate", "eps", "decay_rate", "decay_epochs"):
+        for name in ("learning_rate", "eps", "decay_rate"):
             yield from within(f"optimizer.{name}", getattr(self, name), 0, open_low=True)
+        most = (2**31 - 1) // steps_per_epoch  # steps are counted in 32 bits
+        yield from within("optimizer.decay_epochs", self.decay_epochs, 0, most, open_low=True)
         for name in ("b1", "b2", "momentum", "ema_decay"):
             yield from within(f"optimizer.{name}", getattr(self, name), 0, 1, open_high=True)
         for name in ("weight_decay", "clip_norm"):

@@ -48,6 +48,10 @@ def test_a_changed_field_survives_json() -> None:
         ({"optimizer__b1": 1.0}, r"config.optimizer.b1 = 1.0: must be at least 0 and below 1"),
         ({"optimizer__nesterov": True, "optimizer__momentum": 0.0}, "momentum above 0"),
         ({"optimizer__warmup_epochs": 9.0}, r"config.optimizer.warmup_epochs = 9.0: must be at least 0 and at most 5"),
+        (
+            {"optimizer__schedule": "step", "optimizer__decay_epochs": 1e7},
+            r"config.optimizer.decay_epochs = 10000000.0: must be above 0 and at most 2289428$",
+        ),
         ({"optimizer__peak_at": 1.0}, r"config.optimizer.peak_at = 1.0: must be above 0 and below 1"),
         ({"data__name": "mnits"}, r"config.data.name = 'mnits': did you mean 'mnist'"),
         ({"data__num_train": 60_001}, r"config.data.num_train = 60001: must be at least 0 and at most 60000"),
@@ -63,6 +67,10 @@ def test_a_changed_field_survives_json() -> None:
         ({"model__pools": (2, 2, 4)}, r"4x4 pooling of convolution 3 is larger than its 3x3 feature map"),
         ({"model__dropout": 1.0}, r"config.model.dropout = 1.0: must be at least 0 and below 1"),
         ({"model__pixel_std": 0.0}, r"config.model.pixel_std = 0.0: must be above 0"),
+        (
+            {"eval__batch_size": 1_000_000_000},
+            r"config.eval.batch_size = 1000000000: must be at least 1 and at most 1000000$",
+        ),
         ({"eval__views": 3}, r"config.eval.views = 3: must be 1 or 5"),
         ({"model__stem": "cosines"}, r"config.model.stem = 'cosines': did you mean 'cosine'"),
         ({"model__stem": "cosine"}, r"config.model.stem = 'cosine': a 3x3 kernel has only 18 patterns, not 32"),

@@ -293,14 +293,6 @@ def test_command_writes_to_output_only(workdir: pathlib.Path, tmp_path: pathlib.
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
 
 
-def test_command_prints_before_it_fails_to_write(workdir: pathlib.Path) -> None:
-    (workdir / "evaluation-test-digits.json").mkdir()  # a folder in the way makes writing fail
-    done = command(f"--workdir={workdir}")
-    assert done.returncode == 2 and "of 360 right" in done.stdout
-    assert "evaluation-test-digits.json: cannot be written" in done.stderr and "--output" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -3,6 +3,7 @@
 import gzip
 import json
 import pathlib
+import re
 import struct
 
 import forked
@@ -149,4 +150,7 @@ def test_entries_from_outside_work_in_train_report_evaluate_and_predict(lab: pat
     (line,) = (
         line for line in use(lab, "predict", "--workdir=run", "--json", "seven.png").splitlines() if "digits" in line
     )
-    assert len(json.loads(line)["digits"]) == 1
+    (digit,) = json.loads(line)["digits"]
+    assert digit["label"] == ("a", "b", "c")[digit["digit"]]
+    (row,) = (line for line in use(lab, "predict", "--workdir=run", "seven.png").splitlines() if "seven.png" in line)
+    assert re.match(rf"seven\.png +{digit['label']}\?? ", row) and {"a", "b", "c"} <= set(row.split())

@@ -1,5 +1,6 @@
 """Whatever happens to a run, the same command continues it, or explains in one message why it cannot."""
 
+import errno
 import fcntl
 import json
 import os
@@ -65,6 +66,30 @@ def test_run_killed_at_its_report_writes_it_on_resume(tmp_path: pathlib.Path, mo
     assert summary(workdir)["steps"] == 14
     assert (workdir / "report" / "index.html").read_text().rstrip().endswith("</html>")
     assert not list(workdir.rglob(".*.tmp"))
+
+
+@pytest.mark.parametrize("name", ["index.html", "demo.html"])
+def test_run_whose_last_page_finds_the_disk_full_writes_it_on_resume(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    replace_file = pathlib.Path.replace
+
+    def full(path: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
+        if target.name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return replace_file(path, target)
+
+    config = replace(CONFIG, train__report=name == "index.html", train__demo=name == "demo.html")
+    message = rf"{name}: cannot be written \(No space left on device\); fix that, and the same command continues"
+    with monkeypatch.context() as patch, pytest.raises(WorkdirError, match=message):
+        patch.setattr(pathlib.Path, "replace", full)
+        fit(config, tmp_path)
+    assert not (tmp_path / workdirs.SUMMARY).exists()  # so the run does not count as finished
+    fit(config, tmp_path)
+    assert summary(tmp_path)["steps"] == 14
+    (page,) = tmp_path.rglob(name)
+    assert page.read_text().rstrip().endswith("</html>")
+    assert not list(tmp_path.rglob(".*.tmp"))
 
 
 def test_damaged_checkpoint_is_reported_and_skipped(

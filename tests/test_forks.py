@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from small_run import ROOT, SMALL, config_file, run, steps, summary
 
-from mnist_flax import drivers, members
+from mnist_flax import drivers, members, train
 from mnist_flax.config import Config, replace
 from mnist_flax.errors import NonFiniteLossError, UserError, WorkdirError
 from mnist_flax.run import checkpoint, provenance
+from mnist_flax.run import log as logs
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.train import fit
 
@@ -123,3 +124,23 @@ def test_a_resumed_run_on_another_number_of_cores_warns(
     monkeypatch.setattr(provenance, "num_cores", lambda: 1000)
     members.check_origin(origin, None, None, tmp_path)
     assert re.search(r"its last bits may differ: cpu .+, \d+ cores -> .+, 1000 cores", caplog.text)
+
+
+def test_a_run_on_two_versions_of_python_lists_both(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = provenance.versions()
+    before = now | {"python": "3.11.7"}
+    with monkeypatch.context() as patch:
+        for module in (logs, members):
+            patch.setattr(module, "versions", lambda: before)
+        fit(replace(SMALL, train__epochs=1), tmp_path)
+    fit(SMALL, tmp_path)
+    assert (summary(tmp_path)["earlier_versions"], summary(tmp_path)["versions"]) == ([before], now)
+
+
+def test_a_field_without_effect_is_announced_before_training(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(train, "train_all", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fit(replace(SMALL, optimizer__nesterov=True), tmp_path)
+    assert "config.optimizer.nesterov: changed, but not used by adam with the schedule constant" in caplog.text

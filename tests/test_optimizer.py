@@ -46,6 +46,13 @@ def test_step_schedule_decays_at_the_start_of_an_epoch_in_compiled_code() -> Non
     assert jax.jit(jax.vmap(rate))(jnp.array([0, 234, 235, 236, 470])).tolist() == [1, 1, 0.5, 0.5, 0.25]
 
 
+@pytest.mark.parametrize("name", ["step", "exponential"])
+def test_the_slowest_decay_can_be_compiled(name: str) -> None:
+    config = replace(BASE, optimizer__schedule=name, optimizer__decay_epochs=(2**31 - 1) // BASE.steps_per_epoch)
+    rate = schedule(config.optimizer, config.num_steps, config.steps_per_epoch)
+    assert float(jax.jit(rate)(jnp.int32(399))) == pytest.approx(0.1)
+
+
 PARAMS = {"kernel": jnp.array([[1.0, -2.0]]), "bias": jnp.array([0.5])}
 GRADS = {"kernel": jnp.array([[0.3, 0.4]]), "bias": jnp.array([0.0])}
 

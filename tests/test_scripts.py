@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import shlex
+import shutil
 import subprocess
 import sys
 from types import ModuleType
@@ -73,6 +74,30 @@ def test_an_unsuitable_interpreter_is_refused(name: str, tmp_path: pathlib.Path)
         result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
         assert result.returncode == 2
         assert f"PYTHON={interpreter}: must be Python 3.11 to 3.13" in result.stderr
+
+
+def test_train_says_which_folder_its_paths_are_relative_to(tmp_path: pathlib.Path) -> None:
+    checkout, python = tmp_path / "checkout", tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 3.12\n")
+    environment = checkout / ".venv" / "3.12"
+    (environment / "bin").mkdir(parents=True)
+    (environment / "bin" / "python").write_text("#!/bin/sh\npwd\n")
+    for path in (python, environment / "bin" / "python"):
+        path.chmod(0o755)
+    for name in ("requirements.lock", "requirements-dev.lock", "pyproject.toml"):
+        (checkout / name).touch()
+    (environment / "complete").write_text(f"3.12 {checkout} requirements.lock 4294967295 0")  # the sum of no bytes
+    (checkout / "scripts").mkdir()
+    for name in ("train", "environment.sh"):
+        shutil.copy(ROOT / "scripts" / name, checkout / "scripts")
+    command = [str(checkout / "scripts" / "train"), "--workdir=here"]
+    result = subprocess.run(
+        command, env={**os.environ, "PYTHON": str(python)}, cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    expected = f"cd {checkout} && python -m mnist_flax.main --config=configs/default.py --workdir=here\n"
+    assert (result.stdout.splitlines()[-1], result.stderr) == (str(checkout), expected)
+    for page in ("README.md", "scripts/README.md"):
+        assert "relative to the checkout" in " ".join((ROOT / page).read_text().split())
 
 
 def test_training_flops_equal_values_by_hand() -> None:

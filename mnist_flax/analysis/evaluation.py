@@ -141,6 +141,11 @@ class Evaluation(NamedTuple):
         """Returns the fields that go into the log."""
         return {"loss": self.loss, "accuracy": self.accuracy, "examples": self.examples}
 
+    def line(self) -> str:
+        """Returns the scores as text to print."""
+        num_right = round(self.accuracy * self.examples)
+        return f"accuracy {100 * self.accuracy:.2f} % ({num_right} of {self.examples} right), loss {self.loss:.4f}"
+
 
 def evaluate(predictor: Predictor, examples: Examples) -> Evaluation:
     """Classifies all examples and compares the result with their labels.

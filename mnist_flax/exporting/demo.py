@@ -67,7 +67,8 @@ def write_demo(
     predictor, info = load_predictor(workdir, checkpoint)
     splits = load_own_data(info.config, info.fingerprint, overrides or {})
     evaluation = evaluate(predictor, splits.test)
-    return write_page(info.config, predictor, evaluation, splits, max(info.steps), workdir, output)
+    remedy = "name another file with --output=FILE"
+    return write_page(info.config, predictor, evaluation, splits, max(info.steps), workdir, output, remedy=remedy)
 
 
 def checkpoint_of(predictor: Predictor, step: int, config: Config) -> Checkpoint:
@@ -94,6 +95,8 @@ def write_page(
     step: int,
     workdir: pathlib.Path,
     output: pathlib.Path | None = None,
+    *,
+    remedy: str = workdirs.REMEDY_RESUME,
 ) -> pathlib.Path:
     """Writes the demo page of a predictor at a step, by default `demo.html` in the workdir, and returns its path.
 
@@ -137,7 +140,7 @@ def write_page(
         script="\n".join(_source(f"{name}.js") for name in SCRIPTS),
         data=json.dumps(data).replace("<", "\\u003c"),  # so that no text in the data can close the script element
     )
-    workdirs.write_text(path, page, remedy="name another file with --output=FILE")
+    workdirs.write_text(path, page, remedy=remedy)
     return path
 
 

@@ -96,11 +96,11 @@ def export_workdir(
     classes = json.dumps(DATASETS[dataset].class_names)
     contents = chosen.write(predictor, {"dataset": dataset, "classes": classes, "steps": str(max(info.steps))})
     difference = check_outputs(format_name, contents, predictor, images)
-    folder = folder or workdirs.subfolder(workdir, FOLDER)
+    folder = folder or workdirs.subfolder(workdir, FOLDER, remedy=workdirs.REMEDY_OUTPUT)
     paths = tuple(folder / f"{STEM}{suffix}" for suffix in contents)
     for path, content in zip(paths, contents.values(), strict=True):
-        workdirs.write_bytes(path, content, remedy="make room, or name another --output")
-    workdirs.write_text(folder / card.FILE, card.text(workdir, predictor, info), remedy="name another --output")
+        workdirs.write_bytes(path, content, remedy=workdirs.REMEDY_OUTPUT)
+    workdirs.write_text(folder / card.FILE, card.text(workdir, predictor, info), remedy=workdirs.REMEDY_OUTPUT)
     return Exported(paths, difference, len(images), source)
 
 

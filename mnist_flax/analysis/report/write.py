@@ -1,6 +1,7 @@
 """Writes the report of a run: the page, and the files next to it."""
 
 import json
+import logging
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +14,8 @@ from mnist_flax.analysis.run_data import load_own_data
 from mnist_flax.errors import WorkdirError
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.log import read_log
+
+logger = logging.getLogger(__name__)
 
 REPORT_FOLDER = "report"
 
@@ -83,6 +86,7 @@ def report_workdir(
     (step,) = info.steps
     records = read_log(workdir, step) or info.runs[0].record["log"]
     evaluation, summary = evaluate(predictor, splits.test), workdirs.read_json(workdir / workdirs.SUMMARY)
+    logger.info("%s: test %s, at step %d", splits.name, evaluation.line(), step)
     run = Reported(info.config, predictor, splits, evaluation, records, step, summary, evaluated_by="report")
     return write_report(run, workdir, folder)
 
