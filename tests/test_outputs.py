@@ -80,6 +80,6 @@ def test_verb_whose_reader_has_gone_ends_without_a_traceback(
     command = ["bash", "-c", f'set -o pipefail; "$0" -m mnist_flax.{verb} "$@" | {reader}', sys.executable]
     done = subprocess.run(
         [*command, f"--workdir={workdir}", *map(str, pictures)],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120,
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=250,
     )  # fmt: skip
     assert (done.returncode, done.stderr, done.stdout.count("\n")) == (141, "", read)
