@@ -128,7 +128,7 @@ def test_a_resumed_run_on_another_number_of_cores_warns(
 
 def test_a_run_on_two_versions_of_python_lists_both(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = provenance.versions()
-    before = now | {"python": "3.11.7"}
+    before = now | {"python": "3.10.0"}
     with monkeypatch.context() as patch:
         for module in (logs, members):
             patch.setattr(module, "versions", lambda: before)

@@ -24,8 +24,9 @@ OUTPUTS = {
 
 @pytest.fixture
 def workdir(tmp_path: pathlib.Path) -> pathlib.Path:
-    """A copy of a finished run."""
-    return pathlib.Path(shutil.copytree(tiny_run.workdir(), tmp_path / "run"))
+    """A copy of a finished run, without what other tests have written into it."""
+    written = [name.partition("/")[0] for names, _ in OUTPUTS.values() for name in names]
+    return pathlib.Path(shutil.copytree(tiny_run.workdir(), tmp_path / "run", ignore=shutil.ignore_patterns(*written)))
 
 
 def use(verb: str, workdir: pathlib.Path) -> "subprocess.CompletedProcess[str]":
