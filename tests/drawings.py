@@ -4,7 +4,7 @@ import io
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from mnist_flax.pictures import segment as pictures
 from mnist_flax.pictures.segment import read_digits
@@ -28,6 +28,24 @@ def draw(name: str, size: int = 100, width: int = 10) -> Array:
         points = [(size / 2 + x * size / 100, size / 2 + y * size / 100) for x, y in line]
         ImageDraw.Draw(image).line(points, fill=0, width=width, joint="curve")
     return np.asarray(image)
+
+
+def draw_form(rows: int, cell: int, line: int) -> tuple[Array, list[tuple[float, float]]]:
+    """Draws a square grid with a digit in each cell; returns it with the middles of the cells (x, y), line by line.
+
+    Cells and the grid's lines, as dark as the digits, are `cell` and `line` pixels wide; digits are half a cell tall.
+    """
+    margin = cell // 2
+    side = rows * cell + 2 * margin
+    image = Image.new("L", (side, side), 255)
+    pen = ImageDraw.Draw(image)
+    middles = [(margin + (x + 0.5) * cell, margin + (y + 0.5) * cell) for y in range(rows) for x in range(rows)]
+    for i, middle in enumerate(middles):
+        pen.text(middle, str(i % 10), font=ImageFont.load_default(0.7 * cell), fill=0, anchor="mm")
+    for place in range(margin, side, cell):
+        for ends in ((place, margin, place, side - margin), (margin, place, side - margin, place)):
+            pen.line(ends, fill=0, width=line)
+    return np.asarray(image), middles
 
 
 def encode(image: Image.Image | Array, kind: str = "PNG", **options: Any) -> bytes:

@@ -1,10 +1,16 @@
 """Files that are no pictures are refused with a reason; pictures that once failed in trials are read."""
 
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+
 import numpy as np
 import pytest
-from drawings import STROKES, Array, difference, draw, encode, only
+from drawings import STROKES, Array, difference, draw, draw_form, encode, only
 from PIL import Image
 
+from mnist_flax.pictures import blobs
 from mnist_flax.pictures import decode as decode_lib
 from mnist_flax.pictures.decode import PictureError, decode
 from mnist_flax.pictures.segment import read_digits
@@ -32,6 +38,22 @@ def test_decompression_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         with pytest.raises(PictureError, match=f"more than {limit:,} pixels.*make it smaller"):
             read_digits(encode(draw("L")))
+
+
+def test_webp_that_would_need_too_much_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_lib, "_MAX_WEBP_PIXELS", 10_000)
+    with pytest.raises(PictureError, match=r"more than 10,000 pixels.*make it smaller"):
+        read_digits(encode(draw("L"), "WEBP"))
+    assert only(encode(draw("L"), "PNG"))
+
+
+def test_too_many_marks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = dense_page()[:400, :400]
+    monkeypatch.setattr(blobs, "MAX_PIECES", len(read_digits(encode(page))))
+    read_digits(encode(page))
+    monkeypatch.setattr(blobs, "MAX_PIECES", blobs.MAX_PIECES - 1)
+    with pytest.raises(PictureError, match=f"more than {blobs.MAX_PIECES} separate marks.*crop it"):
+        read_digits(encode(page))
 
 
 @pytest.mark.parametrize("kind", decode_lib.FORMATS)
@@ -72,14 +94,35 @@ def test_dithered_photograph_is_read(wanted: Array) -> None:
     assert difference(only(encode(image)).image, wanted) < 25
 
 
-@pytest.mark.parametrize("width", [3, 8])
-def test_dark_grid_is_no_digit(width: int) -> None:
-    """The lines of the grid are as dark as the pen, and some cross the digit."""
+@pytest.mark.parametrize("width", [3, 8, 20])
+def test_dark_grid_is_no_digit(wanted: Array, width: int) -> None:
+    """The lines of the grid are as dark as the pen, the widest as thick, and some cross the digit."""
     grey = draw("L", 200, 20).copy()
-    for place in range(30, 400, 110):
-        grey[place : place + width] = 0
+    for place in range(60, 400, 110):
+        grey[place - 40 : place - 40 + width] = 0
         grey[:, place : place + width] = 0
-    assert len(read_digits(encode(grey))) == 1
+    assert difference(only(encode(grey)).image, wanted) < (20 if width == 20 else 12)
+
+
+def test_boxes_from_margin_to_margin_are_no_digits() -> None:
+    """Their sides are strokes like a 1 once the long lines above and below them are erased."""
+    digits = np.hstack([np.pad(draw(name, 70, 14), ((10, 10), (0, 0)), constant_values=255) for name in "7L7L7"])
+    page = np.pad(digits, ((100, 200), (12, 12)), constant_values=255).copy()
+    for x in range(12, page.shape[1], 140):
+        page[100:260, x - 3 : x + 3] = 0
+    for y in (100, 254):
+        page[y : y + 6, 9:-9] = 0
+    turned = Image.fromarray(page).rotate(2, Image.Resampling.BICUBIC, fillcolor=255)
+    assert len(read_digits(encode(turned))) == 5
+
+
+@pytest.mark.parametrize(("rows", "cell", "line"), [(10, 80, 8), (33, 30, 2)], ids=["large", "small"])
+def test_form_is_read_without_its_grid(rows: int, cell: int, line: int) -> None:
+    page, places = draw_form(rows, cell, line)
+    digits = read_digits(encode(page))
+    assert len(digits) == len(places) and not any(digit.suspect for digit in digits)
+    middles = [((box[0] + box[2]) / 2, (box[1] + box[3]) / 2) for box in (digit.box for digit in digits)]
+    np.testing.assert_allclose(middles, places, atol=cell / 8)
 
 
 @pytest.mark.parametrize("turn", [-22, 22])
@@ -117,12 +160,52 @@ def test_hard_shadow_is_no_ink(wanted: Array) -> None:
     assert difference(only(encode(photo.astype(np.uint8))).image, wanted) < 12
 
 
-def test_page_of_thousands_of_marks_is_read() -> None:
+def test_corner_of_a_turned_shadow_is_no_ink(wanted: Array) -> None:
+    grey = draw("L", 200, 20).astype(float)
+    y, x = np.mgrid[0:400, 0:400]
+    photo = (20 + 0.85 * grey) * np.where(x - 155 > np.abs(y - 180), 0.3, 1.0)
+    assert difference(only(encode(photo.astype(np.uint8))).image, wanted) < 3
+
+
+def test_sheet_half_in_shadow_on_a_dark_table_is_dark_on_light(wanted: Array) -> None:
+    grey = draw("L", 200, 20).astype(float)
+    photo = np.pad(40 + 0.6 * grey, ((60, 60), (0, 200)), constant_values=110)
+    y, x = np.mgrid[0:520, 0:600]
+    photo *= np.where(5 * x + y < 1500, 0.35, 1.0)
+    assert difference(only(encode(photo.astype(np.uint8))).image, wanted) < 12
+
+
+def dense_page() -> Array:
     page = np.full((1000, 1000), 255, np.uint8)
     for row in range(4, 990, 14):
         for column in range(4, 990, 14):
             page[row : row + 9, column : column + 2] = 0
-    assert len(read_digits(encode(page))) == 71 * 71
+    return page
+
+
+def long_thin_lines() -> Array:
+    y, x = np.mgrid[0:1000, 0:1000]
+    return np.where(np.isin(np.abs(x - y), [0, 1, 300, 301]), 0, 255).astype(np.uint8)
+
+
+BOUNDED = """
+import pathlib, resource, sys
+resource.setrlimit(resource.RLIMIT_CPU, (30, 30))
+from mnist_flax.pictures.segment import read_digits
+print(len(read_digits(sys.stdin.buffer.read())))
+print(pathlib.Path("/proc/self/status").read_text())
+"""
+
+
+@pytest.mark.parametrize(("page", "count"), [(dense_page, 71 * 71), (long_thin_lines, 3)])
+def test_dense_or_large_picture_is_read_within_bounds(page: Callable[[], Array], count: int) -> None:
+    """30 s is generous: each takes at most 4 s, and took minutes with an algorithm of quadratic time."""
+    done = subprocess.run([sys.executable, "-c", BOUNDED], input=encode(page()), capture_output=True, timeout=250)
+    assert not done.returncode, (done.returncode, done.stderr)
+    first, *status = done.stdout.decode().splitlines()
+    assert int(first) == count
+    (peak,) = re.findall(r"VmHWM:\s*(\d+) kB", "\n".join(status))
+    assert int(peak) < 2**20
 
 
 def test_tiny_marks_are_read() -> None:

@@ -134,9 +134,16 @@ def _without_specks(blobs: list[Blob], labels: np.ndarray, steps: np.ndarray, pe
             or (at_edge and blob.width > 3 * blob.height)
             or blob.width > 6 * blob.height  # a dash, or a piece of a ruling
             or _is_blot(labels, steps, blob)
+            or (side < 0.5 * tallest and _at_steps(labels, steps, blob))
         )
 
     return [blob for blob in blobs if not is_speck(blob)] or [max(blobs, key=lambda blob: areas[blob.labels[0]])]
+
+
+def _at_steps(labels: np.ndarray, steps: np.ndarray, blob: Blob) -> bool:
+    """Returns whether most of a piece is at the edge of a shadow, so that it may be a corner of the shadow."""
+    window = np.s_[blob.top : blob.bottom, blob.left : blob.right]
+    return bool(steps[window][labels[window] == blob.labels[0]].mean() > 0.45)
 
 
 def _is_blot(labels: np.ndarray, steps: np.ndarray, blob: Blob) -> bool:
@@ -146,7 +153,7 @@ def _is_blot(labels: np.ndarray, steps: np.ndarray, blob: Blob) -> bool:
     factor = max(1, min(own.shape) // 30)
     small = np.pad(own[::factor, ::factor], 1)
     thickness = 2 * ndimage.distance_transform_edt(small).max()
-    return bool(small.sum() < (2.8 if steps[window].any() else 1.3) * thickness**2)
+    return bool(small.sum() < (2.0 if steps[window].any() else 1.3) * thickness**2)
 
 
 def _join_broken(blobs: list[Blob], pen: float) -> list[Blob]:
@@ -159,22 +166,22 @@ def _join_broken(blobs: list[Blob], pen: float) -> list[Blob]:
         left, top, right, bottom = boxes[piece]
         if not whole[piece] or bottom - top != first_height[piece]:  # already joined, or has grown
             continue
-        widths, heights = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
-        overlap = np.minimum(boxes[:, 2], right) - np.maximum(boxes[:, 0], left)  # columns; negative if there is a gap
-        apart = np.maximum(0, np.maximum(boxes[:, 1], top) - np.minimum(boxes[:, 3], bottom))
+        taller = np.flatnonzero(whole & (bottom - top <= 0.7 * (boxes[:, 3] - boxes[:, 1])))  # few on a dense page
+        if not len(taller):
+            continue
+        hosts = boxes[taller]
+        widths, heights = hosts[:, 2] - hosts[:, 0], hosts[:, 3] - hosts[:, 1]
+        overlap = np.minimum(hosts[:, 2], right) - np.maximum(hosts[:, 0], left)  # columns; negative if there is a gap
+        apart = np.maximum(0, np.maximum(hosts[:, 1], top) - np.minimum(hosts[:, 3], bottom))
         gap = np.hypot(np.maximum(0, -overlap), apart)
         over = overlap >= 0.25 * np.minimum(widths, right - left)
-        together = np.maximum(boxes[:, 2:], (right, bottom)) - np.minimum(boxes[:, :2], (left, top))
-        hosts = (
-            whole
-            & (bottom - top <= 0.7 * heights)
-            & (gap <= np.where(over, 0.35 * heights, max(2.0, 1.5 * pen)))
-            & (together[:, 0] <= 1.5 * together[:, 1])
+        together = np.maximum(hosts[:, 2:], (right, bottom)) - np.minimum(hosts[:, :2], (left, top))
+        is_host = (gap <= np.where(over, 0.35 * heights, max(2.0, 1.5 * pen))) & (
+            together[:, 0] <= 1.5 * together[:, 1]
         )
-        hosts[piece] = False
-        if hosts.any():
-            candidates = np.flatnonzero(hosts)
-            host = candidates[np.lexsort((-overlap[candidates], gap[candidates]))[0]]
+        if is_host.any():
+            best = np.lexsort((-overlap, gap, ~is_host))[0]
+            host = taller[best]
             boxes[host, :2] = np.minimum(boxes[host, :2], (left, top))
             boxes[host, 2:] = np.maximum(boxes[host, 2:], (right, bottom))
             parts[host] += parts[piece]

@@ -16,6 +16,7 @@ FOREIGN_SUFFIXES = (".heic", ".heif", ".avif")  # also pictures, but Pillow cann
 
 _SIDE = 1000  # pixels: larger pictures are averaged down to this longest side, enough for a page of digits
 _STRIP = 4_000_000  # pixels converted at a time, to limit memory use
+_MAX_WEBP_PIXELS = 50_000_000  # Pillow decodes WEBP whole, and needs 16 bytes per pixel
 
 
 class PictureError(UserError):
@@ -41,11 +42,12 @@ def decode(content: bytes) -> Picture:
     """Decodes an image file; if it has several frames or pages, only the first.
 
     Raises:
-      PictureError: the file is empty or damaged, is not in one of the `FORMATS`, or has more than
-        `PIL.Image.MAX_IMAGE_PIXELS` pixels according to its header.
+      PictureError: the file is empty or damaged, is not in one of the `FORMATS`, or has more pixels, according to its
+        header, than `PIL.Image.MAX_IMAGE_PIXELS` or the limit for WEBP.
     """
     if not content:
         raise PictureError("is empty")
+    limit = Image.MAX_IMAGE_PIXELS or 0
     Image.init()  # registers the less common formats
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # warnings about metadata, which is not used
@@ -53,13 +55,17 @@ def decode(content: bytes) -> Picture:
         try:
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 size = image.size
+                if image.format == "WEBP":
+                    limit = min(limit, _MAX_WEBP_PIXELS)
+                    if image.width * image.height > limit:
+                        raise Image.DecompressionBombError
                 image.draft("L", (_SIDE, _SIDE))  # JPEG only: decodes large images at half their size or less
                 stored = _to_grey(image)
                 grey = _upright(stored, image)
                 size = size if grey.size == stored.size else size[::-1]
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             raise PictureError(
-                f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels, which this program does not open; make it smaller"
+                f"has more than {limit:,} pixels, which this program does not open; make it smaller"
             ) from error
         except UnidentifiedImageError as error:
             foreign = {b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIC", b"avif": "AVIF"}.get(content[8:12])

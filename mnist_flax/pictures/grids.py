@@ -27,8 +27,11 @@ class Line(NamedTuple):
     share: float  # the inked share of its length
 
 
-def without_grids(mask: np.ndarray, pen: float) -> tuple[np.ndarray, np.ndarray]:
+def without_grids(mask: np.ndarray, pen: float, *, boxes_only: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Erases printed lines from ink, `bool[H,W]`, without breaking the strokes that cross them.
+
+    With `boxes_only`, only those of boxes, and of grids that have a line along each of their four sides, if they do
+    not run from edge to edge of the picture, as the rulings of squared paper do.
 
     Returns:
       The ink without rulings, and a mask of where rulings were, `bool[H,W]` each.
@@ -47,7 +50,7 @@ def without_grids(mask: np.ndarray, pen: float) -> tuple[np.ndarray, np.ndarray]
         others = np.delete(heights, number - 1)
         others = others[others > 0.15 * sides[0]]  # without specks
         stands_out = len(others) > 0 and sides[0] > 1.5 * np.median(others)
-        lines = list(_rulings(piece, place, mask.shape, pen, stands_out))
+        lines = list(_rulings(piece, place, mask.shape, pen, stands_out, boxes_only))
         if not lines:
             continue
         if kept is mask:
@@ -55,13 +58,22 @@ def without_grids(mask: np.ndarray, pen: float) -> tuple[np.ndarray, np.ndarray]
         strokes = kept[place] & ~_near(piece.shape, lines)
         for line in lines:
             _erase(kept[place], ruled[place], strokes, line)
-    if kept is not mask:
-        kept = ndimage.binary_opening(kept, np.ones((2, 2)))  # removes residue along the edges of the lines
-    return kept, ruled
+    return without_residue(kept, mask), ruled
+
+
+def without_residue(kept: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Removes what is left of erased lines along their edges: ink thinner than two pixels beside what was erased."""
+    near = ndimage.binary_dilation(mask & ~kept, np.ones((3, 3)))
+    return kept & (ndimage.binary_opening(kept, np.ones((2, 2))) | ~near)
 
 
 def _rulings(
-    piece: np.ndarray, place: tuple[slice, slice], shape: tuple[int, ...], pen: float, stands_out: bool
+    piece: np.ndarray,
+    place: tuple[slice, slice],
+    shape: tuple[int, ...],
+    pen: float,
+    stands_out: bool,
+    boxes_only: bool,
 ) -> Iterator[Line]:
     """Yields the lines of a piece of ink that are rulings, not strokes; it may be much taller than the other pieces."""
     found = {True: _lines(piece, True)}
@@ -69,6 +81,11 @@ def _rulings(
     if not found[True]:
         found[True] = _lines(piece, True, abs(_slope(found[False])))
     level, upright = (_alike(lines, 0.14 * min(piece.shape)) for lines in found.values())
+    if boxes_only:
+        from_edge_to_edge = any(part.start == 0 and part.stop == side for part, side in zip(place, shape, strict=True))
+        if not from_edge_to_edge and _is_closed(level, piece.shape) and _is_closed(upright, piece.shape[::-1]):
+            yield from level + upright
+        return
     # Two lines in each direction form a box or a grid. A digit of this size would have thicker strokes.
     if min(len(level), len(upright)) >= 2 or _is_open_box(level, upright, piece.shape):
         yield from level + upright
@@ -91,6 +108,15 @@ def _rulings(
                 or (line.level and alone and length > 8 * thickness)  # a lone horizontal bar is not a digit
             ):
                 yield line
+
+
+def _is_closed(lines: list[Line], size: tuple[int, ...]) -> bool:
+    """Returns whether there are lines along both sides of a piece, of the given size across and along them."""
+    if len(lines) < 2:
+        return False
+    middles = [(line.first + line.last) / 2 / size[0] for line in lines]
+    margin = 0.15 + abs(_slope(lines)) * size[1] / size[0] / 2  # a tilted line is at the border with one end only
+    return min(middles) < margin and max(middles) > 1 - margin
 
 
 def _is_open_box(level: list[Line], upright: list[Line], size: tuple[int, ...]) -> bool:
@@ -138,6 +164,8 @@ def _lines(piece: np.ndarray, level: bool, tilt: float = 0.0) -> list[Line]:
     factor = max(1, -(-max(piece.shape) // _SIDE))
     reduced = block_reduce(piece if level else piece.T, factor, np.any)  # a block with any ink counts as ink
     height, width = reduced.shape
+    if width < 2:  # a point has no slope
+        return []
     y, x = np.nonzero(ndimage.binary_dilation(reduced, np.ones((3, 1))))
     x = x - width / 2
     pad = int(width * _SLOPES[-1]) + 2
@@ -152,6 +180,9 @@ def _lines(piece: np.ndarray, level: bool, tilt: float = 0.0) -> list[Line]:
         best = float(share[turn, row])
         if best < _SPAN:
             break
+        # A thick line has this share at several slopes; the middle one is its own.
+        plateaus, _ = ndimage.label(share >= 0.99 * best)
+        turn, row = np.round(ndimage.center_of_mass(plateaus == plateaus[turn, row])).astype(int)
         slope, middle = _fitted(reduced, float(_SLOPES[turn]), int(row) - pad)
         first, last = _edges(reduced, slope, middle)
         # Discard candidates that cross this line in the piece: rulings of the same direction do not cross.

@@ -7,6 +7,7 @@ from PIL import Image
 from scipy import ndimage
 
 _FAINTEST = 10.0  # grey levels of 255: ink differs from the paper by at least this much
+_TURNS = (22.5, 45.0, 67.5)  # degrees
 
 
 class Ink(NamedTuple):
@@ -24,10 +25,24 @@ def find_ink(grey: np.ndarray, sheet: np.ndarray | None = None) -> Ink | None:
 
     `sheet`, `bool[H,W]`, is True on a light sheet of paper; without it, the whole picture is paper.
     """
+    dark = sheet is not None or is_dark_on_light(grey.astype(np.float32))
+    ink = _find_ink(grey, sheet, dark)
+    if sheet is not None or ink is None:
+        return ink
+    # A sheet half in shadow on a dark table looks light on dark; its bright half would be a very thick stroke.
+    pen = thick_pen(ink.mask)
+    if pen > 0.1 * min(grey.shape) and ink.steps.any():
+        other = _find_ink(grey, sheet, not dark)
+        if other is not None and thick_pen(other.mask) < 0.4 * pen:
+            return other
+    return ink
+
+
+def _find_ink(grey: np.ndarray, sheet: np.ndarray | None, dark: bool) -> Ink | None:
+    """Separates dark ink from light paper, or, if not `dark`, light ink from dark paper."""
     from skimage.filters import apply_hysteresis_threshold, threshold_otsu
 
     values = grey.astype(np.float32)
-    dark = sheet is not None or is_dark_on_light(values)
     values, noise = _denoised(255 - values if dark else values)
     window = _paper_window(values)
     paper, contrast = _contrast(values, window, dark)
@@ -52,13 +67,34 @@ def find_ink(grey: np.ndarray, sheet: np.ndarray | None = None) -> Ink | None:
 
 def _contrast(values: np.ndarray, window: int, dark: bool) -> tuple[np.ndarray, np.ndarray]:
     """Returns the brightness of the paper and the contrast of each pixel, corrected for shadows; ink is light."""
-    paper = opened(values, window)
+    paper = _paper(values, window)
     contrast = values - paper
     contrast = np.maximum(contrast - np.median(contrast), 0)
     if dark:  # a shadow dims paper and ink by the same factor
         light = np.maximum(255 - paper, 1)
         contrast *= np.clip(np.percentile(light[::4, ::4], 90) / light, 1, 2.5)
     return paper, contrast
+
+
+def _paper(values: np.ndarray, window: int) -> np.ndarray:
+    """Returns the brightness of the paper, `f32[H,W]`: without ink, which is light, but with the edges of shadows.
+
+    A square window reaches into a shadow's corner only if it is turned like the corner, so several turns are tried.
+    """
+    paper = opened(values, window)
+    if not _steps(paper).any():
+        return paper
+    height, width = values.shape
+    side = 2 * (int(np.hypot(height, width)) // 2 + 1)
+    top, left = (side - height) // 2, (side - width) // 2
+    square = Image.fromarray(np.pad(values, ((top, side - height - top), (left, side - width - left)), mode="edge"))
+    half = square.resize((side // 2, side // 2), Image.Resampling.BOX)  # four times as fast
+    for turn in _TURNS:
+        turned = np.asarray(half.rotate(turn, Image.Resampling.BILINEAR))
+        back = Image.fromarray(opened(turned, max(1, window // 2))).rotate(-turn, Image.Resampling.BILINEAR)
+        back = back.resize(square.size, Image.Resampling.BILINEAR)
+        paper = np.maximum(paper, np.asarray(back)[top : top + height, left : left + width])
+    return np.minimum(paper, values)
 
 
 def _steps(paper: np.ndarray) -> np.ndarray:

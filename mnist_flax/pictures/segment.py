@@ -108,8 +108,11 @@ def _turned_back(
 
 def _segment(ink: Ink) -> tuple[list[Digit], float]:
     """Finds the digits in level ink, in reading order, and the clockwise slope of their lines in degrees."""
-    mask = without_rulings(ink.mask, ink.marks)
+    # Boxes come first, while their sides are connected; then lines from edge to edge; then what these connected.
+    mask, boxes = without_grids(ink.mask, thick_pen(ink.mask), boxes_only=True)
+    mask = without_rulings(mask, ink.marks & ~boxes)
     mask, ruled = without_grids(mask, thick_pen(mask))
+    ruled |= boxes
     if not mask.any():
         return [], 0.0
     pen = pen_width(mask)
@@ -172,13 +175,31 @@ def _draw(strength: np.ndarray, labels: np.ndarray, blob: Blob, pen: float) -> n
     window = np.s_[top : blob.bottom + margin, left : blob.right + margin]
     own = np.isin(labels[window], blob.labels)
     near = ndimage.binary_dilation(own, iterations=margin) & ((labels[window] == 0) | own)
-    image = np.where(near, strength[window], 0)
+    image = np.round(np.where(near, strength[window], 0) * 255).astype(np.uint8)
     # A thin stroke would fade in the small image. MNIST's strokes are about 2 pixels wide in a box of 20.
     wanted = 0.1 * max(blob.height, blob.width)
     if pen < wanted:
-        radius = (wanted - pen) / 2
-        size = int(np.ceil(radius))
-        image = np.pad(image, size)
-        y, x = np.mgrid[-size : size + 1, -size : size + 1]
-        image = ndimage.grey_dilation(image, footprint=np.hypot(x, y) <= max(radius, 0.5))
-    return frame(np.round(image * 255).astype(np.uint8))
+        image = _thickened(image, max((wanted - pen) / 2, 0.5))
+    return frame(image)
+
+
+def _thickened(image: np.ndarray, radius: float) -> np.ndarray:
+    """Dilates an image by a disc, `u8[H,W] -> u8[H+2R,W+2R]`, where R is `radius` in whole pixels, rounded up.
+
+    The disc is a stack of rows. Maxima over ever wider rows are computed once, so the time grows with the radius,
+    not with its square.
+    """
+    size = int(np.ceil(radius))
+    height, width = image.shape
+    padded = np.pad(image, ((0, 0), (2 * size, 2 * size)))
+    result = np.zeros((height + 2 * size, width + 2 * size), np.uint8)
+    widest = np.zeros((height, width + 2 * size), np.uint8)  # the maximum over each pixel's row of the disc
+    reach = 0
+    for down in range(size, -1, -1):
+        while reach <= size and np.hypot(down, reach) <= radius:
+            for left in (size - reach, size + reach):
+                np.maximum(widest, padded[:, left : left + widest.shape[1]], out=widest)
+            reach += 1
+        for top in (size - down, size + down):
+            np.maximum(result[top : top + height], widest, out=result[top : top + height])
+    return result
