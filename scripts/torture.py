@@ -9,7 +9,8 @@ runs alternate between the scan and the stream driver. A quiet run is one that n
   damage              SIGKILL, and a file of the newest checkpoint truncated, zeroed or deleted
   end                 SIGKILL, one to three times, while the run evaluates and writes weights, summary and report
   console             standard error is closed, full, or a pipe whose reader exits; the run must finish as usual
-  disk                no file may grow beyond a random size, at most that of the largest file of a quiet run
+  disk                no file may grow beyond a random size, at most that of the largest file of a quiet run; half of
+                      the runs are trained already, and only evaluate and write weights, summary and report
 
 In every mode but `console`, the same command then restarts the disturbed run. A run that does not finish, or shows a
 traceback, counts as needing help. In a finished run, all arrays of the last checkpoint, the weights and metrics.jsonl
@@ -225,7 +226,9 @@ def limit_file_size(workdir: pathlib.Path, driver: str, largest: int, chance: ra
         return "large enough", ""
     last = said.strip().splitlines()[-1] if said.strip() else ""
     is_clear = status == 2 and last.startswith("error: ") and "cannot be written (" in last and "Traceback" not in said
-    what = next((name for name in ("checkpoint", REPORT, workdirs.WEIGHTS, "tfevents") if name in last), "another file")
+    subject = last.partition("cannot be written")[0]  # the remedy names the checkpoint
+    names = ("checkpoint", REPORT, workdirs.WEIGHTS, workdirs.SUMMARY, "tfevents")
+    what = next((name for name in names if name in subject), "another file")
     return what, "" if is_clear else f"status {status} at a limit of {limit} bytes: {said}"
 
 
@@ -265,6 +268,8 @@ def disturb(
         kind, error_of_run = lose_console(workdir, driver, seconds, chance)
         return collections.Counter([kind]), error_of_run
     if mode == "disk":
+        if chance.random() < 0.5:
+            copy_without_results(warm, workdir)
         largest = max(path.stat().st_size for path in warm.rglob("*") if path.is_file())
         kind, error_of_run = limit_file_size(workdir, driver, largest, chance)
         tally = collections.Counter([kind])
