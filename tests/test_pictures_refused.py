@@ -116,6 +116,22 @@ def test_boxes_from_margin_to_margin_are_no_digits() -> None:
     assert len(read_digits(encode(turned))) == 5
 
 
+def test_open_grid_that_digits_touch_is_erased() -> None:
+    """No line runs along the left, right, upper or lower side of this grid."""
+    page = np.full((460, 900), 255, np.uint8)
+    for place, name in enumerate("7L77L"):
+        digit = draw(name, 90, 14)
+        left = 50 + 160 * place
+        page[150:330, left : left + 180] = np.minimum(page[150:330, left : left + 180], digit)
+    for x in range(100, 900, 160):
+        page[30:430, x - 4 : x + 4] = 0
+    for y in (140, 290):
+        page[y - 4 : y + 4, 14:886] = 0
+    turned = Image.fromarray(page).rotate(3, Image.Resampling.BICUBIC, fillcolor=255)
+    digits = read_digits(encode(turned))
+    assert len(digits) == 5 and max(digit.box[3] - digit.box[1] for digit in digits) < 150
+
+
 @pytest.mark.parametrize(("rows", "cell", "line"), [(10, 80, 8), (33, 30, 2)], ids=["large", "small"])
 def test_form_is_read_without_its_grid(rows: int, cell: int, line: int) -> None:
     page, places = draw_form(rows, cell, line)

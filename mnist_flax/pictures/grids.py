@@ -30,8 +30,7 @@ class Line(NamedTuple):
 def without_grids(mask: np.ndarray, pen: float, *, boxes_only: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Erases printed lines from ink, `bool[H,W]`, without breaking the strokes that cross them.
 
-    With `boxes_only`, only those of boxes, and of grids that have a line along each of their four sides, if they do
-    not run from edge to edge of the picture, as the rulings of squared paper do.
+    With `boxes_only`, only those of boxes and of grids that end inside the picture, unlike those of squared paper.
 
     Returns:
       The ink without rulings, and a mask of where rulings were, `bool[H,W]` each.
@@ -83,7 +82,8 @@ def _rulings(
     level, upright = (_alike(lines, 0.14 * min(piece.shape)) for lines in found.values())
     if boxes_only:
         from_edge_to_edge = any(part.start == 0 and part.stop == side for part, side in zip(place, shape, strict=True))
-        if not from_edge_to_edge and _is_closed(level, piece.shape) and _is_closed(upright, piece.shape[::-1]):
+        is_closed = _is_closed(level, piece.shape) and _is_closed(upright, piece.shape[::-1])
+        if not from_edge_to_edge and (is_closed or _is_grid(level, upright)):
             yield from level + upright
         return
     # Two lines in each direction form a box or a grid. A digit of this size would have thicker strokes.
@@ -117,6 +117,13 @@ def _is_closed(lines: list[Line], size: tuple[int, ...]) -> bool:
     middles = [(line.first + line.last) / 2 / size[0] for line in lines]
     margin = 0.15 + abs(_slope(lines)) * size[1] / size[0] / 2  # a tilted line is at the border with one end only
     return min(middles) < margin and max(middles) > 1 - margin
+
+
+def _is_grid(level: list[Line], upright: list[Line]) -> bool:
+    """Returns whether lines are so many and so alike that they form a grid, not two rulings with a 1 and a 4."""
+    thickness = [line.last - line.first for line in level + upright]
+    few = min(len(level), len(upright)) < 2 or len(thickness) < 5
+    return not few and max(thickness) <= 1.7 * float(np.median(thickness)) + 2
 
 
 def _is_open_box(level: list[Line], upright: list[Line], size: tuple[int, ...]) -> bool:

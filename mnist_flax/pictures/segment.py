@@ -130,7 +130,7 @@ def _segment(ink: Ink) -> tuple[list[Digit], float]:
 def _touches(ruled: np.ndarray, blob: Blob) -> bool:
     """Returns whether lines were erased at a digit, so that it may be the remains of a line."""
     window = ruled[max(0, blob.top - 2) : blob.bottom + 2, max(0, blob.left - 2) : blob.right + 2]
-    return bool(window.mean() > 0.04)
+    return bool(window.mean() > 0.12)
 
 
 def _ends_in(erased: np.ndarray, blob: Blob) -> bool:
