@@ -116,6 +116,17 @@ def test_boxes_from_margin_to_margin_are_no_digits() -> None:
     assert len(read_digits(encode(turned))) == 5
 
 
+def test_boxes_cut_off_by_the_edge_are_no_digits() -> None:
+    page = np.full((420, 800), 255, np.uint8)
+    for left, name in ((80, "7"), (440, "L")):
+        page[50:250, left + 30 : left + 230] = draw(name, 100, 30)
+        for top in (30, 370):
+            box = page[top : top + 290, left : left + 260]
+            box[:16] = box[274:] = box[:, :16] = box[:, -16:] = 0
+    turned = Image.fromarray(page).rotate(-2, Image.Resampling.BICUBIC, fillcolor=255)
+    assert len(read_digits(encode(turned))) == 2
+
+
 def test_open_grid_that_digits_touch_is_erased() -> None:
     """No line runs along the left, right, upper or lower side of this grid."""
     page = np.full((460, 900), 255, np.uint8)

@@ -79,7 +79,8 @@ def _rulings(
     found[False] = _lines(piece, False, abs(_slope(found[True])))
     if not found[True]:
         found[True] = _lines(piece, True, abs(_slope(found[False])))
-    level, upright = (_alike(lines, 0.14 * min(piece.shape)) for lines in found.values())
+    size = max(min(piece.shape), piece.shape[1] / 2)  # of a digit; a box cut off by the edge may be wider
+    level, upright = (_alike(lines, 0.14 * size) for lines in found.values())
     if boxes_only:
         from_edge_to_edge = any(part.start == 0 and part.stop == side for part, side in zip(place, shape, strict=True))
         is_closed = _is_closed(level, piece.shape) and _is_closed(upright, piece.shape[::-1])
@@ -138,11 +139,13 @@ def _is_open_box(level: list[Line], upright: list[Line], size: tuple[int, ...]) 
         (side,), across, axis = upright, level, 1
     else:
         return False
-    place = (side.first + side.last) / 2 / size[axis]
-    middles = [(line.first + line.last) / 2 / size[1 - axis] for line in across]
     slopes = [side.slope] + [-line.slope for line in across]
     # If only two lines are perpendicular to the side, all three must lie at the border.
-    at_border = not 0.15 < place < 0.85 and min(middles) < 0.15 and max(middles) > 0.85
+    first, last = (
+        min(line.first for line in across) / size[1 - axis],
+        max(line.last for line in across) / size[1 - axis],
+    )
+    at_border = (side.first < 0.15 * size[axis] or side.last > 0.85 * size[axis]) and first < 0.15 and last > 0.85
     return bool((len(across) > 2 or at_border) and np.ptp(slopes) < 0.16)
 
 
