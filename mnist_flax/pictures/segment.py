@@ -138,7 +138,7 @@ def _ends_in(erased: np.ndarray, blob: Blob) -> bool:
     if blob.width > 0.35 * blob.height:
         return False
     ends = slice(max(0, blob.top - 4), blob.top + 2), slice(max(0, blob.bottom - 2), blob.bottom + 4)
-    return any(bool(erased[end, blob.left : blob.right].any(axis=0).mean() > 0.5) for end in ends)
+    return any(bool(erased[end, blob.left : blob.right].any(axis=0).mean() > 0.2) for end in ends)
 
 
 def _slope(lines: list[list[Blob]]) -> float:
