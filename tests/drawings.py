@@ -33,7 +33,7 @@ def draw(name: str, size: int = 100, width: int = 10) -> Array:
 def draw_form(rows: int, cell: int, line: int) -> tuple[Array, list[tuple[float, float]]]:
     """Draws a square grid with a digit in each cell; returns it with the middles of the cells (x, y), line by line.
 
-    Cells and the grid's lines, as dark as the digits, are `cell` and `line` pixels wide; digits are half a cell tall.
+    A cell is `cell` pixels wide, and a digit half as tall. The lines are `line` pixels wide, and as dark as the digits.
     """
     margin = cell // 2
     side = rows * cell + 2 * margin

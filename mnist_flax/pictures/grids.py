@@ -62,7 +62,10 @@ def without_grids(mask: np.ndarray, pen: float, *, boxes_only: bool = False) -> 
 
 def without_residue(kept: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Removes what is left of erased lines along their edges: ink thinner than two pixels beside what was erased."""
-    near = ndimage.binary_dilation(mask & ~kept, np.ones((3, 3)))
+    erased = mask & ~kept
+    if not erased.any():
+        return kept
+    near = ndimage.binary_dilation(erased, np.ones((3, 3)))
     return kept & (ndimage.binary_opening(kept, np.ones((2, 2))) | ~near)
 
 
@@ -79,7 +82,7 @@ def _rulings(
     found[False] = _lines(piece, False, abs(_slope(found[True])))
     if not found[True]:
         found[True] = _lines(piece, True, abs(_slope(found[False])))
-    size = max(min(piece.shape), piece.shape[1] / 2)  # of a digit; a box cut off by the edge may be wider
+    size = max(min(piece.shape), piece.shape[1] / 2)  # pixels; a box that the edge cuts off may be very low
     level, upright = (_alike(lines, 0.14 * size) for lines in found.values())
     if boxes_only:
         from_edge_to_edge = any(part.start == 0 and part.stop == side for part, side in zip(place, shape, strict=True))

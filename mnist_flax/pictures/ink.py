@@ -27,15 +27,14 @@ def find_ink(grey: np.ndarray, sheet: np.ndarray | None = None) -> Ink | None:
     """
     dark = sheet is not None or is_dark_on_light(grey.astype(np.float32))
     ink = _find_ink(grey, sheet, dark)
-    if sheet is not None or ink is None:
+    if sheet is not None or ink is None or not ink.steps.any():
         return ink
     # A sheet half in shadow on a dark table looks light on dark; its bright half would be a very thick stroke.
     pen = thick_pen(ink.mask)
-    if pen > 0.1 * min(grey.shape) and ink.steps.any():
-        other = _find_ink(grey, sheet, not dark)
-        if other is not None and thick_pen(other.mask) < 0.4 * pen:
-            return other
-    return ink
+    if pen <= 0.1 * min(grey.shape):
+        return ink
+    other = _find_ink(grey, None, not dark)
+    return other if other is not None and thick_pen(other.mask) < 0.4 * pen else ink
 
 
 def _find_ink(grey: np.ndarray, sheet: np.ndarray | None, dark: bool) -> Ink | None:

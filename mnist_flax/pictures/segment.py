@@ -109,9 +109,10 @@ def _turned_back(
 def _segment(ink: Ink) -> tuple[list[Digit], float]:
     """Finds the digits in level ink, in reading order, and the clockwise slope of their lines in degrees."""
     # Boxes come first, while their sides are connected; then lines from edge to edge; then what these connected.
-    mask, boxes = without_grids(ink.mask, thick_pen(ink.mask), boxes_only=True)
+    thick = thick_pen(ink.mask)
+    mask, boxes = without_grids(ink.mask, thick, boxes_only=True)
     mask = without_rulings(mask, ink.marks & ~boxes)
-    mask, ruled = without_grids(mask, thick_pen(mask))
+    mask, ruled = without_grids(mask, thick if mask is ink.mask else thick_pen(mask))
     ruled |= boxes
     if not mask.any():
         return [], 0.0
