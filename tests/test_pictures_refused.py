@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from drawings import STROKES, Array, difference, draw, draw_form, encode, only
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from mnist_flax.pictures import blobs
 from mnist_flax.pictures import decode as decode_lib
@@ -200,6 +200,51 @@ def test_sheet_half_in_shadow_on_a_dark_table_is_dark_on_light(wanted: Array) ->
     y, x = np.mgrid[0:520, 0:600]
     photo *= np.where(5 * x + y < 1500, 0.35, 1.0)
     assert difference(only(encode(photo.astype(np.uint8))).image, wanted) < 12
+
+
+@pytest.mark.parametrize("turn", [0, 20])
+def test_joints_of_a_table_are_no_digits(turn: int) -> None:
+    """The sheet is hardly brighter than the table, so it is not found, and hides a part of each joint."""
+    sheet = np.hstack([draw("7", 70, 12), draw("L", 70, 12)]) // 255
+    y, x = np.mgrid[0:600, 0:700]
+    table = np.where((x % 240 < 12) | (y % 260 < 12), 40, 130).astype(np.uint8)
+    photo = Image.fromarray(table)
+    turned = Image.fromarray(np.where(sheet, 145, 30).astype(np.uint8)).rotate(-turn, expand=True)
+    covered = Image.new("L", (sheet.shape[1], sheet.shape[0]), 255).rotate(-turn, expand=True)
+    photo.paste(turned, (200, 150), covered)
+    digits = read_digits(encode(photo))
+    assert len(digits) == 2
+    for digit, name in zip(digits, "7L", strict=True):
+        assert difference(digit.image, only(encode(draw(name, 70, 12))).image) < 14
+
+
+def test_boxes_with_a_broken_side_are_no_digits() -> None:
+    """Only one line runs along the whole row, and its ends are open, so it is not a grid."""
+    page = np.full((260, 540), 255, np.uint8)
+    for place, name in enumerate("7L7"):
+        page[40:220, 30 + 150 * place : 210 + 150 * place] = draw(name, 90, 14)
+    page[211:219, 45:495] = page[41:49, 110:260] = page[41:49, 300:430] = 0
+    for x in (195, 345):
+        page[45:215, x - 4 : x + 4] = 0
+    turned = Image.fromarray(page).rotate(4, Image.Resampling.BICUBIC, expand=True, fillcolor=255)
+    digits = read_digits(encode(turned))
+    assert len(digits) == 3 and max(digit.box[3] - digit.box[1] for digit in digits) < 130
+
+
+def test_filled_six_at_the_edge_of_a_shadow_is_a_digit() -> None:
+    image = Image.new("L", (500, 240), 255)
+    pen = ImageDraw.Draw(image)
+    pen.ellipse((60, 110, 140, 190), fill=0)
+    pen.line((75, 130, 90, 60, 110, 40), fill=0, width=20)
+    image.paste(Image.fromarray(draw("7")), (250, 20))
+    photo = np.asarray(image).astype(float) * np.where(np.arange(500) < 105, 0.6, 1.0)
+    assert len(read_digits(encode(photo.astype(np.uint8)))) == 2
+
+
+def test_what_the_edge_cuts_off_is_suspect() -> None:
+    page = np.vstack([np.hstack([draw(name) for name in "L7"]), np.hstack([draw(name) for name in "7L"])])
+    assert [digit.suspect for digit in read_digits(encode(page))] == [False] * 4
+    assert [digit.suspect for digit in read_digits(encode(page[:320]))] == [False, False, True, True]
 
 
 def dense_page() -> Array:

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 from scipy import ndimage
 
-from mnist_flax.pictures.grids import without_residue
 from mnist_flax.pictures.ink import pen_width
+from mnist_flax.pictures.lines import without_residue
 
 _MARGIN = 64  # pixels around a line that decide what is erased: its greatest thickness, and the length of a bridge
 

@@ -14,6 +14,7 @@ from scipy import ndimage
 
 from mnist_flax.data.framing import BOX_SIZE, CENTRE, frame
 from mnist_flax.data.registry import IMAGE_SIZE
+from mnist_flax.pictures.background import at_edge_without_digits, without_frames, without_joints
 from mnist_flax.pictures.blobs import Blob, find_blobs, group_lines, of_digit_size
 from mnist_flax.pictures.decode import PictureError, decode
 from mnist_flax.pictures.grids import without_grids
@@ -31,7 +32,7 @@ class Digit(NamedTuple):
     # left, top, right, bottom in pixels of the picture after applying its EXIF orientation; the right and bottom
     # edges are exclusive
     box: tuple[int, int, int, int]
-    # whether it overlaps erased lines, and so may not be a digit even if the network is confident
+    # whether it may not be a whole digit even if the network is confident: it overlaps erased lines or is cut off
     suspect: bool = False
 
 
@@ -58,6 +59,8 @@ def find_digits(grey: np.ndarray) -> list[Digit]:
     ink = find_ink(grey, sheet.inside if sheet else None)
     if ink is None:
         return []
+    if not sheet:  # before it is levelled, because the lines of a table are level already
+        ink = ink._replace(mask=without_joints(ink.mask))
     turn = sheet.turn if sheet else 0.0
     levelled = _levelled(ink, turn)
     digits, slope = _segment(levelled)
@@ -65,7 +68,12 @@ def find_digits(grey: np.ndarray) -> list[Digit]:
         turn = slope
         levelled = _levelled(ink, turn)
         digits, _ = _segment(levelled)
-    return [digit._replace(box=_turned_back(digit.box, levelled.mask.shape, grey.shape, turn)) for digit in digits]
+    boxes = [_turned_back(digit.box, levelled.mask.shape, grey.shape, turn) for digit in digits]
+    is_cut_off = at_edge_without_digits(np.array(boxes).reshape(-1, 4), grey.shape)
+    return [
+        Digit(digit.image, box, digit.suspect or bool(cut))
+        for digit, box, cut in zip(digits, boxes, is_cut_off, strict=True)
+    ]
 
 
 def _as_in_mnist(grey: np.ndarray) -> np.ndarray | None:
@@ -108,24 +116,36 @@ def _turned_back(
 
 def _segment(ink: Ink) -> tuple[list[Digit], float]:
     """Finds the digits in level ink, in reading order, and the clockwise slope of their lines in degrees."""
-    # Boxes come first, while their sides are connected; then lines from edge to edge; then what these connected.
-    thick = thick_pen(ink.mask)
-    mask, boxes = without_grids(ink.mask, thick, boxes_only=True)
-    mask = without_rulings(mask, ink.marks & ~boxes)
-    mask, ruled = without_grids(mask, thick if mask is ink.mask else thick_pen(mask))
-    ruled |= boxes
+    mask, ruled = _without_lines(ink)
     if not mask.any():
         return [], 0.0
     pen = pen_width(mask)
     labels, blobs = find_blobs(mask, ink.steps, pen)
     lines = [of_digit_size(line) for line in group_lines(blobs)]
-    erased = ink.mask & ~mask
+    found = [blob for line in lines for blob in line]
+    suspects = _are_suspect(found, ink, mask, ruled)
     digits = [
-        Digit(_draw(ink.strength, labels, blob, pen), blob[1:], _touches(ruled, blob) or _ends_in(erased, blob))
-        for line in lines
-        for blob in line
+        Digit(_draw(ink.strength, labels, blob, pen), blob[1:], suspect)
+        for blob, suspect in zip(found, suspects, strict=True)
     ]
     return digits, _slope(lines)
+
+
+def _without_lines(ink: Ink) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the ink without printed lines, and a mask of where lines of boxes and grids were, `bool[H,W]` each."""
+    # Boxes come first, while their sides are connected; then lines from edge to edge; then what these connected.
+    thick = thick_pen(ink.mask)
+    mask, boxes = without_grids(ink.mask, thick, boxes_only=True)
+    mask = without_rulings(mask, ink.marks & ~boxes)
+    mask, ruled = without_grids(mask, thick if mask is ink.mask else thick_pen(mask))
+    return without_frames(without_joints(mask)), ruled | boxes
+
+
+def _are_suspect(blobs: list[Blob], ink: Ink, mask: np.ndarray, ruled: np.ndarray) -> list[bool]:
+    """Returns which blobs may not be whole digits; `mask` is the ink without lines, `ruled` is where lines were."""
+    is_paper = bool(mask.mean() > 0.25 and ink.steps.any())  # the lit part of a sheet in shadow, light on dark
+    erased = ink.mask & ~mask
+    return [is_paper or _touches(ruled, blob) or _ends_in(erased, blob) for blob in blobs]
 
 
 def _touches(ruled: np.ndarray, blob: Blob) -> bool:

@@ -1,0 +1,77 @@
+"""Erases the lines of a table and the remains of boxes, and finds what the edge of the picture may have cut off."""
+
+import numpy as np
+from scipy import ndimage
+
+from mnist_flax.pictures.lines import STRAIGHT, Line, find_lines, line_mask, without_residue
+
+_SHORTEST = 30  # pixels: the minimum height or width of a piece that can be recognised as lines
+_ROOM = 0.4  # digits keep away from an edge of the picture if they are farther from it than this share of their height
+
+
+def without_joints(mask: np.ndarray) -> np.ndarray:
+    """Erases the lines of a table that a sheet leaves in view, such as the joints of its tiles, `bool[H,W]`.
+
+    They are pieces of ink that consist of straight lines, two or more in all, and reach an edge that the digits keep
+    away from.
+    """
+    labels, _ = ndimage.label(mask, np.ones((3, 3)))
+    places = ndimage.find_objects(labels)
+    kept, num_lines = mask.copy(), 0
+    for number in np.flatnonzero(at_edge_without_digits(_boxes(places), mask.shape, 0.03)):
+        piece = labels[places[number]] == number + 1
+        if lines := _lines_of(piece, 0.9):
+            kept[places[number]] &= ~(piece & line_mask(piece.shape, lines))
+            num_lines += len(lines)
+    return without_residue(kept, mask) if num_lines > 1 else mask
+
+
+def without_frames(mask: np.ndarray) -> np.ndarray:
+    """Erases the remains of boxes: pieces of ink that consist of straight lines around other ink, `bool[H,W]`."""
+    labels, _ = ndimage.label(mask, np.ones((3, 3)))
+    places = ndimage.find_objects(labels)
+    boxes = _boxes(places)
+    heights = boxes[:, 3] - boxes[:, 1]
+    frames = []
+    for number in np.flatnonzero(heights > 1.2 * np.median(heights)) if len(boxes) else []:
+        within = (boxes[:, :2] > boxes[number, :2]).all(axis=1) & (boxes[:, 2:] < boxes[number, 2:]).all(axis=1)
+        if (heights[within] >= _SHORTEST).any() and _lines_of(labels[places[number]] == number + 1, 0.7):
+            frames.append(number)
+    return mask & ~np.isin(labels, np.array(frames) + 1) if frames else mask
+
+
+def at_edge_without_digits(boxes: np.ndarray, shape: tuple[int, ...], within: float = 0.0) -> np.ndarray:
+    """Returns which boxes reach an edge of the picture that the others keep away from: `i64[N,4] -> bool[N]`.
+
+    A box is left, top, right and bottom; the right and bottom edges are exclusive. It reaches an edge if it is `within`
+    this share of the picture's width or height.
+    """
+    margins = np.hstack([boxes[:, :2], np.array(shape[::-1]) - boxes[:, 2:]])  # pixels
+    heights = boxes[:, 3] - boxes[:, 1]
+    reached = margins <= within * np.array(shape[::-1] * 2)
+    inside = ~reached.any(axis=1)
+    inside &= heights > 0.5 * heights.max(where=inside, initial=0)  # without specks
+    if not inside.any():
+        return np.zeros(len(boxes), bool)
+    is_lonely = margins[inside].min(axis=0) > _ROOM * np.median(heights[inside])
+    return np.asarray((reached & is_lonely).any(axis=1))
+
+
+def _boxes(places: list[tuple[slice, slice]]) -> np.ndarray:
+    """Returns slices of rows and columns as boxes: left, top, right and bottom, `i64[N,4]`."""
+    boxes = [(columns.start, rows.start, columns.stop, rows.stop) for rows, columns in places]
+    return np.array(boxes, np.int64).reshape(-1, 4)
+
+
+def _lines_of(piece: np.ndarray, share: float) -> list[Line]:
+    """Returns the thin, nearly horizontal or vertical lines of a piece of ink, `bool[H,W]`.
+
+    None if they make up less than this share of it.
+    """
+    if max(piece.shape) < _SHORTEST:
+        return []
+    thickest = 0.3 * max(piece.shape)
+    level, upright = find_lines(piece).values()
+    lines = [line for line in level + upright if line.share > STRAIGHT and line.last - line.first < thickest]
+    covered = piece & line_mask(piece.shape, lines)
+    return lines if covered.sum() >= share * piece.sum() else []
