@@ -122,11 +122,11 @@ def _segment(ink: Ink) -> tuple[list[Digit], float]:
     pen = pen_width(mask)
     labels, blobs = find_blobs(mask, ink.steps, pen)
     lines = [of_digit_size(line) for line in group_lines(blobs)]
-    found = [blob for line in lines for blob in line]
-    suspects = _are_suspect(found, ink, mask, ruled)
+    erased = ink.mask & ~mask
     digits = [
-        Digit(_draw(ink.strength, labels, blob, pen), blob[1:], suspect)
-        for blob, suspect in zip(found, suspects, strict=True)
+        Digit(_draw(ink.strength, labels, blob, pen), blob[1:], _touches(ruled, blob) or _ends_in(erased, blob))
+        for line in lines
+        for blob in line
     ]
     return digits, _slope(lines)
 
@@ -139,13 +139,6 @@ def _without_lines(ink: Ink) -> tuple[np.ndarray, np.ndarray]:
     mask = without_rulings(mask, ink.marks & ~boxes)
     mask, ruled = without_grids(mask, thick if mask is ink.mask else thick_pen(mask))
     return without_frames(without_joints(mask)), ruled | boxes
-
-
-def _are_suspect(blobs: list[Blob], ink: Ink, mask: np.ndarray, ruled: np.ndarray) -> list[bool]:
-    """Returns which blobs may not be whole digits; `mask` is the ink without lines, `ruled` is where lines were."""
-    is_paper = bool(mask.mean() > 0.25 and ink.steps.any())  # the lit part of a sheet in shadow, light on dark
-    erased = ink.mask & ~mask
-    return [is_paper or _touches(ruled, blob) or _ends_in(erased, blob) for blob in blobs]
 
 
 def _touches(ruled: np.ndarray, blob: Blob) -> bool:
