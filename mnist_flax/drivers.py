@@ -71,7 +71,8 @@ def job_mesh(program: Program, num_runs: int, num_devices: int) -> Mesh:
 def stack(states: Sequence[TrainState], job: Job) -> TrainState:
     """Stacks the states of M runs and places them on the job's devices."""
     mesh = job_mesh(job.program, len(states), job.num_devices)
-    stacked: TrainState = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    # By NumPy, because JAX would compile a program for each shape.
+    stacked: TrainState = jax.tree.map(lambda *leaves: np.stack(leaves), *jax.device_get(list(states)))
     return sharding.place(stacked, _run_sharding(mesh, len(states)))
 
 

@@ -1,5 +1,6 @@
 """The state of a run and the pure functions that advance it: from an image to a gradient to new weights."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -233,6 +234,8 @@ def train_steps(
     """
     length = order.shape[0]
 
+    # Inlined, so it is not compiled by itself, but traced only once, for its shapes and for the loop.
+    @functools.partial(jax.jit, inline=True)
     def step(state: TrainState) -> tuple[TrainState, Metrics]:
         return train_step(program, state, batches.take(examples, order[state.step % length]), key, teacher)
 
