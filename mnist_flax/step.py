@@ -234,7 +234,7 @@ def train_steps(
     """
     length = order.shape[0]
 
-    # Inlined, so it is not compiled by itself, but traced only once, for its shapes and for the loop.
+    # jit, so that it is traced only once for both uses; inlined, so that it is not compiled separately.
     @functools.partial(jax.jit, inline=True)
     def step(state: TrainState) -> tuple[TrainState, Metrics]:
         return train_step(program, state, batches.take(examples, order[state.step % length]), key, teacher)

@@ -17,7 +17,16 @@ from mnist_flax.data.batches import NO_LABEL, Batch
 from mnist_flax.data.splits import Examples
 from mnist_flax.drivers import jit_forward, jit_init_state
 from mnist_flax.losses import cross_entropy
-from mnist_flax.step import Metrics, TrainState, eval_variables, moving_average, scale_pixels
+from mnist_flax.step import (
+    METRICS,
+    Metrics,
+    StepView,
+    TrainState,
+    eval_variables,
+    moving_average,
+    scale_pixels,
+    train_steps,
+)
 
 KEY = rng.root_key(0)
 SMALL = replace(
@@ -212,6 +221,19 @@ def test_two_epochs_two_seeds_and_other_paths_share_one_trace(examples: Examples
             order = batches.jit_epoch_order(key, jnp.int32(epoch), jnp.arange(96), program.batch_size)
             state, _ = jit_train_steps(program, state, on_device, order, key, jnp.int32(5))
     assert compiled._cache_size() == traces + 1
+
+
+def test_a_loop_of_steps_traces_the_step_once(examples: Examples, monkeypatch: pytest.MonkeyPatch) -> None:
+    traces: list[StepView] = []
+
+    def traced(view: StepView) -> jax.Array:
+        traces.append(view)
+        return jnp.float32(0)
+
+    monkeypatch.setitem(METRICS, "traced", traced)
+    state, order = jit_init_state(SMALL.program, KEY), jnp.zeros((5, 20), jnp.int32)
+    jax.eval_shape(lambda *arrays: train_steps(SMALL.program, *arrays), state, examples, order, KEY, jnp.int32(5))
+    assert len(traces) == 1
 
 
 def test_the_moving_average_warms_up_and_is_evaluated(examples: Examples) -> None:

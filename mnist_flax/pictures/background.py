@@ -3,9 +3,10 @@
 import numpy as np
 from scipy import ndimage
 
-from mnist_flax.pictures.lines import STRAIGHT, Line, find_lines, line_mask, without_residue
+from mnist_flax.pictures.lines import Line, find_lines, line_mask, without_residue, without_strokes
 
 _SHORTEST = 30  # pixels: the minimum height or width of a piece that can be recognised as lines
+_NEAR = 0.03  # of the picture's height or width: lines of a table end this near to the edge
 _ROOM = 0.4  # digits keep away from an edge of the picture if they are farther from it than this share of their height
 
 
@@ -15,10 +16,13 @@ def without_joints(mask: np.ndarray) -> np.ndarray:
     They are pieces of ink that consist of straight lines, two or more in all, and reach an edge that the digits keep
     away from.
     """
+    rows, columns = (slice(int(_NEAR * side) + 1, side - int(_NEAR * side) - 1) for side in mask.shape)
+    if mask[rows, columns].sum() == mask.sum():  # saves time: no ink is near an edge
+        return mask
     labels, _ = ndimage.label(mask, np.ones((3, 3)))
     places = ndimage.find_objects(labels)
     kept, num_lines = mask.copy(), 0
-    for number in np.flatnonzero(at_edge_without_digits(_boxes(places), mask.shape, 0.03)):
+    for number in np.flatnonzero(at_edge_without_digits(_boxes(places), mask.shape, _NEAR)):
         piece = labels[places[number]] == number + 1
         if lines := _lines_of(piece, 0.9):
             kept[places[number]] &= ~(piece & line_mask(piece.shape, lines))
@@ -43,8 +47,8 @@ def without_frames(mask: np.ndarray) -> np.ndarray:
 def at_edge_without_digits(boxes: np.ndarray, shape: tuple[int, ...], within: float = 0.0) -> np.ndarray:
     """Returns which boxes reach an edge of the picture that the others keep away from: `i64[N,4] -> bool[N]`.
 
-    A box is left, top, right and bottom; the right and bottom edges are exclusive. It reaches an edge if it is `within`
-    this share of the picture's width or height.
+    A box is left, top, right and bottom; the right and bottom edges are exclusive. It reaches an edge if the gap is at
+    most the share `within` of the picture's width or height.
     """
     margins = np.hstack([boxes[:, :2], np.array(shape[::-1]) - boxes[:, 2:]])  # pixels
     heights = boxes[:, 3] - boxes[:, 1]
@@ -64,14 +68,10 @@ def _boxes(places: list[tuple[slice, slice]]) -> np.ndarray:
 
 
 def _lines_of(piece: np.ndarray, share: float) -> list[Line]:
-    """Returns the thin, nearly horizontal or vertical lines of a piece of ink, `bool[H,W]`.
-
-    None if they make up less than this share of it.
-    """
+    """Returns the lines of a piece of ink, `bool[H,W]`, or none if they make up less than this share of it."""
     if max(piece.shape) < _SHORTEST:
         return []
-    thickest = 0.3 * max(piece.shape)
-    level, upright = find_lines(piece).values()
-    lines = [line for line in level + upright if line.share > STRAIGHT and line.last - line.first < thickest]
+    level, upright = find_lines(piece)
+    lines = without_strokes(level + upright, thickest=0.3 * max(piece.shape))
     covered = piece & line_mask(piece.shape, lines)
     return lines if covered.sum() >= share * piece.sum() else []

@@ -148,8 +148,6 @@ def _at_steps(labels: np.ndarray, steps: np.ndarray, blob: Blob) -> bool:
 
 def _is_blot(labels: np.ndarray, steps: np.ndarray, blob: Blob) -> bool:
     """Returns whether a piece is about as thick as it is long: a dot or the corner of a shadow, not a stroke."""
-    from skimage.morphology import convex_hull_image
-
     window = np.s_[blob.top : blob.bottom, blob.left : blob.right]
     own = labels[window] == blob.labels[0]
     factor = max(1, min(own.shape) // 30)
@@ -157,6 +155,8 @@ def _is_blot(labels: np.ndarray, steps: np.ndarray, blob: Blob) -> bool:
     thickness = 2 * ndimage.distance_transform_edt(small).max()
     if small.sum() >= (2.0 if steps[window].any() else 1.3) * thickness**2:
         return False
+    from skimage.morphology import convex_hull_image
+
     return bool(small.sum() > 0.85 * convex_hull_image(small).sum())  # unlike a 6 whose loop is filled
 
 

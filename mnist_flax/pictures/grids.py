@@ -9,7 +9,15 @@ from collections.abc import Iterator
 import numpy as np
 from scipy import ndimage
 
-from mnist_flax.pictures.lines import STRAIGHT, Line, erase_line, find_lines, line_mask, median_slope, without_residue
+from mnist_flax.pictures.lines import (
+    Line,
+    erase_line,
+    find_lines,
+    line_mask,
+    median_slope,
+    without_residue,
+    without_strokes,
+)
 
 _SMALLEST = 60  # pixels: below this height or width, lines cannot be distinguished from strokes
 
@@ -58,7 +66,7 @@ def _rulings(
     """Yields the lines of a piece of ink that are rulings, not strokes; it may be much taller than the other pieces."""
     found = find_lines(piece)
     size = max(min(piece.shape), piece.shape[1] / 2)  # pixels; a box that the edge cuts off may be very low
-    level, upright = (_alike(lines, 0.14 * size) for lines in found.values())
+    level, upright = (_alike(lines, 0.14 * size) for lines in found)
     if boxes_only:
         from_edge_to_edge = any(part.start == 0 and part.stop == side for part, side in zip(place, shape, strict=True))
         is_closed = _is_closed(level, piece.shape) and _is_closed(upright, piece.shape[::-1])
@@ -69,7 +77,7 @@ def _rulings(
     if min(len(level), len(upright)) >= 2 or _is_open_box(level, upright, piece.shape):
         yield from level + upright
         return
-    for lines, axis in ((found[True], 1), (found[False], 0)):
+    for lines, axis in zip(found, (1, 0), strict=True):
         part, side = place[axis], shape[axis]
         length = part.stop - part.start
         ends = (part.start <= 0.03 * side) + (part.stop >= 0.97 * side)
@@ -129,7 +137,7 @@ def _is_open_box(level: list[Line], upright: list[Line], size: tuple[int, ...]) 
 
 def _alike(lines: list[Line], thickest: float) -> list[Line]:
     """Removes strokes: lines that are curved, too thick, or of a different slope than the others."""
-    lines = [line for line in lines if line.share > STRAIGHT and line.last - line.first < thickest]
+    lines = without_strokes(lines, thickest)
     if len(lines) < 3:
         return lines
     thickness = float(np.median([line.last - line.first for line in lines]))

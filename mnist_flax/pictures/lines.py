@@ -5,8 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 
-STRAIGHT = 0.88  # the minimum inked share of a line's length: higher in printed lines, lower in a curved 0
-
+_STRAIGHT = 0.88  # the minimum inked share of a line's length: higher in printed lines, lower in a curved 0
 _SIDE = 400  # pixels: lines are detected in an image downsampled to at most this height and width
 _SPAN = 0.62  # a line covers at least this share of the width or height of its piece of ink
 _SLOPES = np.tan(np.deg2rad(np.arange(-8, 8.01, 0.5)))
@@ -22,11 +21,16 @@ class Line(NamedTuple):
     share: float  # the inked share of its length
 
 
-def find_lines(piece: np.ndarray) -> dict[bool, list[Line]]:
-    """Finds the straight lines that span a piece of ink, `bool[H,W]`: nearly horizontal ones (True), vertical ones."""
+def find_lines(piece: np.ndarray) -> tuple[list[Line], list[Line]]:
+    """Finds the lines that span a piece of ink, `bool[H,W]`: the nearly horizontal and the nearly vertical ones."""
     level = _lines(piece, True)
     upright = _lines(piece, False, abs(median_slope(level)))
-    return {True: level or _lines(piece, True, abs(median_slope(upright))), False: upright}
+    return level or _lines(piece, True, abs(median_slope(upright))), upright
+
+
+def without_strokes(lines: list[Line], thickest: float) -> list[Line]:
+    """Removes lines that are curved, or `thickest` pixels thick or more: they are strokes of a pen."""
+    return [line for line in lines if line.share > _STRAIGHT and line.last - line.first < thickest]
 
 
 def median_slope(lines: list[Line]) -> float:
