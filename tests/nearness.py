@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Both sides round f32 sums of up to 1,000 terms (1e-6 of the result's scale). Winograd's transforms add at most 4e-5 in
-# the worst of many entries (2e-6 root mean square, see winograd._POINTS). A wrong coefficient or window is off by 1e-1.
+# Both sides round f32 sums of up to 1,000 terms (1e-6 of the result's scale). Winograd's transforms add at most 1e-4 in
+# the worst of many entries (6.5e-6 root mean square, see `ops/winograd.py`). A wrong coefficient or window is off by
+# 1e-1.
 TOLERANCE = 2e-4
 
 

@@ -95,17 +95,19 @@ def test_winograd_matrices_are_exact(kernel_size: int, output_size: int) -> None
     x, w = generator.normal(size=size), generator.normal(size=kernel_size)
     axis = winograd._winograd_axis(size, kernel_size, output_size, pad)
     y = axis.outputs @ ((axis.inputs @ x) * np.repeat(axis.kernel @ w, axis.tiles))
-    np.testing.assert_allclose(y, np.correlate(np.pad(x, pad), w, "valid"), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(y, np.correlate(np.pad(x, pad), w, "valid"), rtol=0, atol=1e-11)
 
 
-def test_winograd_error_stays_small() -> None:
-    """The float32 error is below 4e-6 of the result's scale, root mean square (measured: 2e-6)."""
-    x, kernel = jnp.maximum(normal(0, 4, 12, 12, 32), 0), normal(1, 3, 3, 32, 64)
+@pytest.mark.parametrize(("size", "points", "limit"), [(12, 7, 4e-6), (16, 9, 1e-5)])
+def test_winograd_error_stays_small(size: int, points: int, limit: float) -> None:
+    """The float32 error, relative to the result's scale, root mean square (measured: 2e-6 and 6.5e-6)."""
+    x, kernel = jnp.maximum(normal(0, 4, size, size, 32), 0), normal(1, 3, 3, 32, 64)
+    assert len(winograd._winograd_axis(size, 3, size - 2, 0).kernel) == points
     windows = np.lib.stride_tricks.sliding_window_view(np.asarray(x, np.float64), (3, 3), (1, 2))
     exact = np.einsum("bnmcij,ijcd->bnmd", windows, np.asarray(kernel, np.float64))
     actual = jax.jit(lambda x, kernel: conv(x, kernel, (1, 1), "VALID"))(x, kernel)
     error = np.asarray(actual, np.float64) - exact
-    assert np.sqrt((error**2).mean()) / exact.std() < 4e-6
+    assert np.sqrt((error**2).mean()) / exact.std() < limit
 
 
 def test_winograd_is_used_for_the_second_convolution_but_not_the_first() -> None:

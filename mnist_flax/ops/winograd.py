@@ -26,22 +26,27 @@ class _Axis(NamedTuple):
     outputs: np.ndarray  # [output_size, points * tiles]
 
 
-# The finite evaluation points; one more lies at infinity. With all eight, the float32 error is about 2e-6 of the
-# result's scale (root mean square; 2e-7 for a plain sum, 4e-3 for bfloat16). Points in small reciprocal
-# pairs minimise this error.
+# The finite evaluation points; one more lies at infinity. Points in small reciprocal pairs minimise the float32 error:
+# with all eight it is about 2e-6 of the result's scale (root mean square; 2e-7 for a plain sum, 4e-3 for bfloat16).
 _POINTS = (0.0, 1.0, -1.0, 0.5, -2.0, 2.0, -0.5)
+
+# With nine points, these are the best ones found by search; the error is 6.5e-6. A 3x3 kernel then has tiles of 7x7,
+# which fit maps of 28, 14 and 7 pixels: a layer takes 0.5 to 0.8 of the time that it takes with up to eight points.
+_NINE_POINTS = (0.0, 0.85, -0.85, 0.5, -0.5, 1.4, -1.4, 4.0)
+_MAX_POINTS = 1 + len(_NINE_POINTS)
 
 
 @functools.cache
 def _winograd_axis(size: int, kernel_size: int, output_size: int, pad: int) -> _Axis:
     """Chooses the tile size that needs the fewest products, and builds the matrices."""
-    choices = range(2, len(_POINTS) + 3 - kernel_size)
+    choices = range(2, _MAX_POINTS + 2 - kernel_size)
     tile = min(choices, key=lambda tile: -(-output_size // tile) * (tile + kernel_size - 1))
     points, tiles = tile + kernel_size - 1, -(-output_size // tile)
+    finite = _NINE_POINTS if points == _MAX_POINTS else _POINTS[: points - 1]
 
     def values(terms: int) -> np.ndarray:
         """Returns the matrix that evaluates a polynomial at the points; at infinity it picks the last coefficient."""
-        powers = np.array(_POINTS[: points - 1])[:, None] ** np.arange(terms)
+        powers = np.array(finite)[:, None] ** np.arange(terms)
         return np.vstack([powers, np.eye(terms)[-1]])
 
     filtering, weights, data = values(tile), values(kernel_size), np.linalg.inv(values(points)).T
