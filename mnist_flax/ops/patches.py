@@ -39,7 +39,11 @@ def _gather(x: jax.Array, outputs: Pair, patch_size: Pair, strides: Pair, pads: 
         for i in range(patch_size[0])
         for j in range(patch_size[1])
     ]
-    return jnp.concatenate(slices, 3)
+    if x.shape[3] > 1:
+        return jnp.concatenate(slices, 3)
+    # Concatenating single numbers is slow: with one channel, it is faster to copy whole slices and to transpose them.
+    stacked: jax.Array = lax.optimization_barrier(jnp.stack([part[..., 0] for part in slices]))
+    return stacked.transpose(1, 2, 3, 0)
 
 
 @jax.custom_vjp

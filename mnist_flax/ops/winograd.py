@@ -84,10 +84,7 @@ def _winograd_axes(x: jax.Array, kernel: jax.Array, window: Window) -> tuple[_Ax
 
 def _transform(rows: np.ndarray, columns: np.ndarray, x: jax.Array) -> jax.Array:
     """Transforms rows by f32[p,H] and columns by f32[q,W], on contiguous memory: f32[H,W,...] -> f32[p,q,...]."""
-    # Transposed, so that XLA:CPU uses Eigen's product, which is twice as fast as YNNPACK's at these shapes. The barrier
-    # hides the constant from XLA, which would transpose it back.
-    transposed = lax.optimization_barrier(jnp.asarray(rows.T, x.dtype))
-    first = lax.dot_general(transposed, x, (((0,), (0,)), ((), ())))
+    first = lax.dot_general(jnp.asarray(rows, x.dtype), x, (((1,), (0,)), ((), ())))
     # Batched, because an unbatched product would give [q,p,...], and the whole array would have to be transposed.
     repeated = jnp.broadcast_to(jnp.asarray(columns, x.dtype), (rows.shape[0], *columns.shape))
     return lax.dot_general(repeated, first, (((2,), (1,)), ((0,), (0,))))
