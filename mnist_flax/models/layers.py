@@ -51,7 +51,7 @@ class Conv(nn.Module):
       pooling: `max` or `avg`.
       fixed_kernel: a kernel to use instead of a learned one. Its gradient is not computed, which saves a third of the
         work of a first layer.
-      train: choose the form that is fastest with gradients, not the one with the fastest forward pass.
+      train: choose the form that is fastest with gradients, not the one with the fastest forward pass for few images.
       dtype: dtype of the operands.
       precision: precision of their product.
     """
