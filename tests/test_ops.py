@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from jax import lax
+from jax import export, lax
 from nearness import assert_near, normal
 
 from mnist_flax.ops import conv as ops
@@ -181,12 +181,20 @@ def test_empty_and_single_batches_equal_lax(channels: int, batch: int) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 4])
-def test_inference_uses_lax(channels: int) -> None:
+def test_inference_uses_lax_for_few_images(channels: int) -> None:
     x, kernel = normal(0, 2, 9, 9, channels), normal(1, 3, 3, channels, 6)
     expected = lax_conv(x, kernel, (1, 1), "SAME")
     assert (ops.conv_block(x, kernel, inference=True) == expected).all()
     pooled = ops.conv_block(x, kernel, pool=2, inference=True)
     assert (pooled == nn.max_pool(expected, (2, 2), (2, 2))).all()
+
+
+@pytest.mark.parametrize(("batch", "products"), [(ops.SMALL_BATCH - 1, False), (ops.SMALL_BATCH, True), ("n", False)])
+def test_inference_uses_products_for_many_images_but_not_for_a_symbolic_batch(batch: int | str, products: bool) -> None:
+    (size,) = export.symbolic_shape(batch) if isinstance(batch, str) else (batch,)
+    x, kernel = jax.ShapeDtypeStruct((size, 9, 9, 4), jnp.float32), normal(1, 3, 3, 4, 6)
+    jaxpr = jax.make_jaxpr(lambda x: ops.conv_block(x, kernel, inference=True))(x)
+    assert ("dot_general" in str(jaxpr)) is products
 
 
 class Net(nn.Module):
