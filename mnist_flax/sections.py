@@ -8,6 +8,7 @@ from mnist_flax.checks import among, within
 from mnist_flax.losses import LOSSES
 
 SOURCES = ("auto", "tfds", "raw", "download")
+HOLDOUT_ROWS = ("spread", "last")
 DRIVERS = ("scan", "stream")
 VIEWS = (1, 5)
 
@@ -30,7 +31,9 @@ class DataConfig:
       on_missing: if the dataset is unavailable, `digits` falls back to the digits bundled with scikit-learn and `error`
         stops.
       num_train: how many training rows to use, a stratified sample that includes the hold-out rows; 0 means all.
-      holdout: how many of these rows to hold out for validation, a stratified sample; 0 means none.
+      holdout: how many of these rows to hold out for validation; 0 means none.
+      holdout_rows: `spread` holds out a stratified sample from the whole file, and `last` the last rows. MNIST's rows
+        are in order of their writers, so `last` tests on writers unknown to the network, as the test set does.
       folds: instead of `holdout`, split the rows into this many stratified folds and hold out one; 0 turns this off.
       fold: which fold to hold out, from 0.
     """
@@ -42,6 +45,7 @@ class DataConfig:
     on_missing: str = cadence("digits")
     num_train: int = 0
     holdout: int = 0
+    holdout_rows: str = "spread"
     folds: int = 0
     fold: int = 0
 
@@ -49,6 +53,7 @@ class DataConfig:
         """Yields a message for each invalid value, given the dataset's number of training rows and classes."""
         yield from among("data.source", self.source, SOURCES)
         yield from among("data.on_missing", self.on_missing, ("digits", "error"))
+        yield from among("data.holdout_rows", self.holdout_rows, HOLDOUT_ROWS)
         yield from within("data.num_train", self.num_train, 0, num_train)
         rows = self.num_train or num_train
         if self.folds:

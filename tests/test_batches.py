@@ -11,6 +11,7 @@ from mnist_flax import rng, sharding
 from mnist_flax.data import batches
 from mnist_flax.data.batches import NO_LABEL
 from mnist_flax.data.splits import Examples
+from mnist_flax.sections import DataConfig
 
 KEY = rng.root_key(0)
 
@@ -86,3 +87,14 @@ def test_split_rows_takes_the_holdout_out_of_num_train() -> None:
     everything, nothing = batches.split_rows(labels, 0, 0)
     assert (everything.tolist(), nothing.tolist()) == (list(range(1000)), [])
     assert everything.dtype == train.dtype == held_out.dtype == np.int32
+
+
+def test_the_last_rows_can_be_held_out() -> None:
+    labels = np.tile(np.arange(10, dtype=np.int32), 100)
+    train, held_out = batches.rows_of(labels, DataConfig(holdout=30, holdout_rows="last"))
+    assert (train.tolist(), held_out.tolist()) == (list(range(970)), list(range(970, 1000)))
+    train, held_out = batches.rows_of(labels, DataConfig(num_train=500, holdout=30, holdout_rows="last"))
+    assert (len(train), len(held_out)) == (470, 30)
+    assert train.max() < held_out.min()
+    train, held_out = batches.rows_of(labels, DataConfig(holdout_rows="last"))
+    assert (len(train), len(held_out)) == (1000, 0)

@@ -41,12 +41,17 @@ def spread_rows(labels: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
     return np.sort(by_class[places.astype(np.int64)])
 
 
-def split_rows(labels: np.ndarray, num_train: int, holdout: int) -> tuple[np.ndarray, np.ndarray]:
-    """Takes `num_train` rows (0 means all) and holds out `holdout` of them: `i32[N] -> i32[R], i32[H]`."""
+def split_rows(
+    labels: np.ndarray, num_train: int, holdout: int, holdout_rows: str = "spread"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Takes `num_train` rows (0 means all) and holds out `holdout` of them: `i32[N] -> i32[R], i32[H]`.
+
+    `holdout_rows` is that of `DataConfig`.
+    """
     rows = np.arange(len(labels), dtype=np.int32)
     if num_train:
         rows = spread_rows(labels, rows, num_train)
-    held_out = spread_rows(labels, rows, holdout)
+    held_out = spread_rows(labels, rows, holdout) if holdout_rows == "spread" else rows[len(rows) - holdout :]
     return np.setdiff1d(rows, held_out, assume_unique=True), held_out
 
 
@@ -57,7 +62,7 @@ def rows_of(labels: np.ndarray, data: DataConfig) -> tuple[np.ndarray, np.ndarra
       ConfigError: a class has fewer rows than there are folds.
     """
     if not data.folds:
-        return split_rows(labels, data.num_train, data.holdout)
+        return split_rows(labels, data.num_train, data.holdout, data.holdout_rows)
     rows, _ = split_rows(labels, data.num_train, 0)
     held_out = fold_rows(labels, rows, data.folds)[data.fold]
     return np.setdiff1d(rows, held_out, assume_unique=True), held_out
