@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
     config.train.batch_size = 256
     config.train.epochs = 1
     config.train.label_smoothing = 0.1
-    config.eval.batch_size = 250  # five views each
+    config.eval.batch_size = 250
     config.train.report = False
     config.train.demo = False
     return config

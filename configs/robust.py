@@ -37,6 +37,6 @@ def get_config() -> ConfigDict:
     config.train.batch_size = 128
     config.train.epochs = 14
     config.train.augment_until = 0.7
-    config.eval.batch_size = 500  # five views each
+    config.eval.batch_size = 500
     config.eval.views = 5
     return config

@@ -33,6 +33,6 @@ def get_config() -> ConfigDict:
     config.optimizer.schedule = "one_cycle"
     config.train.batch_size = 128
     config.train.epochs = 20
-    config.eval.batch_size = 1000  # five views each
+    config.eval.batch_size = 1000
     config.eval.views = 5
     return config

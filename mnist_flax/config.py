@@ -67,6 +67,8 @@ class Config:
         yield from among("data.name", self.data.name, DATASETS)
         dataset = DATASETS[self.data.name]
         yield from self.data.check(dataset.num_train, dataset.num_classes)
+        if type(self.model) not in MODELS.values():
+            yield f"config.model: {type(self.model).__name__} is not in MODELS; register it under a name"
         yield from self.model.check(IMAGE_SIZE)
         yield from self.augment.check(dataset.class_names)
         yield from self.train.check(self.num_train)
@@ -127,6 +129,8 @@ class Config:
         if names := [f"config.optimizer.{name}" for name in self.optimizer.unused()]:
             name, schedule = self.optimizer.name, self.optimizer.schedule
             yield f"{', '.join(names)}: changed, but not used by {name} with the schedule {schedule}"
+        if self.data.holdout_rows != DataConfig().holdout_rows and not self.data.holdout:
+            yield f"config.data.holdout_rows = {self.data.holdout_rows!r}: has no effect with config.data.holdout = 0"
         if self.train.augment_until < 1 and not self.augment.strengths:
             yield f"config.train.augment_until = {self.train.augment_until}: has no effect without an augmentation"
         if self.train.teacher_weight < 1 and not self.train.teacher:

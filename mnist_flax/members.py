@@ -156,6 +156,8 @@ def check_origin(
             f"--fork={fork}: {workdir} holds a run that began without it; leave it out to continue that run, or name"
             " another --workdir"
         )
+    if fork and fork.resolve() != pathlib.Path(origin["fork"]["workdir"]).resolve():
+        logger.warning("--fork=%s is not read: this run began with the weights of %s", fork, origin["fork"]["workdir"])
     teachers = (origin.get("teacher"), teacher.origin if teacher else None)
     old, new = (f"{one['workdir']} (digest {one['digest'][:12]})" if one else "none" for one in teachers)
     if len({one and one["digest"] for one in teachers}) > 1:

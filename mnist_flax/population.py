@@ -52,7 +52,9 @@ def comparison_text(folders: Sequence[str]) -> str:
         raise ConfigError(f"--compare={','.join(folders)}: name two folders, such as --compare=runs/a,runs/b")
     from mnist_flax.analysis import comparison
 
-    result = comparison.compare_results(*(comparison.load_result(pathlib.Path(folder)) for folder in folders))
+    overrides = dict(override.split("=", 1) for override in FLAGS.override)
+    results = [comparison.load_result(pathlib.Path(folder), overrides) for folder in folders]
+    result = comparison.compare_results(*results)
     return json.dumps(result, indent=1) if FLAGS.json else comparison.comparison_table(result)
 
 

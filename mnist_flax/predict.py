@@ -14,7 +14,8 @@ import functools
 import json
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from absl import flags
 
@@ -32,16 +33,24 @@ class PicturesError(UserError):
 
 def main(argv: Sequence[str]) -> None:
     """Reads the digits in the pictures given on the command line."""
-    values = flags.FLAGS
     if not argv[1:]:
         raise ConfigError("no picture is named: name files, folders or patterns, or - for standard input")
     workdir = cli.workdir()
-    from mnist_flax.pictures import files, pool, reading
+    from mnist_flax.pictures import files, pool
 
     found = list(files.find_files(argv[1:]))
-    outcomes = pool.read_all(found)  # starts processes, so before JAX is imported
+    with pool.read_ahead(found) as outcomes:  # starts processes, so before JAX is imported
+        failed = print_answers(found, outcomes, workdir)
+    if failed:
+        raise PicturesError(f"{failed} of {len(found)} pictures could not be read")
+
+
+def print_answers(found: Sequence[str], outcomes: Iterable[tuple[str, Any]], workdir: pathlib.Path) -> int:
+    """Classifies the digits of the pictures and prints a line for each; returns how many pictures could not be read."""
+    values = flags.FLAGS
     from mnist_flax.analysis.evaluation import answer, load_predictor
     from mnist_flax.data.registry import DATASETS
+    from mnist_flax.pictures import files, reading
 
     predictor, info = load_predictor(workdir, values.checkpoint)
     predictor = dataclasses.replace(predictor, batch_size=_BATCH_SIZE)
@@ -65,8 +74,7 @@ def main(argv: Sequence[str]) -> None:
         if values.save_preprocessed:
             images = [digit.image for digit in result]
             files.save_images(images, pathlib.Path(values.save_preprocessed), number, name)
-    if failed:
-        raise PicturesError(f"{failed} of {len(found)} pictures could not be read")
+    return failed
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ class EvalConfig:
     """Evaluation, both during training and at the end.
 
     Attributes:
-      batch_size: images per batch, not counting their shifted views.
+      batch_size: images per call; each shifted view is a call of its own.
       views: 1, or 5 to average the probabilities of an image and of its shifts by one pixel up, down, left and right.
     """
 

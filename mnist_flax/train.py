@@ -78,9 +78,9 @@ def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, fol
     teacher = load_teacher(config, workdir)
     check_memory(config, teacher and teacher.networks)
     sharding.make_mesh(config.train.num_devices)
-    splits = load_splits(config)
-    wanted = member_configs(config, seeds=seeds, folds=folds)
-    configs = {name: adapt_to_dataset(member, splits) for name, member in wanted.items()}
+    splits = load_splits(replace(config, data__on_missing="error"))  # a measurement: never of a substitute dataset
+    configs = member_configs(config, seeds=seeds, folds=folds)
+    check_population(workdir, list(configs.values()))
     if folds and config.data.holdout:
         logger.info("config.data.holdout = %d is not used: each member holds out its fold", config.data.holdout)
     with workdirs.claim(workdir):
@@ -96,6 +96,22 @@ def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, fol
         result, arrays = statistics.population_result(named, splits, folder)
         statistics.save_population_result(result, arrays, workdir)
     return result
+
+
+def check_population(workdir: pathlib.Path, configs: Sequence[Config]) -> None:
+    """Raises a WorkdirError if a folder holds the result of another population, which this one would overwrite."""
+    saved = statistics.load_population_result(workdir)
+    if saved is None:
+        return
+    kind = "folds" if configs[0].data.folds else "seeds"
+    missing = {member["seed"] for member in saved["members"]} - {config.seed for config in configs}
+    if saved["kind"] != kind or missing:
+        names = ", ".join(member["name"] for member in saved["members"])
+        raise WorkdirError(
+            f"--workdir={workdir}: holds a population with the members {names}, and this command would overwrite its"
+            f" result; repeat the command that trained it, with the same or a larger --{saved['kind']}, or name another"
+            " folder"
+        )
 
 
 def member_configs(config: Config, *, seeds: int = 0, folds: int = 0) -> dict[str, Config]:
@@ -204,7 +220,7 @@ def train_group(members: Sequence[Member], examples: Examples, *, until: int, re
                 scores = [evaluate_holdout(member) for member in members]
                 progress.epoch_line(step, [member.log.epoch() for member in members], scores)
             (signum,) = processes.agree(signum or request.signum)
-            if is_save_due(config, step) or timed_save or signum:
+            if is_save_due(config, step) or timed_save or signum or step == until:
                 for member, of_member in zip(members, scores, strict=True):
                     member.store.save(member.state, member.log.snapshot(), holdout=of_member)
                 last_save = time.perf_counter()

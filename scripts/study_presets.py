@@ -9,7 +9,6 @@ A job is a JSON object such as {"preset": "default", "seed": 1, "train__label_sm
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import pathlib
 import time
@@ -18,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mnist_flax import drivers, rng
+from mnist_flax import drivers, preset, rng
 from mnist_flax.analysis.calibration import calibration_scores, fit_temperature
 from mnist_flax.analysis.evaluation import make_predictor, predict_logits
 from mnist_flax.config import Config, replace
@@ -28,18 +27,6 @@ from mnist_flax.data.splits import Splits
 from mnist_flax.distillation import load_teacher
 from mnist_flax.run import compilation
 from mnist_flax.step import eval_variables
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-
-
-def preset(name: str) -> Config:
-    """Returns the config of `configs/<name>.py`."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return Config.from_dict(module.get_config())
 
 
 def scores(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -93,8 +80,12 @@ def main() -> None:
     while len(lines := args.jobs.read_text().splitlines()) > done:
         job = json.loads(lines[done])
         done += 1
-        fields = {"data__holdout": 10_000, **{name: value for name, value in job.items() if name != "preset"}}
-        config = replace(preset(job["preset"]), **fields)
+        fields = {
+            "data__holdout": 10_000,
+            "data__on_missing": "error",
+            **{name: value for name, value in job.items() if name != "preset"},
+        }
+        config = replace(preset.load_config(preset.find_preset(job["preset"])), **fields)
         result = {**job, **run(config, load_splits(config))}
         with args.output.open("a") as file:
             file.write(json.dumps(result) + "\n")

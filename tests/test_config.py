@@ -142,6 +142,11 @@ def test_a_family_of_models_brings_its_own_fields() -> None:
             ["config.train.augment_until = 0.5: has no effect without an augmentation"],
         ),
         ({"train__augment_until": 0.5, "augment__shift": 1}, []),
+        (
+            {"data__holdout_rows": "last"},
+            ["config.data.holdout_rows = 'last': has no effect with config.data.holdout = 0"],
+        ),
+        ({"data__holdout_rows": "last", "data__holdout": 100}, []),
         ({"train__teacher_weight": 0.5}, ["config.train.teacher_weight = 0.5: has no effect without a teacher"]),
         ({"train__teacher_weight": 0.5, "train__teacher": "runs/teacher", "train__label_smoothing": 0.1}, []),
         (
@@ -158,6 +163,15 @@ def test_fields_without_effect_are_found(
 ) -> None:
     monkeypatch.setitem(LOSSES, "focal", cross_entropy)
     assert list(replace(Config(), **fields).unused()) == messages
+
+
+def test_a_family_that_is_not_registered_is_refused() -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Unregistered(CNNConfig):
+        pass
+
+    with pytest.raises(ConfigError, match=r"config.model: Unregistered is not in MODELS"):
+        Config(model=Unregistered())
 
 
 def test_differences_leave_out_what_changes_no_result() -> None:

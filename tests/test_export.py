@@ -206,7 +206,7 @@ def test_the_verb_prints_one_line_and_knows_its_formats() -> None:
     folder = tiny_run.workdir()
     done = forked.run("-m", "mnist_flax.export", f"--workdir={folder}", "--format=npz")
     assert done.returncode == 0, done.stderr
-    assert re.search(r"model.npz \(.*largest difference of logits .*e-0", done.stdout)
+    assert re.search(r"model.npz \(.*largest difference of a logit or probability .*e-0", done.stdout)
     wrong = forked.run("-m", "mnist_flax.export", f"--workdir={folder}", "--format=tflite")
     assert wrong.returncode == 2
     assert wrong.stderr == "error: --format=tflite: there is no such format; choose one of onnx, stablehlo, npz\n"

@@ -55,7 +55,7 @@ def test_non_finite_weights_are_not_saved(tmp_path: pathlib.Path, monkeypatch: p
         assert steps(tmp_path)[-1] == 7
 
 
-def test_fork_starts_with_the_weights_of_another_run(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fork_starts_with_the_weights_of_another_run(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
     fit(SMALL, old)
     source = checkpoint.load_run(old).state
@@ -73,6 +73,9 @@ def test_fork_starts_with_the_weights_of_another_run(tmp_path: pathlib.Path, mon
     shutil.rmtree(old)
     fit(replace(config, train__epochs=3), new, fork=old)
     assert summary(new)["fork"]["step"] == 14
+    with caplog.at_level("WARNING"):
+        fit(replace(config, train__epochs=3), new, fork=tmp_path / "other")
+    assert f"--fork={tmp_path / 'other'} is not read: this run began with the weights of {old}" in caplog.text
     fit(SMALL, old)
     with pytest.raises(WorkdirError, match=r"--fork=.+ holds a run that began without it"):
         fit(SMALL, old, fork=new)

@@ -20,14 +20,15 @@ from small_population import CONFIG
 from mnist_flax import drivers, members, train
 from mnist_flax.analysis import statistics as results
 from mnist_flax.analysis.evaluation import load_predictor
-from mnist_flax.config import Config, replace
-from mnist_flax.data import batches
+from mnist_flax.config import replace
+from mnist_flax.data import batches, load
+from mnist_flax.data.download import UnavailableError
 from mnist_flax.data.load import load_splits
-from mnist_flax.errors import ConfigError, NonFiniteLossError, WorkdirError
+from mnist_flax.errors import ConfigError, DataError, NonFiniteLossError, WorkdirError
 from mnist_flax.members import Member
 from mnist_flax.run import checkpoint
 from mnist_flax.run.log import RunLog, read_log
-from mnist_flax.run.signals import Interrupted
+from mnist_flax.run.signals import Interrupted, StopRequest
 from mnist_flax.train import fit, fit_population, member_configs
 
 
@@ -90,20 +91,6 @@ def test_other_seeds_and_folds_have_the_same_program() -> None:
     assert len({config.program for config in member_configs(CONFIG, folds=3).values()}) == 1
 
 
-def test_folds_are_known_when_a_substitute_dataset_is_used(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    configs: dict[pathlib.Path, Config] = {}
-    monkeypatch.setattr(train, "load_splits", lambda _: load_splits(CONFIG))
-    monkeypatch.setattr(train, "fit_all", lambda given, *_, **__: configs.update(given) or [])
-    wanted = replace(Config(), data__num_train=1000, data__holdout=100, train__batch_size=800)
-    with pytest.raises(IndexError):  # no member was trained
-        fit_population(wanted, tmp_path, folds=5)
-    assert [config.data.fold for config in configs.values()] == [0, 1, 2, 3, 4]
-    assert len({config.train.batch_size for config in configs.values()}) == 1
-    assert all(config.num_holdout >= config.num_classes for config in configs.values())
-
-
 def test_folds_of_different_lengths_train_in_groups(tmp_path: pathlib.Path) -> None:
     # 220 rows in 3 folds leave 146 or 147 to train on: 2 or 3 steps per epoch.
     result = fit_population(replace(CONFIG, train__batch_size=73, train__epochs=1), tmp_path, folds=3)
@@ -147,7 +134,21 @@ def test_a_stopped_population_resumes_exactly(
     newest = max((tmp_path / "members" / "seed-4" / "checkpoints").iterdir(), key=lambda path: int(path.name))
     assert 0 < int(newest.name) < CONFIG.num_steps
     shutil.rmtree(newest)
-    trained, train_group = [], train.train_group
+    # Stopped again before the next step of all three: the member that has caught up is saved.
+    train_group = train.train_group
+
+    def stop_all(group: Sequence[Member], *arguments: Any, request: StopRequest, **more: Any) -> None:
+        if len(group) == 3:
+            request.receive(signal.SIGTERM)
+        train_group(group, *arguments, request=request, **more)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="nothing is lost"):
+        patch.setattr(train, "train_group", stop_all)
+        fit_population(replace(CONFIG, checkpoint__every_epochs=0), tmp_path, seeds=3)
+    assert checkpoint.load_run(newest.parent.parent).record["step"] == int(newest.name)
+    shutil.rmtree(newest)
+
+    trained = []
 
     def record(group: Sequence[Member], *arguments: Any, until: int, **more: Any) -> None:
         trained.append(([member.workdir.name for member in group], group[0].step, until))
@@ -271,6 +272,28 @@ def test_a_folder_with_something_else_is_refused(seeds: pathlib.Path) -> None:
         fit_population(replace(CONFIG, optimizer__learning_rate=0.01), seeds, seeds=3)
     with pytest.raises(WorkdirError, match="holds a population"):
         fit(CONFIG, seeds)
+    for other, sizes in (
+        (CONFIG, {"seeds": 2}),
+        (CONFIG, {"folds": 3}),
+        (replace(CONFIG, seed=100), {"seeds": 3}),
+    ):
+        with pytest.raises(WorkdirError, match="the members seed-3, seed-4, seed-5, and this command would overwrite"):
+            fit_population(other, seeds, **sizes)
+    assert [path.name for path in sorted((seeds / "members").iterdir())] == ["seed-3", "seed-4", "seed-5"]
+
+
+def test_a_population_never_trains_on_a_substitute_dataset(tmp_path: pathlib.Path) -> None:
+    config = replace(CONFIG, data__name="mnist", data__source="auto", data__data_dir=str(tmp_path / "none"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MNIST_FLAX_RAW_DIR", raising=False)
+        patch.setitem(load._LOADERS, "download", unavailable)
+        with pytest.raises(DataError, match="mnist cannot be loaded"):
+            fit_population(config, tmp_path / "population", seeds=2)
+    assert not (tmp_path / "population").exists()
+
+
+def unavailable(_: Any) -> Any:
+    raise UnavailableError("no network")
 
 
 def test_a_loss_that_is_not_finite_names_its_member(tmp_path: pathlib.Path) -> None:

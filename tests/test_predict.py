@@ -247,7 +247,9 @@ def test_pool_agrees_with_one_process_and_survives_bad_pictures(folder: pathlib.
     (tmp_path / "text.png").write_text("not a picture")
     names = [str(folder / "3.png"), str(tmp_path / "text.png"), "gone.png", str(folder / "7.JPG")] * 3
     alone = [pool.read_one(name) for name in names]
-    for (name, outcome), wanted, given in zip(pool.read_all(names, 2), alone, names, strict=True):
+    with pool.read_ahead(names, 2) as outcomes:
+        found = list(outcomes)
+    for (name, outcome), wanted, given in zip(found, alone, names, strict=True):
         assert name == given
         if isinstance(wanted, list):
             assert isinstance(outcome, list)

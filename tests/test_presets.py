@@ -1,6 +1,6 @@
 """Every file in configs/ loads, has a complete docstring, equals its golden text, and trains."""
 
-import importlib.util
+import ast
 import os
 import pathlib
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from compiled import jit_train_step
 
-from mnist_flax import rng
+from mnist_flax import preset, rng
 from mnist_flax.config import Config, replace
 from mnist_flax.data.batches import Batch
 from mnist_flax.drivers import jit_init_state
@@ -25,12 +25,8 @@ PRESETS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
 
 def load(name: str) -> tuple[Config, str]:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return Config.from_dict(module.get_config().to_dict()), module.__doc__ or ""
+    path = ROOT / "configs" / f"{name}.py"
+    return preset.load_config(path), ast.get_docstring(ast.parse(path.read_text())) or ""
 
 
 def test_the_presets_are_all_there() -> None:

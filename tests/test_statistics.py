@@ -263,6 +263,18 @@ def test_load_result_reads_runs_and_populations_alike(seeds: pathlib.Path, folds
     assert np.mean(of_folds.predictions == of_folds.labels) == pytest.approx(result["out_of_fold"]["accuracy"])
     with pytest.raises(WorkdirError, match="holds no checkpoints/ of a run"):
         comparison.load_result(seeds / "members")
+    with pytest.raises(ConfigError, match=r"config.train.epochs = '9': cannot be changed after training"):
+        comparison.load_result(seeds / "members" / "seed-4", {"train.epochs": "9"})
+
+
+@pytest.mark.parametrize("damage", [{"members": []}, {"members": [{"name": "seed-3"}]}, {"kind": "other"}])
+def test_an_incomplete_result_is_as_good_as_none(
+    damage: dict[str, Any], seeds: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    assert statistics.load_population_result(seeds)
+    damaged = json.loads((seeds / "population.json").read_text()) | damage
+    (tmp_path / "population.json").write_text(json.dumps(damaged))
+    assert statistics.load_population_result(tmp_path) is None
 
 
 @pytest.mark.parametrize("size", [0, 1000, -1000])

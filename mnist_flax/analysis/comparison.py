@@ -9,7 +9,7 @@ import numpy as np
 
 from mnist_flax.analysis import statistics
 from mnist_flax.analysis.evaluation import Facts, evaluate, load_predictor
-from mnist_flax.analysis.run_data import load_data
+from mnist_flax.analysis.run_data import load_own_data
 from mnist_flax.errors import WorkdirError
 
 SIGNIFICANCE = 0.05  # a difference is significant if its p-value is below this
@@ -30,15 +30,17 @@ class Result(NamedTuple):
     predictions: np.ndarray  # `i32[N]`, those of the run, of the committee (seeds), or out of fold (folds)
 
 
-def load_result(workdir: pathlib.Path) -> Result:
+def load_result(workdir: pathlib.Path, overrides: Mapping[str, Any] | None = None) -> Result:
     """Reads a finished population, or evaluates a run's latest checkpoint on the test set.
+
+    `overrides` say where the data of a run are, as for `load_own_data`.
 
     Raises:
       UserError: the folder holds neither, or the data cannot be loaded.
     """
     saved = statistics.load_population_result(workdir)
     if saved is None:
-        return _result_of_run(workdir)
+        return _result_of_run(workdir, overrides or {})
     arrays = statistics.load_arrays(workdir)
     if is_folds := saved["kind"] == "folds":
         labels, probs = arrays["out_of_fold_label"], arrays["out_of_fold_probs"]
@@ -56,9 +58,9 @@ def load_result(workdir: pathlib.Path) -> Result:
     )
 
 
-def _result_of_run(workdir: pathlib.Path) -> Result:
+def _result_of_run(workdir: pathlib.Path, overrides: Mapping[str, Any]) -> Result:
     predictor, info = load_predictor(workdir)
-    _, splits = load_data(info.config, info.fingerprint, {})
+    splits = load_own_data(info.config, info.fingerprint, overrides)
     evaluation = evaluate(predictor, splits.test)
     return Result(
         name=str(workdir),

@@ -213,16 +213,24 @@ def _member_folders(workdir: pathlib.Path, result: dict[str, Any]) -> list[pathl
     Raises:
       WorkdirError: the population is unfinished, or its result is damaged.
     """
+    if not is_population_result(result):
+        raise WorkdirError(
+            f"{workdir}: holds a population without a complete {POPULATION}; repeat the training command, which"
+            f" writes it at the end, or name a single run, such as {workdir / workdirs.MEMBERS}/seed-0"
+        )
+    return [workdir / workdirs.MEMBERS / member["name"] for member in result["members"]]
+
+
+def is_population_result(result: Mapping[str, Any]) -> bool:
+    """Returns whether a JSON object has what other commands read from `population.json`."""
     try:
-        names = [member["name"] for member in result["members"]]
-        if names and all(re.fullmatch(r"(seed|fold)-\d+", name) for name in names) and result["kind"] in KINDS:
-            return [workdir / workdirs.MEMBERS / name for name in names]
-    except (KeyError, TypeError):
-        pass
-    raise WorkdirError(
-        f"{workdir}: holds a population without a complete {POPULATION}; repeat the training command, which"
-        f" writes it at the end, or name a single run, such as {workdir / workdirs.MEMBERS}/seed-0"
-    )
+        members = [(str(member["name"]), int(member["seed"])) for member in result["members"]]
+        named = all(re.fullmatch(r"(seed|fold)-\d+", name) for name, _ in members)
+        return (
+            bool(members) and named and result["kind"] in KINDS and {"dataset", "dataset_fingerprint"} <= result.keys()
+        )
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 def stored_fit(result: Mapping[str, Any]) -> dict[str, float]:

@@ -225,7 +225,11 @@ def robustness_table(facts: Mapping[str, Any]) -> str:
             line += f"  {test['only_b_right'] - test['only_a_right']:+6d}  p = {test['p']:.2g}"
         lines.append(line)
     lines.append("")
-    for title, part in (("mean of 15", facts), ("affine", facts["in_family"]), ("the others", facts["never_seen"])):
+    for title, part in (
+        (f"mean of {len(CORRUPTIONS)}", facts),
+        ("affine", facts["in_family"]),
+        ("the others", facts["never_seen"]),
+    ):
         names = ("accuracy", "accuracy_interval", "loss", "ece")
         lines.append(_row(title, {name: part[f"mean_{name}"] for name in names}))
     if against:

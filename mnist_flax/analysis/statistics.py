@@ -17,6 +17,7 @@ from mnist_flax.analysis.evaluation import (
     Facts,
     combine_members,
     fit_of,
+    is_population_result,
     make_predictor,
     member_logits,
     predict_logits,
@@ -222,7 +223,7 @@ def save_population_result(result: Facts, arrays: Mapping[str, np.ndarray], work
 def load_population_result(workdir: pathlib.Path) -> Facts | None:
     """Returns the contents of `population.json`, or None if it is missing or damaged."""
     result = workdirs.read_json(workdir / POPULATION)
-    return result if "members" in result else None
+    return result if is_population_result(result) else None
 
 
 def load_arrays(workdir: pathlib.Path) -> dict[str, np.ndarray]:

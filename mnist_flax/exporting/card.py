@@ -46,7 +46,10 @@ def _recipe(predictor: Predictor, info: RunInfo) -> dict[str, Any]:
         for field, (_, value) in sorted(differences(Config(model=type(config.model)()), config).items())
         if field not in ("seed", "train.batch_size", "train.epochs") and not field.startswith("data.")
     }
-    if teacher := info.runs[0].record["origin"].get("teacher"):
+    origin = info.runs[0].record["origin"]
+    if fork := origin.get("fork"):
+        changed["started from"] = f"the weights of `{pathlib.PurePath(fork['workdir']).name}` at step {fork['step']:,}"
+    if teacher := origin.get("teacher"):
         name = pathlib.PurePath(teacher["workdir"]).name
         changed["teacher"] = f"`{name}`, networks: {teacher['networks']}, digest: `{teacher['digest']}`"
     dtype = config.model.dtype

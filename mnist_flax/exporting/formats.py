@@ -66,7 +66,8 @@ class Exported(NamedTuple):
     def line(self) -> str:
         """Returns a line to print about the result."""
         files = " and ".join(f"{path} ({path.stat().st_size / 1000:,.0f} kB)" for path in self.paths)
-        return f"{files}: largest difference of logits {self.difference:.1e}, over {self.images:,} {self.source}"
+        difference = f"largest difference of a logit or probability {self.difference:.1e}"
+        return f"{files}: {difference}, over {self.images:,} {self.source}"
 
 
 def export_workdir(

@@ -1,6 +1,7 @@
 """Reads many pictures in parallel: decodes and segments them in a pool of processes, and keeps their order."""
 
 import collections
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -21,15 +22,21 @@ _FEW = 8  # pictures; reading fewer is faster than starting processes
 _AHEAD = 8  # pictures per process that are read ahead of the caller; limits memory use
 
 
-def read_all(names: Sequence[str], num_workers: int = 0) -> Iterator[tuple[str, Outcome]]:
-    """Reads the digits of many pictures; yields each file's name, in order, with its digits or its error.
+@contextlib.contextmanager
+def read_ahead(names: Sequence[str], num_workers: int = 0) -> Iterator[Iterator[tuple[str, Outcome]]]:
+    """Reads the digits of many pictures; the iterator yields each file's name, in order, with its digits or its error.
 
-    `num_workers` is the number of processes: 0 means one per core, or none for a few pictures. With processes, reading
-    starts when this is called, not when the first result is requested.
+    `num_workers` is the number of processes: 0 means one per core, or none for a few pictures. They start reading at
+    once, and stop at the end of the `with` block.
     """
     if not num_workers and len(names) < _FEW:
-        return ((name, read_one(name)) for name in names)
-    return iter(_Reader(names, num_workers or num_cores()))
+        yield ((name, read_one(name)) for name in names)
+        return
+    reader = _Reader(names, num_workers or num_cores())
+    try:
+        yield reader.outcomes()
+    finally:
+        reader.close()
 
 
 def read_one(name: str) -> Outcome:
@@ -54,18 +61,20 @@ class _Reader:
         self._pending: collections.deque[tuple[str, Future[Outcome]]] = collections.deque()
         self._submit(itertools.islice(self._names, _AHEAD * num_workers))
 
-    def __iter__(self) -> Iterator[tuple[str, Outcome]]:
-        try:
-            while self._pending:
-                name, future = self._pending.popleft()
-                try:
-                    outcome = read_one(name) if name == STDIN else future.result()
-                except BrokenProcessPool:
-                    outcome = self._after_a_crash(name)
-                yield name, outcome
-                self._submit(itertools.islice(self._names, 1))
-        finally:
-            self._pool.shutdown(cancel_futures=True)
+    def outcomes(self) -> Iterator[tuple[str, Outcome]]:
+        """Yields the outcomes in the order of the names."""
+        while self._pending:
+            name, future = self._pending.popleft()
+            try:
+                outcome = read_one(name) if name == STDIN else future.result()
+            except BrokenProcessPool:
+                outcome = self._after_a_crash(name)
+            yield name, outcome
+            self._submit(itertools.islice(self._names, 1))
+
+    def close(self) -> None:
+        """Ends the processes; pictures that are not yet being read are skipped."""
+        self._pool.shutdown(cancel_futures=True)
 
     def _submit(self, names: Iterator[str]) -> None:
         for name in names:

@@ -127,8 +127,9 @@ def _choose(folder: pathlib.Path, which: str) -> int:
         return steps[-1]
     if which == "best":
         ranked = {step: sort_key(holdout) for step, holdout in holdouts(folder).items() if holdout}
-        if ranked:
-            return max(ranked, key=lambda step: (ranked[step], step))
+        if not ranked:
+            raise WorkdirError(f"{folder.parent}: has no best checkpoint, because none was evaluated on hold-out rows")
+        return max(ranked, key=lambda step: (ranked[step], step))
     kept = [str(step) for step in steps]
     if which not in kept:
         raise WorkdirError(f"{folder.parent}: has no checkpoint {which!r}; it has these steps: {', '.join(kept)}")

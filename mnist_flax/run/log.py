@@ -138,7 +138,7 @@ class RunLog:
 
 
 def check_finite(value: float, subject: str) -> None:
-    """Checks that a loss is finite: with NaN or infinity, further training would only corrupt the weights.
+    """Checks that a loss or weight is finite: with NaN or infinity, further training would only corrupt the weights.
 
     Raises:
       NonFiniteLossError: `value` is NaN or infinite; the message begins with `subject`.

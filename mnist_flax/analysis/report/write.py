@@ -3,6 +3,7 @@
 import json
 import logging
 import pathlib
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,7 +32,10 @@ def write_report(run: Reported, workdir: pathlib.Path, folder: pathlib.Path | No
     folder = folder or workdirs.subfolder(workdir, REPORT_FOLDER, remedy=remedy)
     facts = facts_lib.report_facts(run, layers.layers(run.predictor.program, run.predictor.members[0]))
     facts["draw"] = "../demo.html" if folder.parent == workdir and (workdir / "demo.html").is_file() else ""
-    facts["command"] = f"python -m mnist_flax.main --config={place}/config.py --workdir={shown(workdir)}-again"
+    origin = run.summary.get("fork")
+    fork = [f"--fork={shown(pathlib.Path(origin['workdir']))}"] if origin else []
+    arguments = [f"--config={place}/config.py", f"--workdir={shown(workdir)}-again", *fork]
+    facts["command"] = shlex.join(["python", "-m", "mnist_flax.main", *arguments])
     for name, content in _pieces(run, facts, title=shown(workdir)).items():
         workdirs.write_bytes(folder / name, content, remedy=remedy)
     return folder / "index.html"
