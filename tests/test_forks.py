@@ -12,8 +12,11 @@ import pytest
 from small_run import ROOT, SMALL, config_file, run, steps, summary
 
 from mnist_flax import drivers, members, train
+from mnist_flax.analysis.evaluation import load_predictor
+from mnist_flax.analysis.report.write import repeat_command
 from mnist_flax.config import Config, replace
 from mnist_flax.errors import NonFiniteLossError, UserError, WorkdirError
+from mnist_flax.exporting import card
 from mnist_flax.run import checkpoint, provenance
 from mnist_flax.run import log as logs
 from mnist_flax.run import workdir as workdirs
@@ -69,6 +72,9 @@ def test_fork_starts_with_the_weights_of_another_run(tmp_path: pathlib.Path, cap
     fit(config, new, fork=old)
     assert summary(new)["fork"] == origin["fork"] == {"workdir": str(old), "step": 14}
     assert summary(old)["fork"] is None
+    assert repeat_command("new/report", new, summary(new)).endswith(" --workdir=new-again --fork=old")
+    assert repeat_command("a b", new, {}) == "python -m mnist_flax.main '--config=a b/config.py' --workdir=new-again"
+    assert card._recipe(*load_predictor(new))["started from"] == "the weights of `old` at step 14"
     # Resuming does not need the source any more, and a run that is no fork cannot become one.
     shutil.rmtree(old)
     fit(replace(config, train__epochs=3), new, fork=old)

@@ -32,13 +32,18 @@ def write_report(run: Reported, workdir: pathlib.Path, folder: pathlib.Path | No
     folder = folder or workdirs.subfolder(workdir, REPORT_FOLDER, remedy=remedy)
     facts = facts_lib.report_facts(run, layers.layers(run.predictor.program, run.predictor.members[0]))
     facts["draw"] = "../demo.html" if folder.parent == workdir and (workdir / "demo.html").is_file() else ""
-    origin = run.summary.get("fork")
-    fork = [f"--fork={shown(pathlib.Path(origin['workdir']))}"] if origin else []
-    arguments = [f"--config={place}/config.py", f"--workdir={shown(workdir)}-again", *fork]
-    facts["command"] = shlex.join(["python", "-m", "mnist_flax.main", *arguments])
+    facts["command"] = repeat_command(place, workdir, run.summary)
     for name, content in _pieces(run, facts, title=shown(workdir)).items():
         workdirs.write_bytes(folder / name, content, remedy=remedy)
     return folder / "index.html"
+
+
+def repeat_command(place: str, workdir: pathlib.Path, summary: Mapping[str, Any]) -> str:
+    """Returns the command that trains the run again, with the config in the folder `place`."""
+    origin = summary.get("fork")
+    fork = [f"--fork={shown(pathlib.Path(origin['workdir']))}"] if origin else []
+    arguments = [f"--config={place}/config.py", f"--workdir={shown(workdir)}-again", *fork]
+    return shlex.join(["python", "-m", "mnist_flax.main", *arguments])
 
 
 def _pieces(run: Reported, facts: dict[str, Any], *, title: str) -> dict[str, bytes]:
