@@ -100,48 +100,54 @@ class Schedule(NamedTuple):
     needs_end: bool = False
 
 
-def _one_cycle(o: OptimizerConfig, run: RunLength) -> optax.Schedule:
+def _one_cycle(config: OptimizerConfig, run: RunLength) -> optax.Schedule:
     """Smith and Topin (2018), with cosine ramps."""
-    peak_step = min(max(1, round(o.peak_at * run.num_steps)), max(1, run.num_steps - 1))
-    scales = {peak_step: 1 / o.start_fraction, run.num_steps: o.end_fraction}
-    return optax.piecewise_interpolate_schedule("cosine", o.learning_rate * o.start_fraction, scales)
+    peak_step = min(max(1, round(config.peak_at * run.num_steps)), max(1, run.num_steps - 1))
+    scales = {peak_step: 1 / config.start_fraction, run.num_steps: config.end_fraction}
+    return optax.piecewise_interpolate_schedule("cosine", config.learning_rate * config.start_fraction, scales)
 
 
-def _decay(o: OptimizerConfig, run: RunLength, *, staircase: bool) -> optax.Schedule:
-    decay_steps = max(1, round(o.decay_epochs * run.steps_per_epoch))
+def _decay(config: OptimizerConfig, run: RunLength, *, staircase: bool) -> optax.Schedule:
+    decay_steps = max(1, round(config.decay_epochs * run.steps_per_epoch))
     if staircase:  # in whole numbers: optax's own can be a step late, because a compiled division rounds differently
-        return lambda step: o.learning_rate * o.decay_rate ** (step // decay_steps)
-    return optax.exponential_decay(o.learning_rate, decay_steps, o.decay_rate)
+        return lambda step: config.learning_rate * config.decay_rate ** (step // decay_steps)
+    return optax.exponential_decay(config.learning_rate, decay_steps, config.decay_rate)
 
 
 SCHEDULES: dict[str, Schedule] = {
-    "constant": Schedule(lambda o, run: optax.constant_schedule(o.learning_rate), ("warmup_epochs",)),
+    "constant": Schedule(lambda config, run: optax.constant_schedule(config.learning_rate), ("warmup_epochs",)),
     "linear": Schedule(
-        lambda o, run: optax.linear_schedule(o.learning_rate, o.learning_rate * o.end_fraction, max(1, run.num_steps)),
+        lambda config, run: optax.linear_schedule(
+            config.learning_rate, config.learning_rate * config.end_fraction, max(1, run.num_steps)
+        ),
         ("warmup_epochs", "end_fraction"),
         needs_end=True,
     ),
     "cosine": Schedule(  # Loshchilov and Hutter (2017), without restarts
-        lambda o, run: optax.cosine_decay_schedule(o.learning_rate, max(1, run.num_steps), alpha=o.end_fraction),
+        lambda config, run: optax.cosine_decay_schedule(
+            config.learning_rate, max(1, run.num_steps), alpha=config.end_fraction
+        ),
         ("warmup_epochs", "end_fraction"),
         needs_end=True,
     ),
     "one_cycle": Schedule(_one_cycle, ("start_fraction", "peak_at", "end_fraction"), needs_end=True),
     "exponential": Schedule(
-        lambda o, run: _decay(o, run, staircase=False), ("warmup_epochs", "decay_rate", "decay_epochs")
+        lambda config, run: _decay(config, run, staircase=False), ("warmup_epochs", "decay_rate", "decay_epochs")
     ),
-    "step": Schedule(lambda o, run: _decay(o, run, staircase=True), ("warmup_epochs", "decay_rate", "decay_epochs")),
+    "step": Schedule(
+        lambda config, run: _decay(config, run, staircase=True), ("warmup_epochs", "decay_rate", "decay_epochs")
+    ),
 }
 
 
-def schedule(o: OptimizerConfig, num_steps: int, steps_per_epoch: int) -> optax.Schedule:
+def schedule(config: OptimizerConfig, num_steps: int, steps_per_epoch: int) -> optax.Schedule:
     """Returns the learning rate as a function of the number of finished updates."""
-    entry = SCHEDULES[o.schedule]
-    warmup = round(o.warmup_epochs * steps_per_epoch) if "warmup_epochs" in entry.fields else 0
-    main = entry.make(o, RunLength(num_steps - warmup, steps_per_epoch))
+    entry = SCHEDULES[config.schedule]
+    warmup = round(config.warmup_epochs * steps_per_epoch) if "warmup_epochs" in entry.fields else 0
+    main = entry.make(config, RunLength(num_steps - warmup, steps_per_epoch))
     if not warmup:
         return main
-    return optax.join_schedules([optax.linear_schedule(0.0, o.learning_rate, warmup), main], [warmup])
+    return optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, warmup), main], [warmup])
 
 
 def decay_mask(params: optax.Params) -> optax.Params:
@@ -156,12 +162,14 @@ class Optimizer(NamedTuple):
     fields: tuple[str, ...]
 
 
-def _with_l2(o: OptimizerConfig, rule: optax.GradientTransformation) -> optax.GradientTransformation:
+def _with_l2(config: OptimizerConfig, rule: optax.GradientTransformation) -> optax.GradientTransformation:
     """Adds the gradient of the L2 penalty to the gradient before the update rule."""
-    return optax.chain(optax.add_decayed_weights(o.weight_decay, mask=decay_mask), rule) if o.weight_decay else rule
+    if not config.weight_decay:
+        return rule
+    return optax.chain(optax.add_decayed_weights(config.weight_decay, mask=decay_mask), rule)
 
 
-def _muon(o: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
+def _muon(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
     """Jordan et al. (2024): orthogonalised momentum for convolution kernels, AdamW for all other weights.
 
     A convolution kernel is treated as a matrix that maps patches to output channels. Both use Nesterov momentum.
@@ -174,34 +182,37 @@ def _muon(o: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformat
 
     return muon(
         rate,
-        beta=o.momentum,
-        eps=o.eps,
-        weight_decay=o.weight_decay,
+        beta=config.momentum,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
         weight_decay_mask=decay_mask,
-        adam_b1=o.b1,
-        adam_b2=o.b2,
-        adam_learning_rate=lambda step: o.adam_fraction * rate(step),
+        adam_b1=config.b1,
+        adam_b2=config.b2,
+        adam_learning_rate=lambda step: config.adam_fraction * rate(step),
         muon_weight_dimension_numbers=lambda params: jax.tree.map(dimensions, params),
     )
 
 
 OPTIMIZERS: dict[str, Optimizer] = {
     "adam": Optimizer(  # Kingma and Ba (2015)
-        lambda o, rate: _with_l2(o, optax.adam(rate, o.b1, o.b2, o.eps)), ("b1", "b2", "eps", "weight_decay")
+        lambda config, rate: _with_l2(config, optax.adam(rate, config.b1, config.b2, config.eps)),
+        ("b1", "b2", "eps", "weight_decay"),
     ),
     "adamw": Optimizer(  # Loshchilov and Hutter (2019)
-        lambda o, rate: optax.adamw(rate, o.b1, o.b2, o.eps, weight_decay=o.weight_decay, mask=decay_mask),
+        lambda config, rate: optax.adamw(
+            rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decay_mask
+        ),
         ("b1", "b2", "eps", "weight_decay"),
     ),
     "sgd": Optimizer(
-        lambda o, rate: _with_l2(o, optax.sgd(rate, o.momentum or None, o.nesterov)),
+        lambda config, rate: _with_l2(config, optax.sgd(rate, config.momentum or None, config.nesterov)),
         ("momentum", "nesterov", "weight_decay"),
     ),
     "muon": Optimizer(_muon, ("b1", "b2", "eps", "momentum", "adam_fraction", "weight_decay")),
 }
 
 
-def optimizer(o: OptimizerConfig, num_steps: int, steps_per_epoch: int) -> optax.GradientTransformation:
+def optimizer(config: OptimizerConfig, num_steps: int, steps_per_epoch: int) -> optax.GradientTransformation:
     """Returns the whole chain: gradient clipping, then the update rule at the scheduled learning rate."""
-    rule = OPTIMIZERS[o.name].make(o, schedule(o, num_steps, steps_per_epoch))
-    return optax.chain(optax.clip_by_global_norm(o.clip_norm), rule) if o.clip_norm else rule
+    rule = OPTIMIZERS[config.name].make(config, schedule(config, num_steps, steps_per_epoch))
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule) if config.clip_norm else rule

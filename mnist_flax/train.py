@@ -23,6 +23,7 @@ from mnist_flax.distillation import LoadedTeacher, load_teacher
 from mnist_flax.errors import WorkdirError
 from mnist_flax.members import Member, announce, evaluate_holdout, finish, open_member
 from mnist_flax.memory import check_memory
+from mnist_flax.pacing import is_save_due, next_num_steps, next_stop
 from mnist_flax.run import processes
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.log import check_finite
@@ -31,9 +32,6 @@ from mnist_flax.run.signals import Interrupted, StopRequest, stop_request
 from mnist_flax.step import TrainState, eval_variables
 
 logger = logging.getLogger(__name__)
-
-# The target duration of a call to the device, and so the delay of the progress bar, signals and timed checkpoints.
-DISPATCH_SECONDS = 0.5
 
 
 def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = None) -> TrainState:
@@ -262,40 +260,3 @@ def stop_if_requested(members: Sequence[Member], signum: int) -> None:
     step, num_steps = members[0].step, members[0].config.num_steps
     message = f"stopped at step {step} of {num_steps}; nothing is lost: the same command continues from here"
     raise Interrupted(message, signum)
-
-
-def next_num_steps(config: Config, num_steps: int, rate: float) -> int:
-    """Returns how many steps the next call may make: those of `DISPATCH_SECONDS`, at most twice the last `num_steps`.
-
-    `rate` is in steps per second. If the config sets `epochs_per_dispatch`, the number does not change.
-    """
-    if config.train.epochs_per_dispatch:
-        return num_steps
-    return max(1, min(2 * num_steps, int(rate * DISPATCH_SECONDS)))
-
-
-def next_stop(config: Config, step: int) -> int:
-    """Returns the first step after `step` at which the host has something to do.
-
-    That is the end of an epoch (or of `epochs_per_dispatch` epochs), a multiple of `every_steps`, or the last step.
-    """
-    stride = steps_per_order(config)
-    every = config.checkpoint.every_steps or config.num_steps
-    return min((step // stride + 1) * stride, (step // every + 1) * every, config.num_steps)
-
-
-def steps_per_order(config: Config) -> int:
-    """Returns the number of steps of an epoch, or of the `epochs_per_dispatch` epochs of one call."""
-    return max(1, config.train.epochs_per_dispatch) * config.steps_per_epoch
-
-
-def is_save_due(config: Config, step: int) -> bool:
-    """Returns whether a checkpoint is due at `step`, by epochs, by steps or because the run ends.
-
-    If `every_epochs` falls due within a call of several epochs, the checkpoint is saved at the end of that call.
-    """
-    limits, stride = config.checkpoint, steps_per_order(config)
-    every = limits.every_epochs * config.steps_per_epoch
-    by_epochs = every and step % stride == 0 and step // every > (step - stride) // every
-    by_steps = limits.every_steps and step % limits.every_steps == 0
-    return bool(by_epochs or by_steps or step == config.num_steps)

@@ -24,8 +24,8 @@ def patches(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
     matrix = jnp.stack(placed, 3).reshape(-1, pool * pool * channels)
     rows, columns = (window.output_size(axis, x.shape[axis], kernel.shape[axis]) // pool for axis in (0, 1))
     patch_size = (h + last_row, w + last_column)
-    patches = _gather(x, (rows, columns), patch_size, (strides[0] * pool, strides[1] * pool), pads)
-    y = _product(patches, matrix).reshape(*patches.shape[:3], pool * pool, channels)
+    gathered = _gather(x, (rows, columns), patch_size, (strides[0] * pool, strides[1] * pool), pads)
+    y = _product(gathered, matrix).reshape(*gathered.shape[:3], pool * pool, channels)
     y = max_of(y, (3,)) if pool > 1 else y[:, :, :, 0]
     return batch_first(y)
 

@@ -1,0 +1,43 @@
+"""How many steps a call to the device makes, and when checkpoints are saved."""
+
+from mnist_flax.config import Config
+
+# The target duration of a call to the device, and so the delay of the progress bar, signals and timed checkpoints.
+DISPATCH_SECONDS = 0.5
+
+
+def next_num_steps(config: Config, num_steps: int, rate: float) -> int:
+    """Returns how many steps the next call may make: those of `DISPATCH_SECONDS`, at most twice the last `num_steps`.
+
+    `rate` is in steps per second. If the config sets `epochs_per_dispatch`, the number does not change.
+    """
+    if config.train.epochs_per_dispatch:
+        return num_steps
+    return max(1, min(2 * num_steps, int(rate * DISPATCH_SECONDS)))
+
+
+def next_stop(config: Config, step: int) -> int:
+    """Returns the first step after `step` at which the host has something to do.
+
+    That is the end of an epoch (or of `epochs_per_dispatch` epochs), a multiple of `every_steps`, or the last step.
+    """
+    stride = steps_per_order(config)
+    every = config.checkpoint.every_steps or config.num_steps
+    return min((step // stride + 1) * stride, (step // every + 1) * every, config.num_steps)
+
+
+def steps_per_order(config: Config) -> int:
+    """Returns the number of steps of an epoch, or of the `epochs_per_dispatch` epochs of one call."""
+    return max(1, config.train.epochs_per_dispatch) * config.steps_per_epoch
+
+
+def is_save_due(config: Config, step: int) -> bool:
+    """Returns whether a checkpoint is due at `step`, by epochs, by steps or because the run ends.
+
+    If `every_epochs` falls due within a call of several epochs, the checkpoint is saved at the end of that call.
+    """
+    cadence, stride = config.checkpoint, steps_per_order(config)
+    every = cadence.every_epochs * config.steps_per_epoch
+    by_epochs = every and step % stride == 0 and step // every > (step - stride) // every
+    by_steps = cadence.every_steps and step % cadence.every_steps == 0
+    return bool(by_epochs or by_steps or step == config.num_steps)
