@@ -64,7 +64,7 @@ def test_command_of_a_document_exists_with_its_flags(command: tuple[str, ...]) -
 def test_python_of_a_document_runs(page: pathlib.Path, tmp_path: pathlib.Path) -> None:
     for i, block in enumerate(blocks(page, "python")):
         if "workdir" in block or "runs/" in block:
-            continue  # needs a trained run: tests/test_export.py executes it
+            continue  # needs a trained run: test_export.py and test_evaluate.py execute it
         first = re.match(r"# (\w+\.py)\n", block)
         name = first[1] if first else f"snippet_{i}.py"
         (tmp_path / name).write_text(block.replace("cli.main()", "pass"))

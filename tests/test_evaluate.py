@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 from typing import Any
@@ -317,3 +318,11 @@ def test_class_that_never_occurs_has_no_scores() -> None:
     assert rows[0]["recall"] == 1.0 and rows[5]["recall"] is None and rows[5]["f1"] is None
     assert rows[5]["examples"] == rows[5]["predictions"] == 0
     json.dumps(rows, allow_nan=False)
+
+
+def test_the_snippet_of_the_document_loads_a_network() -> None:
+    page = pathlib.Path(__file__).resolve().parent.parent / "docs" / "research.md"
+    (snippet,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    space: dict[str, Any] = {}
+    exec(snippet.replace("runs/default", str(tiny_run.workdir())), space)
+    assert space["logits"].shape == (3, 10)
