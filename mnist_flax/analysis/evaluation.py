@@ -1,6 +1,7 @@
 """Applies a trained network, or a committee of several, to images; every example counts exactly once."""
 
 import dataclasses
+import functools
 import math
 import pathlib
 import re
@@ -62,24 +63,31 @@ def make_predictor(config: Config, *members: Variables, **fitted: float) -> Pred
 
 def member_logits(predictor: Predictor, images: np.ndarray) -> np.ndarray:
     """Computes the logits of each member at temperature 1, averaged over the views: `u8[N,28,28,1] -> f32[M,N,C]`."""
-    mesh = sharding.make_mesh(min(predictor.num_devices, jax.device_count()))
-    members = sharding.place(predictor.members, sharding.replicated(mesh))
-    placed = dataclasses.replace(predictor, members=members)
-    views = [_run(placed, mesh, view) for view in views_of(images, predictor.views)]
+    views = [_run(predictor, view) for view in views_of(images, predictor.views)]
     return views[0] if len(views) == 1 else metrics.log_mean_probabilities(np.stack(views)).astype(np.float32)
 
 
-def _run(predictor: Predictor, mesh: Mesh, images: np.ndarray) -> np.ndarray:
+@functools.lru_cache(maxsize=1)
+def _placed(predictor: Predictor) -> tuple[Mesh, tuple[Variables, ...]]:
+    """Places the members on the devices once for many calls: for one image, it takes longer than the network."""
+    mesh = sharding.make_mesh(min(predictor.num_devices, jax.device_count()))
+    return mesh, sharding.place(predictor.members, sharding.replicated(mesh))
+
+
+def _run(predictor: Predictor, images: np.ndarray) -> np.ndarray:
     """Applies every member to `images` in batches; the last one is padded, so one compiled program serves every N."""
+    mesh, members = _placed(predictor)
     size = -(-predictor.batch_size // mesh.size) * mesh.size
-    outputs: list[list[jax.Array]] = [[] for _ in predictor.members]
+    outputs: list[list[jax.Array]] = [[] for _ in members]
     for start in range(0, len(images), size):
         batch = images[start : start + size]
-        batch = sharding.place(np.pad(batch, [(0, size - len(batch)), *[(0, 0)] * 3]), sharding.split(mesh))
-        for logits, variables in zip(outputs, predictor.members, strict=True):
+        if len(batch) < size:
+            batch = np.pad(batch, [(0, size - len(batch)), *[(0, 0)] * 3])
+        batch = sharding.place(batch, sharding.split(mesh))
+        for logits, variables in zip(outputs, members, strict=True):
             logits.append(jit_forward(predictor.program, variables, batch))
     if not len(images):
-        return np.zeros((len(predictor.members), 0, predictor.program.num_classes), np.float32)
+        return np.zeros((len(members), 0, predictor.program.num_classes), np.float32)
     return np.stack([np.concatenate(sharding.gather(logits))[: len(images)] for logits in outputs])
 
 
