@@ -1,7 +1,6 @@
 """Robustness to corruptions: accuracy, loss and calibration under each corruption of MNIST-C."""
 
 import json
-import os
 import pathlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from mnist_flax.analysis.comparison import mcnemar
 from mnist_flax.analysis.corruptions import CORRUPTIONS, corrupt
 from mnist_flax.analysis.evaluation import Facts, Predictor, RunInfo, load_predictor, predict_logits
 from mnist_flax.analysis.run_data import load_data, select_examples
+from mnist_flax.data.load import raw_folder
 from mnist_flax.data.splits import Examples, Splits
 from mnist_flax.errors import ConfigError, DataError, WorkdirError
 from mnist_flax.run import workdir as workdirs
@@ -67,9 +67,10 @@ def read_official(folder: pathlib.Path, label: np.ndarray) -> np.ndarray:
 
 def official_folder(data: DataConfig) -> pathlib.Path | None:
     """Returns the folder of the published arrays, or None if there is none."""
-    raw_dir = data.raw_dir or os.environ.get("MNIST_FLAX_RAW_DIR", "")
-    folder = pathlib.Path(raw_dir).expanduser() / OFFICIAL
-    return folder if raw_dir and data.name == "mnist" and folder.is_dir() else None
+    folder = raw_folder(data)
+    if folder is None or data.name != "mnist" or not (folder / OFFICIAL).is_dir():
+        return None
+    return folder / OFFICIAL
 
 
 def predict_all(predictor: Predictor, test: Examples, corrupted: Corrupted) -> dict[str, np.ndarray]:

@@ -68,12 +68,12 @@ def _from_raw(data: DataConfig) -> Splits:
     Official files are prepared only if there is no usable prepared copy. Checksums guarantee that such a copy holds the
     same data.
     """
-    raw_dir = data.raw_dir or os.environ.get("MNIST_FLAX_RAW_DIR", "")
-    if not raw_dir:
+    parent = raw_folder(data)
+    if parent is None:
         raise UnavailableError(
             "no folder of official files: neither config.data.raw_dir nor $MNIST_FLAX_RAW_DIR is set"
         )
-    dataset, parent = DATASETS[data.name], Path(os.path.expanduser(raw_dir))
+    dataset = DATASETS[data.name]
     # Most datasets use MNIST's file names, so a folder that holds several needs a subfolder for each.
     subfolders = [parent / data.name, parent / data.name.partition("/")[0]]
     folder = next((folder for folder in subfolders if os.path.isdir(folder)), parent)
@@ -85,7 +85,7 @@ def _from_raw(data: DataConfig) -> Splits:
         choice = "set --config.data.source=download" if dataset.tfds_version else "correct its entry in DATASETS"
         place = f"it or its subfolder {data.name!r}" if folder == parent else "this folder"
         raise DataError(
-            f"{field} = {raw_dir!r} does not hold {data.name}: {error}; put the files into {place}, or {choice}"
+            f"{field} = {str(parent)!r} does not hold {data.name}: {error}; put the files into {place}, or {choice}"
         ) from error
     if splits is None:
         return load_prepared(data.name, _data_dir(data))[0] or prepare(data.name, _data_dir(data), folder)
@@ -94,6 +94,12 @@ def _from_raw(data: DataConfig) -> Splits:
         if name != splits.name and other.fingerprint == splits.fingerprint:
             logger.warning("%s holds the files of %s, not of %s", folder, name, splits.name)
     return splits
+
+
+def raw_folder(data: DataConfig) -> Path | None:
+    """Returns the user's folder of official files: `data.raw_dir`, or `$MNIST_FLAX_RAW_DIR`; None if neither is set."""
+    folder = data.raw_dir or os.environ.get("MNIST_FLAX_RAW_DIR")
+    return Path(os.path.expanduser(folder)) if folder else None
 
 
 def _from_download(data: DataConfig) -> Splits:
