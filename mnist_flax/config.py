@@ -1,8 +1,8 @@
 """The config of a run: frozen, typed, validated dataclasses, one for each section.
 
-A preset (`configs/*.py`) starts from `default_config_dict()` and sets only what differs; `Config.from_dict` turns the
-result into a frozen `Config`. Every mistake raises `ConfigError` with the field, its value and the remedy, before any
-data is loaded.
+A preset (`configs/*.py`) starts from `default_config_dict()` or another preset and sets only what differs;
+`Config.from_dict` turns the result into a frozen `Config`. Every mistake raises `ConfigError` with the field, its value
+and the remedy, before any data is loaded.
 """
 
 import dataclasses

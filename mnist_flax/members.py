@@ -138,7 +138,7 @@ def begin(config: Config, fork: pathlib.Path | None) -> tuple[TrainState, dict[s
         )
     # The moving average starts at that of `source`, or at its weights, but must not share memory with them.
     ema = jax.tree.map(jnp.copy, source.state.ema or source.state.params) if config.optimizer.ema_decay else {}
-    origin["fork"] = {"workdir": str(fork), "step": source.record["step"]}
+    origin["fork"] = {"workdir": str(fork.absolute()), "step": source.record["step"]}
     logger.info("starting with the weights of %s at step %d", fork, source.record["step"])
     return state.replace(**weights, ema=ema), origin
 
@@ -258,6 +258,6 @@ def finish(member: Member, splits: Splits) -> None:
         except ExportError as error:
             logger.warning("no demo page: %s", error)
     if config.train.report:
-        run = Reported(config, predictor, splits, evaluation, log.snapshot()["log"], log.step, summary)
+        run = Reported(config, predictor, splits, evaluation, log.snapshot()["log"], log.step, summary, summary["fork"])
         logger.info("report: %s", write_report(run, workdir))
     workdirs.write_text(workdir / workdirs.SUMMARY, json.dumps(summary, indent=2) + "\n")

@@ -51,8 +51,10 @@ def comparison_text(folders: Sequence[str]) -> str:
     if len(folders) != 2:
         raise ConfigError(f"--compare={','.join(folders)}: name two folders, such as --compare=runs/a,runs/b")
     from mnist_flax.analysis import comparison
+    from mnist_flax.analysis.run_data import check_overrides
 
-    overrides = dict(override.split("=", 1) for override in FLAGS.override)
+    overrides = {field: value for field, _, value in (override.partition("=") for override in FLAGS.override)}
+    check_overrides(overrides)
     results = [comparison.load_result(pathlib.Path(folder), overrides) for folder in folders]
     result = comparison.compare_results(*results)
     return json.dumps(result, indent=1) if FLAGS.json else comparison.comparison_table(result)

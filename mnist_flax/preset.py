@@ -43,6 +43,15 @@ def find_preset(name: str) -> pathlib.Path:
     return known[name]
 
 
+def preset_dict(name: str) -> ConfigDict:
+    """Returns what a preset of this project sets, such as `accurate`, for a `get_config()` that starts from it.
+
+    Raises:
+      ConfigError: there is no such preset.
+    """
+    return ConfigDict(run_preset(FOLDER / f"{name}.py"), type_safe=False)
+
+
 def load_config(path: pathlib.Path, overrides: Iterable[str] = ()) -> Config:
     """Runs a preset and returns its Config, after applying overrides such as `train.epochs=3`.
 

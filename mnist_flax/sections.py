@@ -33,7 +33,7 @@ class DataConfig:
       num_train: how many training rows to use, a stratified sample that includes the hold-out rows; 0 means all.
       holdout: how many of these rows to hold out for validation; 0 means none.
       holdout_rows: `spread` holds out a stratified sample from the whole file, and `last` the last rows. MNIST's rows
-        are in order of their writers, so `last` tests on writers unknown to the network, as the test set does.
+        are in order of their writers, so nearly all of its last rows are from writers unknown to the network.
       folds: instead of `holdout`, split the rows into this many stratified folds and hold out one; 0 turns this off.
       fold: which fold to hold out, from 0.
     """

@@ -105,10 +105,10 @@ def check_population(workdir: pathlib.Path, configs: Sequence[Config]) -> None:
     missing = {member["seed"] for member in saved["members"]} - {config.seed for config in configs}
     if saved["kind"] != kind or missing:
         names = ", ".join(member["name"] for member in saved["members"])
+        more = ", with the same or a larger --seeds," if saved["kind"] == "seeds" else ""
         raise WorkdirError(
             f"--workdir={workdir}: holds a population with the members {names}, and this command would overwrite its"
-            f" result; repeat the command that trained it, with the same or a larger --{saved['kind']}, or name another"
-            " folder"
+            f" result; repeat the command that trained it{more} or name another folder"
         )
 
 

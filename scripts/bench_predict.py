@@ -274,12 +274,13 @@ def main(argv: Sequence[str]) -> None:
     """Renders the pictures, runs `predict` on them, and prints the scores."""
     del argv
     from mnist_flax.analysis.evaluation import load_predictor
+    from mnist_flax.config import replace
     from mnist_flax.data.load import load_splits
     from mnist_flax.run.provenance import provenance
 
     values = flags.FLAGS
     _, info = load_predictor(Path(values.workdir), values.checkpoint)
-    examples = getattr(load_splits(info.config), values.split)
+    examples = getattr(load_splits(replace(info.config, data__on_missing="error")), values.split)
     result: dict[str, Any] = {
         "date": datetime.date.today().isoformat(), "dataset": info.config.data.name, "split": values.split,
         "seed": values.seed, "step": info.steps[0],

@@ -39,7 +39,8 @@ def bench(name: str, seeds: Sequence[int], target: float = 0.0) -> dict[str, Any
     for seed in seeds:
         with tempfile.TemporaryDirectory() as folder:
             config = preset.load_config(preset.find_preset(name))
-            quick = replace(config, seed=seed, train__tensorboard=False, train__report=False, train__demo=False)
+            off = {"train__tensorboard": False, "train__report": False, "train__demo": False}
+            quick = replace(config, seed=seed, data__on_missing="error", **off)
             fit(quick, pathlib.Path(folder, "run"))
             summaries.append(json.loads(pathlib.Path(folder, "run", "summary.json").read_text()))
             print(f"{name} seed {seed}: {summaries[-1]['test_accuracy']:.4f}", file=sys.stderr)

@@ -9,6 +9,7 @@ A job is a JSON object such as {"preset": "default", "seed": 1, "train__label_sm
 
 import argparse
 import dataclasses
+import datetime
 import json
 import pathlib
 import time
@@ -26,6 +27,7 @@ from mnist_flax.data.load import load_splits
 from mnist_flax.data.splits import Splits
 from mnist_flax.distillation import load_teacher
 from mnist_flax.run import compilation
+from mnist_flax.run.provenance import provenance
 from mnist_flax.step import eval_variables
 
 
@@ -88,7 +90,8 @@ def main() -> None:
             **{name: value for name, value in job.items() if name != "preset"},
         }
         config = replace(preset.load_config(preset.find_preset(job["preset"])), **fields)
-        result = {**job, **run(config, load_splits(config))}
+        made = {"date": datetime.date.today().isoformat(), **provenance()}
+        result = {**job, **run(config, load_splits(config)), **made}
         with args.output.open("a") as file:
             file.write(json.dumps(result) + "\n")
 

@@ -18,17 +18,7 @@ LAYERS = [
     ["data.augment"],
     ["sections"],
     ["config"],
-    [
-        "preset",
-        "pacing",
-        "data",
-        "run.workdir",
-        "run.compilation",
-        "run.provenance",
-        "run.processes",
-        "run.storage",
-        "pictures",
-    ],
+    ["preset", "data", "run.workdir", "run.compilation", "run.provenance", "run.processes", "run.storage", "pictures"],
     ["cli", "pacing", "step", "run.progress", "run.weights", "run.log"],
     ["drivers", "memory"],
     ["run"],
@@ -39,6 +29,7 @@ LAYERS = [
     ["main", "evaluate", "report", "predict", "population", "export", "demo", "robustness", "__main__"],
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
+assert len(LAYER) == sum(map(len, LAYERS)), "a module is in two layers"
 VERBS = LAYERS[-1]
 
 # Each of these libraries is used in one folder, or nowhere.

@@ -205,6 +205,13 @@ def test_checkpoint_deleted_while_it_is_read_is_not_damage(
         load_run(workdir, "9")
 
 
+def test_without_holdout_rows_there_is_no_best_checkpoint(tmp_path: pathlib.Path) -> None:
+    with open_store(SMALL, FINGERPRINT, tmp_path) as store:
+        save(store, initial_state(), 3)
+    with pytest.raises(WorkdirError, match="has no best checkpoint, because none was evaluated on hold-out rows"):
+        load_run(tmp_path, "best")
+
+
 def test_failed_read_restores_the_log_level_of_absl(workdir: pathlib.Path) -> None:
     newest = workdir / workdirs.CHECKPOINTS / "6"
     (newest / "record" / "metadata").write_text("{")

@@ -1,5 +1,6 @@
 """Evaluating a run: rows, checkpoints, data, saved results and rejected input."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -17,6 +18,7 @@ import tiny_run
 from scipy.special import softmax
 from sklearn.metrics import precision_recall_fscore_support
 
+from mnist_flax import sharding
 from mnist_flax.analysis import run_data
 from mnist_flax.analysis import scores as scores_lib
 from mnist_flax.analysis.evaluation import (
@@ -318,6 +320,26 @@ def test_class_that_never_occurs_has_no_scores() -> None:
     assert rows[0]["recall"] == 1.0 and rows[5]["recall"] is None and rows[5]["f1"] is None
     assert rows[5]["examples"] == rows[5]["predictions"] == 0
     json.dumps(rows, allow_nan=False)
+
+
+def test_weights_are_placed_once_and_never_those_of_another_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, _ = load_predictor(tiny_run.workdir())
+    other = dataclasses.replace(first, members=jax.tree.map(lambda leaf: 2 * leaf, first.members))
+    placed: list[Any] = []
+    place = sharding.place
+
+    def record(tree: Any, where: Any) -> Any:
+        placed.append(tree)
+        return place(tree, where)
+
+    monkeypatch.setattr(sharding, "place", record)
+    images = load_splits(tiny_run.CONFIG).test.image[:3]
+    logits = [predict_logits(predictor, images) for predictor in (first, first, other, first)]
+    assert sum(tree is first.members for tree in placed) == 2
+    assert sum(tree is other.members for tree in placed) == 1
+    np.testing.assert_array_equal(logits[0], logits[1])
+    np.testing.assert_array_equal(logits[0], logits[3])
+    assert not np.allclose(logits[0], logits[2])
 
 
 def test_the_snippet_of_the_document_loads_a_network() -> None:

@@ -72,8 +72,8 @@ def test_fork_starts_with_the_weights_of_another_run(tmp_path: pathlib.Path, cap
     fit(config, new, fork=old)
     assert summary(new)["fork"] == origin["fork"] == {"workdir": str(old), "step": 14}
     assert summary(old)["fork"] is None
-    assert repeat_command("new/report", new, summary(new)).endswith(" --workdir=new-again --fork=old")
-    assert repeat_command("a b", new, {}) == "python -m mnist_flax.main '--config=a b/config.py' --workdir=new-again"
+    assert repeat_command("new/report", new, summary(new)["fork"]).endswith(" --workdir=new-again --fork=old")
+    assert repeat_command("a b", new, None) == "python -m mnist_flax.main '--config=a b/config.py' --workdir=new-again"
     assert card._recipe(*load_predictor(new))["started from"] == "the weights of `old` at step 14"
     # Resuming does not need the source any more, and a run that is no fork cannot become one.
     shutil.rmtree(old)

@@ -265,7 +265,7 @@ def test_members_have_consecutive_seeds_from_the_configs_on() -> None:
         member_configs(replace(CONFIG, seed=2**32 - 1), seeds=2)
 
 
-def test_a_folder_with_something_else_is_refused(seeds: pathlib.Path) -> None:
+def test_a_folder_with_something_else_is_refused(seeds: pathlib.Path, folds: pathlib.Path) -> None:
     with pytest.raises(WorkdirError, match="holds a run, not a population"):
         fit_population(CONFIG, seeds / "members" / "seed-3", seeds=2)
     with pytest.raises(WorkdirError, match=r"config.optimizer.learning_rate: 0.02 there, 0.01 now"):
@@ -277,8 +277,10 @@ def test_a_folder_with_something_else_is_refused(seeds: pathlib.Path) -> None:
         (CONFIG, {"folds": 3}),
         (replace(CONFIG, seed=100), {"seeds": 3}),
     ):
-        with pytest.raises(WorkdirError, match="the members seed-3, seed-4, seed-5, and this command would overwrite"):
+        with pytest.raises(WorkdirError, match=r"seed-3, seed-4, seed-5, and this command .* or a larger --seeds, or"):
             fit_population(other, seeds, **sizes)
+    with pytest.raises(WorkdirError, match=r"fold-0, fold-1, fold-2, and this command .* trained it or name another"):
+        fit_population(CONFIG, folds, folds=2)
     assert [path.name for path in sorted((seeds / "members").iterdir())] == ["seed-3", "seed-4", "seed-5"]
 
 
@@ -315,6 +317,7 @@ def test_a_loss_that_is_not_finite_names_its_member(tmp_path: pathlib.Path) -> N
         (["--config=configs/tiny.py", "--seeds=1"], 2, "--seeds=1"),
         (["--compare=runs/a"], 2, "--compare=runs/a: name two folders"),
         (["--compare=runs/a,runs/b", "--seeds=3"], 2, "--seeds: cannot be combined with --compare"),
+        (["--compare=runs/a,runs/b", "--config.train.epochs=9"], 2, "config.train.epochs = '9': cannot be changed"),
     ],
 )
 def test_command_line_gives_a_status_and_a_message(arguments: list[str], status: int, message: str) -> None:

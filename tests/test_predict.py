@@ -1,6 +1,7 @@
 """The verb `python -m mnist_flax.predict`: what it reads, prints and returns."""
 
 import json
+import multiprocessing
 import os
 import pathlib
 import re
@@ -256,6 +257,14 @@ def test_pool_agrees_with_one_process_and_survives_bad_pictures(folder: pathlib.
             np.testing.assert_array_equal(outcome[0].image, wanted[0].image)
         else:
             assert str(outcome) == str(wanted)
+
+
+def test_an_error_ends_the_processes_of_the_pool(folder: pathlib.Path) -> None:
+    with pytest.raises(ZeroDivisionError), pool.read_ahead([str(folder / "3.png")] * 20, 1) as outcomes:
+        next(outcomes)
+        assert multiprocessing.active_children()
+        1 / 0  # noqa: B018
+    assert not multiprocessing.active_children()
 
 
 def test_endless_file_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,7 @@ def test_a_preset_says_what_it_is_what_it_reaches_and_how_to_run_it(name: str) -
     assert "@@" not in doc, "a figure is missing"
 
 
-# Narrower and wider versions of `accurate` are slow tests.
+# Narrower and deeper versions of `accurate` are slow tests.
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("small", "best"))) for name in PRESETS]
 )

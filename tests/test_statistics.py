@@ -267,7 +267,17 @@ def test_load_result_reads_runs_and_populations_alike(seeds: pathlib.Path, folds
         comparison.load_result(seeds / "members" / "seed-4", {"train.epochs": "9"})
 
 
-@pytest.mark.parametrize("damage", [{"members": []}, {"members": [{"name": "seed-3"}]}, {"kind": "other"}])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"members": []},
+        {"members": [{"name": "seed-3"}]},
+        {"members": [{"name": "../seed-3", "seed": 3, "accuracy": 0.9}]},
+        {"members": [{"name": "seed-3", "seed": "3", "accuracy": 0.9}]},
+        {"kind": "other"},
+        {"kind": "folds"},
+    ],
+)
 def test_an_incomplete_result_is_as_good_as_none(
     damage: dict[str, Any], seeds: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

@@ -69,7 +69,10 @@ def member_logits(predictor: Predictor, images: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=1)
 def _placed(predictor: Predictor) -> tuple[Mesh, tuple[Variables, ...]]:
-    """Places the members on the devices once for many calls: for one image, it takes longer than the network."""
+    """Places the members on the devices once for many calls: for one image, it takes longer than the network.
+
+    The last predictor's weights stay there.
+    """
     mesh = sharding.make_mesh(min(predictor.num_devices, jax.device_count()))
     return mesh, sharding.place(predictor.members, sharding.replicated(mesh))
 
@@ -232,12 +235,13 @@ def _member_folders(workdir: pathlib.Path, result: dict[str, Any]) -> list[pathl
 def is_population_result(result: Mapping[str, Any]) -> bool:
     """Returns whether a JSON object has what other commands read from `population.json`."""
     try:
-        members = [(str(member["name"]), int(member["seed"])) for member in result["members"]]
-        named = all(re.fullmatch(r"(seed|fold)-\d+", name) for name, _ in members)
-        return (
-            bool(members) and named and result["kind"] in KINDS and {"dataset", "dataset_fingerprint"} <= result.keys()
-        )
-    except (KeyError, TypeError, ValueError):
+        members, is_folds = result["members"], result["kind"] == "folds"
+        fields = {"name": str, "seed": int, "accuracy": float} | ({"fold": int} if is_folds else {})
+        complete = all(isinstance(member[name], kind) for member in members for name, kind in fields.items())
+        named = all(re.fullmatch(r"(seed|fold)-\d+", member["name"]) for member in members)
+        known = {"dataset", "dataset_fingerprint", "steps", *(["out_of_fold"] if is_folds else [])} <= result.keys()
+        return bool(members) and complete and named and known and result["kind"] in KINDS
+    except (KeyError, TypeError):
         return False
 
 

@@ -45,12 +45,7 @@ def load_data(config: Config, fingerprint: str, overrides: Mapping[str, Any]) ->
       ConfigError: a field is not one of `OVERRIDES`, or the other dataset is not compatible with the network.
       DataError: the data cannot be found, or are not the ones that the run was trained on.
     """
-    for name, value in overrides.items():
-        if name not in OVERRIDES:
-            raise ConfigError(
-                f"config.{name} = {value!r}: cannot be changed after training; only these can:"
-                f" {', '.join('config.' + field for field in OVERRIDES)}"
-            )
+    check_overrides(overrides)
     # Falling back to another dataset than the one asked for would give meaningless results.
     changed: dict[str, Any] = {"data__source": "auto", "data__data_dir": "", "data__raw_dir": ""}
     changed |= {name.replace(".", "__"): value for name, value in overrides.items()} | {"data__on_missing": "error"}
@@ -73,8 +68,18 @@ def load_data(config: Config, fingerprint: str, overrides: Mapping[str, Any]) ->
     return used.data, splits
 
 
+def check_overrides(overrides: Mapping[str, Any]) -> None:
+    """Raises a ConfigError if a field is not one of `OVERRIDES`."""
+    for name, value in overrides.items():
+        if name not in OVERRIDES:
+            raise ConfigError(
+                f"config.{name} = {value!r}: cannot be changed after training; only these can:"
+                f" {', '.join('config.' + field for field in OVERRIDES)}"
+            )
+
+
 def load_own_data(config: Config, fingerprint: str, overrides: Mapping[str, Any]) -> Splits:
-    """Loads the dataset of a run, for a page that describes the run; see `load_data`.
+    """Loads the dataset of a run, for a command that is about this run; see `load_data`.
 
     Raises:
       ConfigError, DataError: as for `load_data`; or the overrides name another dataset.
@@ -82,7 +87,7 @@ def load_own_data(config: Config, fingerprint: str, overrides: Mapping[str, Any]
     name = overrides.get("data.name", config.data.name)
     if name != config.data.name:
         raise ConfigError(
-            f"config.data.name = {name!r}: the page describes a network trained on {config.data.name}; leave this field"
+            f"config.data.name = {name!r}: this network was trained on {config.data.name}; leave this field"
             " out, or use python -m mnist_flax.evaluate to evaluate the network on another dataset"
         )
     return load_data(config, fingerprint, overrides)[1]

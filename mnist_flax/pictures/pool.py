@@ -27,7 +27,7 @@ def read_ahead(names: Sequence[str], num_workers: int = 0) -> Iterator[Iterator[
     """Reads the digits of many pictures; the iterator yields each file's name, in order, with its digits or its error.
 
     `num_workers` is the number of processes: 0 means one per core, or none for a few pictures. They start reading at
-    once, and stop at the end of the `with` block.
+    once; at the end of the `with` block, pictures already being read are finished first.
     """
     if not num_workers and len(names) < _FEW:
         yield ((name, read_one(name)) for name in names)

@@ -33,6 +33,7 @@ class Reported(NamedTuple):
     records: Sequence[Mapping[str, Any]]  # the lines of the log
     step: int
     summary: Mapping[str, Any]  # empty for an unfinished run
+    fork: Mapping[str, Any] | None = None  # `workdir` and `step` of the run whose weights it started with
     evaluated_by: str = "training"  # or `report`
 
 

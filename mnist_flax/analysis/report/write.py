@@ -32,17 +32,17 @@ def write_report(run: Reported, workdir: pathlib.Path, folder: pathlib.Path | No
     folder = folder or workdirs.subfolder(workdir, REPORT_FOLDER, remedy=remedy)
     facts = facts_lib.report_facts(run, layers.layers(run.predictor.program, run.predictor.members[0]))
     facts["draw"] = "../demo.html" if folder.parent == workdir and (workdir / "demo.html").is_file() else ""
-    facts["command"] = repeat_command(place, workdir, run.summary)
+    facts["command"] = repeat_command(place, workdir, run.fork)
     for name, content in _pieces(run, facts, title=shown(workdir)).items():
         workdirs.write_bytes(folder / name, content, remedy=remedy)
     return folder / "index.html"
 
 
-def repeat_command(place: str, workdir: pathlib.Path, summary: Mapping[str, Any]) -> str:
+def repeat_command(place: str, workdir: pathlib.Path, fork: Mapping[str, Any] | None) -> str:
     """Returns the command that trains the run again, with the config in the folder `place`."""
-    origin = summary.get("fork")
-    fork = [f"--fork={shown(pathlib.Path(origin['workdir']))}"] if origin else []
-    arguments = [f"--config={place}/config.py", f"--workdir={shown(workdir)}-again", *fork]
+    arguments = [f"--config={place}/config.py", f"--workdir={shown(workdir)}-again"]
+    if fork:
+        arguments.append(f"--fork={shown(pathlib.Path(fork['workdir']))}")
     return shlex.join(["python", "-m", "mnist_flax.main", *arguments])
 
 
@@ -96,7 +96,8 @@ def report_workdir(
     records = read_log(workdir, step) or info.runs[0].record["log"]
     evaluation, summary = evaluate(predictor, splits.test), workdirs.read_json(workdir / workdirs.SUMMARY)
     logger.info("%s: test %s, at step %d", splits.name, evaluation.line(), step)
-    run = Reported(info.config, predictor, splits, evaluation, records, step, summary, evaluated_by="report")
+    fork = info.runs[0].record["origin"]["fork"]
+    run = Reported(info.config, predictor, splits, evaluation, records, step, summary, fork, evaluated_by="report")
     return write_report(run, workdir, folder)
 
 
