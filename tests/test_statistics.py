@@ -276,6 +276,7 @@ def test_load_result_reads_runs_and_populations_alike(seeds: pathlib.Path, folds
         {"members": [{"name": "seed-3", "seed": "3", "accuracy": 0.9}]},
         {"kind": "other"},
         {"kind": "folds"},
+        {"kind": "folds", "members": [{"name": "fold-0", "seed": 3, "fold": 0, "accuracy": 0.9}]},  # no out_of_fold
     ],
 )
 def test_an_incomplete_result_is_as_good_as_none(
