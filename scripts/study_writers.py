@@ -7,6 +7,7 @@ most so many rows apart (`share`), and how often two random rows of the file wou
 split.
 """
 
+import argparse
 import datetime
 import json
 
@@ -36,6 +37,7 @@ def neighbour_distances(examples: Examples) -> np.ndarray:
 
 def main() -> None:
     """Prints the shares for both splits of MNIST."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     splits = load_splits(Config(data=DataConfig(on_missing="error")))
     for name, examples in (("train", splits.train), ("test", splits.test)):
         distances, count = neighbour_distances(examples), len(examples.label)
