@@ -47,7 +47,12 @@ class Program:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Everything that decides a run."""
+    """Everything that decides a run; the other fields are sections with fields of their own.
+
+    Attributes:
+      seed: where all random numbers of the run come from: the first weights, the order of the rows,
+        augmentation and dropout.
+    """
 
     seed: int = 0
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -218,12 +223,12 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def _result_fields(config: Config) -> dict[str, Any]:
-    """Returns the value of every field that affects results, by its dotted name."""
+    """Returns the value of every field that a resumed run compares, by its dotted name."""
     found: dict[str, Any] = {"seed": config.seed}
     for section, values in config.to_dict().items():
         if isinstance(values, dict):
             fields = dataclasses.fields(getattr(config, section))
-            hidden = {field.name for field in fields if not field.metadata.get("changes_result", True)}
+            hidden = {field.name for field in fields if not field.metadata.get("compared", True)}
             found |= {f"{section}.{name}": value for name, value in values.items() if name not in hidden}
     return found
 

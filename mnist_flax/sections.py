@@ -13,9 +13,12 @@ DRIVERS = ("scan", "stream")
 VIEWS = (1, 5)
 
 
-def cadence(default: Any) -> Any:
-    """Declares a field that may change when a run resumes, because its value does not affect results."""
-    return dataclasses.field(default=default, metadata={"changes_result": False})
+def not_compared(default: Any) -> Any:
+    """Declares a field that may differ when a run resumes.
+
+    Its value does not affect results, or what it names is compared: the data's fingerprint, the teacher's digest.
+    """
+    return dataclasses.field(default=default, metadata={"compared": False})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,10 +42,10 @@ class DataConfig:
     """
 
     name: str = "mnist"
-    source: str = cadence("auto")
-    data_dir: str = cadence("")
-    raw_dir: str = cadence("")
-    on_missing: str = cadence("digits")
+    source: str = not_compared("auto")
+    data_dir: str = not_compared("")
+    raw_dir: str = not_compared("")
+    on_missing: str = not_compared("digits")
     num_train: int = 0
     holdout: int = 0
     holdout_rows: str = "spread"
@@ -100,15 +103,15 @@ class TrainConfig:
     loss: str = "cross_entropy"
     label_smoothing: float = 0.0
     augment_until: float = 1.0
-    teacher: str = cadence("")
+    teacher: str = not_compared("")
     teacher_weight: float = 1.0
-    driver: str = cadence("scan")
-    epochs_per_dispatch: int = cadence(0)
-    num_devices: int = cadence(0)
-    log_every_steps: int = cadence(100)
-    tensorboard: bool = cadence(True)
-    report: bool = cadence(True)
-    demo: bool = cadence(True)
+    driver: str = not_compared("scan")
+    epochs_per_dispatch: int = not_compared(0)
+    num_devices: int = not_compared(0)
+    log_every_steps: int = not_compared(100)
+    tensorboard: bool = not_compared(True)
+    report: bool = not_compared(True)
+    demo: bool = not_compared(True)
 
     def check(self, num_rows: int) -> Iterator[str]:
         """Yields a message for each invalid value, given the number of rows to train on."""
@@ -136,7 +139,7 @@ class EvalConfig:
       views: 1, or 5 to average the probabilities of an image and of its shifts by one pixel up, down, left and right.
     """
 
-    batch_size: int = cadence(2000)
+    batch_size: int = not_compared(2000)
     views: int = 1
 
     def check(self) -> Iterator[str]:
@@ -158,11 +161,11 @@ class CheckpointConfig:
       keep_best: how many of the best (on hold-out rows) to keep as well, if rows are held out.
     """
 
-    every_epochs: int = cadence(1)
-    every_steps: int = cadence(0)
-    every_seconds: float = cadence(0.0)
-    keep_latest: int = cadence(2)
-    keep_best: int = cadence(1)
+    every_epochs: int = not_compared(1)
+    every_steps: int = not_compared(0)
+    every_seconds: float = not_compared(0.0)
+    keep_latest: int = not_compared(2)
+    keep_best: int = not_compared(1)
 
     def check(self) -> Iterator[str]:
         """Yields a message for each wrong value."""

@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     from mnist_flax.run.provenance import provenance
 
-    config = cli.config()
+    config = replace(cli.config(), data__on_missing="error")
     kinds = {
         "with": replace(config, checkpoint__every_epochs=1),
         "without": replace(config, checkpoint__every_epochs=0),

@@ -25,7 +25,8 @@ from mnist_flax import cli
 from mnist_flax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-BARE = ("--config.train.report=False", "--config.train.demo=False")  # as for the members of a population
+# As for the members of a population.
+BARE = ("--config.train.report=False", "--config.train.demo=False", "--config.data.on_missing=error")
 
 
 def execute(module: str, programs: pathlib.Path, *arguments: str) -> tuple[float, str]:

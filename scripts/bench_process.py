@@ -22,7 +22,7 @@ from typing import Any
 from absl import flags
 
 from mnist_flax import cli
-from mnist_flax.config import Config
+from mnist_flax.config import Config, replace
 from mnist_flax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -81,7 +81,7 @@ def bench(config: Config, repeats: int) -> dict[str, Any]:
 def main(argv: Sequence[str]) -> None:
     """Runs the benchmark and prints the result."""
     del argv
-    result = bench(cli.config(), flags.FLAGS.repeats)
+    result = bench(replace(cli.config(), data__on_missing="error"), flags.FLAGS.repeats)
     from mnist_flax.run.provenance import provenance  # only now: JAX would take memory and threads from the processes
 
     made = {"config": cli.config_file(), "date": datetime.date.today().isoformat(), **provenance()}

@@ -95,7 +95,7 @@ def start(config_file: str, programs: str, overrides: Sequence[str] = ()) -> dic
     paths = os.pathsep.join([str(ROOT / "scripts"), str(ROOT)])
     environment = {**os.environ, "PYTHONPATH": paths, "JAX_COMPILATION_CACHE_DIR": programs}
     with tempfile.TemporaryDirectory() as folder:
-        arguments = [f"--config={config_file}", f"--workdir={folder}/run"]
+        arguments = [f"--config={config_file}", f"--workdir={folder}/run", "--config.data.on_missing=error"]
         arguments += [f"--config.{override}" for override in overrides]
         code = f"import bench_startup; bench_startup.probe({time.monotonic()}, {arguments})"
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)

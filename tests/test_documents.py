@@ -7,8 +7,12 @@ import shlex
 import subprocess
 import sys
 
+import document_config
 import forked
 import pytest
+
+from mnist_flax.config import default_config_dict
+from mnist_flax.models import MODELS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -99,6 +103,18 @@ def test_files_that_a_document_names_exist(page: pathlib.Path) -> None:
     for name in re.findall(r"`((?:tests|scripts|configs|docs|mnist_flax)/[\w./]+)`", page.read_text()):
         assert (ROOT / name).exists(), name
     assert "@@" not in page.read_text(), "a figure is missing"
+
+
+def test_config_page_is_up_to_date() -> None:
+    assert (ROOT / "docs" / "config.md").read_text() == document_config.page(), "run scripts/document_config.py"
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_config_page_has_every_field(family: str) -> None:
+    page = (ROOT / "docs" / "config.md").read_text()
+    for section, fields in default_config_dict(family).to_dict().items():
+        for name in fields if isinstance(fields, dict) else ():
+            assert f"`{section}.{name}`" in page or (section, name) == ("model", "name")
 
 
 def test_readme_is_short() -> None:

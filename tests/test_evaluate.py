@@ -342,9 +342,17 @@ def test_weights_are_placed_once_and_never_those_of_another_network(monkeypatch:
     assert not np.allclose(logits[0], logits[2])
 
 
-def test_the_snippet_of_the_document_loads_a_network() -> None:
+def test_the_snippet_of_the_document_trains_and_loads_a_network(tmp_path: pathlib.Path) -> None:
     page = pathlib.Path(__file__).resolve().parent.parent / "docs" / "research.md"
     (snippet,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     space: dict[str, Any] = {}
-    exec(snippet.replace("runs/default", str(tiny_run.workdir())), space)
+    for old, new in (
+        ("runs/default", str(tmp_path / "run")),
+        ('"default"', '"digits"'),
+        ("seed=1", "seed=1, train__epochs=1, train__report=False, train__demo=False"),
+    ):
+        assert old in snippet
+        snippet = snippet.replace(old, new)
+    exec(snippet, space)
+    assert int(space["state"].step) == space["config"].num_steps
     assert space["logits"].shape == (3, 10)

@@ -36,7 +36,7 @@ def load_splits(config: Config) -> Splits:
         except UnavailableError as error:
             tried.append(str(error))
     what = f"{data.name} cannot be loaded (config.data.source = {data.source!r}):\n  " + "\n  ".join(tried)
-    remedy = "Connect to the network, or put the official files into a folder and set MNIST_FLAX_RAW_DIR to it."
+    remedy = "Connect to the internet, or put the official files into a folder and set MNIST_FLAX_RAW_DIR to it."
     if not DATASETS[data.name].tfds_version:
         remedy = "Put its files into a folder and set --config.data.raw_dir to it."
     if data.source != "auto" or data.on_missing == "error":
