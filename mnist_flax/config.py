@@ -265,10 +265,12 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{path} = {value!r}: must be a tuple, such as ({value!r},)")
         return tuple(_convert(typing.get_args(kind)[0], item, f"{path}[{i}]") for i, item in enumerate(value))
-    if kind is float and type(value) is int:
+    kinds = typing.get_args(kind) or (kind,)  # several for a union such as int | None
+    if float in kinds and int not in kinds and type(value) is int:
         value = float(value)
-    if type(value) is not kind:
-        raise ConfigError(f"{path} = {value!r}: must be of type {kind.__name__}, not {type(value).__name__}")
-    if kind is float and not math.isfinite(value):
+    if type(value) not in kinds:
+        wanted = " or ".join("None" if one is type(None) else one.__name__ for one in kinds)
+        raise ConfigError(f"{path} = {value!r}: must be of type {wanted}, not {type(value).__name__}")
+    if type(value) is float and not math.isfinite(value):
         raise ConfigError(f"{path} = {value!r}: must be finite")
     return value

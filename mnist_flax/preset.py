@@ -5,7 +5,6 @@ and the field or the error.
 """
 
 import ast
-import contextlib
 import pathlib
 import sys
 import traceback
@@ -80,7 +79,9 @@ def run_preset(path: pathlib.Path) -> dict[str, Any]:
     module = types.ModuleType(f"preset_{path.stem}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # dataclasses look up the types of their fields there
-    sys.path.append(str(path.parent))  # a preset may import modules from its folder, such as another preset
+    folder = str(path.parent)  # a preset may import modules from it, such as another preset
+    if is_new := folder not in sys.path:
+        sys.path.append(folder)
     try:
         exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
         get_config = getattr(module, "get_config", None)
@@ -89,8 +90,8 @@ def run_preset(path: pathlib.Path) -> dict[str, Any]:
     except BaseException as error:  # a preset may call sys.exit; Ctrl-C is not an exception here (`signals.listening`)
         raise ConfigError(f"--config={path}: {_describe(error, path)}") from error
     finally:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(str(path.parent))
+        if is_new:
+            sys.path.remove(folder)
     if not callable(get_config):
         raise ConfigError(f"--config={path}: defines no function get_config()")
     if not isinstance(values, Mapping):
@@ -149,7 +150,9 @@ def _convert(old: Any, text: str, path: str) -> Any:
         if isinstance(old, int | float):
             return type(old)(text)
         value = ast.literal_eval(text)
+        if old is None:
+            return value
         return tuple(value) if isinstance(value, tuple | list) else (value,)
     except (ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError) as error:
         kinds = {bool: "true or false", int: "an integer", float: "a number", tuple: "a tuple, such as (16,32)"}
-        raise ConfigError(f"--{path}={text}: must be {kinds[type(old)]}") from error
+        raise ConfigError(f"--{path}={text}: must be {kinds.get(type(old), 'a Python value')}") from error

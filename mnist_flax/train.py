@@ -59,7 +59,8 @@ def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = No
     teacher = load_teacher(config, workdir)
     check_memory(config, teacher and teacher.networks)  # before data are read and anything is written
     drivers.job_mesh(config.program, 1, config.train.num_devices)
-    splits = load_splits(config)
+    # A substitute dataset has other classes or pictures than the teacher.
+    splits = load_splits(replace(config, data__on_missing="error") if teacher else config)
     (member,) = fit_all({workdir: adapt_to_dataset(config, splits)}, splits, fork=fork, teacher=teacher)
     return member.state
 
@@ -78,7 +79,8 @@ def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, fol
     sharding.make_mesh(config.train.num_devices)
     splits = load_splits(replace(config, data__on_missing="error"))  # a measurement: never of a substitute dataset
     configs = member_configs(config, seeds=seeds, folds=folds)
-    check_population(workdir, list(configs.values()))
+    kind = "folds" if folds else "seeds"
+    check_population(workdir, kind, list(configs.values()))
     if folds and config.data.holdout:
         logger.info("config.data.holdout = %d is not used: each member holds out its fold", config.data.holdout)
     with workdirs.claim(workdir):
@@ -91,17 +93,16 @@ def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, fol
             logger.info("%s is finished; more epochs, or a larger --seeds, train further", workdir)
             return result
         named = {member.workdir.name: (member.config, eval_variables(member.state)) for member in members}
-        result, arrays = statistics.population_result(named, splits, folder)
+        result, arrays = statistics.population_result(kind, named, splits, folder)
         statistics.save_population_result(result, arrays, workdir)
     return result
 
 
-def check_population(workdir: pathlib.Path, configs: Sequence[Config]) -> None:
+def check_population(workdir: pathlib.Path, kind: str, configs: Sequence[Config]) -> None:
     """Raises a WorkdirError if a folder holds the result of another population, which this one would overwrite."""
     saved = statistics.load_population_result(workdir)
     if saved is None:
         return
-    kind = "folds" if configs[0].data.folds else "seeds"
     missing = {member["seed"] for member in saved["members"]} - {config.seed for config in configs}
     if saved["kind"] != kind or missing:
         names = ", ".join(member["name"] for member in saved["members"])
@@ -152,10 +153,11 @@ def fit_all(
         if unfinished and processes.is_primary():
             announce(unfinished, splits)
         train_all(unfinished, splits.train, request)
-        for member in unfinished:
+        for i, member in enumerate(unfinished, 1):
             finish(member, splits)
-            stop_if_requested(members, *processes.agree(request.signum))
-        processes.agree(0)  # no process leaves before the primary has written everything
+            (signum,) = processes.agree(request.signum)  # no process leaves before the primary has written everything
+            if in_population or i < len(unfinished):  # a population still has to write its result
+                stop_if_requested(members, signum)
     return members
 
 

@@ -178,6 +178,11 @@ def test_a_new_entry_works_without_other_changes(examples: Examples, monkeypatch
     np.testing.assert_array_equal(out, 255 - images[:, :, ::-1])
 
 
+def test_an_unknown_operation_is_refused() -> None:
+    with pytest.raises(TypeError, match="no such augmentation: rotat"):
+        AugmentConfig(rotat=10.0)
+
+
 def test_an_entry_is_one_kind_of_operation() -> None:
     with pytest.raises(ValueError, match="one of move, change and rewrite"):
         Augmentation("nothing", 1)

@@ -250,9 +250,11 @@ def test_preset_may_import_its_neighbour_and_define_dataclasses(tmp_path: pathli
         f"{START}    config.train.epochs = neighbour_of_a_preset.EPOCHS\n    return config\n"
         "@dataclasses.dataclass\nclass Own:\n    width: int = 1\n"
     )
-    before = list(sys.path)
-    assert preset.load_config(path).train.epochs == 3
-    assert sys.path == before
+    for before in (list(sys.path), [str(tmp_path), *sys.path]):
+        sys.path[:] = before
+        assert preset.load_config(path).train.epochs == 3
+        assert sys.path == before
+    sys.path.remove(str(tmp_path))
 
 
 def test_preset_is_found_by_name_or_path(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,17 @@
 """The config: what it accepts, what it rejects, and with which message."""
 
 import dataclasses
+import pathlib
 from typing import Any
 
 import pytest
 
+from mnist_flax import preset
 from mnist_flax.config import Config, default_config_dict, differences, replace
 from mnist_flax.data.registry import DATASETS
 from mnist_flax.errors import ConfigError
 from mnist_flax.losses import LOSSES, cross_entropy
+from mnist_flax.models import MODELS
 from mnist_flax.models.cnn import CNNConfig
 from mnist_flax.models.resnet import ResNetConfig
 
@@ -214,6 +217,29 @@ def test_single_values_spread_over_all_convolutions() -> None:
 def test_feature_map_sizes_are_those_of_a_convolution(padding: str, stride: int, size: int, expected: int) -> None:
     block = CNNConfig(widths=(1,), strides=(stride,), paddings=(padding,), pools=(1,)).blocks()[0]
     assert block.conv_size(size) == expected
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptionalConfig(CNNConfig):
+    """A family of a user, with a field that may be None."""
+
+    groups: int | None = None
+    slope: float | None = None
+
+
+def test_a_field_may_be_optional(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    monkeypatch.setitem(MODELS, "optional", OptionalConfig)
+    path = tmp_path / "own.py"
+    path.write_text("def get_config():\n    return {'model': {'name': 'optional'}}\n")
+    for override, expected in (([], (None, None)), (["model.groups=4", "model.slope=1"], (4, 1.0))):
+        model = preset.load_config(path, override).model
+        assert isinstance(model, OptionalConfig)
+        assert (model.groups, model.slope) == expected
+        assert type(model.slope) is type(expected[1])
+    with pytest.raises(ConfigError, match=r"config.model.groups = 1.5: must be of type int or None, not float"):
+        preset.load_config(path, ["model.groups=1.5"])
+    with pytest.raises(ConfigError, match=r"--config.model.groups=four: must be a Python value"):
+        preset.load_config(path, ["model.groups=four"])
 
 
 def test_configs_are_frozen() -> None:

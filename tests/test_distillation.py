@@ -18,13 +18,15 @@ from small_run import SMALL, lines, outcome, summary
 from mnist_flax import metrics, preset, rng, train
 from mnist_flax.analysis.evaluation import load_predictor, member_logits
 from mnist_flax.config import Config, replace
+from mnist_flax.data import load
 from mnist_flax.data.augment import augment
 from mnist_flax.data.batches import NO_LABEL, Batch
+from mnist_flax.data.download import UnavailableError
 from mnist_flax.data.load import load_splits
 from mnist_flax.data.splits import Examples
 from mnist_flax.distillation import LoadedTeacher, load_teacher, teacher_warnings
 from mnist_flax.drivers import jit_forward, jit_init_state
-from mnist_flax.errors import ConfigError, WorkdirError
+from mnist_flax.errors import ConfigError, DataError, WorkdirError
 from mnist_flax.exporting import card
 from mnist_flax.members import check_origin
 from mnist_flax.run.checkpoint import load_run
@@ -195,6 +197,19 @@ def test_an_unusable_teacher_is_refused_before_data_are_loaded(
         assert message in str(raised.value)
         assert "\n" not in str(raised.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_student_never_trains_on_a_substitute_dataset(
+    seeds: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unavailable(_: Any) -> Any:
+        raise UnavailableError("no network")
+
+    monkeypatch.delenv("MNIST_FLAX_RAW_DIR", raising=False)
+    monkeypatch.setitem(load._LOADERS, "download", unavailable)
+    config = student_of(seeds, replace(STUDENT, data__name="mnist", data__data_dir=str(tmp_path / "none")))
+    with pytest.raises(DataError, match="mnist cannot be loaded"):
+        fit(config, tmp_path / "run")
 
 
 def test_a_teacher_trained_on_holdout_rows_or_other_data_is_announced(seeds: pathlib.Path) -> None:

@@ -92,6 +92,20 @@ def test_run_whose_last_page_finds_the_disk_full_writes_it_on_resume(
     assert not list(tmp_path.rglob(".*.tmp"))
 
 
+def test_a_run_that_is_stopped_while_it_writes_its_results_finishes(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = train.finish
+
+    def finish_and_stop(*arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        finish(*arguments)
+
+    monkeypatch.setattr(train, "finish", finish_and_stop)
+    fit(CONFIG, tmp_path)
+    assert summary(tmp_path)["steps"] == 14
+
+
 def test_damaged_checkpoint_is_reported_and_skipped(
     quiet: dict[str, Any], tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

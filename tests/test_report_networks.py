@@ -8,11 +8,13 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+import tiny_run
 from PIL import Image
 from report_page import Page, made_up, made_up_split
 
 from mnist_flax.analysis.report import layers, pictures
 from mnist_flax.config import Config, replace
+from mnist_flax.data.load import load_splits
 from mnist_flax.drivers import jit_forward, jit_init_state
 from mnist_flax.models import MODELS
 from mnist_flax.models.base import ModelConfig
@@ -160,3 +162,9 @@ def test_first_filters_are_the_weights() -> None:
     filters = layers.first_filters(config.program, variables)
     assert filters is not None
     np.testing.assert_array_equal(filters[1], variables["params"]["Conv_0"]["kernel"][:, :, 0, 1])
+
+
+def test_the_largest_seed_can_be_reported() -> None:
+    config = replace(tiny_run.CONFIG, seed=2**32 - 1, augment__rotate=10.0)
+    rows, images = pictures.augmented(config, load_splits(config))
+    assert len(images) == len(rows) * (1 + pictures.VARIANTS)

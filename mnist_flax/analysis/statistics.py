@@ -133,21 +133,22 @@ def member_curves(logs: Sequence[Records]) -> Facts:
 
 
 def population_result(
-    members: Mapping[str, tuple[Config, Variables]], splits: Splits, folder: pathlib.Path
+    kind: str, members: Mapping[str, tuple[Config, Variables]], splits: Splits, folder: pathlib.Path
 ) -> tuple[Facts, dict[str, np.ndarray]]:
     """Evaluates trained members on the test set, alone and as a committee; folds also on the rows that they hold out.
 
     Each member is scored at the temperature in its summary, and the committee at a temperature fitted on the rows that
     all members held out (1 for folds). The arrays hold probabilities at temperature 1.
 
-    `members` maps names to configs and final variables; `folder` contains the folders of these names.
+    `kind` is one of `KINDS`. `members` maps names to configs and final variables; `folder` contains the folders of
+    these names.
 
     Returns:
       The contents of `population.json`, and the arrays of `population.npz`: `test_probs` `f32[M,N,C]` and `test_label`
       `i32[N]`; for folds also `rows`, `fold` and `out_of_fold_label` `i32[R]`, and `out_of_fold_probs` `f32[R,C]`.
     """
     configs = [config for config, _ in members.values()]
-    is_folds = configs[0].data.fold != configs[-1].data.fold
+    is_folds = kind == "folds"
     label = splits.test.label
     committee = make_predictor(configs[0], *(variables for _, variables in members.values()))
     logits = member_logits(committee, splits.test.image)
@@ -163,7 +164,7 @@ def population_result(
         _, held_out = batches.rows_of(splits.train.label, configs[0].data)
         fitted = calibration.calibrate(committee, Examples(splits.train.image[held_out], splits.train.label[held_out]))
     result: Facts = {
-        "kind": "folds" if is_folds else "seeds",
+        "kind": kind,
         "dataset": splits.name,
         "dataset_fingerprint": splits.fingerprint,
         "config": configs[0].to_dict(),

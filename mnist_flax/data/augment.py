@@ -161,6 +161,8 @@ class AugmentConfig:
     strengths: tuple[tuple[str, float], ...]
 
     def __init__(self, **strengths: float) -> None:
+        if unknown := strengths.keys() - AUGMENTATIONS.keys():
+            raise TypeError(f"no such augmentation: {', '.join(sorted(unknown))}")
         on = tuple((name, strengths[name]) for name in AUGMENTATIONS if strengths.get(name))
         object.__setattr__(self, "strengths", on)
 

@@ -107,13 +107,14 @@ def augmented(config: Config, splits: Splits) -> tuple[np.ndarray, np.ndarray]:
     originals = splits.train.image[rows]
     repeated, labels = (np.repeat(array, VARIANTS, axis=0) for array in (originals, splits.train.label[rows]))
 
-    def draw(images: jax.Array, labels: jax.Array, seed: int) -> jax.Array:
-        return augment(config.augment, images, labels, rng.stream(rng.root_key(seed), "augment", 0))
+    def draw(images: jax.Array, labels: jax.Array, root: jax.Array) -> jax.Array:
+        return augment(config.augment, images, labels, rng.stream(root, "augment", 0))
 
     # Compiled without optimisation: compiling takes longer than running, and this halves the compile time.
     unoptimised = jax.jit(draw, compiler_options={"xla_backend_optimization_level": 0})
-    variants = np.asarray(unoptimised(repeated, labels, config.seed)).reshape(len(rows), VARIANTS, *originals.shape[1:])
-    return rows, np.concatenate([originals[:, None], variants], axis=1).reshape(-1, *originals.shape[1:])
+    variants = np.asarray(unoptimised(repeated, labels, rng.root_key(config.seed)))
+    of_row = variants.reshape(len(rows), VARIANTS, *originals.shape[1:])
+    return rows, np.concatenate([originals[:, None], of_row], axis=1).reshape(-1, *originals.shape[1:])
 
 
 def draw_layer_inputs(
