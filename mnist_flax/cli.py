@@ -19,6 +19,8 @@ from mnist_flax.run import console, machine, signals
 
 FLAGS = flags.FLAGS
 
+DATA_FIELDS = ("data.name", "data.source", "data.data_dir", "data.raw_dir")  # config fields that evaluation may change
+
 VERBS = {
     "main": "train a network, or continue a run",
     "evaluate": "evaluate a run on a whole split",
@@ -75,13 +77,30 @@ def config() -> Any:
 
 
 def define_run(subject: str = "the folder of a run or a population", output: str | None = None) -> None:
-    """Defines the flags of commands that read a run: `--workdir`, `--checkpoint` and, given its help, `--output`."""
+    """Defines the flags of commands that read a run: `--workdir`, `--checkpoint` and, given its help, `--output`.
+
+    Commands with an output also read data, and have a flag for each of `DATA_FIELDS`.
+    """
     flags.DEFINE_string("workdir", None, subject)
     flags.DEFINE_string("checkpoint", "latest", "latest, best (on hold-out rows) or a step")
     if output:
         flags.DEFINE_string("output", None, output)
     for name in ("workdir", "checkpoint", "output")[: 2 + bool(output)]:
         FLAGS.register_key_flag_for_module(sys.argv[0], FLAGS[name])  # so that --help shows it
+    for field in DATA_FIELDS if output else ():
+        flags.DEFINE_string(f"config.{field}", None, f"the {field.partition('.')[2]} of the data to evaluate on")
+        FLAGS.register_key_flag_for_module(sys.argv[0], FLAGS[f"config.{field}"])
+
+
+def data_overrides() -> dict[str, Any]:
+    """Returns the values of `DATA_FIELDS` that are given on the command line."""
+    given = {field: FLAGS[f"config.{field}"].value for field in DATA_FIELDS}
+    return {field: value for field, value in given.items() if value is not None}
+
+
+def training_workdir(suffix: str = "") -> pathlib.Path:
+    """Returns the folder that `--workdir` names, by default `runs/`, the preset's name and `suffix`."""
+    return pathlib.Path(FLAGS.workdir or pathlib.Path("runs", pathlib.Path(FLAGS.config).stem + suffix))
 
 
 def workdir() -> pathlib.Path:

@@ -224,13 +224,23 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 
 def _result_fields(config: Config) -> dict[str, Any]:
     """Returns the value of every field that a resumed run compares, by its dotted name."""
-    found: dict[str, Any] = {"seed": config.seed}
-    for section, values in config.to_dict().items():
-        if isinstance(values, dict):
-            fields = dataclasses.fields(getattr(config, section))
-            hidden = {field.name for field in fields if not field.metadata.get("compared", True)}
-            found |= {f"{section}.{name}": value for name, value in values.items() if name not in hidden}
-    return found
+    hidden = {
+        f"{section.name}.{field.name}"
+        for section in dataclasses.fields(config)
+        if dataclasses.is_dataclass(values := getattr(config, section.name))
+        for field in dataclasses.fields(values)
+        if not field.metadata.get("compared", True)
+    }
+    return {name: value for name, value in dotted(config).items() if name not in hidden}
+
+
+def dotted(config: Config) -> dict[str, Any]:
+    """Returns the value of every field by its dotted name, such as `data.name`."""
+    return {
+        f"{section}.{name}" if name else section: value
+        for section, fields in config.to_dict().items()
+        for name, value in (fields.items() if isinstance(fields, dict) else [("", fields)])
+    }
 
 
 def _build(cls: type, values: Any, path: str) -> Any:

@@ -11,21 +11,21 @@ from collections.abc import Sequence
 from absl import flags
 
 from mnist_flax import cli
-from mnist_flax.analysis import run_data
 
 FLAGS = flags.FLAGS
 
 
 def main(_: Sequence[str]) -> None:
     """Writes the page that the flags describe."""
-    from mnist_flax.exporting.demo import write_demo  # imported here, so --help does not wait for it
+    workdir, overrides = cli.workdir(), cli.data_overrides()
+    from mnist_flax.exporting.demo import write_demo  # imports JAX, which --help and flag errors need not wait for
+    from mnist_flax.run import compilation
 
-    workdir, overrides = cli.workdir(), run_data.given_overrides()
+    compilation.keep_programs()
     output = pathlib.Path(FLAGS.output) if FLAGS.output else None
     print(write_demo(workdir, FLAGS.checkpoint, output=output, overrides=overrides))
 
 
 if __name__ == "__main__":
     cli.define_run(output="the file to write; default: demo.html in --workdir")
-    run_data.define_data_flags()
     cli.run(main)

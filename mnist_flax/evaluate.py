@@ -12,15 +12,18 @@ from collections.abc import Sequence
 from absl import flags
 
 from mnist_flax import cli
-from mnist_flax.analysis import run_data, scores
-from mnist_flax.run.workdir import output_folder
 
 FLAGS = flags.FLAGS
 
 
 def main(_: Sequence[str]) -> None:
     """Evaluates what the flags describe."""
-    workdir, overrides = cli.workdir(), run_data.given_overrides()
+    workdir, overrides = cli.workdir(), cli.data_overrides()
+    from mnist_flax.analysis import scores  # imports JAX, which --help and flag errors need not wait for
+    from mnist_flax.run import compilation
+    from mnist_flax.run.workdir import output_folder
+
+    compilation.keep_programs()
     result = scores.evaluate_workdir(workdir, checkpoint=FLAGS.checkpoint, split=FLAGS.split, overrides=overrides)
     print(json.dumps(result, indent=2) if FLAGS.json else scores.evaluation_table(result), flush=True)
     scores.save_evaluation(result, output_folder(workdir, FLAGS.output))
@@ -28,7 +31,6 @@ def main(_: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     cli.define_run(output="the folder to write to; default: --workdir")
-    flags.DEFINE_enum("split", "test", run_data.SPLITS, "train: the rows trained on; holdout: those held out; test")
+    flags.DEFINE_enum("split", "test", ["train", "holdout", "test"], "the rows trained on, those held out, or test")
     flags.DEFINE_boolean("json", False, "print the result as JSON, as it is saved")
-    run_data.define_data_flags()
     cli.run(main)

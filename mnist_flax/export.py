@@ -11,18 +11,19 @@ from collections.abc import Sequence
 from absl import flags
 
 from mnist_flax import cli
-from mnist_flax.analysis import run_data
 from mnist_flax.errors import ConfigError
-from mnist_flax.run.workdir import output_folder
 
 FLAGS = flags.FLAGS
 
 
 def main(_: Sequence[str]) -> None:
     """Exports what the flags describe."""
-    from mnist_flax.exporting.formats import FORMATS, export_workdir  # imported here, so --help does not wait for it
+    workdir, overrides = cli.workdir(), cli.data_overrides()
+    from mnist_flax.exporting.formats import FORMATS, export_workdir  # imports JAX, which --help need not wait for
+    from mnist_flax.run import compilation
+    from mnist_flax.run.workdir import output_folder
 
-    workdir, overrides = cli.workdir(), run_data.given_overrides()
+    compilation.keep_programs()
     if FLAGS.format not in FORMATS:
         given = f"--format={FLAGS.format}: there is no such format" if FLAGS.format else "--format is missing"
         raise ConfigError(f"{given}; choose one of {', '.join(FORMATS)}")
@@ -34,5 +35,4 @@ def main(_: Sequence[str]) -> None:
 if __name__ == "__main__":
     cli.define_run(output="the folder to write to; default: export/ in --workdir")
     flags.DEFINE_string("format", None, "onnx, stablehlo, or npz (weights, and a program that needs NumPy alone)")
-    run_data.define_data_flags()
     cli.run(main)

@@ -26,7 +26,6 @@ CLUSTER = ("coordinator", "num_processes", "process_index")  # flags that need -
 def main(_: Sequence[str]) -> None:
     """Trains the run that the flags describe."""
     config = cli.config()
-    workdir = FLAGS.workdir or pathlib.Path("runs", pathlib.Path(cli.config_file()).stem)
     for name in CLUSTER:
         if FLAGS[name].present and not FLAGS.distributed:
             raise ConfigError(f"--{name}: is used only with --distributed; add that, or leave it out")
@@ -38,7 +37,7 @@ def main(_: Sequence[str]) -> None:
         processes.join(*(FLAGS[name].value for name in CLUSTER))
     fork = pathlib.Path(FLAGS.fork) if FLAGS.fork else None
     with processes.bound_together():
-        train.fit(config, pathlib.Path(workdir), fork=fork)
+        train.fit(config, cli.training_workdir(), fork=fork)
     processes.leave()
 
 

@@ -2,32 +2,32 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from mnist_flax import drivers, rng, sharding
 from mnist_flax.analysis.calibration import calibrate
-from mnist_flax.analysis.evaluation import evaluate, fit_of, make_predictor
+from mnist_flax.analysis.evaluation import evaluate, evaluation_of, fit_of, make_predictor, member_logits
 from mnist_flax.analysis.report.facts import Reported
+from mnist_flax.analysis.report.layers import layer_table, layers
 from mnist_flax.analysis.report.write import write_report
 from mnist_flax.config import Config
 from mnist_flax.data import batches
-from mnist_flax.data.registry import IMAGE_SIZE
 from mnist_flax.data.splits import Examples, Splits
 from mnist_flax.distillation import LoadedTeacher, teacher_warnings
 from mnist_flax.errors import WorkdirError
 from mnist_flax.exporting import demo
 from mnist_flax.exporting.graph import ExportError
 from mnist_flax.models.layers import NORM_MOMENTUM
-from mnist_flax.optimizer import schedule
+from mnist_flax.optimizer import OptimizerConfig, schedule
 from mnist_flax.run import checkpoint, processes
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.log import RunLog
@@ -44,7 +44,8 @@ class Member:
     """A run that is open for training on `rows`, `i32[R]`; between saves, its state may lag behind `log.step`.
 
     The batches of a single run are split over all devices. A run `in_population` trains on one device, whether in a
-    group or alone, so that its last bits do not depend on which runs are still unfinished.
+    group or alone, so that its last bits do not depend on which runs are still unfinished. `finish` sets `test_logits`,
+    `f32[N,C]`, at temperature 1.
     """
 
     config: Config
@@ -57,6 +58,7 @@ class Member:
     is_finished: bool
     teacher: LoadedTeacher | None = None
     in_population: bool = False
+    test_logits: np.ndarray | None = None
 
     @property
     def step(self) -> int:
@@ -94,11 +96,17 @@ def open_member(
     writes = is_primary and not is_finished
     if writes:
         workdirs.write_text(workdir / workdirs.CONFIG, config.to_json())
-    rate = schedule(config.optimizer, config.num_steps, config.steps_per_epoch)
+    rate = jit_schedule(config.optimizer, config.num_steps, config.steps_per_epoch)
     log = RunLog(config, workdir, record, learning_rate=rate, writes=writes)
     rows, holdout_rows = batches.rows_of(splits.train.label, config.data)
     holdout = Examples(splits.train.image[holdout_rows], splits.train.label[holdout_rows])
     return Member(config, workdir, rows, holdout, store, state, log, is_finished, teacher)
+
+
+@functools.lru_cache(maxsize=1)
+def jit_schedule(config: OptimizerConfig, num_steps: int, steps_per_epoch: int) -> Callable[[int], Array]:
+    """Compiles the learning-rate schedule for the log: operation by operation, a line would take milliseconds."""
+    return jax.jit(schedule(config, num_steps, steps_per_epoch))
 
 
 def is_complete(config: Config, step: int, workdir: pathlib.Path) -> bool:
@@ -136,8 +144,8 @@ def begin(config: Config, fork: pathlib.Path | None) -> tuple[TrainState, dict[s
             f"--fork={fork}: its weights do not fit this config's network:\n" + "\n".join(lines) + "\nGive config.model"
             f" the values that it has in {fork / workdirs.CONFIG}."
         )
-    # The moving average starts at that of `source`, or at its weights, but must not share memory with them.
-    ema = jax.tree.map(jnp.copy, source.state.ema or source.state.params) if config.optimizer.ema_decay else {}
+    # The moving average starts at that of `source`, or at its weights.
+    ema = (source.state.ema or source.state.params) if config.optimizer.ema_decay else {}
     origin["fork"] = {"workdir": str(fork.absolute()), "step": source.record["step"]}
     logger.info("starting with the weights of %s at step %d", fork, source.record["step"])
     return state.replace(**weights, ema=ema), origin
@@ -183,10 +191,7 @@ def announce(members: Sequence[Member], splits: Splits) -> None:
             "batch norm's running averages need about 300 steps; after %d, the hold-out and test scores are too low",
             config.num_steps,
         )
-    images = jnp.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 1))
-    style = {"width": 100, "force_terminal": False, "no_color": True}
-    module = config.model.module(config.num_classes)
-    logger.info(nn.tabulate(module, rng.root_key(0), compute_flops=True, console_kwargs=style)(images).strip("\n"))
+    logger.info(layer_table(layers(config.program, eval_variables(members[0].state))))
     logger.info(
         "%s (%s, fingerprint %s): %d rows to train on, %d held out, %d to test",
         splits.name, splits.source, splits.fingerprint[:12], config.num_train, config.num_holdout,
@@ -222,8 +227,10 @@ def finish(member: Member, splits: Splits) -> None:
     """
     config, workdir, log = member.config, member.workdir, member.log
     variables = eval_variables(member.state)
-    predictor = calibrate(make_predictor(config, variables), member.holdout)
-    evaluation = evaluate(predictor, splits.test)
+    predictor = calibrate(make_predictor(config, variables), member.holdout, config.eval.temperature)
+    logits = member_logits(predictor, splits.test.image)
+    (member.test_logits,) = logits
+    evaluation = evaluation_of(logits, splits.test.label, predictor.temperature)
     member.store.wait()
     log.evaluation("test", **evaluation.scores())
     if not processes.is_primary():

@@ -15,6 +15,11 @@ def log_probabilities(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.sum(np.exp(shifted), axis=-1, keepdims=True))
 
 
+def probabilities(logits: np.ndarray) -> np.ndarray:
+    """Computes the softmax, `f32[...,C] -> f64[...,C]`."""
+    return np.asarray(np.exp(log_probabilities(logits)))
+
+
 def log_mean_probabilities(logits: np.ndarray) -> np.ndarray:
     """Computes the log of the mean softmax of M networks or views: `f32[M,...,C] -> f64[...,C]`."""
     return np.logaddexp.reduce(log_probabilities(logits), axis=0) - np.log(len(logits))
@@ -50,7 +55,7 @@ class Bins(NamedTuple):
     accuracy: np.ndarray
 
 
-def reliability(probs: np.ndarray, labels: np.ndarray, num_bins: int = 15) -> Bins:
+def reliability(probs: np.ndarray, labels: np.ndarray, num_bins: int) -> Bins:
     """Compares confidence with accuracy, `f64[N,C], i32[N] -> Bins` (Guo et al., 2017)."""
     confidence = probs.max(axis=-1)
     is_right = probs.argmax(axis=-1) == labels

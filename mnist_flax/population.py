@@ -29,13 +29,13 @@ def main(_: Sequence[str]) -> None:
         raise ConfigError("give one of --seeds=M and --folds=K, such as --seeds=10")
     config = cli.config()
     kind = f"seeds{FLAGS.seeds}" if FLAGS.seeds else f"folds{FLAGS.folds}"
-    workdir = FLAGS.workdir or pathlib.Path("runs", f"{pathlib.Path(cli.config_file()).stem}-{kind}")
+    workdir = cli.training_workdir(f"-{kind}")
     from mnist_flax import train
     from mnist_flax.analysis import statistics
     from mnist_flax.run import compilation
 
     compilation.keep_programs()
-    result = train.fit_population(config, pathlib.Path(workdir), seeds=FLAGS.seeds or 0, folds=FLAGS.folds or 0)
+    result = train.fit_population(config, workdir, seeds=FLAGS.seeds or 0, folds=FLAGS.folds or 0)
     print(json.dumps(result, indent=1) if FLAGS.json else statistics.population_table(result))
 
 

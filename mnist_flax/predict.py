@@ -51,7 +51,9 @@ def print_answers(found: Sequence[str], outcomes: Iterable[tuple[str, Any]], wor
     from mnist_flax.analysis.evaluation import answer, load_predictor
     from mnist_flax.data.registry import DATASETS
     from mnist_flax.pictures import files, reading
+    from mnist_flax.run import compilation
 
+    compilation.keep_programs()
     predictor, info = load_predictor(workdir, values.checkpoint)
     predictor = dataclasses.replace(predictor, batch_size=_BATCH_SIZE)
     class_names = DATASETS[info.config.data.name].class_names

@@ -11,21 +11,22 @@ from collections.abc import Sequence
 from absl import flags
 
 from mnist_flax import cli
-from mnist_flax.analysis import run_data
-from mnist_flax.analysis.report.write import report_workdir
-from mnist_flax.run.workdir import output_folder
 
 FLAGS = flags.FLAGS
 
 
 def main(_: Sequence[str]) -> None:
     """Writes the report that the flags ask for, and prints its path."""
-    workdir, overrides = cli.workdir(), run_data.given_overrides()
+    workdir, overrides = cli.workdir(), cli.data_overrides()
+    from mnist_flax.analysis.report.write import report_workdir  # imports JAX, which --help need not wait for
+    from mnist_flax.run import compilation
+    from mnist_flax.run.workdir import output_folder
+
+    compilation.keep_programs()
     folder = output_folder(workdir, FLAGS.output) if FLAGS.output else None
     print(report_workdir(workdir, FLAGS.checkpoint, folder=folder, overrides=overrides))
 
 
 if __name__ == "__main__":
     cli.define_run("the run's folder", output="the folder to write to; default: report/ in --workdir")
-    run_data.define_data_flags()
     cli.run(main)

@@ -12,23 +12,24 @@ from collections.abc import Sequence
 from absl import flags
 
 from mnist_flax import cli
-from mnist_flax.analysis import run_data
-from mnist_flax.run.workdir import output_folder
 
 FLAGS = flags.FLAGS
 
 
 def main(_: Sequence[str]) -> None:
     """Evaluates what the flags describe."""
-    from mnist_flax.analysis import robustness, robustness_page  # imported here to keep --help fast
-
     workdir = cli.workdir()
+    from mnist_flax.analysis import robustness, robustness_page  # imports JAX, which --help need not wait for
+    from mnist_flax.run import compilation
+    from mnist_flax.run.workdir import output_folder
+
+    compilation.keep_programs()
     outcome = robustness.robustness_of_workdir(
         workdir,
         checkpoint=FLAGS.checkpoint,
         severity=FLAGS.severity,
         compare=pathlib.Path(FLAGS.compare) if FLAGS.compare else None,
-        overrides=run_data.given_overrides(),
+        overrides=cli.data_overrides(),
     )
     print(json.dumps(outcome.facts, indent=1) if FLAGS.json else robustness.robustness_table(outcome.facts), flush=True)
     page = robustness_page.draw_page(outcome)
@@ -40,5 +41,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("compare", None, "the folder of another run or population to compare with")
     flags.DEFINE_integer("severity", 0, "of the corruptions, 1 to 5; 0: as in MNIST-C", lower_bound=0, upper_bound=5)
     flags.DEFINE_boolean("json", False, "print robustness.json instead of a table")
-    run_data.define_data_flags()
     cli.run(main)

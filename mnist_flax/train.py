@@ -16,6 +16,7 @@ import numpy as np
 
 from mnist_flax import drivers, sharding
 from mnist_flax.analysis import statistics
+from mnist_flax.analysis.evaluation import make_predictor, member_logits
 from mnist_flax.config import Config, replace
 from mnist_flax.data.load import adapt_to_dataset, load_splits
 from mnist_flax.data.splits import Examples, Splits
@@ -24,7 +25,7 @@ from mnist_flax.errors import WorkdirError
 from mnist_flax.members import Member, announce, evaluate_holdout, finish, open_member
 from mnist_flax.memory import check_memory
 from mnist_flax.pacing import is_save_due, next_num_steps, next_stop
-from mnist_flax.run import processes
+from mnist_flax.run import processes, provenance
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.log import check_finite
 from mnist_flax.run.progress import Progress
@@ -92,10 +93,18 @@ def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, fol
         if result and ([member["name"] for member in result["members"]], result["steps"]) == expected:
             logger.info("%s is finished; more epochs, or a larger --seeds, train further", workdir)
             return result
-        named = {member.workdir.name: (member.config, eval_variables(member.state)) for member in members}
-        result, arrays = statistics.population_result(kind, named, splits, folder)
+        trained = {member.workdir.name: trained_member(member, splits) for member in members}
+        result, arrays = statistics.population_result(kind, trained, splits, folder)
         statistics.save_population_result(result, arrays, workdir)
     return result
+
+
+def trained_member(member: Member, splits: Splits) -> statistics.TrainedMember:
+    """Returns what the statistics need of a finished member; one that another process finished is evaluated."""
+    variables, logits = eval_variables(member.state), member.test_logits
+    if logits is None:
+        (logits,) = member_logits(make_predictor(member.config, variables), splits.test.image)
+    return statistics.TrainedMember(member.config, variables, logits)
 
 
 def check_population(workdir: pathlib.Path, kind: str, configs: Sequence[Config]) -> None:
@@ -145,6 +154,7 @@ def fit_all(
     Raises:
       UserError, Interrupted: as for `fit`.
     """
+    provenance.git_commit()
     with stop_request(processes.stop_signals()) as request, contextlib.ExitStack() as stack, processes.bound_together():
         members = [open_member(config, workdir, splits, fork, teacher, stack) for workdir, config in configs.items()]
         for member in members:

@@ -39,16 +39,17 @@ def test_mistake_gets_one_message(arguments: list[str], message: str, tmp_path: 
     assert not workdir.exists()
 
 
-def test_help_needs_neither_jax_nor_tensorflow() -> None:
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_help_needs_neither_jax_nor_tensorflow(verb: str) -> None:
     code = (
-        "import sys, runpy; sys.argv = ['main', '--help']\n"
-        "try: runpy.run_module('mnist_flax.main', run_name='__main__')\n"
+        f"import sys, runpy; sys.argv = ['{verb}', '--help']\n"
+        f"try: runpy.run_module('mnist_flax.{verb}', run_name='__main__')\n"
         "except SystemExit as e: assert not e.code\n"
         "assert not {'jax', 'flax', 'tensorflow', 'tensorflow_datasets', 'orbax'} & set(sys.modules), 'slow'"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, timeout=60)
     assert b"--workdir" in done.stdout
-    assert b"--config" in done.stdout
+    assert (b"--config" in done.stdout) == (verb != "predict")
 
 
 def test_no_module_imports_tensorflow_or_a_heavy_library() -> None:

@@ -17,7 +17,7 @@ import pytest
 from killed_run import MOMENTS
 from small_run import SMALL, config_file, environment, outcome, run, start, steps, summary
 
-from mnist_flax import train
+from mnist_flax import members, train
 from mnist_flax.config import Config, replace
 from mnist_flax.errors import WorkdirError
 from mnist_flax.run import checkpoint
@@ -95,7 +95,7 @@ def test_run_whose_last_page_finds_the_disk_full_writes_it_on_resume(
 def test_a_run_that_is_stopped_while_it_writes_its_results_finishes(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    finish = train.finish
+    finish = members.finish
 
     def finish_and_stop(*arguments: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)

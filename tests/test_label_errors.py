@@ -5,11 +5,10 @@
 """
 
 import numpy as np
-import pytest
 import small_population
 
 from mnist_flax.analysis.label_errors import confident_joint, label_facts, label_table
-from mnist_flax.errors import WorkdirError
+from mnist_flax.analysis.statistics import load_arrays, load_population_result
 
 
 def predictions(count: int = 3000, share: float = 0.05) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -52,12 +51,13 @@ def test_a_class_without_examples_gives_finite_results() -> None:
     assert found.counts[2].sum() == found.counts[:, 2].sum() == 0
 
 
-def test_a_population_of_folds_has_facts_and_one_of_seeds_has_none() -> None:
-    facts = label_facts(small_population.folds())
+def test_the_facts_of_a_population_list_suspects_first() -> None:
+    facts = label_facts(load_arrays(small_population.folds(), "folds"))
     assert facts["examples"] == 220
     assert len(facts["listed"]) == 100
     suspects = [entry["suspect"] for entry in facts["listed"]]
     assert suspects == sorted(suspects, reverse=True)
     assert str(facts["suspects"]) in label_table(facts)
-    with pytest.raises(WorkdirError, match="out-of-fold"):
-        label_facts(small_population.seeds())
+    result = load_population_result(small_population.folds())
+    assert result
+    assert result["out_of_fold"]["labels"] == facts

@@ -94,7 +94,7 @@ def test_reliability_bin_includes_its_upper_edge() -> None:
 
 @pytest.mark.parametrize(("confidence", "expected"), [(1.0, 0.0), (0.75, 0.25)])
 def test_calibration_error_of_a_perfect_network(confidence: float, expected: float) -> None:
-    bins = metrics.reliability(*two_classes([confidence] * 8, [True] * 8))
+    bins = metrics.reliability(*two_classes([confidence] * 8, [True] * 8), num_bins=15)
     assert metrics.expected_calibration_error(bins) == pytest.approx(expected)
 
 

@@ -12,7 +12,7 @@ import small_population
 from matplotlib.axes import Axes
 from small_population import CONFIG
 
-from mnist_flax.analysis import comparison, evaluation, label_errors, statistics
+from mnist_flax.analysis import comparison, evaluation, statistics
 from mnist_flax.analysis.evaluation import combine_members, evaluate, load_predictor, make_predictor
 from mnist_flax.analysis.report import plots
 from mnist_flax.analysis.scores import evaluate_workdir
@@ -96,13 +96,11 @@ def test_out_of_fold_evaluates_every_row_with_the_member_not_trained_on_it(folds
     right = probs.argmax(axis=-1) == label
     assert (out_of_fold["correct"], out_of_fold["examples"]) == (right.sum(), 220)
     assert out_of_fold["mean"]["accuracy"] == pytest.approx(np.mean([right[fold == k].mean() for k in range(3)]))
-    doubtful = out_of_fold["doubtful_labels"]
-    of_label = probs[np.arange(220), label]
-    np.testing.assert_allclose([example["probability_of_label"] for example in doubtful], np.sort(of_label)[:100], 1e-5)
-    for example in doubtful:
+    for example in out_of_fold["labels"]["listed"]:
         (place,) = np.flatnonzero(rows == example["row"])
         assert (example["label"], example["fold"]) == (label[place], fold[place])
         assert example["prediction"] == probs[place].argmax()
+        assert example["probability_of_label"] == pytest.approx(probs[place, label[place]])
     assert "out of fold" in statistics.population_table(result)
 
 
@@ -124,7 +122,7 @@ def test_committee_averages_probabilities() -> None:
     probs = np.array([[[0.45, 0.55]], [[0.45, 0.55]], [[0.9, 0.1]]])
     together = combine_members(np.log(probs).astype(np.float32))
     np.testing.assert_allclose(np.exp(together), [[0.6, 0.4]], rtol=1e-6)
-    assert statistics.score(together, np.array([0])) == {
+    assert statistics.score(together[None], np.array([0])) == {
         "accuracy": 1.0,
         "loss": pytest.approx(-np.log(0.6)),
         "correct": 1,
@@ -139,20 +137,6 @@ def test_agreement_counts_members_that_are_right() -> None:
     agreement = statistics.agreement(log_probs, np.array([0, 1, 2, 1]))
     assert agreement["examples_by_members_right"] == [1, 1, 1, 1]
     assert agreement["none_right"] == [{"row": 3, "label": 1, "committee": 2}]
-
-
-def test_doubtful_labels_come_most_doubtful_first() -> None:
-    probs = np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]])
-    doubtful = statistics.doubtful_labels(np.log(probs), np.array([0, 0, 1]), np.array([7, 8, 9]), np.array([0, 1, 1]))
-    assert [example["row"] for example in doubtful] == [8, 9, 7]
-    assert doubtful[0] == {
-        "row": 8,
-        "label": 0,
-        "prediction": 1,
-        "probability_of_label": pytest.approx(0.2),
-        "probability_of_prediction": pytest.approx(0.8),
-        "fold": 1,
-    }
 
 
 def test_curves_hold_the_points_that_all_members_have() -> None:
@@ -292,6 +276,10 @@ def test_an_incomplete_result_is_as_good_as_none(
 def test_damaged_arrays_are_named(size: int, seeds: pathlib.Path, tmp_path: pathlib.Path) -> None:
     shutil.copy(seeds / "population.json", tmp_path)
     (tmp_path / "population.npz").write_bytes((seeds / "population.npz").read_bytes()[:size])
-    for read in (comparison.load_result, label_errors.label_facts):
-        with pytest.raises(WorkdirError, match=r"population.npz: cannot be read .*remove population.json"):
-            read(tmp_path)
+    with pytest.raises(WorkdirError, match=r"population.npz: cannot be read .*remove population.json"):
+        comparison.load_result(tmp_path)
+
+
+def test_arrays_of_seeds_have_no_folds(seeds: pathlib.Path) -> None:
+    with pytest.raises(WorkdirError, match=r"population.npz: cannot be read .*rows"):
+        statistics.load_arrays(seeds, "folds")

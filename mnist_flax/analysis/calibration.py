@@ -32,13 +32,16 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(np.exp(found.x))
 
 
-def calibrate(predictor: Predictor, holdout: Examples) -> Predictor:
-    """Returns the predictor with temperature and doubt fitted on hold-out rows; with none, they are the defaults."""
+def calibrate(predictor: Predictor, holdout: Examples, temperature: float = 0.0) -> Predictor:
+    """Returns the predictor with temperature and doubt fitted on hold-out rows; with none, they are the defaults.
+
+    A `temperature` other than 0 is used instead of a fitted one.
+    """
     raw: Predictor = dataclasses.replace(predictor, **UNFITTED)  # type: ignore[arg-type]  # they are floats
     if not len(holdout.label):
-        return raw
+        return dataclasses.replace(raw, temperature=temperature or 1.0)
     logits = predict_logits(raw, holdout.image)
-    temperature = fit_temperature(logits, holdout.label)
+    temperature = temperature or fit_temperature(logits, holdout.label)
     below, most_ink = fit_doubt(logits / temperature), INK_MARGIN * float(mean_grey(holdout.image).max())
     return dataclasses.replace(raw, temperature=temperature, doubtful_below=below, most_ink=most_ink)
 
@@ -59,7 +62,7 @@ def fit_doubt(logits: np.ndarray) -> float:
 
 def calibration_scores(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Returns the loss, the Brier score and the expected calibration error of logits, `f32[N,C], i32[N]`."""
-    probs = np.exp(metrics.log_probabilities(logits))
+    probs = metrics.probabilities(logits)
     return {
         "loss": float(np.mean(metrics.negative_log_likelihood(logits, labels))),
         "brier": metrics.brier_score(probs, labels),
@@ -69,7 +72,7 @@ def calibration_scores(logits: np.ndarray, labels: np.ndarray) -> dict[str, floa
 
 def reliability_rows(logits: np.ndarray, labels: np.ndarray) -> list[dict[str, Any]]:
     """Returns the bins of the reliability diagram that hold examples, ready for JSON."""
-    bins = metrics.reliability(np.exp(metrics.log_probabilities(logits)), labels, NUM_BINS)
+    bins = metrics.reliability(metrics.probabilities(logits), labels, NUM_BINS)
     right = np.rint(np.nan_to_num(bins.accuracy * bins.examples))
     intervals = metrics.wilson_interval(right, bins.examples)
     return [

@@ -41,7 +41,7 @@ def load_result(workdir: pathlib.Path, overrides: Mapping[str, Any] | None = Non
     saved = statistics.load_population_result(workdir)
     if saved is None:
         return _result_of_run(workdir, overrides or {})
-    arrays = statistics.load_arrays(workdir)
+    arrays = statistics.load_arrays(workdir, saved["kind"])
     if is_folds := saved["kind"] == "folds":
         labels, probs = arrays["out_of_fold_label"], arrays["out_of_fold_probs"]
     else:

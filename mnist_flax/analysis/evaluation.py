@@ -50,7 +50,12 @@ class Predictor:
 
 
 def make_predictor(config: Config, *members: Variables, **fitted: float) -> Predictor:
-    """Returns a predictor with the program, views, batch size and devices of a config, and the `fitted` values."""
+    """Returns a predictor with the program, views, batch size and devices of a config, and the `fitted` values.
+
+    Without a fitted temperature, a single network has that of the config, if it gives one.
+    """
+    if config.eval.temperature and len(members) == 1:
+        fitted = {"temperature": config.eval.temperature} | fitted
     return Predictor(
         program=config.program,
         members=members,
@@ -148,14 +153,19 @@ class Evaluation(NamedTuple):
     logits: np.ndarray  # `f32[N,C]`, already divided by the temperature
     temperature: float = 1.0
 
+    @property
+    def correct(self) -> int:
+        """The number of examples whose most probable class is the label."""
+        return round(self.accuracy * self.examples)
+
     def scores(self) -> Facts:
         """Returns the fields that go into the log."""
         return {"loss": self.loss, "accuracy": self.accuracy, "examples": self.examples}
 
     def line(self) -> str:
         """Returns the scores as text to print."""
-        num_right = round(self.accuracy * self.examples)
-        return f"accuracy {100 * self.accuracy:.2f} % ({num_right} of {self.examples} right), loss {self.loss:.4f}"
+        right = f"{self.correct} of {self.examples} right"
+        return f"accuracy {100 * self.accuracy:.2f} % ({right}), loss {self.loss:.4f}"
 
 
 def evaluate(predictor: Predictor, examples: Examples) -> Evaluation:
@@ -164,16 +174,25 @@ def evaluate(predictor: Predictor, examples: Examples) -> Evaluation:
     Raises:
       ValueError: there are no examples, or a label is not one of the classes.
     """
-    labels, num_classes = np.asarray(examples.label), predictor.program.num_classes
+    return evaluation_of(member_logits(predictor, np.asarray(examples.image)), examples.label, predictor.temperature)
+
+
+def evaluation_of(logits: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> Evaluation:
+    """Compares the combined answers of M networks with the labels, given `member_logits`: `f32[M,N,C], i32[N]`.
+
+    Raises:
+      ValueError: as for `evaluate`.
+    """
+    labels, num_classes = np.asarray(labels), logits.shape[-1]
     if not len(labels) or labels.min() <= NO_LABEL or labels.max() >= num_classes:
         raise ValueError(f"evaluation needs examples with labels from 0 to {num_classes - 1}")
-    logits = predict_logits(predictor, np.asarray(examples.image))
+    logits = combine_members(logits, temperature)
     return Evaluation(
         loss=float(np.mean(metrics.negative_log_likelihood(logits, labels))),
         accuracy=float(np.mean(np.argmax(logits, axis=-1) == labels)),
         examples=len(labels),
         logits=logits,
-        temperature=predictor.temperature,
+        temperature=temperature,
     )
 
 

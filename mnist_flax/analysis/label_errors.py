@@ -4,15 +4,12 @@ The cleanlab package does the same and more, but it is licensed under the AGPL a
 needs only a small part of it. `tests/test_label_errors.py` says how the two were compared.
 """
 
-import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mnist_flax.analysis.evaluation import Facts
-from mnist_flax.analysis.statistics import ARRAYS, label_entries, load_arrays, worst_labels
-from mnist_flax.errors import WorkdirError
 
 NUM_LISTED = 100
 
@@ -61,35 +58,39 @@ def confident_joint(probs: np.ndarray, label: np.ndarray) -> ConfidentJoint:
     )
 
 
-def label_facts(workdir: pathlib.Path) -> Facts:
-    """Finds doubtful labels in the out-of-fold predictions of a population.
+def label_facts(arrays: Mapping[str, np.ndarray]) -> Facts:
+    """Finds labels that may be wrong in the out-of-fold predictions of a population (`population.npz`).
 
     Returns:
       The numbers of `examples` and `suspects`; `estimated_wrong`, the share of wrong labels; `noise`, the noise matrix;
       and `listed`, the most doubtful labels, ready for JSON.
-
-    Raises:
-      WorkdirError: the population has no out-of-fold predictions.
     """
-    arrays = load_arrays(workdir)
-    try:
-        probs, label, rows = (arrays[name] for name in ("out_of_fold_probs", "out_of_fold_label", "rows"))
-    except KeyError as error:
-        raise WorkdirError(f"{workdir / ARRAYS}: holds no out-of-fold predictions ({error})") from error
+    probs, label = arrays["out_of_fold_probs"], arrays["out_of_fold_label"]
     found = confident_joint(probs, label)
     listed = found.ranking()[:NUM_LISTED]
+    columns = {
+        "row": arrays["rows"],
+        "fold": arrays["fold"],
+        "label": label,
+        "prediction": probs.argmax(axis=-1),
+        "probability_of_label": np.take_along_axis(probs, label[:, None], axis=-1)[:, 0],
+        "probability_of_prediction": probs.max(axis=-1),
+        "suspect": found.suspect,
+    }
+    values = zip(*(column[listed].tolist() for column in columns.values()), strict=True)
     return {
         "examples": len(label),
         "suspects": int(found.suspect.sum()),
         "estimated_wrong": float(1 - np.trace(found.joint)),
         "noise": found.noise.tolist(),
-        "listed": label_entries(rows[listed], label[listed], probs[listed], suspect=found.suspect[listed]),
+        "listed": [dict(zip(columns, of_example, strict=True)) for of_example in values],
     }
 
 
 def label_table(facts: Mapping[str, Any]) -> str:
     """Formats the facts as text."""
+    worst = ", ".join(f"{entry['row']} ({entry['label']}? {entry['prediction']})" for entry in facts["listed"][:8])
     return (
         f"labels: {facts['suspects']} of {facts['examples']} may be wrong ({facts['estimated_wrong']:.2%} estimated);"
-        f" most doubtful, as {worst_labels(facts['listed'])}"
+        f" most doubtful, as row (label? prediction): {worst}"
     )

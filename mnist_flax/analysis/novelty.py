@@ -130,8 +130,10 @@ def detection_scores(digits: np.ndarray, others: np.ndarray) -> Facts:
     return {"auroc": auroc, "fpr95": float(np.mean(others <= threshold))}
 
 
-def novelty_facts(predictor: Predictor, test: Examples, held_out: Examples | None, data: DataConfig) -> Facts:
-    """Computes how well each measure of doubt tells digits from each kind of other picture.
+def novelty_facts(
+    predictor: Predictor, test: Examples, held_out: Examples | None, others: Mapping[str, np.ndarray]
+) -> Facts:
+    """Computes how well each measure of doubt tells digits from each kind of other picture (see `non_digits`).
 
     The network was trained on neither `test` nor `held_out`. Thresholds are chosen on `held_out`.
 
@@ -141,7 +143,7 @@ def novelty_facts(predictor: Predictor, test: Examples, held_out: Examples | Non
       (`caught`). `pictures`: the number of pictures of each kind.
     """
     digits = doubt_scores(predictor, np.asarray(test.image))
-    kinds = {name: doubt_scores(predictor, pictures) for name, pictures in non_digits(test, data).items()}
+    kinds = {name: doubt_scores(predictor, pictures) for name, pictures in others.items()}
     chosen_on = doubt_scores(predictor, np.asarray(held_out.image)) if held_out is not None else None
     scores: Facts = {}
     for measure, of_digits in digits.items():

@@ -15,6 +15,7 @@ from mnist_flax.analysis.comparison import mcnemar
 from mnist_flax.analysis.corruptions import CORRUPTIONS, corrupt
 from mnist_flax.analysis.evaluation import Facts, Predictor, RunInfo, load_predictor, predict_logits
 from mnist_flax.analysis.run_data import load_data, select_examples
+from mnist_flax.analysis.statistics import load_arrays
 from mnist_flax.data.load import raw_folder
 from mnist_flax.data.splits import Examples, Splits
 from mnist_flax.errors import ConfigError, DataError, WorkdirError
@@ -105,8 +106,8 @@ def robustness_facts(logits: Mapping[str, np.ndarray], corrupted: Corrupted) -> 
         **mean_over(list(CORRUPTIONS)),
         "examples": len(corrupted.label),
         "clean": scores("clean"),
-        "in_family": {**mean_over(affine), "names": affine},
-        "never_seen": {**mean_over(others), "names": others},
+        "affine": {**mean_over(affine), "names": affine},
+        "others": {**mean_over(others), "names": others},
         "corruptions": rows,
     }
 
@@ -140,8 +141,8 @@ class Outcome(NamedTuple):
 
     facts: Facts
     predictor: Predictor
-    data: DataConfig
     splits: Splits
+    non_digits: Mapping[str, np.ndarray]
 
 
 def robustness_of_workdir(
@@ -169,6 +170,7 @@ def robustness_of_workdir(
         )
     corrupted = corrupt_all(splits.test, severity, official_folder(data))
     logits = predict_all(predictor, splits.test, corrupted)
+    others = novelty.non_digits(splits.test, data)
     facts = {
         "dataset": splits.name,
         "dataset_fingerprint": splits.fingerprint,
@@ -180,14 +182,14 @@ def robustness_of_workdir(
         "temperature": predictor.temperature,
         "severity": severity or "published",
         **robustness_facts(logits, corrupted),
-        "no_digit": novelty.novelty_facts(predictor, splits.test, _held_out(data, info, splits), data),
+        "no_digit": novelty.novelty_facts(predictor, splits.test, _held_out(data, info, splits), others),
     }
     if info.kind == "folds" and splits.name == info.config.data.name:
-        facts["labels"] = label_errors.label_facts(workdir)
+        facts["labels"] = label_errors.label_facts(load_arrays(workdir, info.kind))
     if other:
         theirs = predict_all(other[0], splits.test, corrupted)
         facts["compare"] = {"with": str(compare), **compare_robustness(logits, theirs, corrupted.label)}
-    return Outcome(facts, predictor, data, splits)
+    return Outcome(facts, predictor, splits, others)
 
 
 def _held_out(data: DataConfig, info: RunInfo, splits: Splits) -> Examples | None:
@@ -228,8 +230,8 @@ def robustness_table(facts: Mapping[str, Any]) -> str:
     lines.append("")
     for title, part in (
         (f"mean of {len(CORRUPTIONS)}", facts),
-        ("affine", facts["in_family"]),
-        ("the others", facts["never_seen"]),
+        ("affine", facts["affine"]),
+        ("the others", facts["others"]),
     ):
         names = ("accuracy", "accuracy_interval", "loss", "ece")
         lines.append(_row(title, {name: part[f"mean_{name}"] for name in names}))

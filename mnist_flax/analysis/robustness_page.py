@@ -8,7 +8,6 @@ import numpy as np
 from mnist_flax import metrics
 from mnist_flax.analysis.corruptions import CORRUPTIONS, corrupt
 from mnist_flax.analysis.evaluation import Predictor, predict_logits
-from mnist_flax.analysis.novelty import non_digits
 from mnist_flax.analysis.report.pictures import data_uri, png
 from mnist_flax.analysis.robustness import Outcome
 from mnist_flax.data.registry import DATASETS
@@ -31,7 +30,7 @@ def draw_page(outcome: Outcome) -> str:
     per_name = {name: cards[i * len(SEVERITIES) :][: len(SEVERITIES)] for i, name in enumerate(CORRUPTIONS)}
     others = {
         kind: _cards(outcome.predictor, pictures[:: max(1, len(pictures) // NUM_NON_DIGITS)][:NUM_NON_DIGITS], names)
-        for kind, pictures in non_digits(splits.test, outcome.data).items()
+        for kind, pictures in outcome.non_digits.items()
     }
     doubtful = [
         {**entry, "picture": data_uri(png(splits.train.image[entry["row"], :, :, 0]))}
@@ -50,7 +49,7 @@ def draw_page(outcome: Outcome) -> str:
 
 def _cards(predictor: Predictor, images: np.ndarray, names: tuple[str, ...], label: int | None = None) -> Cards:
     """Returns each picture, `u8[N,28,28,1]`, with the network's answer, and `right` or `wrong` if there is a label."""
-    probs = np.exp(metrics.log_probabilities(predict_logits(predictor, images)))
+    probs = metrics.probabilities(predict_logits(predictor, images))
     return [
         {
             "picture": data_uri(png(image[:, :, 0])),

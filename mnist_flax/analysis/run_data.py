@@ -3,9 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from absl import flags
-
 from mnist_flax.checks import nearest
+from mnist_flax.cli import DATA_FIELDS
 from mnist_flax.config import Config, replace
 from mnist_flax.data import batches
 from mnist_flax.data.load import load_splits
@@ -14,35 +13,20 @@ from mnist_flax.data.splits import Examples, Splits
 from mnist_flax.errors import ConfigError, DataError
 from mnist_flax.sections import DataConfig, TrainConfig
 
-SPLITS = ("train", "holdout", "test")
-OVERRIDES = ("data.name", "data.source", "data.data_dir", "data.raw_dir")  # fields that may differ from the run's
-
-
-def define_data_flags() -> None:
-    """Defines a flag for each of `OVERRIDES`, with the same name as in training."""
-    for field in OVERRIDES:
-        flags.DEFINE_string(f"config.{field}", None, f"the {field.partition('.')[2]} of the data to evaluate on")
-
-
-def given_overrides() -> dict[str, Any]:
-    """Returns the overrides given on the command line."""
-    given = {field: flags.FLAGS[f"config.{field}"].value for field in OVERRIDES}
-    return {field: value for field, value in given.items() if value is not None}
-
 
 def load_data(config: Config, fingerprint: str, overrides: Mapping[str, Any]) -> tuple[DataConfig, Splits]:
     """Loads the dataset of a run, or another one to evaluate it on.
 
     The paths recorded in the run are ignored, because the run may come from someone else or another machine.
 
-    `config` and `fingerprint` are those of the run. `overrides` holds values for some of the fields in `OVERRIDES`;
+    `config` and `fingerprint` are those of the run. `overrides` holds values for some of the fields in `DATA_FIELDS`;
     source and folders default to those of a new config.
 
     Returns:
       The data config in use, and the data.
 
     Raises:
-      ConfigError: a field is not one of `OVERRIDES`, or the other dataset is not compatible with the network.
+      ConfigError: a field is not one of `DATA_FIELDS`, or the other dataset is not compatible with the network.
       DataError: the data cannot be found, or are not the ones that the run was trained on.
     """
     check_overrides(overrides)
@@ -69,12 +53,12 @@ def load_data(config: Config, fingerprint: str, overrides: Mapping[str, Any]) ->
 
 
 def check_overrides(overrides: Mapping[str, Any]) -> None:
-    """Raises a ConfigError if a field is not one of `OVERRIDES`."""
+    """Raises a ConfigError if a field is not one of `DATA_FIELDS`."""
     for name, value in overrides.items():
-        if name not in OVERRIDES:
+        if name not in DATA_FIELDS:
             raise ConfigError(
                 f"config.{name} = {value!r}: cannot be changed after training; only these can:"
-                f" {', '.join('config.' + field for field in OVERRIDES)}"
+                f" {', '.join('config.' + field for field in DATA_FIELDS)}"
             )
 
 
@@ -107,7 +91,7 @@ def check_classes(config: Config, name: str) -> None:
 
 
 def select_examples(data: DataConfig, splits: Splits, split: str) -> Examples:
-    """Returns the examples of one of `SPLITS`, given what `load_data` returns.
+    """Returns the examples of the split `train`, `holdout` or `test`, given what `load_data` returns.
 
     On the run's own dataset, `train` means the rows that it was trained on.
 

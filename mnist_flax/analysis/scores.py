@@ -58,7 +58,7 @@ def class_rows(confusion: np.ndarray, dataset: str) -> list[dict[str, Any]]:
 def evaluate_workdir(
     workdir: pathlib.Path, *, checkpoint: str = "latest", split: str = "test", overrides: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Evaluates a run, or a population as a committee, on one of `run_data.SPLITS`.
+    """Evaluates a run, or a population as a committee, on the split `train`, `holdout` or `test`.
 
     See `load_predictor` for the checkpoints and `load_data` for the overrides.
 

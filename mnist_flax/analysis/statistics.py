@@ -6,21 +6,21 @@ import json
 import pathlib
 import zipfile
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mnist_flax import metrics
-from mnist_flax.analysis import calibration
+from mnist_flax.analysis import calibration, label_errors
 from mnist_flax.analysis.evaluation import (
     POPULATION,
     Facts,
     combine_members,
+    evaluation_of,
     fit_of,
     is_population_result,
     make_predictor,
     member_logits,
-    predict_logits,
     stored_fit,
 )
 from mnist_flax.analysis.report import plots
@@ -34,9 +34,20 @@ from mnist_flax.run.provenance import provenance
 from mnist_flax.step import Variables
 
 ARRAYS = "population.npz"
-NUM_DOUBTFUL = 100  # doubtful labels to list
+ARRAY_NAMES = {
+    "seeds": ("test_label", "test_probs"),
+    "folds": ("test_label", "test_probs", "rows", "fold", "out_of_fold_label", "out_of_fold_probs"),
+}
 
 Records = Sequence[Mapping[str, Any]]  # the lines of a run's log
+
+
+class TrainedMember(NamedTuple):
+    """A finished member of a population."""
+
+    config: Config
+    variables: Variables
+    test_logits: np.ndarray  # `f32[N,C]`, of the test images at temperature 1
 
 
 def spread_of(values: Sequence[float]) -> Facts:
@@ -57,15 +68,10 @@ def spreads(rows: Sequence[Mapping[str, float]]) -> Facts:
     return {part: {name: spread[part] for name, spread in of.items()} for part in ("mean", "sd", "interval")}
 
 
-def score(logits: np.ndarray, labels: np.ndarray) -> Facts:
-    """Computes accuracy, loss, and the numbers of correct and of all examples, from `f32[N,C], i32[N]`."""
-    right = logits.argmax(axis=-1) == labels
-    return {
-        "accuracy": float(np.mean(right)),
-        "loss": float(np.mean(metrics.negative_log_likelihood(logits, labels))),
-        "correct": int(np.sum(right)),
-        "examples": len(labels),
-    }
+def score(logits: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> Facts:
+    """Computes accuracy, loss, and the numbers of correct and of all examples; see `evaluation_of`."""
+    evaluation = evaluation_of(logits, labels, temperature)
+    return {**evaluation.scores(), "correct": evaluation.correct}
 
 
 def agreement(logits: np.ndarray, labels: np.ndarray) -> Facts:
@@ -84,32 +90,6 @@ def agreement(logits: np.ndarray, labels: np.ndarray) -> Facts:
             for row in np.flatnonzero(num_right == 0)
         ],
     }
-
-
-def label_entries(rows: np.ndarray, label: np.ndarray, probs: np.ndarray, **more: np.ndarray) -> list[Facts]:
-    """Describes labels and predictions, ready for JSON; each array has an entry for each example."""
-    columns = {
-        "row": rows,
-        "label": label,
-        "prediction": probs.argmax(axis=-1),
-        "probability_of_label": np.take_along_axis(probs, label[:, None], axis=-1)[:, 0],
-        "probability_of_prediction": probs.max(axis=-1),
-        **more,
-    }
-    values = zip(*(column.tolist() for column in columns.values()), strict=True)
-    return [dict(zip(columns, of_example, strict=True)) for of_example in values]
-
-
-def doubtful_labels(logits: np.ndarray, labels: np.ndarray, rows: np.ndarray, fold: np.ndarray) -> list[Facts]:
-    """Lists the examples whose labels are the least probable according to a network that was not trained on them.
-
-    `logits` are `f32[R,C]`. `labels`, `rows` (numbers in the official file) and `fold` (the one that held out each row)
-    are `i32[R]`.
-    """
-    probs = np.exp(metrics.log_probabilities(logits))
-    of_label = np.take_along_axis(probs, labels[:, None], axis=-1)[:, 0]
-    worst = np.argsort(of_label, kind="stable")[:NUM_DOUBTFUL]
-    return label_entries(rows[worst], labels[worst], probs[worst], fold=fold[worst])
 
 
 def member_curves(logs: Sequence[Records]) -> Facts:
@@ -133,36 +113,34 @@ def member_curves(logs: Sequence[Records]) -> Facts:
 
 
 def population_result(
-    kind: str, members: Mapping[str, tuple[Config, Variables]], splits: Splits, folder: pathlib.Path
+    kind: str, members: Mapping[str, TrainedMember], splits: Splits, folder: pathlib.Path
 ) -> tuple[Facts, dict[str, np.ndarray]]:
     """Evaluates trained members on the test set, alone and as a committee; folds also on the rows that they hold out.
 
     Each member is scored at the temperature in its summary, and the committee at a temperature fitted on the rows that
     all members held out (1 for folds). The arrays hold probabilities at temperature 1.
 
-    `kind` is one of `KINDS`. `members` maps names to configs and final variables; `folder` contains the folders of
-    these names.
+    `kind` is one of `KINDS`. `folder` contains the folders of the members, which are named by the keys.
 
     Returns:
       The contents of `population.json`, and the arrays of `population.npz`: `test_probs` `f32[M,N,C]` and `test_label`
       `i32[N]`; for folds also `rows`, `fold` and `out_of_fold_label` `i32[R]`, and `out_of_fold_probs` `f32[R,C]`.
     """
-    configs = [config for config, _ in members.values()]
+    configs = [member.config for member in members.values()]
     is_folds = kind == "folds"
     label = splits.test.label
-    committee = make_predictor(configs[0], *(variables for _, variables in members.values()))
-    logits = member_logits(committee, splits.test.image)
+    logits = np.stack([member.test_logits for member in members.values()])
     summaries = [workdirs.read_json(folder / name / workdirs.SUMMARY) for name in members]
     rows = []
     for name, config, summary, of_member in zip(members, configs, summaries, logits, strict=True):
         temperature = stored_fit(summary)["temperature"]
         fold = {"fold": config.data.fold} if is_folds else {}
-        scores = score(combine_members(of_member[None], temperature), label)
+        scores = score(of_member[None], label, temperature)
         rows.append({"name": name, "seed": config.seed, **fold, **scores, "temperature": temperature})
-    fitted = committee
+    fitted = make_predictor(configs[0], *(member.variables for member in members.values()))
     if not is_folds:  # all members hold out the same rows
         _, held_out = batches.rows_of(splits.train.label, configs[0].data)
-        fitted = calibration.calibrate(committee, Examples(splits.train.image[held_out], splits.train.label[held_out]))
+        fitted = calibration.calibrate(fitted, Examples(splits.train.image[held_out], splits.train.label[held_out]))
     result: Facts = {
         "kind": kind,
         "dataset": splits.name,
@@ -171,11 +149,11 @@ def population_result(
         "steps": configs[0].num_steps,
         "members": rows,
         **spreads(rows),
-        "committee": score(combine_members(logits, fitted.temperature), label),
+        "committee": score(logits, label, fitted.temperature),
         **fit_of(fitted),
         "agreement": agreement(logits, label),
     }
-    arrays = {"test_probs": np.exp(metrics.log_probabilities(logits)).astype(np.float32), "test_label": label}
+    arrays = {"test_probs": metrics.probabilities(logits).astype(np.float32), "test_label": label}
     if is_folds:
         result["out_of_fold"], more = out_of_fold_result(list(members.values()), splits)
         arrays |= more
@@ -184,27 +162,22 @@ def population_result(
     return result | provenance(), arrays
 
 
-def out_of_fold_result(
-    members: Sequence[tuple[Config, Variables]], splits: Splits
-) -> tuple[Facts, dict[str, np.ndarray]]:
+def out_of_fold_result(members: Sequence[TrainedMember], splits: Splits) -> tuple[Facts, dict[str, np.ndarray]]:
     """Evaluates every row with the member that was not trained on it; returns the scores and the arrays."""
     parts = []
-    for config, variables in members:
-        _, rows = batches.rows_of(splits.train.label, config.data)
-        logits = predict_logits(make_predictor(config, variables), splits.train.image[rows])
-        parts.append((rows, np.full(len(rows), config.data.fold, np.int32), logits))
-    scores = [score(logits, splits.train.label[rows]) for rows, _, logits in parts]
+    for member in members:
+        data = member.config.data
+        _, rows = batches.rows_of(splits.train.label, data)
+        (logits,) = member_logits(make_predictor(member.config, member.variables), splits.train.image[rows])
+        parts.append((rows, np.full(len(rows), data.fold, np.int32), logits))
+    scores = [score(logits[None], splits.train.label[rows]) for rows, _, logits in parts]
     rows, fold, logits = (np.concatenate(column) for column in zip(*parts, strict=True))
     rows, fold, logits = (column[np.argsort(rows)] for column in (rows, fold, logits))
     label = splits.train.label[rows]
-    facts = {
-        "folds": scores,
-        **spreads(scores),
-        **score(logits, label),
-        "doubtful_labels": doubtful_labels(logits, label, rows, fold),
-    }
-    probs = np.exp(metrics.log_probabilities(logits)).astype(np.float32)
-    return facts, {"rows": rows, "fold": fold, "out_of_fold_probs": probs, "out_of_fold_label": label}
+    probs = metrics.probabilities(logits).astype(np.float32)
+    arrays = {"rows": rows, "fold": fold, "out_of_fold_probs": probs, "out_of_fold_label": label}
+    labels = label_errors.label_facts(arrays)
+    return {"folds": scores, **spreads(scores), **score(logits[None], label), "labels": labels}, arrays
 
 
 def save_population_result(result: Facts, arrays: Mapping[str, np.ndarray], workdir: pathlib.Path) -> None:
@@ -227,17 +200,17 @@ def load_population_result(workdir: pathlib.Path) -> Facts | None:
     return result if is_population_result(result) else None
 
 
-def load_arrays(workdir: pathlib.Path) -> dict[str, np.ndarray]:
-    """Reads the arrays of a population.
+def load_arrays(workdir: pathlib.Path, kind: str) -> dict[str, np.ndarray]:
+    """Reads the arrays of a population; `kind` is one of `KINDS`.
 
     Raises:
-      WorkdirError: the file is missing or damaged.
+      WorkdirError: the file is missing or damaged, or is of another kind.
     """
     path = workdir / ARRAYS
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return dict(arrays)
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            return {name: arrays[name] for name in ARRAY_NAMES[kind]}
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise WorkdirError(
             f"{path}: cannot be read ({error}); remove {POPULATION}, and the command that trained this population"
             " writes both again"
@@ -266,15 +239,9 @@ def population_table(result: Mapping[str, Any]) -> str:
         lines += [
             f"out of fold, {out_of_fold['correct']} of {out_of_fold['examples']} training rows right:",
             _spread_line(out_of_fold, count),
-            f"  most doubtful labels, as {worst_labels(out_of_fold['doubtful_labels'])}",
+            f"  {label_errors.label_table(out_of_fold['labels'])}",
         ]
     return "\n".join(lines)
-
-
-def worst_labels(entries: Sequence[Mapping[str, Any]]) -> str:
-    """Formats the first few entries of `label_entries`."""
-    worst = ", ".join(f"{entry['row']} ({entry['label']}? {entry['prediction']})" for entry in entries[:8])
-    return f"row (label? prediction): {worst}"
 
 
 def _spread_line(spreads: Mapping[str, Any], count: int) -> str:

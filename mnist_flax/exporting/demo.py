@@ -111,7 +111,7 @@ def write_page(
     path = output or workdir / FILE
     checkpoints = [checkpoint_of(predictor, step, config), *earlier_checkpoint(workdir, step)]
     classes = DATASETS[splits.name].class_names
-    probs = np.exp(metrics.log_probabilities(evaluation.logits))
+    probs = metrics.probabilities(evaluation.logits)
     data = {
         "classes": list(classes),
         "checkpoints": [

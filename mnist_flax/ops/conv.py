@@ -18,7 +18,7 @@ from jax import lax
 
 from mnist_flax.ops import winograd
 from mnist_flax.ops.patches import patches
-from mnist_flax.ops.pool import NON_DECREASING, Activation, activate_pool, xla_max_pool
+from mnist_flax.ops.pool import Activation, activate_pool, pooled_before, xla_max_pool
 from mnist_flax.ops.window import Pair, Window
 
 SMALL_BATCH = 32  # from this size on, the CPU forms are faster in inference too (measured with batch norm and without)
@@ -48,7 +48,7 @@ def conv_block(
     `inference`, small batches use XLA's own convolution on CPU too: its forward pass takes 0.5 to 0.7 of the time for
     one image, but 1.3 to 1.8 times as long for 100 images.
     """
-    pool_first = pool if pooling == "max" and activation in NON_DECREASING else 1
+    pool_first = pooled_before(activation, pool, pooling)
     y = _conv(x, kernel, strides, padding, precision, inference, pool_first)
     if bias is not None:
         y = (y + jnp.expand_dims(bias, range(y.ndim - 1))).astype(y.dtype)

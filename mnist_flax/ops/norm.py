@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mnist_flax.ops.pool import NON_DECREASING, Activation, activate_pool, spread
+from mnist_flax.ops.pool import Activation, activate_pool, pooled_before, spread
 from mnist_flax.ops.window import batch_first, rows_first, split_windows
 
 Normalized = tuple[jax.Array, jax.Array, jax.Array]
@@ -36,7 +36,7 @@ def norm_activate_pool(
     come after pooling, on fewer values. A training step of 128 images with four such blocks takes 0.74 of the
     CPU time of the plain formula (0.76 on jax 0.10).
     """
-    pool_first = pool if pooling == "max" and activation in NON_DECREASING else 1
+    pool_first = pooled_before(activation, pool, pooling)
     weights = None if mask is None else mask.astype(jnp.float32)
 
     def cpu(x: jax.Array, scale: jax.Array, bias: jax.Array, weights: jax.Array | None) -> Normalized:

@@ -47,6 +47,11 @@ def avg_pool(x: jax.Array, size: int) -> jax.Array:
     )
 
 
+def pooled_before(activation: Activation | None, pool: int, pooling: str) -> int:
+    """Returns the side of the pooling that may come before the activation: `pool`, or 1 if the order matters."""
+    return pool if pooling == "max" and activation in NON_DECREASING else 1
+
+
 def activate_pool(x: jax.Array, activation: Activation | None, pool: int, pooling: str) -> jax.Array:
     """Computes pool(activation(x)): f32[B,H,W,C] -> f32[B,H//pool,W//pool,C], or any rank without pooling.
 
@@ -54,7 +59,7 @@ def activate_pool(x: jax.Array, activation: Activation | None, pool: int, poolin
     with 2x2 windows).
     """
     apply = activation or (lambda x: x)
-    if pooling == "max" and activation in NON_DECREASING:
+    if pool == pooled_before(activation, pool, pooling):
         return apply(max_pool(x, pool))
     return {"max": max_pool, "avg": avg_pool}[pooling](apply(x), pool)
 

@@ -1,6 +1,7 @@
 """What produced a result: package versions, device and commit."""
 
 import contextlib
+import functools
 import importlib.metadata
 import pathlib
 import platform
@@ -19,17 +20,31 @@ def versions() -> dict[str, str]:
 
     Packages that are not installed are left out. XLA divides sums among the cores, which changes their rounding.
     """
+    return {**_python_and_cores(), **_packages()}
+
+
+def _python_and_cores() -> dict[str, str]:
     found = {"python": platform.python_version()}
     if jax.default_backend() == "cpu":
         found["cpu"] = f"{cpu_name()}, {num_cores()} cores"
+    return found
+
+
+@functools.cache
+def _packages() -> dict[str, str]:
+    found = {}
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
 
 
+@functools.cache
 def git_commit() -> str:
-    """Returns the commit of the code, with `+changes` if tracked files were modified; empty outside a checkout."""
+    """Returns the commit of the code, with `+changes` if tracked files were modified; empty outside a checkout.
+
+    It is that of the first call, so training calls it when it starts: the checkout may change in the meantime.
+    """
     folder = pathlib.Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists():  # do not report the commit of a project that this package is installed in
         return ""

@@ -13,6 +13,7 @@ are damaged.
 import concurrent.futures
 import contextlib
 import errno
+import functools
 import itertools
 import os
 import pathlib
@@ -45,7 +46,11 @@ class Store:
         self._folder = workdir / workdirs.CHECKPOINTS
         self._executor = executor
         self._saving: concurrent.futures.Future[None] | None = None
-        self._holdouts = checkpoint.holdouts(self._folder)
+
+    @functools.cached_property
+    def _holdouts(self) -> dict[int, dict[str, float] | None]:
+        """The hold-out scores of each checkpoint; read only before something is written."""
+        return checkpoint.holdouts(self._folder)
 
     def save(self, state: TrainState, record: dict[str, Any], *, holdout: dict[str, float] | None = None) -> None:
         """Saves in the background; the arrays are copied before this returns, so the state may be donated.
@@ -114,7 +119,7 @@ class Store:
         target = next(parent / name for name in names if not os.path.lexists(parent / name))
         with workdirs.as_workdir_error(target):
             (self._folder / str(step)).rename(target)
-        del self._holdouts[step]
+        self._holdouts.pop(step, None)
         return target
 
     def _write(self, arrays: TrainState, record: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from mnist_flax.analysis.calibration import NUM_BINS, reliability_rows
 from mnist_flax.analysis.evaluation import Evaluation, Facts, Predictor
 from mnist_flax.analysis.report.layers import Layer
 from mnist_flax.analysis.scores import scores
-from mnist_flax.config import Config
+from mnist_flax.config import Config, dotted
 from mnist_flax.data import batches
 from mnist_flax.data.registry import DATASETS
 from mnist_flax.data.splits import Splits
@@ -40,7 +40,7 @@ class Reported(NamedTuple):
 def report_facts(run: Reported, layers: Sequence[Layer]) -> Facts:
     """Computes all numbers of a report."""
     config, splits, evaluation = run.config, run.splits, run.evaluation
-    probs = np.exp(metrics.log_probabilities(evaluation.logits))
+    probs = metrics.probabilities(evaluation.logits)
     label, raw = splits.test.label, evaluation.logits * evaluation.temperature
     confusion = metrics.confusion_matrix(label, probs.argmax(axis=-1), config.num_classes)
     return {
@@ -164,16 +164,8 @@ def smoothed(values: Sequence[float], reach: int) -> list[float]:
 
 def changed_fields(config: Config) -> Facts:
     """Returns the fields that differ from the defaults of the model family, as dotted names with their values."""
-    defaults = _dotted(Config(model=type(config.model)()))
-    return {name: value for name, value in _dotted(config).items() if value != defaults[name]}
-
-
-def _dotted(config: Config) -> Facts:
-    return {
-        f"{section}.{name}" if name else section: value
-        for section, fields in config.to_dict().items()
-        for name, value in (fields.items() if isinstance(fields, dict) else [("", fields)])
-    }
+    defaults = dotted(Config(model=type(config.model)()))
+    return {name: value for name, value in dotted(config).items() if value != defaults[name]}
 
 
 def config_source(config: Config, dataset: str) -> str:

@@ -5,7 +5,7 @@ A layer is a linen module with its own parameters or a `fixed_kernel`. Nothing e
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -84,6 +84,24 @@ def layers(program: Program, variables: Variables) -> list[Layer]:
         )
         for call in _trace(program, variables)
     ]
+
+
+def layer_table(network: Sequence[Layer]) -> str:
+    """Formats layers as a text table."""
+    rows = [("layer", "input", "output", "parameters", "multiply-adds")]
+    rows += [
+        (one.name, _shape(one.input_shape), _shape(one.output_shape), f"{one.parameters:,}", f"{one.multiply_adds:,}")
+        for one in network
+    ]
+    parameters, multiply_adds = sum(one.parameters for one in network), sum(one.multiply_adds for one in network)
+    rows.append(("total", "", "", f"{parameters:,}", f"{multiply_adds:,}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned = [f"{{:{side}{width}}}" for side, width in zip("<<<>>", widths, strict=True)]
+    return "\n".join("  ".join(aligned).format(*row) for row in rows)
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
 
 
 def _multiply_adds(call: _Call) -> int:
