@@ -44,7 +44,7 @@ def main(_: Sequence[str]) -> None:
 if __name__ == "__main__":
     cli.define_config()
     flags.DEFINE_string("workdir", None, "the run's folder; default: runs/ and the config file's name")
-    flags.DEFINE_string("fork", None, "the folder of a run whose latest weights a new run in --workdir starts with")
+    flags.DEFINE_string("fork", None, "start a new run in --workdir from the latest weights of the run in this folder")
     flags.DEFINE_boolean("distributed", False, "be one of several processes that train one network together")
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; default: detected")
     flags.DEFINE_integer("num_processes", None, "the number of processes; default: detected", lower_bound=1)

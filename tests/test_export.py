@@ -112,7 +112,7 @@ def test_an_export_is_verified_on_other_digits_without_the_runs_data(
 
     monkeypatch.setattr(formats, "load_data", load_data)
     exported = export_workdir(workdir, "npz", overrides={})
-    assert "over 1,000 of scikit-learn's digits, because digits cannot be had here" in exported.line()
+    assert "over 1,000 of scikit-learn's digits, because digits is not available here" in exported.line()
 
 
 def test_a_missing_package_is_named(workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,7 +155,7 @@ def test_run_without_its_last_checkpoint_is_not_finished(
     ],
 )
 def test_signal_saves_and_says_how_to_continue(tmp_path: pathlib.Path, signum: int, wait: str, message: str) -> None:
-    config = config_file(replace(SMALL, train__epochs=10_000), tmp_path / "config.py")
+    config = config_file(replace(SMALL, train__epochs=10_000, checkpoint__every_epochs=0), tmp_path / "config.py")
     command = ("-m", "mnist_flax.main", f"--config={config}", f"--workdir={tmp_path / 'run'}")
     for _ in range(2):
         with start(*command) as process:
@@ -230,7 +230,7 @@ def test_run_continues_without_a_console(tmp_path: pathlib.Path, redirection: st
 
 
 def test_run_continues_when_its_terminal_is_closed(tmp_path: pathlib.Path) -> None:
-    config = config_file(replace(SMALL, train__epochs=40), tmp_path / "config.py")
+    config = config_file(replace(SMALL, train__epochs=40, checkpoint__every_epochs=0), tmp_path / "config.py")
     terminal, its_end = os.openpty()
     fcntl.ioctl(its_end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # a progress bar needs a width
     command = [sys.executable, "-m", "mnist_flax.main", f"--config={config}", f"--workdir={tmp_path / 'run'}"]

@@ -1,4 +1,4 @@
-"""Tests whether one result is better than another, on the same examples and over the members of each."""
+"""Tests whether one result is better than another: over the members of each, or on the examples they share."""
 
 import math
 import pathlib
@@ -85,10 +85,10 @@ def compare_results(a: Result, b: Result) -> Facts:
       WorkdirError: they were not evaluated on the same examples.
     """
     check_same_examples(a, b)
-    examples = mcnemar(a.predictions == a.labels, b.predictions == b.labels)
+    by_example = mcnemar(a.predictions == a.labels, b.predictions == b.labels)
     have_members = min(len(a.accuracies), len(b.accuracies)) > 1
-    members = t_test(a.accuracies, b.accuracies, paired=a.pairing == b.pairing) if have_members else None
-    decisive = members or examples
+    by_member = t_test(a.accuracies, b.accuracies, paired=a.pairing == b.pairing) if have_members else None
+    decisive = by_member or by_example
     better = "b" if decisive["difference"] > 0 else "a"
     return {
         "a": _facts(a),
@@ -96,8 +96,8 @@ def compare_results(a: Result, b: Result) -> Facts:
         "dataset": a.dataset,
         "dataset_fingerprint": a.fingerprint,
         "examples": len(a.labels),
-        "mcnemar": examples,
-        "t": members,
+        "mcnemar": by_example,
+        "t": by_member,
         "verdict": better if decisive["p"] < SIGNIFICANCE else None,
     }
 
@@ -116,7 +116,7 @@ def check_same_examples(a: Result, b: Result) -> None:
     """Raises a WorkdirError if two results cannot be compared example by example."""
     if a.fingerprint != b.fingerprint:
         raise WorkdirError(
-            f"--compare: {a.name} is about {a.dataset} (fingerprint {a.fingerprint[:12]}), {b.name} about"
+            f"--compare: {a.name} was evaluated on {a.dataset} (fingerprint {a.fingerprint[:12]}), {b.name} on"
             f" {b.dataset} ({b.fingerprint[:12]}); only results on the same data can be compared"
         )
     held_out = [result.pairing if result.kind == "folds" else None for result in (a, b)]
@@ -160,7 +160,8 @@ def t_test(a: Sequence[float], b: Sequence[float], *, paired: bool) -> Facts:
     difference = float(np.mean(b) - np.mean(a))
     varying = [np.subtract(b, a)] if paired else [a, b]
     if max(np.ptp(values) for values in varying) < ROUNDING:
-        # No other permutation has a difference as large, except the one with all signs or both populations swapped.
+        # The observed difference is the largest possible. Only one other permutation matches its size: all signs
+        # flipped if paired, otherwise the two populations exchanged, if they are equally large.
         num_permutations = 2 ** len(a) if paired else math.comb(len(a) + len(b), len(a))
         num_extreme = 2 if len(a) == len(b) else 1
         p = num_extreme / num_permutations if abs(difference) > ROUNDING else 1.0

@@ -60,14 +60,14 @@ class Exported(NamedTuple):
 
     paths: tuple[pathlib.Path, ...]
     difference: float
-    images: int
-    source: str
+    num_images: int
+    images: str  # what they are, such as "test images of mnist"
 
     def line(self) -> str:
         """Returns a line to print about the result."""
         files = " and ".join(f"{path} ({path.stat().st_size / 1000:,.0f} kB)" for path in self.paths)
         difference = f"largest difference of a logit or probability {self.difference:.1e}"
-        return f"{files}: {difference}, over {self.images:,} {self.source}"
+        return f"{files}: {difference}, over {self.num_images:,} {self.images}"
 
 
 def export_workdir(
@@ -85,7 +85,7 @@ def export_workdir(
 
     Raises:
       UserError: a package is missing, the run cannot be read, the network cannot be expressed in the format, or the
-        file's outputs differ from the network's (in these cases nothing is written); or a file cannot be written.
+        file's outputs differ from the network's: then nothing is written. Or a file cannot be written.
     """
     chosen = FORMATS[format_name]
     missing = [name for name in chosen.packages if importlib.util.find_spec(name) is None]
@@ -112,7 +112,7 @@ def images_to_compare(info: RunInfo, overrides: Mapping[str, Any]) -> tuple[np.n
         return splits.test.image[:NUM_IMAGES], f"test images of {splits.name}"
     except DataError:
         digits = load_splits(Config(data=DataConfig(name="digits")))
-        source = f"of scikit-learn's digits, because {info.config.data.name} cannot be had here"
+        source = f"of scikit-learn's digits, because {info.config.data.name} is not available here"
         return digits.train.image[:NUM_IMAGES], source
 
 

@@ -25,7 +25,7 @@ def logits_of(predictor: Predictor, members: Sequence[Variables], images: Array)
     The weights come from `members`, everything else from the predictor. N may be symbolic.
     """
     views = images
-    if predictor.views > 1:  # one after the other: u8[N*V,H,W,1]
+    if predictor.views > 1:  # u8[N*V,H,W,1]: the V views of an image are consecutive
         views = jnp.stack(views_of(images, predictor.views), 1).reshape(
             images.shape[0] * predictor.views, *images.shape[1:]
         )

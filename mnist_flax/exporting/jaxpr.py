@@ -10,7 +10,7 @@ import numpy as np
 from jax.extend import core
 
 from mnist_flax.exporting.graph import BATCH_SIZE, Builder
-from mnist_flax.exporting.primitives import REWRITES, TRANSLATIONS, UNCHANGED, add, unsupported
+from mnist_flax.exporting.primitives import REWRITES, SAME_INPUTS, TRANSLATIONS, add, unsupported
 
 CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")  # parameters that hold the function called by a primitive
 
@@ -70,9 +70,9 @@ def _results(builder: Builder, eqn: Any, inputs: tuple[str, ...], stack: str) ->
         params = {key: eqn.params[key] for key in ("axis", "sizes", "y") if key in eqn.params}
         closed = jax.make_jaxpr(functools.partial(REWRITES[name], **params))(*(var.aval for var in eqn.invars))
         return inline_jaxpr(builder, closed.jaxpr, closed.consts, inputs, stack)
-    if name in UNCHANGED:
+    if name in SAME_INPUTS:
         attrs = {"axes": eqn.params["axes"]} if "axes" in eqn.params else {}
-        return [add(builder, UNCHANGED[name], eqn, inputs, **attrs)]
+        return [add(builder, SAME_INPUTS[name], eqn, inputs, **attrs)]
     if name not in TRANSLATIONS:
         unsupported(builder, name)
     return [TRANSLATIONS[name](builder, eqn, inputs)]

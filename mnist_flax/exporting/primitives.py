@@ -10,7 +10,7 @@ from jax import lax
 
 from mnist_flax.exporting.graph import Builder, ExportError, symbolic
 
-Translation = Callable[[Builder, Any, tuple[str, ...]], str]
+Translation = Callable[[Builder, Any, tuple[str, ...]], str]  # builder, equation, names of inputs -> name of output
 
 # Primitives that are rewritten in terms of other primitives, which are then translated.
 REWRITES: dict[str, Callable[..., Any]] = {
@@ -29,7 +29,7 @@ REWRITES: dict[str, Callable[..., Any]] = {
     "square": lambda x: x * x,
     "stack": lambda *parts, axis: lax.concatenate([lax.expand_dims(part, [axis]) for part in parts], axis),
 }
-UNCHANGED = {  # primitives with the same inputs as an operation of the graph, which may have another name
+SAME_INPUTS = {  # primitives with the same inputs as an operation of the graph, by its name
     **{name: name for name in ("add", "sub", "mul", "div", "max", "min", "pow", "and", "or", "not", "neg", "abs")},
     **{name: name for name in ("sign", "floor", "exp", "log", "sqrt", "tanh", "erf", "logistic", "sin", "cos")},
     **{name: name for name in ("reduce_sum", "reduce_max", "reduce_min")},
@@ -53,8 +53,8 @@ def add(builder: Builder, op: str, eqn: Any, inputs: tuple[str, ...], **attrs: A
 
 
 def _layout(builder: Builder, op: str, x: str, shape: Any, dtype: Any, **attrs: Any) -> str:
-    """Reshapes or transposes `x`: a constant directly, keeping its name if possible; anything else by adding a node."""
-    if attrs.get("axes") == (0, 1, 2, 3):
+    """Reshapes or transposes `x`: a constant at once, under the same name; anything else by a new node."""
+    if attrs.get("axes") == (0, 1, 2, 3):  # nothing to do
         return x
     if x not in builder.constants:
         return builder.add(op, (x,), shape, dtype, **attrs)

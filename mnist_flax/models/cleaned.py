@@ -11,7 +11,7 @@ from jax.lax import slice_in_dim
 from mnist_flax.models.cnn import CNN, CNNConfig
 
 WINDOW = 9  # pixels; few strokes in MNIST are as wide
-FAINTEST = 0.1  # images whose brightest ink is below this are not stretched all the way to white
+MIN_PEAK = 0.1  # the contrast is stretched by at most 1 / MIN_PEAK, so that faint noise does not become white
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,16 +36,16 @@ class CleanedCNN(CNN):
 
 
 def cleaned(x: Array) -> Array:
-    """Removes specks and the background, smooths, and stretches the contrast, `f32[B,H,W,1] -> f32[B,H,W,1]`, 0 to 1.
+    """Removes specks and the background, smooths, and stretches the contrast to [0, 1], `f32[B,H,W,1] -> f32[B,H,W,1]`.
 
     Clean digits change little. The background is the greyscale morphological opening with a square of 9x9 pixels, and
     the image minus its opening is called the white top-hat.
     """
     x = despeckled(x)
-    background = _extreme(_extreme(x, jnp.minimum, jnp.inf), jnp.maximum, -jnp.inf)
+    background = _window_extreme(_window_extreme(x, jnp.minimum, jnp.inf), jnp.maximum, -jnp.inf)
     ink = x - background
     ink = blurred(ink)
-    return ink / jnp.maximum(ink.max((1, 2, 3), keepdims=True), FAINTEST)
+    return ink / jnp.maximum(ink.max((1, 2, 3), keepdims=True), MIN_PEAK)
 
 
 def blurred(x: Array) -> Array:
@@ -61,7 +61,8 @@ def despeckled(x: Array) -> Array:
     x = jnp.concatenate([x[:, :1], x, x[:, -1:]], axis=1)
     x = jnp.concatenate([x[:, :, :1], x, x[:, :, -1:]], axis=2)
     low, middle, high = _sorted(*(x[:, i : i + height] for i in range(3)))
-    # The 3x3 grid with sorted rows and columns: a1 is smallest, and the next two are among a2, a3, b1 and c1.
+    # The values of a neighbourhood, sorted along columns and then along rows: a1 a2 a3 / b1 b2 b3 / c1 c2 c3.
+    # a1 is the smallest; the next two are among a2, a3, b1 and c1. The largest values mirror this.
     (_, a2, a3), (b1, _, b3), (c1, c2, _) = (
         _sorted(*(row[:, :, i : i + width] for i in range(3))) for row in (low, middle, high)
     )
@@ -77,14 +78,14 @@ def _sorted(a: Array, b: Array, c: Array) -> tuple[Array, Array, Array]:
     return jnp.minimum(a, b), jnp.maximum(a, b), c
 
 
-def _extreme(x: Array, of: Callable[[Array, Array], Array], outside: float) -> Array:
+def _window_extreme(x: Array, extreme: Callable[[Array, Array], Array], padding: float) -> Array:
     """Takes the minimum or maximum over a window around each pixel, in ceil(log2(WINDOW)) steps along each axis."""
     for axis in (1, 2):
         margins = [(WINDOW // 2, WINDOW // 2) if a == axis else (0, 0) for a in range(4)]
-        x, covered = jnp.pad(x, margins, constant_values=outside), 1
+        x, covered = jnp.pad(x, margins, constant_values=padding), 1
         while covered < WINDOW:
             step = min(covered, WINDOW - covered)
             length = x.shape[axis]
-            x = of(slice_in_dim(x, 0, length - step, axis=axis), slice_in_dim(x, step, length, axis=axis))
+            x = extreme(slice_in_dim(x, 0, length - step, axis=axis), slice_in_dim(x, step, length, axis=axis))
             covered += step
     return x

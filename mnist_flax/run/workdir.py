@@ -56,7 +56,7 @@ def check(workdir: pathlib.Path) -> None:
 
 
 def _holds_run(folder: pathlib.Path) -> bool:
-    """Returns whether a folder was claimed, or holds the config of a run; a copy may lack hidden files."""
+    """Returns whether a folder was claimed, or holds the config of a run; a copy may have lost the hidden file."""
     return os.path.lexists(folder / _LOCK) or read_json(folder / CONFIG).keys() >= _CONFIG_FIELDS
 
 
@@ -78,7 +78,7 @@ def names_in(folder: pathlib.Path, subject: str = "") -> set[str]:
 
 @contextlib.contextmanager
 def claim(workdir: pathlib.Path) -> Iterator[None]:
-    """Creates `workdir` and locks it for this process; deletes it again if nothing was written.
+    """Creates `workdir` and locks it for this process; at the end, removes it if no file of a run was written.
 
     The operating system releases the lock when the process ends, even if it is killed.
 
@@ -254,7 +254,7 @@ def sync(path: pathlib.Path) -> None:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Returns the object in a JSON file; an empty one if it is missing, damaged, something else or no regular file."""
+    """Returns the object in a JSON file; an empty one if the path is no regular file, or does not contain an object."""
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, ValueError, RecursionError):
