@@ -91,7 +91,7 @@ def test_verdict_follows_the_members_if_there_are_any() -> None:
 
 def test_results_on_different_examples_are_not_compared() -> None:
     one = result_of([0, 0], (1.0,))
-    with pytest.raises(WorkdirError, match=r"is about mnist .* about kmnist .*only results on the same data"):
+    with pytest.raises(WorkdirError, match=r"was evaluated on mnist .* on kmnist .*only results on the same data"):
         comparison.compare_results(one, result_of([0, 0], (1.0,), fingerprint="0" * 64, dataset="kmnist"))
     of_folds = result_of([0, 0], (1.0, 1.0), kind="folds")
     with pytest.raises(WorkdirError, match="was evaluated on 2 test rows, x on 2 training rows in 2 folds"):
