@@ -18,5 +18,4 @@ def get_config() -> ConfigDict:
     config.model.kernel_sizes = (5, 3, 3, 3, 3, 3)
     config.model.pools = (2, 1, 1, 2, 1, 2)
     config.train.epochs = 12
-    config.eval.temperature = 1.33
     return config

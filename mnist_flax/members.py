@@ -227,7 +227,7 @@ def finish(member: Member, splits: Splits) -> None:
     """
     config, workdir, log = member.config, member.workdir, member.log
     variables = eval_variables(member.state)
-    predictor = calibrate(make_predictor(config, variables), member.holdout, config.eval.temperature)
+    predictor = calibrate(make_predictor(config, variables), member.holdout)
     logits = member_logits(predictor, splits.test.image)
     (member.test_logits,) = logits
     evaluation = evaluation_of(logits, splits.test.label, predictor.temperature)

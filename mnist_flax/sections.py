@@ -137,20 +137,16 @@ class EvalConfig:
     Attributes:
       batch_size: images per call; each shifted view is a call of its own.
       views: 1, or 5 to average the probabilities of an image and of its shifts by one pixel up, down, left and right.
-      temperature: what the logits of a single network are divided by (Guo et al., 2017); 0 fits it on the hold-out rows
-        at the end of training, or means 1 if there are none. A committee ignores this field and fits its own.
     """
 
     batch_size: int = not_compared(2000)
     views: int = 1
-    temperature: float = 0.0
 
     def check(self) -> Iterator[str]:
         """Yields a message for each wrong value."""
         yield from within("eval.batch_size", self.batch_size, 1, 1_000_000)
         if self.views not in VIEWS:
             yield f"config.eval.views = {self.views}: must be 1 or 5"
-        yield from within("eval.temperature", self.temperature, 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

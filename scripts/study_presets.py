@@ -4,7 +4,8 @@ Each finished run appends one JSON line: the fields that differ from the preset,
 
     python scripts/study_presets.py --jobs=jobs.jsonl --output=scripts/results/study_presets.jsonl
 
-A job is a JSON object such as {"preset": "default", "seed": 1, "train__label_smoothing": 0.0}.
+A job is a JSON object such as {"preset": "default", "seed": 1, "train__label_smoothing": 0.0}. "block": 0 to 5 holds
+out a sixth of the file, in order: rows 0 to 9,999, and so on.
 """
 
 import argparse
@@ -30,6 +31,8 @@ from mnist_flax.run import compilation
 from mnist_flax.run.provenance import provenance
 from mnist_flax.step import eval_variables
 
+BLOCKS = np.arange(60_000, dtype=np.int32).reshape(6, 10_000)
+
 
 def scores(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Computes errors, loss and calibration, without and with temperature scaling.
@@ -47,9 +50,11 @@ def scores(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     return {name: round(value, 5) for name, value in result.items()}
 
 
-def run(config: Config, splits: Splits) -> dict[str, Any]:
-    """Trains one variant, and scores its last step on the held-out rows."""
+def run(config: Config, splits: Splits, block: int | None) -> dict[str, Any]:
+    """Trains one variant, and scores its last step on the rows that the config or `block` holds out."""
     rows, held = batches.rows_of(splits.train.label, config.data)
+    if block is not None:
+        rows, held = np.setdiff1d(np.r_[rows, held], BLOCKS[block]).astype(rows.dtype), BLOCKS[block]
     teacher = load_teacher(config)
     job = drivers.Job(config.program, [config.seed], [rows], splits.train, teacher=teacher and teacher.networks)
     states = drivers.stack([drivers.jit_init_state(config.program, rng.root_key(config.seed))], job)
@@ -87,11 +92,11 @@ def main() -> None:
         fields = {
             "data__holdout": 10_000,
             "data__on_missing": "error",
-            **{name: value for name, value in job.items() if name != "preset"},
+            **{name: value for name, value in job.items() if name not in ("preset", "block")},
         }
         config = replace(preset.load_config(preset.find_preset(job["preset"])), **fields)
         made = {"date": datetime.date.today().isoformat(), **provenance()}
-        result = {**job, **run(config, load_splits(config)), **made}
+        result = {**job, **run(config, load_splits(config), job.get("block")), **made}
         with args.output.open("a") as file:
             file.write(json.dumps(result) + "\n")
 

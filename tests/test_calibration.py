@@ -12,21 +12,11 @@ from scipy.optimize import minimize
 
 from mnist_flax.analysis import calibration
 from mnist_flax.analysis.calibration import calibrate, calibration_scores, fit_temperature
-from mnist_flax.analysis.evaluation import (
-    UNFITTED,
-    answer,
-    evaluate,
-    load_predictor,
-    make_predictor,
-    predict_logits,
-)
+from mnist_flax.analysis.evaluation import UNFITTED, answer, evaluate, load_predictor, predict_logits
 from mnist_flax.analysis.run_data import load_data, select_examples
 from mnist_flax.analysis.scores import evaluate_workdir, evaluation_table
-from mnist_flax.config import replace
 from mnist_flax.data.splits import Examples
 from mnist_flax.metrics import log_probabilities, negative_log_likelihood
-from mnist_flax.step import eval_variables
-from mnist_flax.train import fit
 
 
 def draws(temperature: float, num_examples: int = 20_000) -> tuple[np.ndarray, np.ndarray]:
@@ -74,22 +64,7 @@ def test_calibrated_predictor_predicts_the_same_classes() -> None:
     before, after = evaluate(raw, splits.test), evaluate(fitted, splits.test)
     assert before.accuracy == after.accuracy
     np.testing.assert_allclose(after.logits * fitted.temperature, before.logits, rtol=1e-5)
-    none = Examples(holdout.image[:0], holdout.label[:0])
-    assert calibrate(fitted, none).temperature == 1.0
-    given = calibrate(predictor, holdout, temperature=1.5)
-    assert (given.temperature, calibrate(predictor, none, temperature=1.5).temperature) == (1.5, 1.5)
-    assert given.doubtful_below != fitted.doubtful_below
-
-
-def test_a_run_has_the_temperature_of_its_config_and_a_committee_has_its_own(tmp_path: pathlib.Path) -> None:
-    config = replace(tiny_run.CONFIG, eval__temperature=1.5, train__epochs=1, data__holdout=0)
-    state = fit(config, tmp_path)
-    assert json.loads((tmp_path / "summary.json").read_text())["temperature"] == 1.5
-    variables = eval_variables(state)
-    single, committee = make_predictor(config, variables), make_predictor(config, variables, variables)
-    assert (single.temperature, committee.temperature) == (1.5, 1.0)
-    (tmp_path / "summary.json").unlink()  # as for a run that is unfinished
-    assert load_predictor(tmp_path)[0].temperature == 1.5
+    assert calibrate(fitted, Examples(holdout.image[:0], holdout.label[:0])).temperature == 1.0
 
 
 def test_temperature_is_stored_with_a_run_and_used_for_its_last_step(tmp_path: pathlib.Path) -> None:

@@ -32,16 +32,13 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(np.exp(found.x))
 
 
-def calibrate(predictor: Predictor, holdout: Examples, temperature: float = 0.0) -> Predictor:
-    """Returns the predictor with temperature and doubt fitted on hold-out rows; with none, they are the defaults.
-
-    A `temperature` other than 0 is used instead of a fitted one.
-    """
+def calibrate(predictor: Predictor, holdout: Examples) -> Predictor:
+    """Returns the predictor with temperature and doubt fitted on hold-out rows; with none, they are the defaults."""
     raw: Predictor = dataclasses.replace(predictor, **UNFITTED)  # type: ignore[arg-type]  # they are floats
     if not len(holdout.label):
-        return dataclasses.replace(raw, temperature=temperature or 1.0)
+        return raw
     logits = predict_logits(raw, holdout.image)
-    temperature = temperature or fit_temperature(logits, holdout.label)
+    temperature = fit_temperature(logits, holdout.label)
     below, most_ink = fit_doubt(logits / temperature), INK_MARGIN * float(mean_grey(holdout.image).max())
     return dataclasses.replace(raw, temperature=temperature, doubtful_below=below, most_ink=most_ink)
 

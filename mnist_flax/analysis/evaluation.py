@@ -50,12 +50,7 @@ class Predictor:
 
 
 def make_predictor(config: Config, *members: Variables, **fitted: float) -> Predictor:
-    """Returns a predictor with the program, views, batch size and devices of a config, and the `fitted` values.
-
-    Without a fitted temperature, a single network has that of the config, if it gives one.
-    """
-    if config.eval.temperature and len(members) == 1:
-        fitted = {"temperature": config.eval.temperature} | fitted
+    """Returns a predictor with the program, views, batch size and devices of a config, and the `fitted` values."""
     return Predictor(
         program=config.program,
         members=members,
