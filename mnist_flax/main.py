@@ -3,8 +3,8 @@
     python -m mnist_flax.main --config=configs/default.py
 
 Any field of the config can be overridden: --config.optimizer.learning_rate=0.05 --config.model.widths="(16,32,64)".
-Repeating the command continues a run that was stopped, or reports that it is finished. `--fork=DIR` starts a new run
-from the weights of the run in DIR.
+docs/config.md lists the fields. Repeating the command continues a run that was stopped, or reports that it is finished.
+`--fork=DIR` starts a new run from the weights of the run in DIR.
 
 With --distributed, several processes train one network: start the same command in each, on a shared file system. On
 SLURM, Open MPI, GKE and Cloud TPU, JAX detects the processes. Elsewhere, add --coordinator=HOST:PORT --num_processes=2
