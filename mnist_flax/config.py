@@ -5,9 +5,11 @@ A preset (`configs/*.py`) starts from `default_config_dict()` or another preset 
 and the remedy, before any data is loaded.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
+import types
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, Self
@@ -275,12 +277,15 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{path} = {value!r}: must be a tuple, such as ({value!r},)")
         return tuple(_convert(typing.get_args(kind)[0], item, f"{path}[{i}]") for i, item in enumerate(value))
-    kinds = typing.get_args(kind) or (kind,)  # several for a union such as int | None
-    if float in kinds and int not in kinds and type(value) is int:
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):  # such as int | None
+        for one in typing.get_args(kind):
+            with contextlib.suppress(ConfigError):
+                return _convert(one, value, path)
+    if kind is float and type(value) is int:
         value = float(value)
-    if type(value) not in kinds:
-        wanted = " or ".join("None" if one is type(None) else one.__name__ for one in kinds)
+    if type(value) is not kind:
+        wanted = getattr(kind, "__name__", str(kind))
         raise ConfigError(f"{path} = {value!r}: must be of type {wanted}, not {type(value).__name__}")
-    if type(value) is float and not math.isfinite(value):
+    if kind is float and not math.isfinite(value):
         raise ConfigError(f"{path} = {value!r}: must be finite")
     return value

@@ -27,7 +27,7 @@ from mnist_flax.errors import WorkdirError
 from mnist_flax.exporting import demo
 from mnist_flax.exporting.graph import ExportError
 from mnist_flax.models.layers import NORM_MOMENTUM
-from mnist_flax.optimizer import OptimizerConfig, schedule
+from mnist_flax.optimizer import SCHEDULES, OptimizerConfig, Schedule, schedule
 from mnist_flax.run import checkpoint, processes
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.log import RunLog
@@ -96,16 +96,20 @@ def open_member(
     writes = is_primary and not is_finished
     if writes:
         workdirs.write_text(workdir / workdirs.CONFIG, config.to_json())
-    rate = jit_schedule(config.optimizer, config.num_steps, config.steps_per_epoch)
-    log = RunLog(config, workdir, record, learning_rate=rate, writes=writes)
+    log = RunLog(config, workdir, record, learning_rate=jit_schedule(config), writes=writes)
     rows, holdout_rows = batches.rows_of(splits.train.label, config.data)
     holdout = Examples(splits.train.image[holdout_rows], splits.train.label[holdout_rows])
     return Member(config, workdir, rows, holdout, store, state, log, is_finished, teacher)
 
 
-@functools.lru_cache(maxsize=1)
-def jit_schedule(config: OptimizerConfig, num_steps: int, steps_per_epoch: int) -> Callable[[int], Array]:
+def jit_schedule(config: Config) -> Callable[[int], Array]:
     """Compiles the learning-rate schedule for the log: operation by operation, a line would take milliseconds."""
+    optimizer = config.optimizer
+    return _compiled_schedule(SCHEDULES[optimizer.schedule], optimizer, config.num_steps, config.steps_per_epoch)
+
+
+@functools.lru_cache(maxsize=1)
+def _compiled_schedule(_: Schedule, config: OptimizerConfig, num_steps: int, steps_per_epoch: int) -> Any:
     return jax.jit(schedule(config, num_steps, steps_per_epoch))
 
 

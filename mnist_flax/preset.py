@@ -5,6 +5,7 @@ and the field or the error.
 """
 
 import ast
+import contextlib
 import pathlib
 import sys
 import traceback
@@ -90,7 +91,7 @@ def run_preset(path: pathlib.Path) -> dict[str, Any]:
     except BaseException as error:  # a preset may call sys.exit; Ctrl-C is not an exception here (`signals.listening`)
         raise ConfigError(f"--config={path}: {_describe(error, path)}") from error
     finally:
-        if is_new:
+        if is_new and folder in sys.path:
             sys.path.remove(folder)
     if not callable(get_config):
         raise ConfigError(f"--config={path}: defines no function get_config()")
@@ -144,15 +145,19 @@ def _convert(old: Any, text: str, path: str) -> Any:
     """Converts the text of a flag to the type of the value that it replaces."""
     if isinstance(old, str):
         return text
+    if text == "None":  # only optional fields accept it
+        return None
+    if old is None:  # its type is not known here
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            return ast.literal_eval(text)
+        return {"true": True, "false": False}.get(text.lower(), text)
     try:
         if isinstance(old, bool):
             return {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}[text.lower()]
         if isinstance(old, int | float):
             return type(old)(text)
         value = ast.literal_eval(text)
-        if old is None:
-            return value
         return tuple(value) if isinstance(value, tuple | list) else (value,)
     except (ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError) as error:
         kinds = {bool: "true or false", int: "an integer", float: "a number", tuple: "a tuple, such as (16,32)"}
-        raise ConfigError(f"--{path}={text}: must be {kinds.get(type(old), 'a Python value')}") from error
+        raise ConfigError(f"--{path}={text}: must be {kinds[type(old)]}") from error

@@ -60,7 +60,7 @@ def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = No
     teacher = load_teacher(config, workdir)
     check_memory(config, teacher and teacher.networks)  # before data are read and anything is written
     drivers.job_mesh(config.program, 1, config.train.num_devices)
-    # A substitute dataset has other classes or pictures than the teacher.
+    # A student learns from its teacher's dataset, never from a substitute.
     splits = load_splits(replace(config, data__on_missing="error") if teacher else config)
     (member,) = fit_all({workdir: adapt_to_dataset(config, splits)}, splits, fork=fork, teacher=teacher)
     return member.state

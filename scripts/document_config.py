@@ -71,8 +71,8 @@ def rows(section: type, prefix: str) -> Iterator[str]:
 def model_tables() -> Iterator[str]:
     """Yields the table of the fields that all model families share, then one for each family."""
     yield "## model\n"
-    yield "`--config.model.name` selects a family. With another family than the preset's, the other fields of the model"
-    yield "return to the defaults of that family. All families have these fields:\n"
+    yield "`model.name` selects a family; the default is `cnn`. With another family than the preset's, all other fields"
+    yield "of the model return to the defaults of that family. All families have these fields:\n"
     yield from (HEAD, *rows(ModelConfig, "model."))
     for name, family in MODELS.items():
         parent = family.__mro__[1]

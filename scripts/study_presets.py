@@ -27,6 +27,7 @@ from mnist_flax.data import batches
 from mnist_flax.data.load import load_splits
 from mnist_flax.data.splits import Splits
 from mnist_flax.distillation import load_teacher
+from mnist_flax.errors import UserError
 from mnist_flax.run import compilation
 from mnist_flax.run.provenance import provenance
 from mnist_flax.step import eval_variables
@@ -55,6 +56,8 @@ def run(config: Config, splits: Splits, block: int | None) -> dict[str, Any]:
     rows, held = batches.rows_of(splits.train.label, config.data)
     if block is not None:
         rows, held = np.setdiff1d(np.r_[rows, held], BLOCKS[block]).astype(rows.dtype), BLOCKS[block]
+        if len(rows) != config.num_train:
+            raise UserError("a block of 10,000 rows needs data.holdout = 10000, and all 60,000 rows in use")
     teacher = load_teacher(config)
     job = drivers.Job(config.program, [config.seed], [rows], splits.train, teacher=teacher and teacher.networks)
     states = drivers.stack([drivers.jit_init_state(config.program, rng.root_key(config.seed))], job)

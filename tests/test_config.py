@@ -225,6 +225,8 @@ class OptionalConfig(CNNConfig):
 
     groups: int | None = None
     slope: float | None = None
+    norm: str | None = None
+    sizes: tuple[int, ...] | None = None
 
 
 def test_a_field_may_be_optional(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
@@ -236,10 +238,15 @@ def test_a_field_may_be_optional(monkeypatch: pytest.MonkeyPatch, tmp_path: path
         assert isinstance(model, OptionalConfig)
         assert (model.groups, model.slope) == expected
         assert type(model.slope) is type(expected[1])
-    with pytest.raises(ConfigError, match=r"config.model.groups = 1.5: must be of type int or None, not float"):
+    model = preset.load_config(path, ["model.norm=batch", "model.sizes=(1,2)"]).model
+    assert isinstance(model, OptionalConfig)
+    assert (model.norm, model.sizes) == ("batch", (1, 2))
+    with pytest.raises(ConfigError, match=r"config.model.groups = 1.5: must be of type int \| None, not float"):
         preset.load_config(path, ["model.groups=1.5"])
-    with pytest.raises(ConfigError, match=r"--config.model.groups=four: must be a Python value"):
+    with pytest.raises(ConfigError, match=r"config.model.groups = 'four': must be of type int \| None, not str"):
         preset.load_config(path, ["model.groups=four"])
+    with pytest.raises(ConfigError, match=r"config.model.dropout = None: must be of type float, not NoneType"):
+        preset.load_config(path, ["model.dropout=None"])
 
 
 def test_configs_are_frozen() -> None:

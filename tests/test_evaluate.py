@@ -347,7 +347,7 @@ def test_the_snippet_of_the_document_trains_and_loads_a_network(tmp_path: pathli
     (snippet,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     space: dict[str, Any] = {}
     for old, new in (
-        ("runs/default", str(tmp_path / "run")),
+        ("runs/seed-1", str(tmp_path / "run")),
         ('"default"', '"digits"'),
         ("seed=1", "seed=1, train__epochs=1, train__report=False, train__demo=False"),
     ):

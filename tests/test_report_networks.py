@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
@@ -168,3 +169,33 @@ def test_the_largest_seed_can_be_reported() -> None:
     config = replace(tiny_run.CONFIG, seed=2**32 - 1, augment__rotate=10.0)
     rows, images = pictures.augmented(config, load_splits(config))
     assert len(images) == len(rows) * (1 + pictures.VARIANTS)
+
+
+class Recurrent(nn.Module):
+    """Layers that the report must be able to list: called twice, with a keyword, or with several results."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        shared = nn.Dense(28)
+        x = shared(inputs=shared(x[..., 0]))
+        states = jnp.asarray(nn.RNN(nn.OptimizedLSTMCell(8))(x))
+        return jnp.asarray(nn.Dense(10)(states[:, -1]))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecurrentConfig(ModelConfig):
+    """Its family."""
+
+    def module(self, num_classes: int, *, train: bool = False) -> nn.Module:
+        return Recurrent()
+
+
+def test_layers_of_any_linen_module_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODELS, "recurrent", RecurrentConfig)
+    config = Config(model=RecurrentConfig())
+    variables = eval_variables(jit_init_state(config.program, jax.random.key(0)))
+    listed = layers.layers(config.program, variables)
+    assert [one.name for one in listed][:2] == ["Dense_0", "Dense_0"]
+    total = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    assert sum(one.parameters for one in listed) == total
+    assert layers.layer_table(listed).splitlines()[-1].split()[:2] == ["total", f"{total:,}"]

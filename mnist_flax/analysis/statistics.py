@@ -239,8 +239,9 @@ def population_table(result: Mapping[str, Any]) -> str:
         lines += [
             f"out of fold, {out_of_fold['correct']} of {out_of_fold['examples']} training rows right:",
             _spread_line(out_of_fold, count),
-            f"  {label_errors.label_table(out_of_fold['labels'])}",
         ]
+        if labels := out_of_fold.get("labels"):  # early results have none
+            lines.append(f"  {label_errors.label_table(labels)}")
     return "\n".join(lines)
 
 

@@ -49,7 +49,7 @@ class Store:
 
     @functools.cached_property
     def _holdouts(self) -> dict[int, dict[str, float] | None]:
-        """The hold-out scores of each checkpoint; read only before something is written."""
+        """The hold-out scores of each checkpoint; read when the first one is written."""
         return checkpoint.holdouts(self._folder)
 
     def save(self, state: TrainState, record: dict[str, Any], *, holdout: dict[str, float] | None = None) -> None:
@@ -129,6 +129,7 @@ class Store:
         if not processes.is_primary():
             storage.write(unfinished, arrays, record)
             return
+        holdouts = self._holdouts
         try:
             workdirs.subfolder(self._workdir, workdirs.CHECKPOINTS)
             needed = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)) + 2**16
@@ -140,7 +141,7 @@ class Store:
                 workdirs.sync(path)
             unfinished.rename(self._folder / str(step))
             workdirs.sync(self._folder)
-            self._holdouts[step] = record["holdout"]
+            holdouts[step] = record["holdout"]
         except Exception as error:  # TensorStore reports a full disk as a ValueError
             _clean(self._folder)
             newest = max(checkpoint.steps_in(self._folder), default="none")

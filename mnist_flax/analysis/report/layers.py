@@ -63,8 +63,10 @@ def _observed(
             own = own.get(name, {})
         own = {name: leaf for name, leaf in own.items() if hasattr(leaf, "shape")}
         kernel = own.get("kernel", getattr(module, "fixed_kernel", None))
-        if context.method_name == "__call__" and (own or kernel is not None):
-            note(_Call(module, own, kernel, args[0], output))
+        # A layer may take keywords, or return several arrays, such as a recurrent cell.
+        inputs, outputs = jax.tree.leaves((args, kwargs)), jax.tree.leaves(output)
+        if context.method_name == "__call__" and (own or kernel is not None) and inputs and outputs:
+            note(_Call(module, own, kernel, inputs[0], outputs[0]))
         return output
 
     with nn.intercept_methods(intercept):
@@ -72,18 +74,21 @@ def _observed(
 
 
 def layers(program: Program, variables: Variables) -> list[Layer]:
-    """Lists the layers in call order."""
-    return [
-        Layer(
-            name=call.name,
-            kind=type(call.module).__name__,
-            input_shape=call.x.shape[1:],
-            output_shape=call.output.shape[1:],
-            parameters=sum(leaf.size for leaf in call.params.values()),
-            multiply_adds=_multiply_adds(call),
+    """Lists the layers in call order; a layer that is called again is listed again, with 0 parameters."""
+    found: list[Layer] = []
+    for call in _trace(program, variables):
+        is_first = all(call.name != one.name for one in found)
+        found.append(
+            Layer(
+                name=call.name,
+                kind=type(call.module).__name__,
+                input_shape=call.x.shape[1:],
+                output_shape=call.output.shape[1:],
+                parameters=sum(leaf.size for leaf in call.params.values()) if is_first else 0,
+                multiply_adds=_multiply_adds(call),
+            )
         )
-        for call in _trace(program, variables)
-    ]
+    return found
 
 
 def layer_table(network: Sequence[Layer]) -> str:
