@@ -26,16 +26,17 @@ print(float(jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((8, 8)))[0, 0]))
 
 def run(*, cwd: pathlib.Path | None = None, **environment: str) -> str:
     env = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
-    command = [sys.executable, "-W", "ignore", "-c", PROGRAM]
-    return subprocess.run(
-        command,
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
         cwd=cwd,
         env={**env, "JAX_PLATFORMS": "cpu", **environment},
         check=True,
         capture_output=True,
         text=True,
         timeout=120,
-    ).stdout
+    )
+    assert "compilation cache" not in done.stderr
+    return done.stdout
 
 
 def test_second_process_finds_the_programs_of_the_first(tmp_path: pathlib.Path) -> None:
@@ -45,6 +46,18 @@ def test_second_process_finds_the_programs_of_the_first(tmp_path: pathlib.Path) 
     second = run(XDG_CACHE_HOME=str(tmp_path))
     assert "cache_hits" in second
     assert second.splitlines()[-1] == first.splitlines()[-1]
+
+
+def test_a_program_that_a_killed_process_left_incomplete_does_not_stop_the_cache(tmp_path: pathlib.Path) -> None:
+    folder = tmp_path / "mnist_flax" / "programs"
+    folder.mkdir(parents=True)
+    (folder / "jit_f-0123-cache").write_bytes(b"written by a process that was killed before it noted the time")
+    run(XDG_CACHE_HOME=str(tmp_path))
+    programs, times = (
+        {path.name.rpartition("-")[0] for path in folder.glob(f"*-{kind}")} for kind in ("cache", "atime")
+    )
+    assert len(programs) > 1
+    assert programs == times
 
 
 def test_jax_own_variables_take_precedence(tmp_path: pathlib.Path) -> None:

@@ -1,7 +1,10 @@
 """JAX's persistent compilation cache: compiled programs are kept on disk for later processes."""
 
+import contextlib
 import logging
 import os
+import pathlib
+import warnings
 
 import jax
 
@@ -28,10 +31,23 @@ def keep_programs() -> None:
     except OSError as error:
         logger.info("compiled programs are not kept: %s", error)
         return
+    if "://" not in folder:
+        _complete(pathlib.Path(folder))
+    # A damaged entry, or a full disk, costs only time.
+    warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache")
     jax.config.update("jax_compilation_cache_dir", folder)
     for option, value in OPTIONS.items():
         if option.upper() not in os.environ:
             jax.config.update(option, value)
+
+
+def _complete(folder: pathlib.Path) -> None:
+    """Gives each program a time of last use: a killed process can leave one without, and JAX 0.10 then adds no more."""
+    for program in folder.glob("*-cache"):
+        time_of_use = program.with_name(program.name.removesuffix("-cache") + "-atime")
+        if not time_of_use.exists():
+            with contextlib.suppress(OSError):
+                time_of_use.write_bytes(bytes(8))  # the first to be deleted if space is needed
 
 
 def cache_dir() -> str:
