@@ -14,12 +14,11 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from mnist_flax.checks import nearest
+from mnist_flax.data.registry import DATA_FIELDS
 from mnist_flax.errors import ConfigError, UserError
 from mnist_flax.run import console, machine, signals
 
 FLAGS = flags.FLAGS
-
-DATA_FIELDS = ("data.name", "data.source", "data.data_dir", "data.raw_dir")  # config fields that evaluation may change
 
 VERBS = {
     "main": "train a network, or continue a run",

@@ -19,6 +19,7 @@ from mnist_flax.analysis.evaluation import evaluate, evaluation_of, fit_of, make
 from mnist_flax.analysis.report.facts import Reported
 from mnist_flax.analysis.report.layers import layer_table, layers
 from mnist_flax.analysis.report.write import write_report
+from mnist_flax.analysis.statistics import TrainedMember
 from mnist_flax.config import Config
 from mnist_flax.data import batches
 from mnist_flax.data.splits import Examples, Splits
@@ -272,3 +273,11 @@ def finish(member: Member, splits: Splits) -> None:
         run = Reported(config, predictor, splits, evaluation, log.snapshot()["log"], log.step, summary, summary["fork"])
         logger.info("report: %s", write_report(run, workdir))
     workdirs.write_text(workdir / workdirs.SUMMARY, json.dumps(summary, indent=2) + "\n")
+
+
+def trained_member(member: Member, splits: Splits) -> TrainedMember:
+    """Returns what the statistics need of a finished run; if another process finished it, it is evaluated again."""
+    variables, logits = eval_variables(member.state), member.test_logits
+    if logits is None:
+        (logits,) = member_logits(make_predictor(member.config, variables), splits.test.image)
+    return TrainedMember(member.config, variables, logits)

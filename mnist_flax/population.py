@@ -28,8 +28,7 @@ def main(_: Sequence[str]) -> None:
     if (FLAGS.seeds is None) == (FLAGS.folds is None):
         raise ConfigError("give one of --seeds=M and --folds=K, such as --seeds=10")
     config = cli.config()
-    kind = f"seeds{FLAGS.seeds}" if FLAGS.seeds else f"folds{FLAGS.folds}"
-    workdir = cli.training_workdir(f"-{kind}")
+    workdir = cli.training_workdir(f"-seeds{FLAGS.seeds}" if FLAGS.seeds else f"-folds{FLAGS.folds}")
     from mnist_flax import train
     from mnist_flax.analysis import statistics
     from mnist_flax.run import compilation

@@ -16,13 +16,12 @@ import numpy as np
 
 from mnist_flax import drivers, sharding
 from mnist_flax.analysis import statistics
-from mnist_flax.analysis.evaluation import make_predictor, member_logits
 from mnist_flax.config import Config, replace
 from mnist_flax.data.load import adapt_to_dataset, load_splits
 from mnist_flax.data.splits import Examples, Splits
 from mnist_flax.distillation import LoadedTeacher, load_teacher
 from mnist_flax.errors import WorkdirError
-from mnist_flax.members import Member, announce, evaluate_holdout, finish, open_member
+from mnist_flax.members import Member, announce, evaluate_holdout, finish, open_member, trained_member
 from mnist_flax.memory import check_memory
 from mnist_flax.pacing import is_save_due, next_num_steps, next_stop
 from mnist_flax.run import processes, provenance
@@ -30,7 +29,7 @@ from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.log import check_finite
 from mnist_flax.run.progress import Progress
 from mnist_flax.run.signals import Interrupted, StopRequest, stop_request
-from mnist_flax.step import TrainState, eval_variables
+from mnist_flax.step import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -99,14 +98,6 @@ def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, fol
     return result
 
 
-def trained_member(member: Member, splits: Splits) -> statistics.TrainedMember:
-    """Returns what the statistics need of a finished member; one that another process finished is evaluated."""
-    variables, logits = eval_variables(member.state), member.test_logits
-    if logits is None:
-        (logits,) = member_logits(make_predictor(member.config, variables), splits.test.image)
-    return statistics.TrainedMember(member.config, variables, logits)
-
-
 def check_population(workdir: pathlib.Path, kind: str, configs: Sequence[Config]) -> None:
     """Raises a WorkdirError if a folder holds the result of another population, which this one would overwrite."""
     saved = statistics.load_population_result(workdir)
@@ -154,7 +145,7 @@ def fit_all(
     Raises:
       UserError, Interrupted: as for `fit`.
     """
-    provenance.git_commit()
+    provenance.git_commit()  # remembered for the summary: the checkout may change while the run trains
     with stop_request(processes.stop_signals()) as request, contextlib.ExitStack() as stack, processes.bound_together():
         members = [open_member(config, workdir, splits, fork, teacher, stack) for workdir, config in configs.items()]
         for member in members:
@@ -163,10 +154,10 @@ def fit_all(
         if unfinished and processes.is_primary():
             announce(unfinished, splits)
         train_all(unfinished, splits.train, request)
-        for i, member in enumerate(unfinished, 1):
+        for member in unfinished:
             finish(member, splits)
             (signum,) = processes.agree(request.signum)  # no process leaves before the primary has written everything
-            if in_population or i < len(unfinished):  # a population still has to write its result
+            if in_population:  # a single run is now finished; a population still has to write its result
                 stop_if_requested(members, signum)
     return members
 

@@ -1,6 +1,8 @@
 """Writes docs/config.md, a table of all config fields, from the docstrings and defaults of the config's sections.
 
-python scripts/document_config.py
+    python scripts/document_config.py
+
+A test fails if the page is not what this script writes.
 """
 
 import argparse

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from typing import Any
 
 import document_config
 import forked
@@ -68,7 +69,7 @@ def test_command_of_a_document_exists_with_its_flags(command: tuple[str, ...]) -
 def test_python_of_a_document_runs(page: pathlib.Path, tmp_path: pathlib.Path) -> None:
     for i, block in enumerate(blocks(page, "python")):
         if "workdir" in block or "runs/" in block:
-            continue  # needs a trained run: test_export.py and test_evaluate.py execute it
+            continue  # needs a trained run: executed below, and in test_export.py
         first = re.match(r"# (\w+\.py)\n", block)
         name = first[1] if first else f"snippet_{i}.py"
         (tmp_path / name).write_text(block.replace("cli.main()", "pass"))
@@ -89,6 +90,21 @@ def test_network_of_the_readme_trains(tmp_path: pathlib.Path) -> None:
     done = subprocess.run([*command, *shrunk], cwd=tmp_path, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "my_preset" / "summary.json").is_file()
+
+
+def test_snippet_of_the_research_page_trains_and_loads_a_network(tmp_path: pathlib.Path) -> None:
+    (snippet,) = blocks(ROOT / "docs" / "research.md", "python")
+    space: dict[str, Any] = {}
+    for old, new in (
+        ("runs/seed-1", str(tmp_path / "run")),
+        ('"default"', '"digits"'),
+        ("seed=1", "seed=1, train__epochs=1, train__report=False, train__demo=False"),
+    ):
+        assert old in snippet
+        snippet = snippet.replace(old, new)
+    exec(snippet, space)
+    assert int(space["state"].step) == space["config"].num_steps
+    assert space["logits"].shape == (3, 10)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)

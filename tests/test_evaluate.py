@@ -5,7 +5,6 @@ import errno
 import json
 import os
 import pathlib
-import re
 import shutil
 import subprocess
 from typing import Any
@@ -340,19 +339,3 @@ def test_weights_are_placed_once_and_never_those_of_another_network(monkeypatch:
     np.testing.assert_array_equal(logits[0], logits[1])
     np.testing.assert_array_equal(logits[0], logits[3])
     assert not np.allclose(logits[0], logits[2])
-
-
-def test_the_snippet_of_the_document_trains_and_loads_a_network(tmp_path: pathlib.Path) -> None:
-    page = pathlib.Path(__file__).resolve().parent.parent / "docs" / "research.md"
-    (snippet,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    space: dict[str, Any] = {}
-    for old, new in (
-        ("runs/seed-1", str(tmp_path / "run")),
-        ('"default"', '"digits"'),
-        ("seed=1", "seed=1, train__epochs=1, train__report=False, train__demo=False"),
-    ):
-        assert old in snippet
-        snippet = snippet.replace(old, new)
-    exec(snippet, space)
-    assert int(space["state"].step) == space["config"].num_steps
-    assert space["logits"].shape == (3, 10)

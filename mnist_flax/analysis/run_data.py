@@ -4,11 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from mnist_flax.checks import nearest
-from mnist_flax.cli import DATA_FIELDS
 from mnist_flax.config import Config, replace
 from mnist_flax.data import batches
 from mnist_flax.data.load import load_splits
-from mnist_flax.data.registry import DATASETS, IMAGE_SIZE
+from mnist_flax.data.registry import DATA_FIELDS, DATASETS, IMAGE_SIZE
 from mnist_flax.data.splits import Examples, Splits
 from mnist_flax.errors import ConfigError, DataError
 from mnist_flax.sections import DataConfig, TrainConfig

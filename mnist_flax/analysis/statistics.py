@@ -240,7 +240,7 @@ def population_table(result: Mapping[str, Any]) -> str:
             f"out of fold, {out_of_fold['correct']} of {out_of_fold['examples']} training rows right:",
             _spread_line(out_of_fold, count),
         ]
-        if labels := out_of_fold.get("labels"):  # early results have none
+        if labels := out_of_fold.get("labels"):  # results of earlier versions have none
             lines.append(f"  {label_errors.label_table(labels)}")
     return "\n".join(lines)
 

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 from mnist_flax.errors import DataError
 
 IMAGE_SIZE = 28  # every dataset here has greyscale images of 28x28 pixels
+# The config fields that say which dataset to use and where it is; evaluation may change them.
+DATA_FIELDS = ("data.name", "data.source", "data.data_dir", "data.raw_dir")
 
 
 class DataFile(NamedTuple):

@@ -1,8 +1,8 @@
 """Prepared copies: TFDS folders, written and read without TensorFlow.
 
 TFDS' own builders parse and encode with TensorFlow. The subclass here keeps their names, versions and features, but
-does the same work without it, and writes a normal TFDS folder in array_record format. Two things differ on
-purpose: records stay in the order of the original files, and EMNIST's images are stored upright.
+does the same work without it, and writes a normal TFDS folder in array_record format. Two things differ on purpose:
+records stay in the order of the original files, and EMNIST's images are stored upright.
 """
 
 import contextlib
