@@ -1,4 +1,4 @@
-"""The recipe of `accurate.py` for a deeper network: two more convolutions, and one more pooling before the last layer.
+"""The network of `accurate.py` with a third more channels.
 
 Measured: 99.72 +- 0.03 % test accuracy (mean and sd, n = 10), NLL 0.0084, ECE 0.12 %;
 about 20 minutes of training on one CPU core. `docs/accuracy.md` says what was compared on hold-out rows.
@@ -15,7 +15,4 @@ def get_config() -> ConfigDict:
     """Returns what differs from `accurate.py`."""
     config = preset_dict("accurate")
     config.model.widths = (32, 64, 64, 64, 128, 128)
-    config.model.kernel_sizes = (5, 3, 3, 3, 3, 3)
-    config.model.pools = (2, 1, 1, 2, 1, 2)
-    config.train.epochs = 12
     return config
