@@ -60,7 +60,7 @@ def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = No
     check_memory(config, teacher and teacher.networks)  # before data are read and anything is written
     drivers.job_mesh(config.program, 1, config.train.num_devices)
     # A student learns from its teacher's dataset, never from a substitute.
-    splits = load_splits(replace(config, data__on_missing="error") if teacher else config)
+    splits = load_splits(replace(config, data__on_missing="error").data if teacher else config.data)
     (member,) = fit_all({workdir: adapt_to_dataset(config, splits)}, splits, fork=fork, teacher=teacher)
     return member.state
 
@@ -77,7 +77,7 @@ def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, fol
     teacher = load_teacher(config, workdir)
     check_memory(config, teacher and teacher.networks)
     sharding.make_mesh(config.train.num_devices)
-    splits = load_splits(replace(config, data__on_missing="error"))  # a measurement: never of a substitute dataset
+    splits = load_splits(replace(config, data__on_missing="error").data)  # a measurement: never of a substitute dataset
     configs = member_configs(config, seeds=seeds, folds=folds)
     kind = "folds" if folds else "seeds"
     check_population(workdir, kind, list(configs.values()))

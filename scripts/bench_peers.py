@@ -84,7 +84,7 @@ def write_data(config: Config, path: pathlib.Path) -> None:
     from mnist_flax.data import batches
     from mnist_flax.data.load import load_splits
 
-    splits = load_splits(replace(config, data__on_missing="error"))
+    splits = load_splits(replace(config, data__on_missing="error").data)
     rows, holdout = batches.rows_of(splits.train.label, config.data)
     parts = {
         "train": (splits.train.image[rows], splits.train.label[rows]),

@@ -280,7 +280,7 @@ def main(argv: Sequence[str]) -> None:
 
     values = flags.FLAGS
     _, info = load_predictor(Path(values.workdir), values.checkpoint)
-    examples = getattr(load_splits(replace(info.config, data__on_missing="error")), values.split)
+    examples = getattr(load_splits(replace(info.config, data__on_missing="error").data), values.split)
     result: dict[str, Any] = {
         "date": datetime.date.today().isoformat(), "dataset": info.config.data.name, "split": values.split,
         "seed": values.seed, "step": info.steps[0],

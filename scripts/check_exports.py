@@ -118,7 +118,7 @@ def main(argv: Sequence[str]) -> None:
     """Checks the networks that the flags name."""
     del argv
     values = flags.FLAGS
-    images = load_splits(Config(data=DataConfig(on_missing="error"))).test.image[:NUM_IMAGES]
+    images = load_splits(DataConfig(on_missing="error")).test.image[:NUM_IMAGES]
     if values.workdir:
         workdir = pathlib.Path(values.workdir)
         chosen = {workdir.absolute().name: load_predictor(workdir)[0]}

@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     config = cli.config()
     workdir = pathlib.Path(FLAGS.workdir or ("runs/known" if FLAGS.known else "runs/flipped"))
-    splits = load_splits(replace(config, data__on_missing="error"))
+    splits = load_splits(replace(config, data__on_missing="error").data)
     train, name, wrong = splits.test, KNOWN, known(splits)
     if not FLAGS.known:
         label, wrong = flipped(splits.train.label, FLAGS.share)

@@ -99,7 +99,7 @@ def main() -> None:
         }
         config = replace(preset.load_config(preset.find_preset(job["preset"])), **fields)
         made = {"date": datetime.date.today().isoformat(), **provenance()}
-        result = {**job, **run(config, load_splits(config), job.get("block")), **made}
+        result = {**job, **run(config, load_splits(config.data), job.get("block")), **made}
         with args.output.open("a") as file:
             file.write(json.dumps(result) + "\n")
 

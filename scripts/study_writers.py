@@ -13,7 +13,6 @@ import json
 
 import numpy as np
 
-from mnist_flax.config import Config
 from mnist_flax.data.load import load_splits
 from mnist_flax.data.splits import Examples
 from mnist_flax.sections import DataConfig
@@ -38,7 +37,7 @@ def neighbour_distances(examples: Examples) -> np.ndarray:
 def main() -> None:
     """Prints the shares for both splits of MNIST."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    splits = load_splits(Config(data=DataConfig(on_missing="error")))
+    splits = load_splits(DataConfig(on_missing="error"))
     for name, examples in (("train", splits.train), ("test", splits.test)):
         distances, count = neighbour_distances(examples), len(examples.label)
         shares = {limit: round(float(np.mean(distances <= limit)), 4) for limit in DISTANCES}

@@ -117,7 +117,7 @@ class Published:
         )
 
     def load(self, **fields: Any) -> Splits:
-        return load_splits(self.config(**fields))
+        return load_splits(self.config(**fields).data)
 
     def load_raw(self) -> Splits:
         return self.load(source="raw", raw_dir=str(self.raw_dir))

@@ -213,7 +213,7 @@ def test_a_student_never_trains_on_a_substitute_dataset(
 
 
 def test_a_teacher_trained_on_holdout_rows_or_other_data_is_announced(seeds: pathlib.Path) -> None:
-    teacher, splits = loaded(seeds), load_splits(STUDENT)
+    teacher, splits = loaded(seeds), load_splits(STUDENT.data)
     assert not list(teacher_warnings(teacher, STUDENT, splits))  # both hold out the same rows
     (doubt,) = teacher_warnings(teacher, replace(STUDENT, data__holdout=30), splits)
     assert doubt == "was trained on rows that this run holds out, so its hold-out scores are too good"

@@ -55,7 +55,7 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("examples", [1, 6, 7, 8, 23])
 def test_evaluate_counts_every_example_once(examples: int) -> None:
     """Numbers of examples below, at and above a batch size of 7, compared with evaluating each example alone."""
-    test = load_splits(tiny_run.CONFIG).test
+    test = load_splits(tiny_run.CONFIG.data).test
     run = load_run(tiny_run.workdir())
     several, alone = (
         make_predictor(replace(run.config, eval__batch_size=size), eval_variables(run.state)) for size in (7, 1)
@@ -84,7 +84,7 @@ def by_hand(predictor: Predictor, images: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("views", [1, 5])
 @pytest.mark.parametrize("members", [1, 3])
 def test_predictor_averages_probabilities_over_members_and_views(members: int, views: int) -> None:
-    images = load_splits(tiny_run.CONFIG).test.image[:11]
+    images = load_splits(tiny_run.CONFIG.data).test.image[:11]
     run = load_run(tiny_run.workdir())
     variables = eval_variables(run.state)
     several = [jax.tree.map(lambda leaf, scale=scale: leaf * scale, variables) for scale in (1.0, 0.8, 1.3)]
@@ -99,7 +99,7 @@ def test_predictor_averages_probabilities_over_members_and_views(members: int, v
 
 
 def test_evaluate_refuses_no_examples_and_unknown_labels() -> None:
-    test = load_splits(tiny_run.CONFIG).test
+    test = load_splits(tiny_run.CONFIG.data).test
     predictor, _ = load_predictor(tiny_run.workdir())
     for label in (np.array([10], np.int32), np.array([-1], np.int32), np.array([], np.int32)):
         with pytest.raises(ValueError, match="labels from 0 to 9"):
@@ -116,7 +116,7 @@ def test_evaluate_workdir_equals_the_summary_of_training(workdir: pathlib.Path) 
 
 
 def test_scores_equal_scikit_learns(workdir: pathlib.Path) -> None:
-    test = load_splits(tiny_run.CONFIG).test
+    test = load_splits(tiny_run.CONFIG.data).test
     predictor, _ = load_predictor(workdir)
     predictions = predict_logits(predictor, test.image).argmax(axis=-1)
     result = evaluate_workdir(workdir, overrides={})
@@ -134,7 +134,7 @@ def test_scores_equal_scikit_learns(workdir: pathlib.Path) -> None:
 
 @pytest.mark.parametrize(("split", "part"), [("train", 0), ("holdout", 1)])
 def test_evaluated_splits_are_the_rows_of_the_run(workdir: pathlib.Path, split: str, part: int) -> None:
-    train = load_splits(tiny_run.CONFIG).train
+    train = load_splits(tiny_run.CONFIG.data).train
     rows = batches.split_rows(train.label, 700, 100)[part]
     predictor, _ = load_predictor(workdir)
     expected = evaluate(predictor, Examples(train.image[rows], train.label[rows]))
@@ -332,7 +332,7 @@ def test_weights_are_placed_once_and_never_those_of_another_network(monkeypatch:
         return place(tree, where)
 
     monkeypatch.setattr(sharding, "place", record)
-    images = load_splits(tiny_run.CONFIG).test.image[:3]
+    images = load_splits(tiny_run.CONFIG.data).test.image[:3]
     logits = [predict_logits(predictor, images) for predictor in (first, first, other, first)]
     assert sum(tree is first.members for tree in placed) == 2
     assert sum(tree is other.members for tree in placed) == 1

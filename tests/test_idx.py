@@ -187,7 +187,7 @@ def test_mutated_files_give_an_error_or_the_right_data(
         path.write_bytes(mutate(original, source))
         split, part = "train" if place < 2 else "test", place % 2
         try:
-            got = load_splits(wanted)
+            got = load_splits(wanted.data)
         except DataError as error:
             assert len(str(error).splitlines()) == 1 and str(tmp_path) in str(error)
         else:

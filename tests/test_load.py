@@ -24,6 +24,7 @@ from mnist_flax.data.load import adapt_to_dataset, load_splits
 from mnist_flax.data.registry import DATASETS
 from mnist_flax.data.splits import Splits
 from mnist_flax.errors import DataError
+from mnist_flax.sections import DataConfig
 
 # Sources --------------------------------------------------------------------------------------------------------------
 
@@ -119,7 +120,7 @@ def test_digits_need_no_folder(small: Published) -> None:
 def test_digits_are_split_the_same_everywhere() -> None:
     from sklearn.datasets import load_digits
 
-    splits = load_splits(config.replace(Config(), data__name="digits"))
+    splits = load_splits(DataConfig(name="digits"))
     assert splits.test.image.shape == (360, 28, 28, 1)
     assert {part.image.dtype for part in (splits.train, splits.test)} == {np.dtype(np.uint8)}
     assert {part.label.dtype for part in (splits.train, splits.test)} == {np.dtype(np.int32)}
@@ -178,7 +179,7 @@ def test_official_files_with_wrong_content_leave_nothing(small: Published) -> No
 
 @pytest.fixture(scope="module")
 def digits() -> Splits:
-    return load_splits(config.replace(Config(), data__name="digits"))
+    return load_splits(DataConfig(name="digits"))
 
 
 def test_adapt_keeps_the_config_of_the_dataset_asked_for(digits: Splits) -> None:
@@ -252,7 +253,7 @@ def test_real_files_have_the_known_counts_and_fingerprint(tmp_path: Path, name: 
     wanted = config.replace(
         Config(), data__name=name, data__raw_dir=str(folder), data__data_dir=str(tmp_path), data__on_missing="error"
     )
-    splits = load_splits(wanted)
+    splits = load_splits(wanted.data)
     assert (splits.name, splits.source, splits.fingerprint) == (name, "raw", DATASETS[name].fingerprint)
     for split, prefix, counts in zip((splits.train, splits.test), ("train", "t10k"), COUNTS[name], strict=True):
         images = gzip.decompress(Path(folder, f"{prefix}-images-idx3-ubyte.gz").read_bytes())[16:]
@@ -261,7 +262,7 @@ def test_real_files_have_the_known_counts_and_fingerprint(tmp_path: Path, name: 
         assert split.image.tobytes() == images
         assert split.label.astype(np.uint8).tobytes() == labels
         np.testing.assert_array_equal(np.bincount(split.label), counts)
-    again = load_splits(wanted)
+    again = load_splits(wanted.data)
     assert again._replace(train=splits.train, test=splits.test) == splits._replace(source="tfds")
     assert sorted(tree(tmp_path))[:2] == ["mnist_flax", "mnist_flax/decoded"]
 
@@ -270,4 +271,4 @@ def test_user_without_a_home_gets_one_message(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
     monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as without $HOME and a passwd entry
     with pytest.raises(DataError, match=r"~/tensorflow_datasets: there is no such home folder; .*data_dir"):
-        load_splits(Config())
+        load_splits(DataConfig())

@@ -16,12 +16,11 @@ from idx_files import (
     write_files,
 )
 
-from mnist_flax import config
-from mnist_flax.config import Config
 from mnist_flax.data.load import load_splits
 from mnist_flax.data.registry import DATASETS, DataFile, Dataset
 from mnist_flax.data.splits import Splits, fingerprint
 from mnist_flax.errors import DataError
+from mnist_flax.sections import DataConfig
 
 
 @pytest.fixture
@@ -32,10 +31,7 @@ def letters(monkeypatch: pytest.MonkeyPatch) -> Arrays:
 
 
 def load_letters(raw_dir: Path, **fields: Any) -> Splits:
-    fields = {f"data__{field}": value for field, value in fields.items()}
-    return load_splits(
-        config.replace(Config(), data__name="letters", data__raw_dir=str(raw_dir), train__batch_size=1, **fields)
-    )
+    return load_splits(DataConfig(name="letters", raw_dir=str(raw_dir), **fields))
 
 
 def test_own_dataset_needs_only_files_and_an_entry(tmp_path: Path, letters: Arrays, data_messages: list[str]) -> None:

@@ -137,7 +137,7 @@ def test_bfloat16_trains_to_within_a_tenth_of_a_point() -> None:
         optimizer__schedule="one_cycle",
         train__epochs=2,
     )
-    splits = load_splits(base)
+    splits = load_splits(base.data)
     rows, held_out = batches.rows_of(splits.train.label, base.data)
     judged = Examples(splits.train.image[held_out], splits.train.label[held_out])
     accuracy = {}

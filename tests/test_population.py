@@ -212,7 +212,7 @@ def test_a_finished_population_is_not_trained_again_but_can_get_more_members(
 
 @pytest.mark.parametrize(("num_train", "folds"), [(220, 3), (221, 4), (1437, 5), (0, 5)])
 def test_folds_divide_the_rows_with_equal_shares_of_each_class(num_train: int, folds: int) -> None:
-    label = load_splits(CONFIG).train.label
+    label = load_splits(CONFIG.data).train.label
     configs = [
         replace(CONFIG, data__num_train=num_train, data__holdout=0, data__folds=folds, data__fold=k)
         for k in range(folds)

@@ -185,7 +185,7 @@ if fault == "full":
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 fields = dict(data__raw_dir=raw_dir, data__data_dir=data_dir, train__batch_size=1)
 try:
-    splits = load_splits(config.replace(config.Config(), **fields))
+    splits = load_splits(config.replace(config.Config(), **fields).data)
 except DataError as error:
     sys.exit(f"DataError: {error}")
 assert "tensorflow" not in sys.modules
@@ -254,7 +254,7 @@ from mnist_flax.data.load import load_splits
 from mnist_flax.data.registry import DATASETS
 DATASETS["mnist"] = dataclasses.replace(DATASETS["mnist"], num_train=70, num_test=50, fingerprint="")
 fields = dict(data__data_dir={str(small.data_dir)!r}, train__batch_size=1)
-assert load_splits(config.replace(config.Config(), **fields)).source == "tfds"
+assert load_splits(config.replace(config.Config(), **fields).data).source == "tfds"
 heavy = ("tensorflow", "tensorflow_datasets", "PIL", "sklearn", "requests")
 print([name for name in heavy if name in sys.modules])
 """

@@ -224,7 +224,7 @@ def test_command_writes_into_the_run_or_the_output_folder(tmp_path: pathlib.Path
 
 
 def test_report_covers_the_whole_test_set(numbers: dict[str, Any]) -> None:
-    test = load_splits(tiny_run.CONFIG).test
+    test = load_splits(tiny_run.CONFIG.data).test
     predictor, _ = load_predictor(tiny_run.workdir())
     evaluation = evaluate(predictor, test)
     expected = metrics.confusion_matrix(test.label, evaluation.logits.argmax(axis=-1), 10)

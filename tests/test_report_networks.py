@@ -167,7 +167,7 @@ def test_first_filters_are_the_weights() -> None:
 
 def test_the_largest_seed_can_be_reported() -> None:
     config = replace(tiny_run.CONFIG, seed=2**32 - 1, augment__rotate=10.0)
-    rows, images = pictures.augmented(config, load_splits(config))
+    rows, images = pictures.augmented(config, load_splits(config.data))
     assert len(images) == len(rows) * (1 + pictures.VARIANTS)
 
 

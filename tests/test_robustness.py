@@ -24,7 +24,7 @@ from mnist_flax.sections import DataConfig
 
 @pytest.fixture(scope="module")
 def test() -> Examples:
-    return load_splits(small_population.CONFIG).test
+    return load_splits(small_population.CONFIG.data).test
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:

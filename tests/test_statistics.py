@@ -41,7 +41,7 @@ def test_result_agrees_with_the_saved_probabilities_and_logs(seeds: pathlib.Path
     assert result
     with np.load(seeds / "population.npz") as file:
         probs, label = file["test_probs"], file["test_label"]
-    splits = load_splits(CONFIG)
+    splits = load_splits(CONFIG.data)
     np.testing.assert_array_equal(label, splits.test.label)
     assert (probs.shape, probs.dtype) == ((3, 360, 10), np.float32)
     np.testing.assert_allclose(probs.sum(axis=-1), 1, rtol=1e-5)
@@ -77,7 +77,7 @@ def test_out_of_fold_evaluates_every_row_with_the_member_not_trained_on_it(folds
     out_of_fold = result["out_of_fold"]
     with np.load(folds / "population.npz") as file:
         rows, fold, probs, label = (file[name] for name in ("rows", "fold", "out_of_fold_probs", "out_of_fold_label"))
-    splits = load_splits(CONFIG)
+    splits = load_splits(CONFIG.data)
     used, _ = batches.split_rows(splits.train.label, 220, 0)
     np.testing.assert_array_equal(rows, used)
     np.testing.assert_array_equal(label, splits.train.label[used])

@@ -11,7 +11,6 @@ from mnist_flax import metrics
 from mnist_flax.analysis.calibration import FALSE_ALARMS
 from mnist_flax.analysis.corruptions import hashed_uniform
 from mnist_flax.analysis.evaluation import Facts, Predictor, combine_members, doubt, member_logits
-from mnist_flax.config import Config
 from mnist_flax.data.framing import frame
 from mnist_flax.data.load import load_splits
 from mnist_flax.data.registry import DATASETS
@@ -92,7 +91,7 @@ def _fashion(data: DataConfig) -> np.ndarray | None:
             fashion = DataConfig(
                 name="fashion_mnist", source=source, data_dir=data.data_dir, raw_dir=data.raw_dir, on_missing="error"
             )
-            return np.asarray(load_splits(Config(data=fashion)).test.image)[:COUNT]
+            return np.asarray(load_splits(fashion).test.image)[:COUNT]
         except DataError:
             continue
     return None

@@ -39,7 +39,7 @@ def load_data(config: Config, fingerprint: str, overrides: Mapping[str, Any]) ->
         changed |= dict.fromkeys(("data__num_train", "data__holdout", "data__folds", "data__fold"), 0)
     # Without the other sections, because augmentation and batch size need not fit another dataset.
     used = replace(Config(data=config.data, train=TrainConfig(batch_size=1)), **changed)
-    splits = load_splits(used)
+    splits = load_splits(used.data)
     for split in (splits.train, splits.test):
         if split.image.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 1):
             raise DataError(f"{name}: has images of shape {split.image.shape[1:]}; the network needs 28x28 grey ones")

@@ -20,13 +20,12 @@ from mnist_flax.sections import DataConfig
 logger = logging.getLogger(__name__)
 
 
-def load_splits(config: Config) -> Splits:
-    """Loads the dataset that `config.data` names, or the fallback that it allows (see `DataConfig`).
+def load_splits(data: DataConfig) -> Splits:
+    """Loads the dataset that `data` names, or the fallback that it allows (see `DataConfig`).
 
     Raises:
       DataError: no source has it and no fallback is allowed, or its files are damaged; the message says what to do.
     """
-    data = config.data
     if not DATASETS[data.name].files:
         return make_splits(data.name, *embedded_digits(), "embedded")
     tried = []

@@ -12,7 +12,6 @@ import numpy as np
 from mnist_flax import metrics
 from mnist_flax.analysis.evaluation import Predictor, RunInfo, load_predictor, predict_logits
 from mnist_flax.analysis.run_data import load_data
-from mnist_flax.config import Config
 from mnist_flax.data.load import load_splits
 from mnist_flax.data.registry import DATASETS
 from mnist_flax.errors import DataError
@@ -111,7 +110,7 @@ def images_to_compare(info: RunInfo, overrides: Mapping[str, Any]) -> tuple[np.n
         _, splits = load_data(info.config, info.fingerprint, overrides)
         return splits.test.image[:NUM_IMAGES], f"test images of {splits.name}"
     except DataError:
-        digits = load_splits(Config(data=DataConfig(name="digits")))
+        digits = load_splits(DataConfig(name="digits"))
         source = f"of scikit-learn's digits, because {info.config.data.name} is not available here"
         return digits.train.image[:NUM_IMAGES], source
 
