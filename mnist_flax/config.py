@@ -115,6 +115,11 @@ class Config:
         return self.steps_per_epoch * self.train.epochs
 
     @property
+    def length_matters(self) -> bool:
+        """Whether a step depends on how many steps the run has, so that a finished run cannot be made longer."""
+        return SCHEDULES[self.optimizer.schedule].needs_end or self.train.augment_until < 1
+
+    @property
     def program(self) -> Program:
         """The fields that compiled code depends on."""
         return Program(
@@ -219,8 +224,8 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Returns the old and new value of each field that differs and affects results, by its dotted name."""
     there, now = _result_fields(old), _result_fields(new)
     changed = {name: (there.get(name), now.get(name)) for name in there | now if there.get(name) != now.get(name)}
-    if not SCHEDULES[new.optimizer.schedule].needs_end and new.train.augment_until == 1:
-        changed.pop("train.epochs", None)  # no step depends on the length of the run
+    if not new.length_matters:
+        changed.pop("train.epochs", None)
     return changed
 
 
@@ -255,8 +260,8 @@ def _build(cls: type, values: Any, path: str) -> Any:
         raise ConfigError(f"{path} = {values!r}: must be a group of fields, not a {type(values).__name__}")
     values = dict(values)
     if cls is ModelConfig:
-        name = values.pop("name", "cnn")
-        for message in among("model.name", str(name), MODELS):
+        name = _convert(str, values.pop("name", "cnn"), f"{path}.name")
+        for message in among("model.name", name, MODELS):
             raise ConfigError(message)
         cls = MODELS[name]
     known = AugmentConfig.field_types() if cls is AugmentConfig else typing.get_type_hints(cls)
@@ -282,7 +287,7 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
             with contextlib.suppress(ConfigError):
                 return _convert(one, value, path)
     if kind is float and type(value) is int:
-        value = float(value)
+        value = float(value) if abs(value) < 2**1023 else math.inf
     if type(value) is not kind:
         wanted = getattr(kind, "__name__", str(kind))
         raise ConfigError(f"{path} = {value!r}: must be of type {wanted}, not {type(value).__name__}")

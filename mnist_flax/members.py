@@ -45,8 +45,8 @@ class Member:
     """A run that is open for training on `rows`, `i32[R]`; between saves, its state may lag behind `log.step`.
 
     The batches of a single run are split over all devices. A run `in_population` trains on one device, whether in a
-    group or alone, so that its last bits do not depend on which runs are still unfinished. `finish` sets `test_logits`,
-    `f32[N,C]`, at temperature 1.
+    group or alone, so that on a CPU its last bits do not depend on which runs are still unfinished. `finish` sets
+    `test_logits`, `f32[N,C]`, at temperature 1.
     """
 
     config: Config
@@ -57,8 +57,8 @@ class Member:
     state: TrainState
     log: RunLog
     is_finished: bool
-    teacher: LoadedTeacher | None = None
-    in_population: bool = False
+    teacher: LoadedTeacher | None
+    in_population: bool
     test_logits: np.ndarray | None = None
 
     @property
@@ -74,12 +74,15 @@ def open_member(
     fork: pathlib.Path | None,
     teacher: LoadedTeacher | None,
     stack: contextlib.ExitStack,
+    *,
+    in_population: bool,
 ) -> Member:
     """Claims a run's folder, and restores its newest checkpoint or starts a new run.
 
     Raises:
-      UserError: the folder cannot be used, or holds another run.
+      UserError: the folder cannot be used or holds another run, or the rows cannot be split as the config says.
     """
+    rows, holdout_rows = batches.rows_of(splits.train.label, config.data)
     is_primary = processes.is_primary()
     if is_primary:
         stack.enter_context(workdirs.claim(workdir))
@@ -87,20 +90,25 @@ def open_member(
     found, skipped = store.restore_latest()
     for line in skipped:
         logger.warning("%s: %s", workdir, line)
+    setup = {} if in_population else setup_of(config)
     if found:
-        check_origin(found.record["origin"], fork, teacher, workdir)
+        check_origin(found.record["origin"], fork, teacher, setup, workdir)
         state, record = found.state, found.record
     else:
         state, origin = begin(config, fork)
-        record = {"origin": origin | {"teacher": teacher.origin if teacher else None}}
+        record = {"origin": origin | {"teacher": teacher.origin if teacher else None, "setup": setup}}
     is_finished = found is not None and is_complete(config, record["step"], workdir)
     writes = is_primary and not is_finished
     if writes:
         workdirs.write_text(workdir / workdirs.CONFIG, config.to_json())
     log = RunLog(config, workdir, record, learning_rate=jit_schedule(config), writes=writes)
-    rows, holdout_rows = batches.rows_of(splits.train.label, config.data)
-    holdout = Examples(splits.train.image[holdout_rows], splits.train.label[holdout_rows])
-    return Member(config, workdir, rows, holdout, store, state, log, is_finished, teacher)
+    holdout = splits.train.select(holdout_rows)
+    return Member(config, workdir, rows, holdout, store, state, log, is_finished, teacher, in_population)
+
+
+def setup_of(config: Config) -> dict[str, str]:
+    """Returns the settings that change how sums are rounded, besides those in `provenance.versions`."""
+    return {"driver": config.train.driver, "devices": str(sharding.make_mesh(config.train.num_devices).size)}
 
 
 def jit_schedule(config: Config) -> Callable[[int], Array]:
@@ -121,9 +129,10 @@ def is_complete(config: Config, step: int, workdir: pathlib.Path) -> bool:
     if step < config.num_steps or summary.get("steps") != step or not are_numbers:
         return False
     logger.info(
-        "%s is finished: %s epochs, test accuracy %.2f %%. To train further, raise --config.train.epochs (with a"
-        " schedule that does not depend on it); to train again, name another --workdir.",
+        "%s is finished: %s epochs, test accuracy %.2f %%. To train further, %s; to train again, name another"
+        " --workdir.",
         workdir, summary["epochs"], 100 * summary["test_accuracy"],
+        f"start another run with --fork={workdir}" if config.length_matters else "raise --config.train.epochs",
     )  # fmt: skip
     return True
 
@@ -157,9 +166,13 @@ def begin(config: Config, fork: pathlib.Path | None) -> tuple[TrainState, dict[s
 
 
 def check_origin(
-    origin: Mapping[str, Any], fork: pathlib.Path | None, teacher: LoadedTeacher | None, workdir: pathlib.Path
+    origin: Mapping[str, Any],
+    fork: pathlib.Path | None,
+    teacher: LoadedTeacher | None,
+    setup: dict[str, str],
+    workdir: pathlib.Path,
 ) -> None:
-    """Checks that a resumed run has the fork and the teacher of this command, and warns if versions differ.
+    """Checks that a resumed run has the fork and the teacher of this command; warns if versions or setup differ.
 
     Raises:
       WorkdirError: `fork` is given, but the run began without one; or its teacher has other weights than `teacher`.
@@ -178,10 +191,10 @@ def check_origin(
             f"{workdir}: holds a run with another teacher: {old} there, {new} now; to continue that run, set"
             " config.train.teacher to where its teacher is, or to '' for none; or name another --workdir"
         )
-    there, here = origin["versions"], versions()
+    there, here = origin["versions"] | origin.get("setup", setup), versions() | setup
     differing = [name for name in there | here if there.get(name) != here.get(name)]
     if changed := [f"{name} {there.get(name)} -> {here.get(name)}" for name in differing]:
-        logger.warning("this run began with other versions or cores; its last bits may differ: %s", ", ".join(changed))
+        logger.warning("this run began on another setup; its last bits may differ: %s", ", ".join(changed))
 
 
 def announce(members: Sequence[Member], splits: Splits) -> None:

@@ -23,8 +23,8 @@ PRODUCTS = ("conv_general_dilated", "dot_general")
 def check_memory(config: Config, teacher: Teacher | None = None) -> None:
     """Checks that weights, a training batch and an evaluation batch can fit into memory; nothing is allocated.
 
-    The estimates are lower bounds for one device, or for the CPU devices of a process, which share its memory: what
-    passes can still be too large.
+    The estimates are lower bounds, so a run that passes can still run out of memory. They are per device or, on CPUs,
+    per process, because the devices of a CPU share its memory.
 
     Raises:
       ConfigError: one of them cannot fit.

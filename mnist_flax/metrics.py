@@ -86,7 +86,7 @@ def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: i
 def per_class(confusion: np.ndarray) -> dict[str, np.ndarray]:
     """Computes precision, recall and F1 of each class, NaN where undefined, and 95 % intervals, from `i64[C,C]`.
 
-    A metric is `f64[C]`, its interval `f64[C,2]`: Wilson's, from which that of F1 is derived (see `f1_interval`).
+    Each metric is `f64[C]` and each interval `f64[C,2]`. The intervals are Wilson's; for F1, see `f1_interval`.
     """
     right, predicted, actual = np.diag(confusion), confusion.sum(axis=0), confusion.sum(axis=1)
     with np.errstate(invalid="ignore"):

@@ -16,7 +16,8 @@ VIEWS = (1, 5)
 def not_compared(default: Any) -> Any:
     """Declares a field that may differ when a run resumes.
 
-    Its value does not affect results, or what it names is compared: the data's fingerprint, the teacher's digest.
+    Either its value affects results by rounding at most, or what it names is compared instead: the fingerprint of the
+    data, the digest of the teacher.
     """
     return dataclasses.field(default=default, metadata={"compared": False})
 
@@ -59,6 +60,12 @@ class DataConfig:
         yield from among("data.holdout_rows", self.holdout_rows, HOLDOUT_ROWS)
         yield from within("data.num_train", self.num_train, 0, num_train)
         rows = self.num_train or num_train
+        needed = 2 * num_classes if self.folds else num_classes + 1 if self.holdout else 0
+        if rows < needed:
+            yield (
+                f"config.data.num_train = {self.num_train}: {rows} rows are too few to hold some out; use at least"
+                f" {needed}"
+            )
         if self.folds:
             yield from within("data.folds", self.folds, 2, rows // num_classes)
             if self.holdout:
@@ -85,13 +92,14 @@ class TrainConfig:
       teacher_weight: the weight of the cross-entropy with the teacher's probabilities; the loss on the labels has the
         weight 1 minus this.
       driver: `scan` (many steps per compiled call, with the data on the device) or `stream` (one batch per call, sent
-        from the host); it changes speed and memory, never the result.
+        from the host). Both train on the same batches, but XLA may round differently, which changes the last bits.
+        Populations always use `scan`.
       epochs_per_dispatch: how many epochs to train per device call, so that a fast device does not wait for the host;
         hold-out evaluation, epoch checkpoints, signals and console output then wait until the call returns. 0 means
         calls of about half a second, and of one epoch at most. It changes speed, never the result.
       num_devices: devices to train and evaluate on, counted over all processes; each batch is split evenly over them.
         0 means all accelerators, or one CPU device per process, because CPU devices share the cores.
-      log_every_steps: write a line to `metrics.jsonl` every this many steps and at the end of every epoch, averaged
+      log_every_steps: write a line to `metrics.jsonl` after every so many steps and at the end of every epoch, averaged
         over the steps since the last line; 0 means one line per epoch.
       tensorboard: write TensorBoard events.
       report: write `report/index.html` at the end.
@@ -154,8 +162,8 @@ class CheckpointConfig:
     """When to save the state, and how many checkpoints to keep.
 
     Attributes:
-      every_epochs: save every this many epochs; 0 turns this off. The final state is always saved.
-      every_steps: also save every this many steps, even in the middle of an epoch; 0 turns this off.
+      every_epochs: save after every so many epochs; 0 turns this off. The final state is always saved.
+      every_steps: also save after every so many steps, even in the middle of an epoch; 0 turns this off.
       every_seconds: also save when this many seconds have passed since the last save; 0 turns this off.
       keep_latest: how many of the newest checkpoints to keep.
       keep_best: how many of the best (on hold-out rows) to keep as well, if rows are held out.

@@ -33,12 +33,14 @@ def make_mesh(num_devices: int = 0) -> Mesh:
             f"config.train.num_devices = {num_devices}: there are only {len(devices)} here; use at most as many, or 0"
             " for all"
         )
-    if count % num_processes:
-        raise ConfigError(
-            f"config.train.num_devices = {num_devices}: must be a multiple of the number of processes, {num_processes}"
-        )
     own = [[device for device in devices if device.process_index == index] for index in range(num_processes)]
-    return Mesh(np.array([device for part in own for device in part[: count // num_processes]]), (AXIS,))
+    share, rest = divmod(count, num_processes)
+    if rest or share > min(map(len, own)):
+        raise ConfigError(
+            f"config.train.num_devices = {num_devices}: {count} devices cannot be shared evenly by the processes, which"
+            f" have {', '.join(str(len(part)) for part in own)}; use a multiple of {num_processes} that each can share"
+        )
+    return Mesh(np.array([device for part in own for device in part[:share]]), (AXIS,))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

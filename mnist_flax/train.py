@@ -51,17 +51,21 @@ def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = No
     claims the folder, prints, and writes logs and results.
     """
     workdirs.check(workdir)
-    if (workdir / workdirs.MEMBERS).exists():
+    if workdirs.MEMBERS in workdirs.names_in(workdir):
         raise WorkdirError(
             f"--workdir={workdir}: holds a population; name another folder, or continue it with"
             " python -m mnist_flax.population"
         )
     teacher = load_teacher(config, workdir)
     check_memory(config, teacher and teacher.networks)  # before data are read and anything is written
+    # A student learns from its teacher's dataset, and a run goes on with its own: neither takes a substitute.
+    dataset = workdirs.read_json(workdir / workdirs.CONFIG).get("data", {}).get("name")
+    if teacher or dataset == config.data.name:
+        config = replace(config, data__on_missing="error")
+    splits = load_splits(config.data)
+    config = adapt_to_dataset(config, splits)
     drivers.job_mesh(config.program, 1, config.train.num_devices)
-    # A student learns from its teacher's dataset, never from a substitute.
-    splits = load_splits(replace(config, data__on_missing="error").data if teacher else config.data)
-    (member,) = fit_all({workdir: adapt_to_dataset(config, splits)}, splits, fork=fork, teacher=teacher)
+    (member,) = fit_all({workdir: config}, splits, fork=fork, teacher=teacher)
     return member.state
 
 
@@ -72,7 +76,7 @@ def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, fol
       UserError, Interrupted: as for `fit`.
     """
     workdirs.check(workdir)
-    if (workdir / workdirs.CHECKPOINTS).exists():
+    if workdirs.CHECKPOINTS in workdirs.names_in(workdir):
         raise WorkdirError(f"--workdir={workdir}: holds a run, not a population; name another folder")
     teacher = load_teacher(config, workdir)
     check_memory(config, teacher and teacher.networks)
@@ -90,7 +94,9 @@ def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, fol
         result = statistics.load_population_result(workdir) if all(member.is_finished for member in members) else None
         expected = (list(configs), members[0].config.num_steps)
         if result and ([member["name"] for member in result["members"]], result["steps"]) == expected:
-            logger.info("%s is finished; more epochs, or a larger --seeds, train further", workdir)
+            more = [] if config.length_matters else ["raise --config.train.epochs"]
+            more += [] if folds else ["raise --seeds"]
+            logger.info("%s is finished%s", workdir, f"; to train further, {' or '.join(more)}" if more else "")
             return result
         trained = {member.workdir.name: trained_member(member, splits) for member in members}
         result, arrays = statistics.population_result(kind, trained, splits, folder)
@@ -147,9 +153,10 @@ def fit_all(
     """
     provenance.git_commit()  # remembered for the summary: the checkout may change while the run trains
     with stop_request(processes.stop_signals()) as request, contextlib.ExitStack() as stack, processes.bound_together():
-        members = [open_member(config, workdir, splits, fork, teacher, stack) for workdir, config in configs.items()]
-        for member in members:
-            member.in_population = in_population
+        members = [
+            open_member(config, workdir, splits, fork, teacher, stack, in_population=in_population)
+            for workdir, config in configs.items()
+        ]
         unfinished = [member for member in members if not member.is_finished]
         if unfinished and processes.is_primary():
             announce(unfinished, splits)
@@ -234,10 +241,11 @@ def compile_steps(members: Sequence[Member], examples: Examples) -> tuple[TrainS
     program, train = members[0].config.program, members[0].config.train
     seeds, rows = [member.config.seed for member in members], [member.rows for member in members]
     teacher = members[0].teacher and members[0].teacher.networks
-    num_devices = 1 if len(members) == 1 and members[0].in_population else train.num_devices
+    in_population = members[0].in_population
+    num_devices = 1 if len(members) == 1 and in_population else train.num_devices
     job = drivers.Job(program, seeds, rows, examples, num_devices, train.epochs_per_dispatch, teacher)
     states = drivers.stack([member.state for member in members], job)
-    return states, drivers.driver(train.driver, job, states)
+    return states, drivers.driver("scan" if in_population else train.driver, job, states)
 
 
 def unstack(members: Sequence[Member], states: TrainState, step: int) -> None:
@@ -250,7 +258,7 @@ def unstack(members: Sequence[Member], states: TrainState, step: int) -> None:
 
 
 def stop_if_requested(members: Sequence[Member], signum: int) -> None:
-    """Ends the program if `signum`, on which all processes agree, is not 0; the runs are saved, or have made no step.
+    """Stops if `signum`, the same in all processes, is not 0; to be called when the runs are saved, or before a step.
 
     Raises:
       Interrupted: a signal asked to stop.

@@ -1,5 +1,6 @@
 """Checkpoints: which are kept, which count as damaged, and which programs can read them."""
 
+import logging
 import pathlib
 import resource
 import shutil
@@ -31,7 +32,7 @@ from small_run import SMALL, run, steps
 
 from mnist_flax.config import Config, replace
 from mnist_flax.errors import WorkdirError
-from mnist_flax.run import checkpoint
+from mnist_flax.run import checkpoint, storage
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.checkpoint import load_run
 from mnist_flax.run.store import Store, open_store
@@ -244,6 +245,51 @@ def test_saving_does_not_wait_for_the_disk(tmp_path: pathlib.Path, monkeypatch: 
         save(store, initial_state(), 1)
         assert not released.is_set()
         released.set()
+
+
+def test_reading_and_writing_at_the_same_time_leave_the_log_level_alone() -> None:
+    absl, entered = logging.getLogger("absl"), threading.Event()
+    level = absl.level
+
+    def read() -> None:
+        with storage._checkpointer():
+            entered.set()
+
+    with storage._checkpointer():
+        thread = threading.Thread(target=read)
+        thread.start()
+        assert not entered.wait(0.2)  # it would take the silenced level for the one to restore
+    thread.join()
+    assert entered.is_set()
+    assert absl.level == level
+
+
+def test_old_checkpoints_that_cannot_be_deleted_give_one_message(
+    workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: pathlib.Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    message = r"checkpoint 9 is saved, but older ones cannot be deleted \(Permission denied\); fix that"
+    with pytest.raises(WorkdirError, match=message), monkeypatch.context() as patch:
+        patch.setattr(workdirs, "remove", refuse)
+        with open_store(replace(SMALL, checkpoint__keep_latest=1), FINGERPRINT, workdir) as store:
+            save(store, initial_state(), 9)
+    assert restored(workdir) == (9, [])
+
+
+def test_a_first_checkpoint_that_cannot_be_written_promises_no_checkpoint(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(storage, "write", refuse)
+    with (
+        pytest.raises(WorkdirError, match=r"No space left on device\); fix that, and the same command starts again$"),
+        open_store(SMALL, FINGERPRINT, tmp_path) as store,
+    ):
+        save(store, initial_state(), 1)
 
 
 # Portable -------------------------------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ def test_a_changed_field_survives_json() -> None:
         ({"train__teacher_weight": 0}, r"config.train.teacher_weight = 0.0: must be above 0 and at most 1"),
         ({"train__teacher_weight": 1.1}, r"config.train.teacher_weight = 1.1: must be above 0 and at most 1"),
         ({"optimizer__learning_rate": float("nan")}, r"config.optimizer.learning_rate = nan: must be finite"),
+        ({"optimizer__learning_rate": 10**400}, r"config.optimizer.learning_rate = inf: must be finite"),
         ({"optimizer__learning_rate": -0.1}, r"config.optimizer.learning_rate = -0.1: must be above 0"),
         ({"optimizer__name": "adma"}, r"config.optimizer.name = 'adma': did you mean 'adam'"),
         ({"optimizer__schedule": "sawtooth"}, r"config.optimizer.schedule = 'sawtooth': choose from: constant, cosine"),
@@ -80,6 +81,11 @@ def test_a_changed_field_survives_json() -> None:
         ({"model__stem": "cosine", "model__widths": (), "model__pools": (1,)}, r"stem = 'cosine': needs a convolution"),
         ({"augment__shift": 28}, r"config.augment.shift = 28: must be at least 0 and at most 27"),
         ({"seed": -1}, r"config.seed = -1: must be at least 0"),
+        (
+            {"data__num_train": 5, "data__holdout": 3},
+            r"num_train = 5: 5 rows are too few to hold some .* least 11",
+        ),
+        ({"data__num_train": 15, "data__folds": 3}, r"num_train = 15: 15 rows are too few .* at least 20"),
         ({"checkpoint__keep_latest": 0}, r"config.checkpoint.keep_latest = 0: must be at least 1"),
     ],
 )
@@ -94,6 +100,8 @@ def test_rubbish_is_refused() -> None:
             Config.from_dict(rubbish)
     with pytest.raises(ConfigError, match=r"config\.model = 3: must be a group of fields"):
         Config.from_dict({"model": 3})
+    with pytest.raises(ConfigError, match=r"config\.model\.name = .*must be of type str, not PosixPath"):
+        Config.from_dict({"model": {"name": pathlib.Path("cnn")}})
     with pytest.raises(ConfigError, match="not JSON"):
         Config.from_json("{")
 

@@ -165,9 +165,9 @@ def test_another_teacher_is_refused_on_resume(
     with pytest.raises(WorkdirError, match=r"\(digest \w+\) there, none now"):
         fit(STUDENT, student)
     old = {"fork": None, "versions": versions()}  # without the key, as older versions wrote it
-    check_origin(old, None, None, student)
+    check_origin(old, None, None, {}, student)
     with pytest.raises(WorkdirError, match=r"none there, .+ now"):
-        check_origin(old, None, loaded(seeds), student)
+        check_origin(old, None, loaded(seeds), {}, student)
 
 
 def test_an_unusable_teacher_is_refused_before_data_are_loaded(

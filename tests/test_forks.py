@@ -128,11 +128,18 @@ def test_a_resumed_run_on_another_number_of_cores_warns(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     origin = {"fork": None, "versions": provenance.versions()}
-    members.check_origin(origin, None, None, tmp_path)
+    members.check_origin(origin, None, None, {}, tmp_path)
     assert not caplog.text
     monkeypatch.setattr(provenance, "num_cores", lambda: 1000)
-    members.check_origin(origin, None, None, tmp_path)
+    members.check_origin(origin, None, None, {}, tmp_path)
     assert re.search(r"its last bits may differ: cpu .+, \d+ cores -> .+, 1000 cores", caplog.text)
+
+
+def test_a_run_resumed_with_another_driver_warns(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    fit(SMALL, tmp_path)
+    assert "setup" not in caplog.text
+    fit(replace(SMALL, train__epochs=SMALL.train.epochs + 1, train__driver="stream"), tmp_path)
+    assert "this run began on another setup; its last bits may differ: driver scan -> stream" in caplog.text
 
 
 def test_a_run_on_two_versions_of_python_lists_both(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

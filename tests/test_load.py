@@ -1,5 +1,6 @@
 """All sources of a dataset, the order in which they are tried, and how they fail."""
 
+import dataclasses
 import hashlib
 import itertools
 import shutil
@@ -23,8 +24,9 @@ from mnist_flax.data.batches import rows_of
 from mnist_flax.data.load import adapt_to_dataset, load_splits
 from mnist_flax.data.registry import DATASETS
 from mnist_flax.data.splits import Splits
-from mnist_flax.errors import DataError
+from mnist_flax.errors import ConfigError, DataError
 from mnist_flax.sections import DataConfig
+from mnist_flax.train import fit
 
 # Sources --------------------------------------------------------------------------------------------------------------
 
@@ -90,6 +92,24 @@ def test_unreachable_host_falls_back_to_digits_loudly(small: Published, data_mes
         assert part in warning
     assert warning.count("\n") >= 8
     assert not small.data_dir.exists()
+
+
+def test_a_run_that_began_never_goes_on_with_a_substitute(small: Published, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text(small.config().to_json())
+    with pytest.raises(DataError, match="mnist cannot be loaded"):
+        fit(small.config(), run)
+    assert [path.name for path in run.iterdir()] == ["config.json"]
+
+
+def test_a_substitute_whose_smaller_batch_cannot_be_split_leaves_nothing(small: Published, tmp_path: Path) -> None:
+    assert DATASETS["digits"].num_train == 1437
+    DATASETS["mnist"] = dataclasses.replace(DATASETS["mnist"], num_train=60_000)
+    wanted = config.replace(small.config(), train__batch_size=2_000, train__num_devices=2)
+    with pytest.raises(ConfigError, match=r"batch_size = 1437: cannot be split evenly over 2 devices"):
+        fit(wanted, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_on_missing_error_says_what_was_tried(small: Published) -> None:

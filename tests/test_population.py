@@ -199,9 +199,13 @@ def test_a_finished_population_is_not_trained_again_but_can_get_more_members(
         result, undisturbed = fit_population(CONFIG, workdir, seeds=3), results.load_population_result(seeds)
     assert undisturbed
     assert result["members"] == undisturbed["members"]
-    assert "is finished" in caplog.text
+    assert "is finished; to train further, raise --config.train.epochs or raise --seeds" in caplog.text
     summary = (workdir / "members" / "seed-4" / "summary.json").read_bytes()
-    result = fit_population(CONFIG, workdir, seeds=4)
+    with monkeypatch.context() as patch:  # the new member trains alone, but with the driver of a group
+        names, compile_driver = [], drivers.driver
+        patch.setattr(drivers, "driver", lambda name, *rest: names.append(name) or compile_driver(name, *rest))
+        result = fit_population(replace(CONFIG, train__driver="stream"), workdir, seeds=4)
+    assert names == ["scan"]
     assert [member["name"] for member in result["members"]] == ["seed-3", "seed-4", "seed-5", "seed-6"]
     assert result["members"][:3] == json.loads((seeds / "population.json").read_text())["members"]
     assert (workdir / "members" / "seed-4" / "summary.json").read_bytes() == summary
@@ -299,6 +303,13 @@ def test_a_population_never_trains_on_a_substitute_dataset(tmp_path: pathlib.Pat
         patch.setitem(load._LOADERS, "download", unavailable)
         with pytest.raises(DataError, match="mnist cannot be loaded"):
             fit_population(config, tmp_path / "population", seeds=2)
+    assert not (tmp_path / "population").exists()
+
+
+def test_folds_that_a_rare_class_does_not_allow_leave_nothing(tmp_path: pathlib.Path) -> None:
+    config = replace(CONFIG, data__num_train=150, data__holdout=0)
+    with pytest.raises(ConfigError, match=r"config.data.folds = 15: class \d has only 14 of the 150 rows"):
+        fit_population(config, tmp_path / "population", folds=15)
     assert not (tmp_path / "population").exists()
 
 

@@ -239,10 +239,12 @@ def test_leftovers_of_a_killed_process_are_removed(small: Published) -> None:
     own = small.own
     assert list(own.glob("preparing-*"))
     (own / "decoded").mkdir()
-    (own / "decoded" / "mnist.npz.1.tmp").touch()
+    for name, age in (("mnist.npz.1.tmp", 3600), ("mnist.npz.2.tmp", 0)):  # another process is writing the second
+        (own / "decoded" / name).touch()
+        os.utime(own / "decoded" / name, (time.time() - age,) * 2)
     small.check(small.load_raw(), "raw")
     assert sorted(path.name for path in own.iterdir()) == ["decoded", "lock", "mnist"]
-    assert [path.name for path in (own / "decoded").iterdir()] == ["mnist.npz"]
+    assert sorted(path.name for path in (own / "decoded").iterdir()) == ["mnist.npz", "mnist.npz.2.tmp"]
 
 
 def test_loading_a_prepared_copy_imports_no_heavy_library(small: Published) -> None:

@@ -5,6 +5,7 @@ import pathlib
 import re
 import shutil
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -53,6 +54,18 @@ def test_one_cpu_device_is_used_unless_more_are_asked_for() -> None:
     assert jax.device_count() == 8
     assert sharding.make_mesh().size == 1
     assert [device.id for device in sharding.make_mesh(3).devices] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("num_devices", "counts"), [(4, (1, 3)), (3, (2, 2)), (0, (1, 2))])
+def test_devices_that_processes_cannot_share_are_refused(
+    monkeypatch: pytest.MonkeyPatch, num_devices: int, counts: tuple[int, int]
+) -> None:
+    devices = [SimpleNamespace(platform="gpu", process_index=index) for index in (0, 1) for _ in range(counts[index])]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    message = rf"= {num_devices}: {num_devices or 3} devices cannot be shared evenly .* have {counts[0]}, {counts[1]};"
+    with pytest.raises(ConfigError, match=message):
+        sharding.make_mesh(num_devices)
 
 
 @pytest.mark.parametrize("train", [fit, functools.partial(fit_population, seeds=2)])

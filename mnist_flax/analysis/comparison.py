@@ -150,8 +150,8 @@ def t_test(a: Sequence[float], b: Sequence[float], *, paired: bool) -> Facts:
 
     `a` and `b` are the accuracies of their members, at least two each. If members at the same index share a seed or a
     fold, they are `paired`, and the test is Student's (1908), otherwise Welch's (1947), which allows unequal variances.
-    The training sets of folds overlap, so p is a little too small. Without any variance, which few members can have by
-    chance, the test is the exact permutation test.
+    The training sets of folds overlap, so p is a little too small. If there is no variance, as can happen by chance
+    with few members, the exact permutation test is used instead.
 
     Returns:
       `kind`, `difference` (B - A), its 95 % `interval`, `t`, `df` and `p`; a permutation test has only the first two

@@ -28,7 +28,7 @@ Facts = dict[str, Any]  # ready for JSON
 POPULATION = "population.json"
 KINDS = ("seeds", "folds")  # of populations
 VIEW_SHIFTS = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))  # by how many pixels each view is shifted down and right
-# The fields of a predictor that are fitted on hold-out rows, with their defaults.
+# The fields of a predictor that are fitted on hold-out rows, with the values for a run that holds out none.
 UNFITTED = {"temperature": 1.0, "doubtful_below": 0.95, "most_ink": 1.0}
 
 
@@ -41,9 +41,9 @@ class Predictor:
     members: tuple[Variables, ...]
     # 1, or 5 to average the probabilities of an image and its shifts by one pixel up, down, left and right
     views: int = 1
-    temperature: float = 1.0  # what the logits are divided by, after averaging
+    temperature: float = UNFITTED["temperature"]  # what the logits are divided by, after averaging
     doubtful_below: float = UNFITTED["doubtful_below"]  # an answer with a smaller probability is doubtful
-    most_ink: float = 1.0  # an image with a larger `mean_grey` is doubtful, whatever the answer
+    most_ink: float = UNFITTED["most_ink"]  # an image with a larger `mean_grey` is doubtful, whatever the answer
     batch_size: int = 2000  # images per call, rounded up to a multiple of the number of devices
     # devices to split a batch over, capped at those available; 0 means all accelerators, or one CPU
     num_devices: int = 0
@@ -62,7 +62,10 @@ def make_predictor(config: Config, *members: Variables, **fitted: float) -> Pred
 
 
 def member_logits(predictor: Predictor, images: np.ndarray) -> np.ndarray:
-    """Computes the logits of each member at temperature 1, averaged over the views: `u8[N,28,28,1] -> f32[M,N,C]`."""
+    """Computes the logits of each member at temperature 1: `u8[N,28,28,1] -> f32[M,N,C]`.
+
+    With several views, these are the logarithms of the mean probabilities.
+    """
     views = [_run(predictor, view) for view in views_of(images, predictor.views)]
     return views[0] if len(views) == 1 else metrics.log_mean_probabilities(np.stack(views)).astype(np.float32)
 
@@ -134,7 +137,10 @@ def mean_grey(images: np.ndarray) -> np.ndarray:
 
 
 def combine_members(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """Computes the log of the members' mean probabilities, divided by the temperature: `f32[M,N,C] -> f32[N,C]`."""
+    """Combines the logits of members and divides them by the temperature: `f32[M,N,C] -> f32[N,C]`.
+
+    Several members are combined to the logarithm of their mean probabilities; those of a single one do not change.
+    """
     together = logits[0] if len(logits) == 1 else metrics.log_mean_probabilities(logits).astype(np.float32)
     return together if temperature == 1.0 else together / np.float32(temperature)
 
@@ -195,11 +201,23 @@ class RunInfo(NamedTuple):
     """Where a predictor comes from."""
 
     kind: str  # `run`, or `seeds` or `folds` for a population
-    config: Config  # that of the run, or of the first member
-    fingerprint: str  # that of the training data
-    steps: tuple[int, ...]  # finished updates of each member
     runs: tuple[Run, ...]  # the run, or all members
     is_final: bool  # whether the results stored in the folder belong to these weights
+
+    @property
+    def config(self) -> Config:
+        """The config of the run, or of the first member."""
+        return self.runs[0].config
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the training data."""
+        return str(self.runs[0].record["fingerprint"])
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The number of finished updates of each member."""
+        return tuple(int(run.state.step) for run in self.runs)
 
 
 def load_predictor(workdir: pathlib.Path, checkpoint: str = "latest") -> tuple[Predictor, RunInfo]:
@@ -216,20 +234,18 @@ def load_predictor(workdir: pathlib.Path, checkpoint: str = "latest") -> tuple[P
     result = workdirs.read_json(workdir / (POPULATION if is_population else workdirs.SUMMARY))
     folders = _member_folders(workdir, result) if is_population else [workdir]
     runs = tuple(load_run(folder, checkpoint) for folder in folders)
-    config, fingerprint = runs[0].config, runs[0].record["fingerprint"]
+    info = RunInfo(str(result["kind"]) if is_population else "run", runs, is_final=False)
     for folder, run in zip(folders, runs, strict=True):
-        changed = differences(config, run.config).keys() - {"seed", "data.fold"}
-        same_length = run.config.train.epochs == config.train.epochs
-        if changed or not same_length or run.record["fingerprint"] != fingerprint:
+        changed = differences(info.config, run.config).keys() - {"seed", "data.fold"}
+        same_length = run.config.train.epochs == info.config.train.epochs
+        if changed or not same_length or run.record["fingerprint"] != info.fingerprint:
             raise WorkdirError(f"{folder}: was trained with another config or on other data than {folders[0]}")
-    steps = tuple(int(run.state.step) for run in runs)
     # Each member has its own number of steps if the folds differ in size.
     ends = [workdirs.read_json(folder / workdirs.SUMMARY).get("steps") for folder in folders]
-    is_final = steps == (result.get("steps"), *ends[1:])
+    is_final = info.steps == (result.get("steps"), *ends[1:])
     variables = [eval_variables(run.state) for run in runs]
-    predictor = make_predictor(config, *variables, **(stored_fit(result) if is_final else {}))
-    kind = str(result["kind"]) if is_population else "run"
-    return predictor, RunInfo(kind, config, fingerprint, steps, runs, is_final)
+    predictor = make_predictor(info.config, *variables, **(stored_fit(result) if is_final else {}))
+    return predictor, info._replace(is_final=is_final)
 
 
 def _member_folders(workdir: pathlib.Path, result: dict[str, Any]) -> list[pathlib.Path]:

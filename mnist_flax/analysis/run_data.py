@@ -103,4 +103,4 @@ def select_examples(data: DataConfig, splits: Splits, split: str) -> Examples:
     rows = {"train": train, "holdout": held_out}[split]
     if not len(rows):
         raise ConfigError(f"--split={split}: the run held out no rows of {splits.name}; choose train or test")
-    return Examples(splits.train.image[rows], splits.train.label[rows])
+    return splits.train.select(rows)

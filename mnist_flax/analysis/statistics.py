@@ -26,7 +26,7 @@ from mnist_flax.analysis.evaluation import (
 from mnist_flax.analysis.report import plots
 from mnist_flax.config import Config
 from mnist_flax.data import batches
-from mnist_flax.data.splits import Examples, Splits
+from mnist_flax.data.splits import Splits
 from mnist_flax.errors import WorkdirError
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.log import read_log
@@ -140,7 +140,7 @@ def population_result(
     fitted = make_predictor(configs[0], *(member.variables for member in members.values()))
     if not is_folds:  # all members hold out the same rows
         _, held_out = batches.rows_of(splits.train.label, configs[0].data)
-        fitted = calibration.calibrate(fitted, Examples(splits.train.image[held_out], splits.train.label[held_out]))
+        fitted = calibration.calibrate(fitted, splits.train.select(held_out))
     result: Facts = {
         "kind": kind,
         "dataset": splits.name,
@@ -171,8 +171,9 @@ def out_of_fold_result(members: Sequence[TrainedMember], splits: Splits) -> tupl
         (logits,) = member_logits(make_predictor(member.config, member.variables), splits.train.image[rows])
         parts.append((rows, np.full(len(rows), data.fold, np.int32), logits))
     scores = [score(logits[None], splits.train.label[rows]) for rows, _, logits in parts]
-    rows, fold, logits = (np.concatenate(column) for column in zip(*parts, strict=True))
-    rows, fold, logits = (column[np.argsort(rows)] for column in (rows, fold, logits))
+    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    order = np.argsort(columns[0])
+    rows, fold, logits = (column[order] for column in columns)
     label = splits.train.label[rows]
     probs = metrics.probabilities(logits).astype(np.float32)
     arrays = {"rows": rows, "fold": fold, "out_of_fold_probs": probs, "out_of_fold_label": label}

@@ -46,7 +46,7 @@ def _owner(size: int) -> str:
     """Returns a hint if another known file has this size: many files have the same name and are easily confused."""
     for name, dataset in DATASETS.items():
         for file in dataset.files:
-            if file.size == size:
+            if size and file.size == size:  # 0: not known
                 return f", the size of {name}'s {file.name}"
     return ""
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mnist_flax import config as config_lib
-from mnist_flax.config import Config
+from mnist_flax.config import Config, replace
 from mnist_flax.data.download import UnavailableError, check_files
 from mnist_flax.data.embedded import embedded_digits
 from mnist_flax.data.idx import read_files
@@ -139,6 +138,6 @@ def adapt_to_dataset(config: Config, splits: Splits) -> Config:
     holdout = min(max(new.num_classes, round(data.holdout * fraction)), rows - 1) if data.holdout else 0
     held_out = -(-rows // data.folds) if data.folds else holdout  # the first fold is the largest
     batch_size = min(config.train.batch_size, rows - held_out)
-    return config_lib.replace(
+    return replace(
         config, data__name=splits.name, data__num_train=num_train, data__holdout=holdout, train__batch_size=batch_size
     )

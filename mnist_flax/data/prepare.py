@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -230,8 +231,9 @@ def _write_cache(cache: Path, key: str, splits: Splits) -> None:
     temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in cache.parent.glob(f"{cache.name}.*.tmp"):  # left by a process that died
-            leftover.unlink()
+        for leftover in cache.parent.glob(f"{cache.name}.*.tmp"):
+            if time.time() - leftover.stat().st_mtime > 600:  # left by a process that died
+                leftover.unlink()
         with temporary.open("wb") as file:
             np.savez(file, key=key, fingerprint=splits.fingerprint, **arrays)
         os.replace(temporary, cache)

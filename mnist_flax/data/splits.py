@@ -14,6 +14,10 @@ class Examples(NamedTuple):
     image: Any  # np.ndarray or jax.Array: most functions take either
     label: Any
 
+    def select(self, rows: Any) -> "Examples":
+        """Returns the examples in these rows, `i32[R]`."""
+        return Examples(self.image[rows], self.label[rows])
+
 
 class Splits(NamedTuple):
     """A dataset in memory, in the order of the original files.

@@ -18,7 +18,9 @@ from typing import Any
 import jax
 
 CHECKSUMS = "files.sha256"
-_SAVING = threading.Lock()  # Orbax gives concurrent saves the same number and mixes them up, even across runs
+# One operation at a time: Orbax gives concurrent saves the same number and mixes them up, even across runs, and the log
+# level below belongs to the whole process.
+_ORBAX = threading.RLock()
 
 
 def checksums(folder: pathlib.Path) -> str:
@@ -38,7 +40,7 @@ def write(folder: pathlib.Path, state: Any, record: dict[str, Any]) -> None:
     import orbax.checkpoint as ocp
 
     items = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
-    with _SAVING, _checkpointer(all_processes=True) as checkpointer:
+    with _checkpointer(all_processes=True) as checkpointer:
         checkpointer.save(folder.absolute(), args=items)
 
 
@@ -94,16 +96,17 @@ def _checkpointer(*, all_processes: bool = False) -> Iterator[Any]:
     )
     _silence_closed_loops()
     absl = logging.getLogger("absl")
-    level = absl.level
-    absl.setLevel(logging.CRITICAL)
-    try:
-        handler = ocp.CompositeCheckpointHandler(
-            composite_options=ocp.CompositeOptions(multiprocessing_options=options)
-        )
-        with ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
-            yield checkpointer
-    finally:
-        absl.setLevel(level)
+    with _ORBAX:
+        level = absl.level
+        absl.setLevel(logging.CRITICAL)
+        try:
+            handler = ocp.CompositeCheckpointHandler(
+                composite_options=ocp.CompositeOptions(multiprocessing_options=options)
+            )
+            with ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
+                yield checkpointer
+        finally:
+            absl.setLevel(level)
 
 
 @functools.cache  # runs only once

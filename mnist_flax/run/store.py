@@ -119,7 +119,6 @@ class Store:
         target = next(parent / name for name in names if not os.path.lexists(parent / name))
         with workdirs.as_workdir_error(target):
             (self._folder / str(step)).rename(target)
-        self._holdouts.pop(step, None)
         return target
 
     def _write(self, arrays: TrainState, record: dict[str, Any]) -> None:
@@ -144,13 +143,19 @@ class Store:
             holdouts[step] = record["holdout"]
         except Exception as error:  # TensorStore reports a full disk as a ValueError
             _clean(self._folder)
-            newest = max(checkpoint.steps_in(self._folder), default="none")
+            steps = checkpoint.steps_in(self._folder)
+            then = f"continues from the newest checkpoint: {max(steps)}" if steps else "starts again"
             raise WorkdirError(
                 f"{self._folder}: checkpoint {step} cannot be written ({workdirs.reason(error)}); fix that, and the"
-                f" same command continues from the newest checkpoint: {newest}"
+                f" same command {then}"
             ) from error
-        with workdirs.as_workdir_error(f"{self._folder}: checkpoint {step} is saved, but older ones"):
+        try:
             self._prune()
+        except OSError as error:
+            raise WorkdirError(
+                f"{self._folder}: checkpoint {step} is saved, but older ones cannot be deleted"
+                f" ({workdirs.reason(error)}); {workdirs.REMEDY_RESUME}"
+            ) from error
 
     def _prune(self) -> None:
         """Deletes all but the `keep_latest` newest checkpoints and the `keep_best` best by hold-out scores."""
