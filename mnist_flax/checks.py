@@ -12,11 +12,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {match[0]!r}?" if match else f"choose from: {', '.join(sorted(known))}"
 
 
-def among(field: str, value: str, choices: Iterable[str]) -> Iterator[str]:
-    """Checks that a value is one of the choices."""
+def among(field: str, value: str, choices: Iterable[str], *, is_registry: bool = False) -> Iterator[str]:
+    """Checks that a value is one of the choices, which a script can extend if they are a registry."""
     choices = list(choices)
     if value not in choices:
-        yield f"config.{field} = {value!r}: {nearest(value, choices)}"
+        hint = nearest(value, choices)
+        if is_registry and hint.startswith("choose"):
+            hint += ", or run the script that adds it"
+        yield f"config.{field} = {value!r}: {hint}"
 
 
 def within(

@@ -71,7 +71,7 @@ class Config:
 
     def _check(self) -> Iterator[str]:
         yield from within("seed", self.seed, 0, 2**32 - 1)
-        yield from among("data.name", self.data.name, DATASETS)
+        yield from among("data.name", self.data.name, DATASETS, is_registry=True)
         dataset = DATASETS[self.data.name]
         yield from self.data.check(dataset.num_train, dataset.num_classes)
         if type(self.model) not in MODELS.values():
@@ -202,7 +202,7 @@ def default_config_dict(model: str = "cnn") -> ConfigDict:
     Raises:
       ConfigError: there is no such family.
     """
-    for message in among("model.name", model, MODELS):
+    for message in among("model.name", model, MODELS, is_registry=True):
         raise ConfigError(message)
     return ConfigDict(Config(model=MODELS[model]()).to_dict(), type_safe=False)
 
@@ -222,15 +222,15 @@ def replace(config: Config, **fields: Any) -> Config:
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Returns the old and new value of each field that differs and affects results, by its dotted name."""
-    there, now = _result_fields(old), _result_fields(new)
+    there, now = result_fields(old), result_fields(new)
     changed = {name: (there.get(name), now.get(name)) for name in there | now if there.get(name) != now.get(name)}
     if not new.length_matters:
         changed.pop("train.epochs", None)
     return changed
 
 
-def _result_fields(config: Config) -> dict[str, Any]:
-    """Returns the value of every field that a resumed run compares, by its dotted name."""
+def result_fields(config: Config) -> dict[str, Any]:
+    """Returns the value of every field that can change a result, by its dotted name; a resumed run compares these."""
     hidden = {
         f"{section.name}.{field.name}"
         for section in dataclasses.fields(config)
@@ -261,7 +261,7 @@ def _build(cls: type, values: Any, path: str) -> Any:
     values = dict(values)
     if cls is ModelConfig:
         name = _convert(str, values.pop("name", "cnn"), f"{path}.name")
-        for message in among("model.name", name, MODELS):
+        for message in among("model.name", name, MODELS, is_registry=True):
             raise ConfigError(message)
         cls = MODELS[name]
     known = AugmentConfig.field_types() if cls is AugmentConfig else typing.get_type_hints(cls)

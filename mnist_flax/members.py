@@ -215,6 +215,8 @@ def announce(members: Sequence[Member], splits: Splits) -> None:
         splits.name, splits.source, splits.fingerprint[:12], config.num_train, config.num_holdout,
         len(splits.test.label),
     )  # fmt: skip
+    if not config.data.folds and config.num_holdout > config.num_train:
+        logger.warning("config.data.holdout = %d: holds out more rows than are left to train on", config.num_holdout)
     if teacher := members[0].teacher:
         logger.info("learning from %(workdir)s (networks: %(networks)d, digest: %(digest).12s)", teacher.origin)
         for doubt in teacher_warnings(teacher, config, splits):

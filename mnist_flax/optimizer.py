@@ -54,8 +54,8 @@ class OptimizerConfig:
 
     def check(self, epochs: int, steps_per_epoch: int) -> Iterator[str]:
         """Yields a message for each value that is out of range, given the length of the run."""
-        yield from among("optimizer.name", self.name, OPTIMIZERS)
-        yield from among("optimizer.schedule", self.schedule, SCHEDULES)
+        yield from among("optimizer.name", self.name, OPTIMIZERS, is_registry=True)
+        yield from among("optimizer.schedule", self.schedule, SCHEDULES, is_registry=True)
         for name in ("learning_rate", "eps", "decay_rate"):
             yield from within(f"optimizer.{name}", getattr(self, name), 0, open_low=True)
         most = (2**31 - 1) // steps_per_epoch  # steps are counted in 32 bits

@@ -7,6 +7,8 @@ or - for standard input. A picture may contain several digits; they are read lin
 question mark marks a doubtful digit: its probability is lower than that of 99 % of the hold-out rows (so 1 % of such
 digits are false alarms) or, with fewer than 100 hold-out rows, below 0.95; it has much more ink than any hold-out
 digit; or it overlaps a printed line. The exit status is 1 if any picture could not be read.
+
+With --as_is, each picture is classified as it is: for 28x28 images that are not digits, such as Fashion-MNIST's.
 """
 
 import dataclasses
@@ -36,10 +38,11 @@ def main(argv: Sequence[str]) -> None:
     if not argv[1:]:
         raise ConfigError("no picture is named: name files, folders or patterns, or - for standard input")
     workdir = cli.workdir()
-    from mnist_flax.pictures import files, pool
+    from mnist_flax.pictures import files, pool, segment
 
     found = list(files.find_files(argv[1:]))
-    with pool.read_ahead(found) as outcomes:  # starts processes, so before JAX is imported
+    read = segment.read_as_is if flags.FLAGS.as_is else segment.read_digits
+    with pool.read_ahead(found, read) as outcomes:  # starts processes, so before JAX is imported
         failed = print_answers(found, outcomes, workdir)
     if failed:
         raise PicturesError(f"{failed} of {len(found)} pictures could not be read")
@@ -58,9 +61,6 @@ def print_answers(found: Sequence[str], outcomes: Iterable[tuple[str, Any]], wor
     predictor = dataclasses.replace(predictor, batch_size=_BATCH_SIZE)
     class_names = DATASETS[info.config.data.name].class_names
     width = max(4, *map(len, found))
-    if not values.json:
-        column = max(5, *map(len, class_names))
-        print(f"{'file':<{width}}  {'digit':>{column}}  probability  top {reading.TOP}", flush=True)
     failed = 0
     results = reading.classify_all(outcomes, functools.partial(answer, predictor), _BATCH_SIZE)
     for number, (name, result) in enumerate(results, 1):
@@ -71,8 +71,12 @@ def print_answers(found: Sequence[str], outcomes: Iterable[tuple[str, Any]], wor
             else:
                 print(f"{name}: {result}", file=sys.stderr, flush=True)
             continue
-        line = reading.as_json(name, result, class_names)
-        print(line if values.json else reading.as_table(name, result, width, class_names), flush=True)
+        if values.json:
+            print(reading.as_json(name, result, class_names), flush=True)
+        else:
+            if number - failed == 1:
+                print(reading.table_header(width, class_names))
+            print(reading.as_table(name, result, width, class_names), flush=True)
         if values.save_preprocessed:
             images = [digit.image for digit in result]
             files.save_images(images, pathlib.Path(values.save_preprocessed), number, name)
@@ -82,5 +86,6 @@ def print_answers(found: Sequence[str], outcomes: Iterable[tuple[str, Any]], wor
 if __name__ == "__main__":
     cli.define_run()
     flags.DEFINE_boolean("json", False, "print one JSON object per picture instead of a table")
+    flags.DEFINE_boolean("as_is", False, "the pictures have 28x28 pixels, white on black: classify each as it is")
     flags.DEFINE_string("save_preprocessed", None, "a folder for the network's input images, as 28x28 PNG files")
     cli.run(main, takes_files=True)

@@ -38,7 +38,9 @@ def find_preset(name: str) -> pathlib.Path:
             return path
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        hint = f"; {nearest(path.stem, known)}" if known and name == path.stem else ""
+        beside = [str(file) for file in sorted(path.parent.glob("*.py"))] if path.parent.is_dir() else []
+        others = list(known) if name == path.stem else beside
+        hint = f"; {nearest(name, others)}" if others else ""
         raise ConfigError(f"--config={name}: cannot be read ({reason}){hint}") from error
     return known[name]
 

@@ -127,7 +127,7 @@ class TrainConfig:
         if self.batch_size > num_rows:
             yield f"config.train.batch_size = {self.batch_size}: more than the {num_rows} rows to train on"
         yield from within("train.epochs", self.epochs, 1)
-        yield from among("train.loss", self.loss, LOSSES)
+        yield from among("train.loss", self.loss, LOSSES, is_registry=True)
         yield from within("train.label_smoothing", self.label_smoothing, 0, 1, open_high=True)
         yield from within("train.augment_until", self.augment_until, 0, 1, open_low=True)
         yield from within("train.teacher_weight", self.teacher_weight, 0, 1, open_low=True)

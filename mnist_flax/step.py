@@ -17,6 +17,7 @@ from mnist_flax.data.augment import augment
 from mnist_flax.data.batches import Batch
 from mnist_flax.data.registry import IMAGE_SIZE
 from mnist_flax.data.splits import Examples
+from mnist_flax.errors import ConfigError
 from mnist_flax.losses import LOSSES
 from mnist_flax.optimizer import optimizer
 
@@ -101,9 +102,19 @@ def crop(program: Program, images: Array) -> Array:
 
 
 def init_state(program: Program, key: Array) -> TrainState:
-    """Draws the initial weights; `key` is the run's root key."""
+    """Draws the initial weights; `key` is the run's root key.
+
+    Raises:
+      ConfigError: the network does not return one logit for each class.
+    """
     images = jnp.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 1))
-    variables = program.model.module(program.num_classes).init(rng.stream(key, "init"), images)
+    made: Any = program.model.module(program.num_classes).init_with_output(rng.stream(key, "init"), images)
+    logits, variables = made
+    if jnp.shape(logits) != (1, program.num_classes):
+        raise ConfigError(
+            f"config.model: {type(program.model).__name__} returns an array of shape {jnp.shape(logits)} for one image;"
+            f" its module() must return one logit for each of the {program.num_classes} classes"
+        )
     params = variables["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),

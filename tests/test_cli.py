@@ -265,6 +265,9 @@ def test_preset_is_found_by_name_or_path(tmp_path: pathlib.Path, monkeypatch: py
     assert preset.find_preset("tiny") == pathlib.Path("tiny")
     with pytest.raises(ConfigError, match=r"--config=defautl: cannot be read \(No such file.+; did you mean 'default'"):
         preset.find_preset("defautl")
+    (tmp_path / "mine.py").touch()
+    with pytest.raises(ConfigError, match=rf"; did you mean '{tmp_path}/mine.py'"):
+        preset.find_preset(f"{tmp_path}/mien.py")
     for name in (".", "zero\0byte", "nowhere.py", "long" * 100):
         with pytest.raises(ConfigError, match="cannot be read"):
             preset.find_preset(name)

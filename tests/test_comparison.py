@@ -60,6 +60,8 @@ def result_of(predictions: Any, accuracies: tuple[float, ...], **fields: Any) ->
     values: dict[str, Any] = {
         "name": "x",
         "kind": "seeds" if len(accuracies) > 1 else "run",
+        "recipe": {"train.epochs": 2},
+        "is_finished": True,
         "dataset": "mnist",
         "fingerprint": "f" * 64,
         "pairing": tuple(range(len(accuracies))),
@@ -87,6 +89,25 @@ def test_verdict_follows_the_members_if_there_are_any() -> None:
         result_of(bad, (0.5, 0.51, 0.52)), result_of(good, (0.9, 0.91), pairing=(7, 8), kind="seeds")
     )
     assert (welch["verdict"], welch["t"]["kind"]) == ("b", "Welch's t-test")
+
+
+def test_the_table_says_what_differs_and_what_was_compared() -> None:
+    one = result_of([0, 0], (1.0,))
+
+    def table(**fields: Any) -> str:
+        return comparison.comparison_table(comparison.compare_results(one, result_of([0, 0], (1.0,), **fields)))
+
+    assert "recipe: the same; only seeds, rows, versions or machines can differ" in table()
+    assert "recipe: train.epochs 2 (A), 3 (B); train.loss None (A), 'mine' (B)" in table(
+        recipe={"train.epochs": 3, "train.loss": "mine"}
+    )
+    assert "recipe" not in table(recipe={})
+    assert "examples (network A, committee B): only B is right on 0" in table(kind="seeds")
+    assert "B  x (a run, not finished): accuracy" in table(is_finished=False)
+    certain = comparison.compare_results(result_of([1] * 2000, (0.0,)), result_of([0] * 2000, (1.0,)))
+    assert comparison.comparison_table(certain).endswith(
+        "B is better than A on these examples: by 100.000 points of accuracy, p < 1e-300."
+    )
 
 
 def test_results_on_different_examples_are_not_compared() -> None:

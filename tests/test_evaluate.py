@@ -40,6 +40,7 @@ from mnist_flax.drivers import jit_forward
 from mnist_flax.errors import ConfigError, DataError, WorkdirError
 from mnist_flax.metrics import negative_log_likelihood
 from mnist_flax.run.checkpoint import load_run
+from mnist_flax.sections import DataConfig
 from mnist_flax.step import eval_variables
 
 
@@ -182,17 +183,17 @@ def test_overrides_are_limited_to_the_data(workdir: pathlib.Path) -> None:
 
 def test_other_dataset_has_all_rows_and_no_holdout(workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train, test = embedded_digits()
-    asked: list[Config] = []
+    asked: list[DataConfig] = []
 
-    def load(config: Config) -> Splits:
-        asked.append(config)
-        return Splits(config.data.name, train, test, "other", "tfds")
+    def load(data: DataConfig) -> Splits:
+        asked.append(data)
+        return Splits(data.name, train, test, "other", "tfds")
 
     monkeypatch.setattr(run_data, "load_splits", load)
     result = evaluate_workdir(workdir, split="train", overrides={"data.name": "kmnist"})
     assert result["examples"] == len(train.label) and result["trained_on"] == "digits"
     assert [row["name"] for row in result["per_class"]][:3] == ["o", "ki", "su"]
-    assert asked[0].data.on_missing == "error"  # so the embedded digits never replace the dataset
+    assert asked[0].on_missing == "error"  # so the embedded digits never replace the dataset
     with pytest.raises(ConfigError, match="--split=holdout: the run held out no rows of kmnist"):
         evaluate_workdir(workdir, split="holdout", overrides={"data.name": "kmnist"})
 
@@ -204,7 +205,7 @@ def test_other_dataset_need_not_fit_the_training(
     monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], name: str
 ) -> None:
     examples = embedded_digits()
-    monkeypatch.setattr(run_data, "load_splits", lambda config: Splits(config.data.name, *examples, "other", "tfds"))
+    monkeypatch.setattr(run_data, "load_splits", lambda data: Splits(data.name, *examples, "other", "tfds"))
     data, splits = load_data(replace(Config(), data__holdout=5000, **fields), "0123", {"data.name": name})
     assert (data.name, data.holdout, splits.name) == (name, 0, name)
     with pytest.raises(ConfigError, match=r"config.data.source = 'web'"):
@@ -217,26 +218,23 @@ def test_data_with_another_fingerprint_are_refused() -> None:
 
 
 def test_data_paths_stored_in_a_run_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Config] = []
+    asked: list[DataConfig] = []
     split = Examples(np.zeros((5, 28, 28, 1), np.uint8), np.zeros(5, np.int32))
 
-    def load(config: Config) -> Splits:
-        asked.append(config)
+    def load(data: DataConfig) -> Splits:
+        asked.append(data)
         return Splits("digits", split, split, "f", "tfds")
 
     monkeypatch.setattr(run_data, "load_splits", load)
     stranger = replace(tiny_run.CONFIG, data__data_dir="/elsewhere", data__raw_dir="/there", data__source="download")
     load_data(stranger, "f", {})
     load_data(stranger, "f", {"data.raw_dir": "/mine"})
-    assert [(c.data.source, c.data.data_dir, c.data.raw_dir) for c in asked] == [
-        ("auto", "", ""),
-        ("auto", "", "/mine"),
-    ]
+    assert [(data.source, data.data_dir, data.raw_dir) for data in asked] == [("auto", "", ""), ("auto", "", "/mine")]
 
 
 def test_images_of_another_shape_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     split = Examples(np.zeros((5, 32, 32, 3), np.uint8), np.zeros(5, np.int32))
-    monkeypatch.setattr(run_data, "load_splits", lambda config: Splits("mnist", split, split, "other", "tfds"))
+    monkeypatch.setattr(run_data, "load_splits", lambda data: Splits("mnist", split, split, "other", "tfds"))
     with pytest.raises(DataError, match=r"mnist: has images of shape \(32, 32, 3\); the network needs 28x28"):
         load_data(tiny_run.CONFIG, "0123", {"data.name": "mnist"})
 
@@ -246,12 +244,15 @@ def test_images_of_another_shape_are_refused(monkeypatch: pytest.MonkeyPatch) ->
     [
         ("", r"holds no checkpoints/ of a run; name a run's folder"),
         ("none", r"none: holds no checkpoints/ of a run; name a run's folder"),
+        ("early", r"early: holds no checkpoints/ of a run; its run stopped before the first checkpoint, so repeat"),
         ("file", r"file: is a file; name a folder"),
         ("long" * 100, r"long: cannot be read \(File name too long\); name another folder"),
     ],
 )
 def test_folder_without_a_run_is_refused(tmp_path: pathlib.Path, name: str, message: str) -> None:
     (tmp_path / "file").touch()
+    (tmp_path / "early").mkdir()
+    (tmp_path / "early" / "config.json").touch()
     with pytest.raises(WorkdirError, match=message):
         evaluate_workdir(tmp_path / name, overrides={})
 

@@ -77,7 +77,7 @@ def test_own_dataset_that_differs_from_its_entry_is_an_error(
     write_files(tmp_path, "letters", changed)
     with pytest.raises(DataError, match=rf"does not hold letters: {tmp_path}/.*{message}") as raised:
         load_letters(tmp_path)
-    assert "correct its entry in DATASETS" in str(raised.value)
+    assert "or its entry in DATASETS" in str(raised.value)
     assert "\n" not in str(raised.value)
 
 

@@ -142,6 +142,28 @@ def test_table_lists_a_folder_and_framed_images_are_saved(
     np.testing.assert_array_equal(np.asarray(Image.open(saved / "0001-3-1.png")), seen.image)
 
 
+def test_pictures_are_classified_as_they_are(model: Model, tmp_path: pathlib.Path) -> None:
+    """Blank or grey images too, in which no digit is found: datasets of a user's own look like this."""
+    images = [np.zeros((28, 28), np.uint8), np.full((28, 28), 90, np.uint8), model.images[5]]
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / f"{number}.png")
+    model.picture(5).save(tmp_path / "3.png")
+    seen = tmp_path / "seen"
+    status, lines = model.read("--as_is", f"--save_preprocessed={seen}", *(f"{tmp_path}/{i}.png" for i in range(4)))
+    assert status == 1
+    assert [len(line["digits"]) for line in lines[:3]] == [1, 1, 1]
+    assert lines[2]["digits"][0]["digit"] == 5
+    assert lines[3]["error"] == "has 200x200 pixels; --as_is needs 28x28"
+    for number, image in enumerate(images):
+        np.testing.assert_array_equal(np.asarray(Image.open(seen / f"{number + 1:04}-{number}-1.png")), image)
+
+
+def test_no_table_is_printed_if_no_picture_can_be_read(model: Model) -> None:
+    status, out, err = model.run(f"--workdir={model.workdir}", "gone.png")
+    assert (status, out) == (1, "")
+    assert err.startswith("gone.png: does not exist; check the name\nerror: 1 of 1 pictures")
+
+
 def test_pattern_and_stdin_are_read_with_a_chosen_checkpoint(model: Model, folder: pathlib.Path) -> None:
     content = (folder / "7.JPG").read_bytes()
     status, lines = model.read("--checkpoint=latest", str(folder / "*.png"), "-", stdin=content)
@@ -247,8 +269,8 @@ def test_batches_span_pictures_and_keep_their_order(batch_size: int) -> None:
 def test_pool_agrees_with_one_process_and_survives_bad_pictures(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     (tmp_path / "text.png").write_text("not a picture")
     names = [str(folder / "3.png"), str(tmp_path / "text.png"), "gone.png", str(folder / "7.JPG")] * 3
-    alone = [pool.read_one(name) for name in names]
-    with pool.read_ahead(names, 2) as outcomes:
+    alone = [pool.read_one(name, read_digits) for name in names]
+    with pool.read_ahead(names, read_digits, 2) as outcomes:
         found = list(outcomes)
     for (name, outcome), wanted, given in zip(found, alone, names, strict=True):
         assert name == given
@@ -260,7 +282,7 @@ def test_pool_agrees_with_one_process_and_survives_bad_pictures(folder: pathlib.
 
 
 def test_an_error_ends_the_processes_of_the_pool(folder: pathlib.Path) -> None:
-    with pytest.raises(ZeroDivisionError), pool.read_ahead([str(folder / "3.png")] * 20, 1) as outcomes:
+    with pytest.raises(ZeroDivisionError), pool.read_ahead([str(folder / "3.png")] * 20, read_digits, 1) as outcomes:
         next(outcomes)
         assert multiprocessing.active_children()
         1 / 0  # noqa: B018
@@ -276,7 +298,7 @@ def test_endless_file_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_heic_files_in_a_folder_are_reported(tmp_path: pathlib.Path) -> None:
     (tmp_path / "photo.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0")
     assert list(files.find_files([str(tmp_path)])) == [str(tmp_path / "photo.HEIC")]
-    assert "HEIC; save it as JPEG" in str(pool.read_one(str(tmp_path / "photo.HEIC")))
+    assert "HEIC; save it as JPEG" in str(pool.read_one(str(tmp_path / "photo.HEIC"), read_digits))
 
 
 def test_file_in_a_folder_that_cannot_be_examined_is_reported(tmp_path: pathlib.Path) -> None:

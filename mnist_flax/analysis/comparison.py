@@ -10,8 +10,10 @@ import numpy as np
 from mnist_flax.analysis import statistics
 from mnist_flax.analysis.evaluation import Facts, evaluate, load_predictor
 from mnist_flax.analysis.run_data import load_own_data
-from mnist_flax.errors import WorkdirError
+from mnist_flax.config import Config, result_fields
+from mnist_flax.errors import ConfigError, WorkdirError
 
+ROWS = ("seed", "data.holdout", "data.folds", "data.fold")  # fields that are not part of a recipe
 SIGNIFICANCE = 0.05  # a difference is significant if its p-value is below this
 ROUNDING = 1e-12  # a smaller difference of two accuracies is a rounding error
 
@@ -21,6 +23,8 @@ class Result(NamedTuple):
 
     name: str  # its folder
     kind: str  # `run`, `seeds` or `folds`
+    recipe: dict[str, Any]  # the config fields that can change a result; empty if another version wrote them
+    is_finished: bool
     dataset: str  # the name of the dataset
     fingerprint: str  # that of the dataset
     pairing: tuple[int, ...]  # the seed or the fold of each member; two populations are paired if these are equal
@@ -49,6 +53,8 @@ def load_result(workdir: pathlib.Path, overrides: Mapping[str, Any] | None = Non
     return Result(
         name=str(workdir),
         kind=saved["kind"],
+        recipe=_recipe(saved["config"]),
+        is_finished=True,
         dataset=saved["dataset"],
         fingerprint=saved["dataset_fingerprint"],
         pairing=tuple(member["fold" if is_folds else "seed"] for member in saved["members"]),
@@ -58,6 +64,14 @@ def load_result(workdir: pathlib.Path, overrides: Mapping[str, Any] | None = Non
     )
 
 
+def _recipe(values: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        fields = result_fields(Config.from_dict(values))
+    except ConfigError:
+        return {}
+    return {name: value for name, value in fields.items() if name not in ROWS}
+
+
 def _result_of_run(workdir: pathlib.Path, overrides: Mapping[str, Any]) -> Result:
     predictor, info = load_predictor(workdir)
     splits = load_own_data(info.config, info.fingerprint, overrides)
@@ -65,6 +79,8 @@ def _result_of_run(workdir: pathlib.Path, overrides: Mapping[str, Any]) -> Resul
     return Result(
         name=str(workdir),
         kind=info.kind,
+        recipe=_recipe(info.config.to_dict()),
+        is_finished=info.steps[0] == info.config.num_steps,
         dataset=splits.name,
         fingerprint=splits.fingerprint,
         pairing=(info.config.seed,),
@@ -96,16 +112,25 @@ def compare_results(a: Result, b: Result) -> Facts:
         "dataset": a.dataset,
         "dataset_fingerprint": a.fingerprint,
         "examples": len(a.labels),
+        "recipe": _changes(a.recipe, b.recipe),
         "mcnemar": by_example,
         "t": by_member,
         "verdict": better if decisive["p"] < SIGNIFICANCE else None,
     }
 
 
+def _changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, list[Any]] | None:
+    """Returns the values of A and B of each field that differs, or None if they are not known."""
+    if not (a and b):
+        return None
+    return {name: [a.get(name), b.get(name)] for name in {**a, **b} if a.get(name) != b.get(name)}
+
+
 def _facts(result: Result) -> Facts:
     return {
         "workdir": result.name,
         "kind": result.kind,
+        "finished": result.is_finished,
         "members": len(result.accuracies),
         "accuracy_of_members": float(np.mean(result.accuracies)),
         "accuracy": float(np.mean(result.predictions == result.labels)),
@@ -187,10 +212,14 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
         what = {"run": "a run", "seeds": f"{result['members']} seeds", "folds": f"{result['members']} folds"}
         committee = f", committee {result['accuracy']:.2%}" if result["kind"] == "seeds" else ""
         accuracy = f"accuracy {result['accuracy_of_members']:.2%}"
-        lines.append(f"{letter}  {result['workdir']} ({what[result['kind']]}): {accuracy}{committee}")
+        state = "" if result["finished"] else ", not finished"
+        lines.append(f"{letter}  {result['workdir']} ({what[result['kind']]}{state}): {accuracy}{committee}")
+    if (recipe := comparison["recipe"]) is not None:
+        changed = [f"{name} {of_a!r} (A), {of_b!r} (B)" for name, (of_a, of_b) in recipe.items()]
+        lines.append(f"recipe: {'; '.join(changed) or 'the same; only seeds, rows, versions or machines can differ'}")
     lines.append(
-        f"examples: only B is right on {examples['only_b_right']}, only A on {examples['only_a_right']}"
-        f" (exact McNemar test: p = {examples['p']:.2g})"
+        f"examples ({predicted_by(a)} A, {predicted_by(b)} B): only B is right on {examples['only_b_right']}, only A on"
+        f" {examples['only_a_right']} (exact McNemar test: {p_value(examples)})"
     )
     if members:
         interval = ""
@@ -199,18 +228,28 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
             interval = f", 95 % interval {100 * low:+.3f} to {100 * high:+.3f}"
         lines.append(
             f"members: B - A = {100 * members['difference']:+.3f} points{interval}"
-            f" ({members['kind']}: p = {members['p']:.2g})"
+            f" ({members['kind']}: {p_value(members)})"
         )
     lines += ["", sentence(comparison)]
     return "\n".join(lines)
 
 
+def predicted_by(result: Mapping[str, Any]) -> str:
+    """Returns what classified the examples of a result, for the table."""
+    return {"run": "network", "seeds": "committee", "folds": "out of fold"}[result["kind"]]
+
+
+def p_value(test: Mapping[str, Any]) -> str:
+    """Formats the p-value of a test; one that rounds to 0 is below the smallest number."""
+    return f"p = {test['p']:.2g}" if test["p"] > 0 else "p < 1e-300"
+
+
 def sentence(comparison: Mapping[str, Any]) -> str:
     """Formats the verdict as a sentence, with the numbers behind it."""
     decisive = comparison["t"] or comparison["mcnemar"]
-    by = f"{100 * abs(decisive['difference']):.3f} points of accuracy, p = {decisive['p']:.2g}"
+    by = f"{100 * abs(decisive['difference']):.3f} points of accuracy, {p_value(decisive)}"
     if comparison["verdict"] is None:
         return f"No significant difference: {by}."
     better, worse = ("B", "A") if comparison["verdict"] == "b" else ("A", "B")
-    basis = "over the members" if comparison["t"] else "for these two networks, on these examples"
+    basis = "over the members" if comparison["t"] else "on these examples"
     return f"{better} is better than {worse} {basis}: by {by}."

@@ -204,6 +204,9 @@ class RunInfo(NamedTuple):
     runs: tuple[Run, ...]  # the run, or all members
     is_final: bool  # whether the results stored in the folder belong to these weights
 
+    def __repr__(self) -> str:
+        return f"RunInfo(kind={self.kind!r}, steps={self.steps}, is_final={self.is_final})"  # not all the weights
+
     @property
     def config(self) -> Config:
         """The config of the run, or of the first member."""

@@ -36,7 +36,10 @@ def read_files(dataset: Dataset, folder: Path) -> tuple[Examples, Examples]:
     splits = []
     for name, images, labels in zip(names[1::2], arrays[::2], arrays[1::2], strict=True):
         if labels.max() >= dataset.num_classes:
-            raise DataError(f"{name}: contains label {labels.max()}, but there are {dataset.num_classes} classes")
+            raise DataError(
+                f"{name}: contains label {labels.max()}, but there are {dataset.num_classes} classes, with the labels 0"
+                f" to {dataset.num_classes - 1}"
+            )
         upright = images.transpose(0, 2, 1) if dataset.transposed else images
         splits.append(Examples(upright[..., None], labels.astype(np.int32)))
     return splits[0], splits[1]

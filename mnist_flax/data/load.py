@@ -80,11 +80,11 @@ def _from_raw(data: DataConfig) -> Splits:
         splits = None if dataset.tfds_version else make_splits(data.name, *read_files(dataset, folder), "raw")
     except DataError as error:
         field = "config.data.raw_dir" if data.raw_dir else "$MNIST_FLAX_RAW_DIR"
-        choice = "set --config.data.source=download" if dataset.tfds_version else "correct its entry in DATASETS"
-        place = f"it or its subfolder {data.name!r}" if folder == parent else "this folder"
-        raise DataError(
-            f"{field} = {str(parent)!r} does not hold {data.name}: {error}; put the files into {place}, or {choice}"
-        ) from error
+        place = f"it or its subfolder {data.name!r}" if folder == parent else str(folder)
+        remedy = f"correct the files in {place}, or its entry in DATASETS"
+        if dataset.tfds_version:
+            remedy = f"put the files into {place}, or set --config.data.source=download"
+        raise DataError(f"{field} = {str(parent)!r} does not hold {data.name}: {error}; {remedy}") from error
     if splits is None:
         return load_prepared(data.name, _data_dir(data))[0] or prepare(data.name, _data_dir(data), folder)
     check_fingerprint(splits, dataset.fingerprint, folder, "replace the files, or correct its entry in DATASETS")

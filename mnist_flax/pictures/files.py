@@ -57,7 +57,7 @@ def read_file(name: str) -> bytes:
     if name == STDIN:
         return _bounded(sys.stdin.buffer)
     if os.path.isdir(name):
-        raise PictureError("is a folder without pictures")
+        raise PictureError(f"is a folder without pictures ({', '.join(SUFFIXES)})")
     try:
         with open(name, "rb") as file:
             return _bounded(file)

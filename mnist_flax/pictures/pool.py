@@ -7,42 +7,43 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 from mnist_flax.pictures.decode import PictureError
 from mnist_flax.pictures.files import STDIN, read_file
-from mnist_flax.pictures.segment import Digit, read_digits
+from mnist_flax.pictures.segment import Digit
 from mnist_flax.run.machine import num_cores
 
 Outcome = list[Digit] | PictureError
+Read = Callable[[bytes], list[Digit]]  # such as `segment.read_digits`
 
 _FEW = 8  # pictures; reading fewer is faster than starting processes
 _AHEAD = 8  # pictures per process that are read ahead of the caller; limits memory use
 
 
 @contextlib.contextmanager
-def read_ahead(names: Sequence[str], num_workers: int = 0) -> Iterator[Iterator[tuple[str, Outcome]]]:
+def read_ahead(names: Sequence[str], read: Read, num_workers: int = 0) -> Iterator[Iterator[tuple[str, Outcome]]]:
     """Reads the digits of many pictures; the iterator yields each file's name, in order, with its digits or its error.
 
     `num_workers` is the number of processes: 0 means one per core, or none for a few pictures. They start reading at
     once; at the end of the `with` block, pictures already being read are finished first.
     """
     if not num_workers and len(names) < _FEW:
-        yield ((name, read_one(name)) for name in names)
+        yield ((name, read_one(name, read)) for name in names)
         return
-    reader = _Reader(names, num_workers or num_cores())
+    reader = _Reader(names, read, num_workers or num_cores())
     try:
         yield reader.outcomes()
     finally:
         reader.close()
 
 
-def read_one(name: str) -> Outcome:
+def read_one(name: str, read: Read) -> Outcome:
     """Reads the digits of one picture; an error is returned, not raised."""
     try:
-        return read_digits(read_file(name))
+        return read(read_file(name))
     except PictureError as error:
         return error
     except MemoryError:
@@ -54,7 +55,8 @@ def read_one(name: str) -> Outcome:
 class _Reader:
     """A pool of processes, and the pictures in progress."""
 
-    def __init__(self, names: Sequence[str], num_workers: int) -> None:
+    def __init__(self, names: Sequence[str], read: Read, num_workers: int) -> None:
+        self._read = read
         self._num_workers = num_workers
         self._names = iter(names)
         self._pool = _start(num_workers)
@@ -66,7 +68,7 @@ class _Reader:
         while self._pending:
             name, future = self._pending.popleft()
             try:
-                outcome = read_one(name) if name == STDIN else future.result()
+                outcome = read_one(name, self._read) if name == STDIN else future.result()
             except BrokenProcessPool:
                 outcome = self._after_a_crash(name)
             yield name, outcome
@@ -79,7 +81,7 @@ class _Reader:
     def _submit(self, names: Iterator[str]) -> None:
         for name in names:
             try:
-                future = Future[Outcome]() if name == STDIN else self._pool.submit(read_one, name)
+                future = Future[Outcome]() if name == STDIN else self._pool.submit(read_one, name, self._read)
             except BrokenProcessPool as error:
                 future = Future()
                 future.set_exception(error)
@@ -90,7 +92,7 @@ class _Reader:
         self._pool.shutdown(cancel_futures=True)
         with _start(1) as alone:
             try:
-                outcome = alone.submit(read_one, name).result()
+                outcome = alone.submit(read_one, name, self._read).result()
             except BrokenProcessPool:
                 outcome = PictureError("kills the process that reads it; it may need more memory than there is")
         self._pool = _start(self._num_workers)

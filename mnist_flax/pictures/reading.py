@@ -87,6 +87,11 @@ def as_json(name: str, readings: Sequence[Reading], class_names: Sequence[str]) 
     return json.dumps({"file": name, "digits": digits, "doubtful": is_doubtful(readings)})
 
 
+def table_header(width: int, class_names: Sequence[str]) -> str:
+    """Returns the header of the table, for names in a column of `width` characters."""
+    return f"{'file':<{width}}  {'digit':>{max(5, *map(len, class_names))}}  probability  top {TOP}"
+
+
 def as_table(name: str, readings: Sequence[Reading], width: int, class_names: Sequence[str]) -> str:
     """Returns the table rows of a picture, with its name in a column of `width` characters."""
     lines = []

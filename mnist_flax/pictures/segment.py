@@ -51,6 +51,19 @@ def read_digits(content: bytes) -> list[Digit]:
     return [digit._replace(box=tuple(box)) for digit, box in zip(digits, boxes.tolist(), strict=True)]
 
 
+def read_as_is(content: bytes) -> list[Digit]:
+    """Reads an image file of 28x28 pixels as the network's input, without looking for digits in it.
+
+    Raises:
+      PictureError: the file is not a picture, is damaged, or has another size.
+    """
+    grey = decode(content).grey
+    if grey.shape != (IMAGE_SIZE, IMAGE_SIZE):
+        height, width = grey.shape
+        raise PictureError(f"has {width}x{height} pixels; --as_is needs {IMAGE_SIZE}x{IMAGE_SIZE}")
+    return [Digit(grey, (0, 0, IMAGE_SIZE, IMAGE_SIZE))]
+
+
 def find_digits(grey: np.ndarray) -> list[Digit]:
     """Finds possible digits in a greyscale picture, `u8[H,W]`, in reading order; a blank picture has none."""
     if (ready := _as_in_mnist(grey)) is not None:

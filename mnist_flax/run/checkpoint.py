@@ -122,13 +122,19 @@ def load_run(workdir: pathlib.Path, which: str = "latest") -> Run:
 def _choose(folder: pathlib.Path, which: str) -> int:
     steps = steps_in(folder)
     if not steps:
-        raise WorkdirError(f"{folder.parent}: holds no {folder.name}/ of a run; name a run's folder")
+        remedy = "name a run's folder"
+        if (folder.parent / workdirs.CONFIG).is_file():
+            remedy = "its run stopped before the first checkpoint, so repeat the command that started it"
+        raise WorkdirError(f"{folder.parent}: holds no {folder.name}/ of a run; {remedy}")
     if which == "latest":
         return steps[-1]
     if which == "best":
         ranked = {step: sort_key(holdout) for step, holdout in holdouts(folder).items() if holdout}
         if not ranked:
-            raise WorkdirError(f"{folder.parent}: has no best checkpoint, because none was evaluated on hold-out rows")
+            raise WorkdirError(
+                f"{folder.parent}: has no best checkpoint, because none was evaluated on hold-out rows; use"
+                " --checkpoint=latest"
+            )
         return max(ranked, key=lambda step: (ranked[step], step))
     kept = [str(step) for step in steps]
     if which not in kept:
