@@ -46,16 +46,16 @@ def cnn(recipe: Recipe, x: Any, init: dict[str, str]) -> Any:
 def resnet(model: dict[str, Any], x: Any, init: dict[str, str]) -> Any:
     """Applies all layers of a `resnet` but the last."""
 
-    def conv(width: int, kernel: int, stride: int = 1) -> layers.Layer:
-        return layers.Conv2D(width, kernel, stride, "same", use_bias=False, **init)
+    def conv(width: int, kernel: int) -> layers.Layer:
+        return layers.Conv2D(width, kernel, padding="same", use_bias=False, **init)
 
-    x = conv(model["widths"][0], 3)(x)
-    for stage, width in enumerate(model["widths"]):
+    x = conv(model["stem_width"], 3)(x)
+    for width in model["widths"]:
         for block in range(model["blocks"]):
-            stride = 2 if stage and not block else 1
-            y = layers.ReLU()(layers.BatchNormalization()(x))
-            shortcut = conv(width, 1, stride)(y) if stride > 1 or x.shape[-1] != width else x
-            y = layers.ReLU()(layers.BatchNormalization()(conv(width, 3, stride)(y)))
+            y = layers.BatchNormalization()(x)
+            y = layers.ReLU()(y if block else layers.MaxPooling2D(2)(y))
+            shortcut = x if block else conv(width, 1)(y)
+            y = layers.ReLU()(layers.BatchNormalization()(conv(width, 3)(y)))
             x = layers.Add()([shortcut, conv(width, 3)(y)])
     return layers.GlobalAveragePooling2D()(layers.ReLU()(layers.BatchNormalization()(x)))
 

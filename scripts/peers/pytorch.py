@@ -17,17 +17,17 @@ from scripts.peers.harness import Examples, Recipe, pixels, serve, shifted
 class Block(nn.Module):
     """A residual block with pre-activation (He et al., 2016)."""
 
-    def __init__(self, channels: int, width: int, stride: int) -> None:
+    def __init__(self, channels: int, width: int, first: bool) -> None:
         super().__init__()
         self._first_norm, self._second_norm = nn.BatchNorm2d(channels), nn.BatchNorm2d(width)
-        self._first = nn.Conv2d(channels, width, 3, stride, 1, bias=False)
+        self._first = nn.Conv2d(channels, width, 3, 1, 1, bias=False)
         self._second = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        other_shape = stride > 1 or channels != width
-        self._shortcut = nn.Conv2d(channels, width, 1, stride, bias=False) if other_shape else None
+        self._pool = nn.MaxPool2d(2) if first else nn.Identity()
+        self._shortcut = nn.Conv2d(channels, width, 1, bias=False) if first else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps `f32[B,C,H,W] -> f32[B,width,H',W']`."""
-        y = functional.relu(self._first_norm(x), inplace=True)
+        y = functional.relu(self._pool(self._first_norm(x)), inplace=True)
         shortcut = self._shortcut(y) if self._shortcut else x
         y = functional.relu(self._second_norm(self._first(y)), inplace=True)
         return shortcut + self._second(y)
@@ -35,11 +35,11 @@ class Block(nn.Module):
 
 def resnet(model: dict[str, Any]) -> list[nn.Module]:
     """Returns the layers of a `resnet`."""
-    channels = model["widths"][0]
+    channels = model["stem_width"]
     layers: list[nn.Module] = [nn.Conv2d(1, channels, 3, 1, 1, bias=False)]
-    for stage, width in enumerate(model["widths"]):
+    for width in model["widths"]:
         for block in range(model["blocks"]):
-            layers.append(Block(channels, width, 2 if stage and not block else 1))
+            layers.append(Block(channels, width, first=block == 0))
             channels = width
     layers += [nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     return [*layers, nn.Dropout(model["dropout"]), nn.Linear(channels, 10)]
