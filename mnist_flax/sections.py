@@ -10,7 +10,6 @@ from mnist_flax.losses import LOSSES
 SOURCES = ("auto", "tfds", "raw", "download")
 HOLDOUT_ROWS = ("spread", "last")
 DRIVERS = ("scan", "stream")
-VIEWS = (1, 5)
 
 
 def not_compared(default: Any) -> Any:
@@ -153,7 +152,7 @@ class EvalConfig:
     def check(self) -> Iterator[str]:
         """Yields a message for each wrong value."""
         yield from within("eval.batch_size", self.batch_size, 1, 1_000_000)
-        if self.views not in VIEWS:
+        if self.views not in (1, 5):
             yield f"config.eval.views = {self.views}: must be 1 or 5"
 
 

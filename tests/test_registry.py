@@ -56,7 +56,7 @@ def test_entry_of_an_own_dataset_needs_three_numbers() -> None:
     dataset = Dataset(num_classes=3, num_train=5, num_test=2)
     assert dataset.class_names == ("0", "1", "2")
     assert dataset.files == IDX_FILES
-    assert dataset.num_rows == {"train": 5, "test": 2}
+    assert dataset.split_sizes == {"train": 5, "test": 2}
 
 
 @pytest.mark.parametrize(

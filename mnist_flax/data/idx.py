@@ -21,7 +21,7 @@ def read_files(dataset: Dataset, folder: Path) -> tuple[Examples, Examples]:
     Raises:
       DataError: a file is missing, damaged, or does not contain what the dataset's entry says.
     """
-    shapes = [shape for rows in dataset.num_rows.values() for shape in ((rows, IMAGE_SIZE, IMAGE_SIZE), (rows,))]
+    shapes = [shape for rows in dataset.split_sizes.values() for shape in ((rows, IMAGE_SIZE, IMAGE_SIZE), (rows,))]
     names = dataset.members or [str(folder / file.name) for file in dataset.files]
     with contextlib.ExitStack() as stack:
         try:

@@ -56,7 +56,7 @@ def prepare(name: str, data_dir: Path, raw_dir: Path | None) -> Splits:
             downloads = own / "downloads" / name.partition("/")[0]
             files = raw_dir or (downloads if _holds(downloads, dataset) else None)
             num_bytes = 0 if files else sum(file.size for file in dataset.files)
-            _check_space(own, num_bytes + sum(dataset.num_rows.values()) * _BYTES_PER_ROW)
+            _check_space(own, num_bytes + sum(dataset.split_sizes.values()) * _BYTES_PER_ROW)
             with tempfile.TemporaryDirectory(prefix="preparing-", dir=own) as staging:
                 files = files or _downloaded(dataset, downloads, Path(staging))
                 logger.info("preparing %s in %s, which happens only once", name, own)
@@ -181,7 +181,7 @@ def _load_copy(name: str, data_dir: Path, parent: Path) -> Splits:
 def _check_arrays(splits: Splits) -> None:
     """Raises ValueError if shapes or labels do not match the dataset's entry in `DATASETS`."""
     num_classes = DATASETS[splits.name].num_classes
-    for split, rows in DATASETS[splits.name].num_rows.items():
+    for split, rows in DATASETS[splits.name].split_sizes.items():
         image, label = getattr(splits, split)
         if image.shape != (rows, IMAGE_SIZE, IMAGE_SIZE, 1) or label.shape != (rows,):
             raise ValueError(f"{split} has images {image.shape} and labels {label.shape} for {rows} rows")

@@ -74,8 +74,8 @@ class Dataset:
         object.__setattr__(self, "files", tuple(file._replace(sha256=file.sha256.lower()) for file in self.files))
 
     @property
-    def num_rows(self) -> dict[str, int]:
-        """Split name -> number of rows."""
+    def split_sizes(self) -> dict[str, int]:
+        """The number of rows of each split."""
         return {"train": self.num_train, "test": self.num_test}
 
 

@@ -42,7 +42,7 @@ def find_flaw(name: str, data_dir: Path) -> str:
             return "its images are transposed"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "it is incomplete: dataset_info.json is missing or cannot be read"
-    expected = DATASETS[name].num_rows
+    expected = DATASETS[name].split_sizes
     return "" if rows == expected else f"its numbers of rows are {rows}, not {expected}"
 
 

@@ -12,6 +12,7 @@ from mnist_flax.checks import among, within
 from mnist_flax.models import layers
 from mnist_flax.models.base import ModelConfig
 from mnist_flax.models.layers import BatchNorm, Conv, Dense, Dropout
+from mnist_flax.ops.pool import POOLINGS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,7 @@ class CNNConfig(ModelConfig):
     def check(self, size: int) -> Iterator[str]:
         """Yields a message for each invalid value."""
         yield from super().check(size)
-        yield from among("model.pooling", self.pooling, ("max", "avg"))
+        yield from among("model.pooling", self.pooling, POOLINGS)
         yield from among("model.stem", self.stem, ("learned", "cosine"))
         yield from within("model.conv_dropout", self.conv_dropout, 0, 1, open_high=True)
         wrong = list(self._check_tuples())

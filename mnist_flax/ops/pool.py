@@ -47,6 +47,9 @@ def avg_pool(x: jax.Array, size: int) -> jax.Array:
     )
 
 
+POOLINGS = {"max": max_pool, "avg": avg_pool}
+
+
 def pooled_before(activation: Activation | None, pool: int, pooling: str) -> int:
     """Returns the side of the pooling that may come before the activation: `pool`, or 1 if the order matters."""
     return pool if pooling == "max" and activation in NON_DECREASING else 1
@@ -61,7 +64,7 @@ def activate_pool(x: jax.Array, activation: Activation | None, pool: int, poolin
     apply = activation or (lambda x: x)
     if pool == pooled_before(activation, pool, pooling):
         return apply(max_pool(x, pool))
-    return {"max": max_pool, "avg": avg_pool}[pooling](apply(x), pool)
+    return POOLINGS[pooling](apply(x), pool)
 
 
 def xla_max_pool(x: jax.Array, size: int) -> jax.Array:
