@@ -139,13 +139,10 @@ def _parse(arguments: Sequence[str], *, takes_files: bool) -> Sequence[str]:
     """Parses the command line; unknown flags and unexpected arguments are errors."""
     if "override" in FLAGS:
         arguments = _with_overrides(arguments)
-    if any(re.fullmatch(r"--?help(short|full|xml)?", argument) for argument in arguments):
-        try:
-            FLAGS(arguments)
-        except SystemExit:  # absl exits with status 1, but a request for help is not a failure
-            sys.exit(0)
     try:
         rest: Sequence[str] = FLAGS(arguments)
+    except SystemExit:  # after --help; absl exits with status 1, but a request for help is not a failure
+        sys.exit(0)
     except flags.Error as error:
         raise ConfigError(str(error).strip().splitlines()[0]) from error
     if rest[1:] and not takes_files:

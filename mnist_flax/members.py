@@ -175,7 +175,7 @@ def check_origin(
     """Checks that a resumed run has the fork and the teacher of this command; warns if versions or setup differ.
 
     Raises:
-      WorkdirError: `fork` is given, but the run began without one; or its teacher has other weights than `teacher`.
+      WorkdirError: `fork` is given, but the run began without one; or its teacher and `teacher` have different weights.
     """
     if fork and not origin["fork"]:
         raise WorkdirError(

@@ -26,8 +26,10 @@ from absl import flags
 
 from mnist_flax import cli, preset, rng
 from mnist_flax.analysis.evaluation import Predictor, load_predictor, make_predictor, predict_logits
+from mnist_flax.checks import nearest
 from mnist_flax.config import Config, replace
 from mnist_flax.data.load import load_splits
+from mnist_flax.errors import ConfigError
 from mnist_flax.exporting.formats import FORMATS, NUM_IMAGES, check_outputs
 from mnist_flax.exporting.inference import in_float32
 from mnist_flax.models import MODELS
@@ -124,6 +126,8 @@ def main(argv: Sequence[str]) -> None:
         chosen = {workdir.absolute().name: load_predictor(workdir)[0]}
     else:
         known = networks()
+        for name in set(values.networks or ()) - known.keys():
+            raise ConfigError(f"--networks={name}: {nearest(name, known)}")
         chosen = {name: with_noise(known[name]) for name in values.networks or known}
     found = {}
     for name, predictor in chosen.items():

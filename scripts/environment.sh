@@ -1,5 +1,5 @@
 # Sourced by scripts/train and scripts/test: makes or reuses the virtual environment, goes to the checkout, and sets
-# $python to the environment's interpreter. Nothing outside the checkout is touched.
+# $python to the environment's interpreter. Outside the checkout, only the package caches of pip or uv change.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

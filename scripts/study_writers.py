@@ -2,9 +2,9 @@
 
     python scripts/study_writers.py >> scripts/results/study_writers.jsonl
 
-For each image, finds its nearest neighbour in its class (by cosine of the pixels), and prints how often the two are at
-most so many rows apart (`share`), and how often two random rows of the file would be (`chance`). One JSON line for each
-split.
+For each image, finds its nearest neighbour in its class (by cosine of the pixels), and prints how often the two are
+within 10, 50, 200, 1,000 and 5,000 rows of each other (`share`), and how often two random rows of the file would be
+(`chance`). One JSON line for each split.
 """
 
 import argparse

@@ -61,7 +61,9 @@ def test_a_higher_severity_changes_an_image_more(name: str) -> None:
 def test_empty_batches_and_blank_images_can_be_corrupted(name: str) -> None:
     assert corrupt(name, digits()[:0], np.arange(0)).shape == (0, 28, 28)
     for grey in (0, 255):
-        assert np.isfinite(corrupt(name, np.full((1, 28, 28), grey, np.uint8), np.arange(1))).all()
+        draw = functools.partial(hashed_uniform, name, np.arange(1))
+        blank = np.full((1, 28, 28), grey, np.uint8)
+        assert np.isfinite(CORRUPTIONS[name].apply(blank, draw, CORRUPTIONS[name].levels[-1])).all()
 
 
 def test_hashed_numbers_are_uniform_and_independent() -> None:

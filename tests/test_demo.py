@@ -16,9 +16,11 @@ from browser import SEVEN, browser, draw_by_mouse, draw_by_touch, opened, settle
 
 from mnist_flax.analysis.evaluation import load_predictor, predict_logits
 from mnist_flax.config import replace
-from mnist_flax.exporting.demo import earlier_checkpoint, write_demo
+from mnist_flax.data.load import load_splits
+from mnist_flax.exporting.demo import choose_examples, earlier_checkpoint, write_demo
 from mnist_flax.exporting.inference import graph_of
 from mnist_flax.exporting.textbook import textbook_order
+from mnist_flax.sections import DataConfig
 from mnist_flax.train import fit
 
 MINUS = "\N{MINUS SIGN}"
@@ -278,6 +280,16 @@ def test_demo_has_no_transitions_with_reduced_motion(workdir: pathlib.Path, chro
     for motion, duration in (("no-preference", "0.09s"), ("reduce", "0s")):
         with opened(chromium, workdir / "demo.html", reduced_motion=motion) as page:
             assert page.evaluate("getComputedStyle(document.querySelector('.bar')).transitionDuration") == duration
+
+
+def test_demo_shows_a_digit_of_every_class_that_is_ever_right() -> None:
+    """Even if the class is right only in rows that the report's gallery does not show."""
+    splits = load_splits(DataConfig(name="digits"))
+    labels = splits.test.label
+    probs = np.eye(10, dtype=np.float32)[np.where(labels == 9, 0, labels)] * 0.9 + 0.01
+    probs[np.flatnonzero(labels == 9)[-1]] = np.eye(10)[9]
+    shown = [example["label"] for example in choose_examples(splits, probs) if example["kind"] == "right"]
+    assert shown == list(range(10))
 
 
 def test_demo_verb_writes_where_it_is_told(workdir: pathlib.Path, tmp_path: pathlib.Path) -> None:

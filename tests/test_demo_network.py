@@ -1,6 +1,7 @@
 """The demo page's JavaScript computes what Python does: framing, every layer, and the arithmetic of single values."""
 
 import base64
+import dataclasses
 import functools
 import json
 import pathlib
@@ -22,14 +23,43 @@ from mnist_flax.exporting import inference
 from mnist_flax.exporting.demo import PAGE
 from mnist_flax.exporting.graph import Graph, trace
 from mnist_flax.exporting.textbook import textbook_order
+from mnist_flax.models import MODELS
+from mnist_flax.models.base import ModelConfig
 from mnist_flax.models.cleaned import CleanedCNNConfig, despeckled
 from mnist_flax.models.resnet import ResNetConfig
 from mnist_flax.step import crop, forward, init_state, scale_pixels
 
 GOLDEN = pathlib.Path(__file__).with_name("golden_framing.npz")
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OwnConfig(ModelConfig):
+    """A family from outside the package."""
+
+    def module(self, num_classes: int, *, train: bool = False) -> nn.Module:
+        return OwnNet(num_classes)
+
+
+class OwnNet(nn.Module):
+    """Operations that no family of the package has: a slice with strides, and a dense layer applied to each pixel."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        x = nn.relu(nn.Conv(4, (3, 3))(x))
+        x = nn.relu(nn.Dense(6)(x[:, ::2, 1::2]))
+        x = nn.relu(nn.Conv(5, (3, 3))(x))
+        return nn.Dense(self.num_classes)(x.reshape(x.shape[0], -1))
+
+
+with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(MODELS, "own", OwnConfig)
+    OWN = Config(model=OwnConfig())
+
 CONFIGS = {
     "default": Config(),
+    "own": OWN,
     "mlp": replace(Config(), model__widths=(), model__pools=(1,), model__dense=(16, 12), model__activation="elu"),
     "batch_norm": replace(
         Config(),
@@ -243,7 +273,8 @@ def test_demo_explanations_end_with_the_shown_values(name: str, page: Any, image
             let products = 0;
             for (let k = 0; k < w.channels; k++) products += w.weight ? contribution(w, k) : 0;
             const value = network.values.get(stage.node.name).data[indexOf(stage.node.shape, place)];
-            return { title: stage.title, sum, lines, value, products, weighted: w.weight !== null };
+            const bias = network.values.get(stage.first.inputs[2])?.data[place.channel];
+            return { title: stage.title, sum, bias, lines, value, products, weighted: w.weight !== null };
           });
         }""",
         images[1].ravel().tolist(),
@@ -255,6 +286,8 @@ def test_demo_explanations_end_with_the_shown_values(name: str, page: Any, image
         assert last == pytest.approx(stage["value"], abs=1e-5), stage
         if stage["weighted"]:
             assert stage["products"] == pytest.approx(stage["sum"], abs=1e-5), stage
+        if stage.get("bias") is not None:
+            assert stage["sum"] + stage["bias"] == pytest.approx(stage["lines"][0]["value"], abs=1e-5), stage
 
 
 def despeckled_first(variables: Any, images: jax.Array) -> jax.Array:

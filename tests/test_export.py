@@ -104,6 +104,33 @@ def test_a_file_that_differs_is_refused(error: float, workdir: pathlib.Path, mon
     assert not list((workdir / "export").glob("*"))
 
 
+def test_probabilities_that_are_not_numbers_are_refused(workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = FORMATS["npz"]
+
+    def load(path: pathlib.Path) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+        run = right.load(path)
+        return lambda images: {**run(images), "probabilities": np.full((len(images), 10), np.nan)}
+
+    monkeypatch.setitem(FORMATS, "npz", right._replace(load=load))
+    with pytest.raises(ExportError, match="differs from the network by nan"):
+        export_workdir(workdir, "npz", overrides={})
+
+
+def test_what_a_library_does_not_support_gives_one_message(
+    workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise NotImplementedError("Max of int16\nin detail")
+
+    message = r"^--format=npz: does not support this network \(NotImplementedError: Max of int16\); try another format$"
+    right = FORMATS["npz"]
+    for broken in (right._replace(write=refuse), right._replace(load=refuse)):  # type: ignore[arg-type]
+        monkeypatch.setitem(FORMATS, "npz", broken)
+        with pytest.raises(ExportError, match=message):
+            export_workdir(workdir, "npz", overrides={})
+        assert not list((workdir / "export").glob("*"))
+
+
 def test_an_export_is_verified_on_other_digits_without_the_runs_data(
     workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

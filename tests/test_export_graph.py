@@ -25,6 +25,7 @@ from mnist_flax.models import MODELS
 from mnist_flax.models.layers import ACTIVATIONS
 from mnist_flax.step import Variables, init_state
 
+NHWC = ("NHWC", "HWIO", "NHWC")
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 28, 28, 1), dtype=np.uint8)
 
 
@@ -196,6 +197,35 @@ def test_an_operation_gives_the_numbers_of_jax(name: str, tmp_path: pathlib.Path
         with np.errstate(divide="ignore", invalid="ignore"):  # infinities are intended
             logits = run(graph, tmp_path, IMAGES)["logits"]
         np.testing.assert_allclose(logits, expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("what", "network"),
+    [
+        ("div of int32", lambda x: lax.div(x.astype(jnp.int32), jnp.full_like(x, 3, jnp.int32))),
+        ("and of int32", lambda x: x.astype(jnp.int32) & 5),
+        ("not of int32", lambda x: ~x.astype(jnp.int32)),
+        (
+            "convolution with cropping",
+            lambda x: lax.conv_general_dilated(
+                x.astype(jnp.float32), jnp.ones((1, 1, 1, 1)), (1, 1), ((-1, 0), (0, 0)), dimension_numbers=NHWC
+            ),
+        ),
+    ],
+)
+def test_an_operation_that_means_something_else_in_the_graph_is_refused(what: str, network: Any) -> None:
+    with pytest.raises(ExportError, match=f"its operation '{what}' cannot be exported"):
+        trace(lambda _, images: network(images).reshape(images.shape[0], -1)[:, :10].astype(jnp.float32), {})
+
+
+def test_an_array_used_as_a_kernel_and_as_a_number_keeps_both(tmp_path: pathlib.Path) -> None:
+    def network(variables: Any, images: Array) -> Array:
+        x = images.astype(jnp.float32).sum((1, 2)) / 255
+        return (x @ variables["w"] * variables["w"].reshape(())).repeat(10, 1)
+
+    graph = trace(network, {"w": np.full((1, 1), 3, np.float32)})
+    expected = 9 * np.repeat(IMAGES.astype(np.float32).sum((1, 2)) / 255, 10, 1)
+    np.testing.assert_allclose(run_program(graph, tmp_path, IMAGES)["logits"], expected, rtol=1e-5)
 
 
 def test_an_unknown_operation_is_named_with_its_layer() -> None:

@@ -13,7 +13,7 @@ from mnist_flax.config import replace
 from mnist_flax.errors import NonFiniteLossError, WorkdirError
 from mnist_flax.run import log as logs
 from mnist_flax.run import workdir as workdirs
-from mnist_flax.run.log import RunLog, means
+from mnist_flax.run.log import RunLog, means, read_log
 from mnist_flax.run.progress import Progress
 
 NEW: dict[str, Any] = {"origin": {}}
@@ -150,6 +150,18 @@ def test_versions_are_listed_once_for_each_change(tmp_path: pathlib.Path, monkey
         monkeypatch.setattr(logs, "versions", lambda python=python: {"python": python})
         saved = open_log(tmp_path, saved).snapshot()
     assert [entry["python"] for entry in saved["versions"]] == ["3.11.7", "3.13.1", "3.11.7"]
+
+
+@pytest.mark.parametrize(
+    "damaged", ['{"step": 1}', "[]", '{"step": "1", "split": "test", "epoch": 1, "seconds": 2}', "{"]
+)
+def test_a_log_with_a_damaged_line_is_not_read(tmp_path: pathlib.Path, damaged: str) -> None:
+    line = '{"step": 1, "split": "test", "epoch": 1.0, "seconds": 2}'
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(line + "\n")
+    assert len(read_log(tmp_path)) == 1
+    path.write_text(f"{line}\n{damaged}\n")
+    assert read_log(tmp_path) == []
 
 
 def test_full_disk_gives_one_message(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Files that are no pictures are refused with a reason; pictures that once failed in trials are read."""
+"""Files that are not pictures are refused with a reason; pictures that once failed in trials are read."""
 
 import re
 import subprocess

@@ -63,9 +63,7 @@ def test_a_preset_says_what_it_is_what_it_reaches_and_how_to_run_it(name: str) -
 
 
 # `small` is a narrower `accurate`, so its test is slow.
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "small")) for name in PRESETS]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "small")) for name in PRESETS])
 def test_a_preset_trains(name: str) -> None:
     config, _ = load(name)
     # Narrow layers and a small batch compile and run fast; everything else is as in the preset.

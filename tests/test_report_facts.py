@@ -1,16 +1,20 @@
 """The report's galleries, curves and calibration: made-up predictions, and values computed by hand."""
 
+import dataclasses
+import json
 import pathlib
+import shutil
 import sys
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny_run
 from report_page import Page, gallery_items, made_up
 
 from mnist_flax import metrics
 from mnist_flax.analysis.report import facts, pictures, plots
-from mnist_flax.analysis.report.write import shown
+from mnist_flax.analysis.report.write import report_workdir, shown
 from mnist_flax.config import Config
 from mnist_flax.data.registry import DATASETS
 
@@ -41,6 +45,18 @@ def test_page_fits_many_classes(tmp_path: pathlib.Path) -> None:
     assert numbers["class_names"][10] == "A" and len(numbers["test"]["per_class"]) == 62
     assert len(text) < 1_000_000
     assert parsed.values("class").count("scroll wide") == 1  # too wide for a phone, so it scrolls in its own box
+
+
+def test_summary_from_elsewhere_and_names_with_dollar_signs_are_shown(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workdir = shutil.copytree(tiny_run.workdir(), tmp_path / "run")
+    (workdir / "summary.json").write_text(json.dumps({"steps": 1}))
+    names = ("$", "$\\q$", *"23456789")
+    monkeypatch.setitem(DATASETS, "digits", dataclasses.replace(DATASETS["digits"], class_names=names))
+    page = report_workdir(workdir).read_text()
+    assert "$\\q$" in page
+    assert json.loads((workdir / "report" / "metrics.json").read_text())["run"]["versions_of"] == "report"
 
 
 def test_report_without_mistakes() -> None:

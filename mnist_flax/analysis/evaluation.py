@@ -72,7 +72,7 @@ def member_logits(predictor: Predictor, images: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=1)
 def _placed(predictor: Predictor) -> tuple[Mesh, tuple[Variables, ...]]:
-    """Places the members on the devices once for many calls: for one image, it takes longer than the network.
+    """Places the members on the devices once for many calls: for a single image, this takes longer than the network.
 
     The last predictor's weights stay there.
     """
@@ -242,7 +242,7 @@ def load_predictor(workdir: pathlib.Path, checkpoint: str = "latest") -> tuple[P
         changed = differences(info.config, run.config).keys() - {"seed", "data.fold"}
         same_length = run.config.train.epochs == info.config.train.epochs
         if changed or not same_length or run.record["fingerprint"] != info.fingerprint:
-            raise WorkdirError(f"{folder}: was trained with another config or on other data than {folders[0]}")
+            raise WorkdirError(f"{folder}: was trained with another config or on different data from {folders[0]}")
     # Each member has its own number of steps if the folds differ in size.
     ends = [workdirs.read_json(folder / workdirs.SUMMARY).get("steps") for folder in folders]
     is_final = info.steps == (result.get("steps"), *ends[1:])

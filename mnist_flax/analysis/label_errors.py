@@ -20,7 +20,7 @@ class ConfidentJoint(NamedTuple):
     counts: np.ndarray  # `i64[C,C]`, examples by given label (row) and by the class they confidently belong to (column)
     joint: np.ndarray  # `f64[C,C]`, the estimated share of all examples by given and true label
     noise: np.ndarray  # `f64[C,C]`, the estimated probability of a given label (row) for each true label (column)
-    suspect: np.ndarray  # `bool[N]`, the examples that confidently belong to another class than their label
+    suspect: np.ndarray  # `bool[N]`, the examples that confidently belong to a class other than their label
     margin: np.ndarray  # `f64[N]`, the probability of the label minus that of the most probable other class
 
     def ranking(self) -> np.ndarray:
@@ -81,7 +81,7 @@ def label_facts(arrays: Mapping[str, np.ndarray]) -> Facts:
     return {
         "examples": len(label),
         "suspects": int(found.suspect.sum()),
-        "estimated_wrong": float(1 - np.trace(found.joint)),
+        "estimated_wrong": max(0.0, float(1 - np.trace(found.joint))),  # rounding can make it negative
         "noise": found.noise.tolist(),
         "listed": [dict(zip(columns, of_example, strict=True)) for of_example in values],
     }

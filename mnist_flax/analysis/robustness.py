@@ -9,13 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mnist_flax import metrics
-from mnist_flax.analysis import label_errors, novelty
+from mnist_flax.analysis import label_errors, novelty, statistics
 from mnist_flax.analysis.calibration import calibration_scores
 from mnist_flax.analysis.comparison import mcnemar
 from mnist_flax.analysis.corruptions import CORRUPTIONS, corrupt
 from mnist_flax.analysis.evaluation import Facts, Predictor, RunInfo, load_predictor, predict_logits
 from mnist_flax.analysis.run_data import load_data, select_examples
-from mnist_flax.analysis.statistics import load_arrays
 from mnist_flax.data.load import raw_folder
 from mnist_flax.data.splits import Examples, Splits
 from mnist_flax.errors import ConfigError, DataError, WorkdirError
@@ -62,7 +61,7 @@ def read_official(folder: pathlib.Path, label: np.ndarray) -> np.ndarray:
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{folder}: cannot be read ({error}); restore it, or remove the folder") from error
     if images.shape != (len(label), 28, 28, 1) or images.dtype != np.uint8 or not np.array_equal(labels, label):
-        raise DataError(f"{folder}: holds other examples than the test set; restore it, or remove the folder")
+        raise DataError(f"{folder}: holds examples other than the test set; restore it, or remove the folder")
     return np.asarray(images)
 
 
@@ -96,9 +95,9 @@ def robustness_facts(logits: Mapping[str, np.ndarray], corrupted: Corrupted) -> 
     }
 
     def mean_over(names: list[str]) -> Facts:
-        accuracy, interval = mean_with_interval(np.mean([right[name] for name in names], axis=0))
+        over_images = statistics.spread_of(np.mean([right[name] for name in names], axis=0))
         means = {f"mean_{field}": float(np.mean([rows[name][field] for name in names])) for field in ("loss", "ece")}
-        return {"mean_accuracy": accuracy, "mean_accuracy_interval": interval, **means}
+        return {"mean_accuracy": over_images["mean"], "mean_accuracy_interval": over_images["interval"], **means}
 
     affine = [name for name, kind in CORRUPTIONS.items() if kind.affine]
     others = [name for name in CORRUPTIONS if name not in affine]
@@ -112,12 +111,6 @@ def robustness_facts(logits: Mapping[str, np.ndarray], corrupted: Corrupted) -> 
     }
 
 
-def mean_with_interval(values: np.ndarray) -> tuple[float, list[float]]:
-    """Returns the mean of one number per image, and its 95 % interval, a normal approximation for many images."""
-    mean, half = float(np.mean(values)), 1.96 * float(np.std(values)) / len(values) ** 0.5
-    return mean, [mean - half, mean + half]
-
-
 def compare_robustness(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], label: np.ndarray) -> Facts:
     """Compares the logits of two networks on the same corrupted images, by McNemar's test and by their means.
 
@@ -127,9 +120,10 @@ def compare_robustness(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray],
     """
     right_a, right_b = ({name: logits.argmax(axis=-1) == label for name, logits in of.items()} for of in (a, b))
     per_image = [np.mean([right[name] for name in CORRUPTIONS], axis=0) for right in (right_a, right_b)]
-    difference, interval = mean_with_interval(per_image[1] - per_image[0])
+    over_images = statistics.spread_of(per_image[1] - per_image[0])
+    interval = over_images["interval"]
     return {
-        "difference": difference,
+        "difference": over_images["mean"],
         "interval": interval,
         "verdict": "b" if interval[0] > 0 else "a" if interval[1] < 0 else None,
         "corruptions": {name: mcnemar(right_a[name], right_b[name]) for name in CORRUPTIONS},
@@ -166,7 +160,7 @@ def robustness_of_workdir(
     data, splits = load_data(info.config, info.fingerprint, overrides)
     if other and other[1].fingerprint != info.fingerprint:
         raise WorkdirError(
-            f"--compare={compare}: was trained on other data than {workdir}; name a run of the same data"
+            f"--compare={compare}: was trained on different data from {workdir}; name a run of the same data"
         )
     corrupted = corrupt_all(splits.test, severity, official_folder(data))
     logits = predict_all(predictor, splits.test, corrupted)
@@ -185,7 +179,7 @@ def robustness_of_workdir(
         "no_digit": novelty.novelty_facts(predictor, splits.test, _held_out(data, info, splits), others),
     }
     if info.kind == "folds" and splits.name == info.config.data.name:
-        facts["labels"] = label_errors.label_facts(load_arrays(workdir, info.kind))
+        facts["labels"] = label_errors.label_facts(statistics.load_arrays(workdir, info.kind))
     if other:
         theirs = predict_all(other[0], splits.test, corrupted)
         facts["compare"] = {"with": str(compare), **compare_robustness(logits, theirs, corrupted.label)}

@@ -29,7 +29,7 @@ def load_data(config: Config, fingerprint: str, overrides: Mapping[str, Any]) ->
       DataError: the data cannot be found, or are not the ones that the run was trained on.
     """
     check_overrides(overrides)
-    # Falling back to another dataset than the one asked for would give meaningless results.
+    # Falling back to a dataset other than the one asked for would give meaningless results.
     changed: dict[str, Any] = {"data__source": "auto", "data__data_dir": "", "data__raw_dir": ""}
     changed |= {name.replace(".", "__"): value for name, value in overrides.items()} | {"data__on_missing": "error"}
     name = changed.get("data__name", config.data.name)

@@ -50,7 +50,7 @@ class TrainedMember(NamedTuple):
     test_logits: np.ndarray  # `f32[N,C]`, of the test images at temperature 1
 
 
-def spread_of(values: Sequence[float]) -> Facts:
+def spread_of(values: Sequence[float] | np.ndarray) -> Facts:
     """Computes `mean`, `sd` (M - 1 in the denominator) and 95 % `interval` of the mean (Student, 1908).
 
     It assumes at least two numbers that are independent and approximately normal.

@@ -72,7 +72,7 @@ def _scores(workdir: pathlib.Path, predictor: Predictor, info: RunInfo) -> dict[
     else:
         examples, accuracy, loss = (result.get("committee", {}).get(name) for name in ("examples", "accuracy", "loss"))
     rows = {}
-    if result.get("steps") == max(info.steps) and examples and accuracy is not None:
+    if info.is_final and examples and accuracy is not None:
         low, high = metrics.wilson_interval(round(accuracy * examples), examples)
         rows["test accuracy"] = f"{accuracy:.2%} of {examples:,} images (95 % interval {low:.2%} to {high:.2%})"
         rows["test loss"] = f"{loss:.4f}"
@@ -111,10 +111,9 @@ def _is_of(result: dict[str, Any], predictor: Predictor, info: RunInfo) -> bool:
 def _torch(predictor: Predictor) -> str:
     """Returns a line of code that permutes a kernel, a convolution's if there is one, to PyTorch's axis order."""
     leaves = jax.tree_util.tree_leaves_with_path(predictor.members[0]["params"])
-    for path, leaf in sorted(leaves, key=lambda item: item[1].ndim, reverse=True)[:1]:
-        member = "member_0/" * (len(predictor.members) > 1)
-        name = member + "params/" + "/".join(str(key.key) for key in path)
-        if leaf.ndim == 4:
-            return f'kernel = weights["{name}"].permute(3, 2, 0, 1)  # rows, columns, in, out -> out, in, rows, columns'
-        return f'kernel = weights["{name}"].T  # in, out -> out, in'
-    return ""
+    path, leaf = max(leaves, key=lambda item: item[1].ndim)
+    member = "member_0/" * (len(predictor.members) > 1)
+    name = member + "params/" + "/".join(str(key.key) for key in path)
+    if leaf.ndim == 4:
+        return f'kernel = weights["{name}"].permute(3, 2, 0, 1)  # rows, columns, in, out -> out, in, rows, columns'
+    return f'kernel = weights["{name}"].T  # in, out -> out, in'

@@ -130,7 +130,7 @@ def write_page(
         dataset=DATASET_TITLES.get(splits.name, splits.name),
         num_members=len(predictor.members),
         num_weights=sum(leaf.size for leaf in jax.tree.leaves([member["params"] for member in predictor.members])),
-        num_right=round(evaluation.accuracy * evaluation.examples),
+        num_right=evaluation.correct,
         num_examples=evaluation.examples,
         temperature=predictor.temperature,
         views=predictor.views,
@@ -160,13 +160,10 @@ def choose_examples(splits: Splits, probs: np.ndarray) -> list[dict[str, Any]]:
       probs: `f32[N,C]`, the network's probabilities for the test images.
     """
     images, labels = splits.test.image[..., 0], splits.test.label
-    found = facts.galleries(probs, labels, splits.name)
-    correct: dict[int, int] = {}  # the first row of each class
-    for example in found["correct"]:
-        correct.setdefault(example["label"], example["row"])
-    rows = list(correct.values())
+    right = np.flatnonzero(probs.argmax(axis=-1) == labels)
+    rows = right[np.unique(labels[right], return_index=True)[1]].tolist()  # the first one of each class
     chosen = [("right", row, "", images[row]) for row in rows[:EXAMPLES]]
-    mistakes = [example["row"] for example in found["mistakes"][:EXAMPLES]]
+    mistakes = [example["row"] for example in facts.galleries(probs, labels, splits.name)["mistakes"][:EXAMPLES]]
     chosen += [("mistake", row, "", images[row]) for row in mistakes]
     chosen += [
         ("corrupted", row, f", {name.replace('_', ' ')}", corrupt(name, images[[row]], np.array([row]))[0])

@@ -1,10 +1,11 @@
 """The export formats, one entry each, and the check that every file must pass before it is saved."""
 
+import contextlib
 import importlib.util
 import json
 import pathlib
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from mnist_flax.analysis.evaluation import Predictor, RunInfo, load_predictor, p
 from mnist_flax.analysis.run_data import load_data
 from mnist_flax.data.load import load_splits
 from mnist_flax.data.registry import DATASETS
-from mnist_flax.errors import DataError
+from mnist_flax.errors import DataError, UserError
 from mnist_flax.exporting import card, numpy_program, onnx, stablehlo
 from mnist_flax.exporting.graph import ExportError
 from mnist_flax.exporting.inference import graph_of, in_float32
@@ -94,7 +95,8 @@ def export_workdir(
     images, source = images_to_compare(info, overrides)
     dataset = info.config.data.name
     classes = json.dumps(DATASETS[dataset].class_names)
-    contents = chosen.write(predictor, {"dataset": dataset, "classes": classes, "steps": str(max(info.steps))})
+    with _as_export_error(format_name):
+        contents = chosen.write(predictor, {"dataset": dataset, "classes": classes, "steps": str(max(info.steps))})
     difference = check_outputs(format_name, contents, predictor, images)
     folder = folder or workdirs.subfolder(workdir, FOLDER, remedy=workdirs.REMEDY_OUTPUT)
     paths = tuple(folder / f"{STEM}{suffix}" for suffix in contents)
@@ -102,6 +104,20 @@ def export_workdir(
         workdirs.write_bytes(path, content, remedy=workdirs.REMEDY_OUTPUT)
     workdirs.write_text(folder / card.FILE, card.text(workdir, predictor, info), remedy=workdirs.REMEDY_OUTPUT)
     return Exported(paths, difference, len(images), source)
+
+
+@contextlib.contextmanager
+def _as_export_error(format_name: str) -> Iterator[None]:
+    """Converts what the libraries of a format raise for networks that they do not support."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # of many types
+        raise ExportError(
+            f"--format={format_name}: does not support this network ({type(error).__name__}: {workdirs.reason(error)});"
+            " try another format"
+        ) from error
 
 
 def images_to_compare(info: RunInfo, overrides: Mapping[str, Any]) -> tuple[np.ndarray, str]:
@@ -121,7 +137,7 @@ def check_outputs(format_name: str, contents: Mapping[str, bytes], predictor: Pr
     Raises:
       ExportError: the difference is above `TOLERANCE`, or not a number.
     """
-    with tempfile.TemporaryDirectory() as staging:
+    with tempfile.TemporaryDirectory() as staging, _as_export_error(format_name):
         for suffix, content in contents.items():
             pathlib.Path(staging, STEM + suffix).write_bytes(content)
         run = FORMATS[format_name].load(pathlib.Path(staging, f"{STEM}.{format_name}"))
@@ -130,7 +146,7 @@ def check_outputs(format_name: str, contents: Mapping[str, bytes], predictor: Pr
     logits = predict_logits(in_float32(predictor), images)
     expected = {"logits": logits, "probabilities": metrics.probabilities(logits)}
     found = {name: np.concatenate([output[name] for output in outputs]) for name in expected}
-    difference = max(float(np.max(np.abs(found[name] - expected[name]))) for name in expected)
+    difference = float(np.max([np.max(np.abs(found[name] - expected[name])) for name in expected]))  # or NaN
     if not difference <= TOLERANCE:
         raise ExportError(
             f"--format={format_name}: the file differs from the network by {difference:.1e}, more than the"

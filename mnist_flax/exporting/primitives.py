@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
@@ -30,7 +31,7 @@ REWRITES: dict[str, Callable[..., Any]] = {
     "stack": lambda *parts, axis: lax.concatenate([lax.expand_dims(part, [axis]) for part in parts], axis),
 }
 SAME_INPUTS = {  # primitives with the same inputs as an operation of the graph, by its name
-    **{name: name for name in ("add", "sub", "mul", "div", "max", "min", "pow", "and", "or", "not", "neg", "abs")},
+    **{name: name for name in ("add", "sub", "mul", "max", "min", "pow", "neg", "abs")},
     **{name: name for name in ("sign", "floor", "exp", "log", "sqrt", "tanh", "erf", "logistic", "sin", "cos")},
     **{name: name for name in ("reduce_sum", "reduce_max", "reduce_min")},
     "convert_element_type": "cast",
@@ -101,6 +102,8 @@ def _conv(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> str:
     params = eqn.params
     if eqn.invars[0].aval.ndim != 4 or params["batch_group_count"] != 1 or set(params["lhs_dilation"]) != {1}:
         unsupported(builder, "convolution that is not of images, or is transposed or grouped by batch")
+    if min(min(pads) for pads in params["padding"]) < 0:
+        unsupported(builder, "convolution with cropping")
     specs = params["dimension_numbers"]
     # A spec gives the axis of batch, channel, rows and columns, for a kernel that of output, input, rows and columns.
     lhs = tuple(specs.lhs_spec[i] for i in (0, 2, 3, 1))
@@ -124,13 +127,24 @@ def _conv(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> str:
     return add(builder, "transpose", eqn, (result,), axes=tuple(map(int, np.argsort(out))))
 
 
+def _of_type(op: str, kind: Any) -> Translation:
+    """Translates an operation of one type only: on integers, `div` would round and `and` would be bitwise."""
+
+    def translate(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> str:
+        if not all(np.issubdtype(var.aval.dtype, kind) or var.aval.dtype == jnp.bfloat16 for var in eqn.invars):
+            unsupported(builder, f"{op} of {eqn.invars[0].aval.dtype}")
+        return add(builder, op, eqn, inputs)
+
+    return translate
+
+
 def _pool(op: str) -> Translation:
     def translate(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> str:
         params = eqn.params
         size, strides, pads = params["window_dimensions"], params["window_strides"], params["padding"]
         dilated = {*params["base_dilation"], *params["window_dilation"]} != {1}
         if len(size) != 4 or (size[0], size[3], strides[0], strides[3]) != (1, 1, 1, 1) or dilated:
-            unsupported(builder, "pooling over other axes than rows and columns")
+            unsupported(builder, "pooling over axes other than rows and columns")
         pads = tuple((int(low), int(high)) for low, high in pads[1:3])
         return add(builder, op, eqn, inputs, size=tuple(size[1:3]), strides=tuple(strides[1:3]), pads=pads)
 
@@ -155,6 +169,8 @@ def _dot(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> str:
 
 
 TRANSLATIONS: dict[str, Translation] = {
+    **{name: _of_type(name, np.bool_) for name in ("and", "or", "not")},
+    "div": _of_type("div", np.floating),
     "broadcast_in_dim": _broadcast,
     "concatenate": lambda builder, eqn, inputs: add(builder, "concat", eqn, inputs, axis=eqn.params["dimension"]),
     "conv_general_dilated": _conv,

@@ -7,7 +7,7 @@ from mnist_flax.pictures.lines import Line, find_lines, line_mask, without_resid
 
 _SHORTEST = 30  # pixels: the minimum height or width of a piece that can be recognised as lines
 _NEAR = 0.03  # of the picture's height or width: lines of a table end this near to the edge
-_ROOM = 0.4  # digits keep away from an edge of the picture if they are farther from it than this share of their height
+_ROOM = 0.4  # digits are clear of an edge if the gap exceeds this share of their height
 
 
 def without_joints(mask: np.ndarray) -> np.ndarray:

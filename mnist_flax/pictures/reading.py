@@ -12,7 +12,7 @@ from mnist_flax.pictures.segment import Digit
 
 TOP = 3
 
-_FLUSH_SECONDS = 0.3  # seconds since the last batch; after that, the next picture completes a batch, full or not
+_FLUSH_SECONDS = 0.3  # so many seconds after the last batch, the next picture triggers one, even if it is not full
 
 
 class Reading(NamedTuple):

@@ -8,7 +8,7 @@ from scipy import ndimage
 from mnist_flax.pictures.ink import pen_width
 from mnist_flax.pictures.lines import without_residue
 
-_MARGIN = 64  # pixels around a line that decide what is erased: its greatest thickness, and the length of a bridge
+_MARGIN = 64  # pixels kept on each side of a line: room for the thickest line and the longest bridge
 
 
 def without_rulings(mask: np.ndarray, marks: np.ndarray) -> np.ndarray:

@@ -32,7 +32,7 @@ class Digit(NamedTuple):
     # left, top, right, bottom in pixels of the picture after applying its EXIF orientation; the right and bottom
     # edges are exclusive
     box: tuple[int, int, int, int]
-    # whether it may not be a whole digit even if the network is confident: it overlaps erased lines or is cut off
+    # whether it may be only part of a digit, however confident the network is: it overlaps erased lines or is cut off
     suspect: bool = False
 
 

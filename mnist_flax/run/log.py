@@ -169,9 +169,16 @@ def read_log(workdir: pathlib.Path, until: float = math.inf) -> list[Record]:
     """Returns the lines of a run's log up to a step; none if the file is missing or damaged."""
     try:
         lines = (workdir / workdirs.METRICS).read_text(encoding="utf-8").splitlines()
-        return [record for record in map(json.loads, lines) if record["step"] <= until]
-    except (OSError, ValueError, KeyError, TypeError):
+        records = [json.loads(line) for line in lines]
+    except (OSError, ValueError):
         return []
+    return [record for record in records if record["step"] <= until] if all(map(_is_line, records)) else []
+
+
+def _is_line(record: Any) -> bool:
+    """Returns whether a JSON value can be a line of a log."""
+    kinds = {"step": int, "split": str, "epoch": int | float, "seconds": int | float}
+    return isinstance(record, dict) and all(isinstance(record.get(name), kind) for name, kind in kinds.items())
 
 
 class Events:

@@ -68,7 +68,7 @@ def report_facts(run: Reported, layers: Sequence[Layer]) -> Facts:
 def run_facts(run: Reported, layers: Sequence[Layer]) -> Facts:
     """Summarises the run: its size, progress and training time, and the device, versions and commit."""
     config, step, summary = run.config, run.step, run.summary
-    made_with = summary or provenance()
+    made_with = summary if {"device", "versions", "git_commit"} <= summary.keys() else provenance()
     seconds = max((record["seconds"] for record in run.records), default=0.0)
     return {
         "finished": summary.get("steps") == step,
@@ -82,7 +82,7 @@ def run_facts(run: Reported, layers: Sequence[Layer]) -> Facts:
         "parameters": sum(layer.parameters for layer in layers),
         "multiply_adds": sum(layer.multiply_adds for layer in layers),
         "train_seconds": seconds,
-        "versions_of": "training" if summary else "report",
+        "versions_of": "training" if made_with is summary else "report",
         **{name: made_with[name] for name in ("device", "versions", "git_commit")},
     }
 

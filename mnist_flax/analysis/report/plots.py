@@ -39,6 +39,7 @@ _STYLE: dict[Any, Any] = {
     "grid.linewidth": 0.8,
     "lines.linewidth": 1.8,
     "svg.fonttype": "none",
+    "text.parse_math": False,  # the names of classes may contain dollar signs
     "svg.hashsalt": "mnist_flax",
 }
 

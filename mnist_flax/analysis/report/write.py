@@ -84,13 +84,13 @@ def report_workdir(
     Raises:
       UserError: the run, the checkpoint or the data cannot be loaded, or the folder cannot be written.
     """
-    predictor, info = load_predictor(workdir, checkpoint)
-    if info.kind != "run":
+    if workdirs.MEMBERS in workdirs.names_in(workdir):
+        first = min(workdirs.names_in(workdir / workdirs.MEMBERS), default="")
         raise WorkdirError(
             f"--workdir={workdir}: holds a population; name one of its runs, such as"
-            f" {workdir / workdirs.MEMBERS / next((workdir / workdirs.MEMBERS).iterdir()).name}, or evaluate it"
-            " as one network with python -m mnist_flax.evaluate"
+            f" {workdir / workdirs.MEMBERS / first}, or evaluate it as one network with python -m mnist_flax.evaluate"
         )
+    predictor, info = load_predictor(workdir, checkpoint)
     splits = load_own_data(info.config, info.fingerprint, overrides or {})
     (step,) = info.steps
     records = read_log(workdir, step) or info.runs[0].record["log"]

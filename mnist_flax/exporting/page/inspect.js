@@ -106,8 +106,18 @@ function convWindow(x, kernel, { attrs, shape }, { y, x: column, channel }) {
   };
 }
 
-// A dense layer on flattened maps is shown as a convolution whose kernel is as large as the maps.
-function denseWindow(network, node, kernel, { channel }) {
+// A dense layer on flattened maps is shown as a convolution whose kernel is as large as the maps, and one on maps as a
+// convolution with a 1x1 kernel.
+function denseWindow(network, node, kernel, place) {
+  const { channel } = place, input = network.values.get(node.inputs[0]);
+  if (input.shape.length === 4) {
+    const depth = kernel.shape[0], first = indexOf(input.shape, { ...place, channel: 0 });
+    return {
+      rows: 1, columns: 1, channels: depth, firstChannel: 0, depth,
+      value: (i, j, k) => input.data[first + k],
+      weight: (i, j, k) => kernel.data[k * kernel.shape[1] + channel],
+    };
+  }
   let source = node.inputs[0];
   for (let before = network.node(source); before?.op === "reshape"; before = network.node(source)) source = before.inputs[0];
   const { data, shape } = network.values.get(source);
@@ -194,7 +204,7 @@ function sourcesOf(network, node) {
   const shapes = [node, ...sources.map((source) => network.values.get(source))].map(({ shape }) => shape);
   // Several views of the image, [1, views, SIDE, SIDE, 1], become one batch: the first view, which is not shifted, is shown.
   if (node.op === "reshape" && sameShape(shapes[1].slice(2), [SIDE, SIDE, 1])) return [network.image];
-  const isMoved = node.op === "concat" && node.attrs.axis < 3;
+  const isMoved = node.op === "concat" ? node.attrs.axis < 3 : ["einsum", "reshape", "transpose"].includes(node.op);
   return isMoved || shapes.some((shape) => shape.length !== 4) ? null : sources;
 }
 
@@ -211,7 +221,11 @@ function inputBox(network, { op, attrs, inputs }, box) {
   }
   if (op !== "slice" && op !== "pad") return box;
   const [dy, dx] = op === "slice" ? attrs.starts.slice(1) : attrs.low.slice(1).map((width) => -width);
-  return { top: box.top + dy, bottom: box.bottom + dy, left: box.left + dx, right: box.right + dx };
+  const [rows, columns] = op === "slice" ? attrs.strides.slice(1) : [1, 1];
+  return {
+    top: box.top * rows + dy, bottom: (box.bottom - 1) * rows + dy + 1,
+    left: box.left * columns + dx, right: (box.right - 1) * columns + dx + 1,
+  };
 }
 
 function union(a, b) {
