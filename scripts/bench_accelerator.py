@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from absl import flags
-from bench_steps import training_flops
+from bench_steps import matmul_rate, random_examples, training_flops
 
 from mnist_flax import cli
 from mnist_flax.config import Config, replace
@@ -61,24 +61,14 @@ def warm(started: float, images: int, steps: int, call: Callable[[], None]) -> P
     return Program(time.perf_counter() - started, images, steps, call)
 
 
-def random_examples(config: Config) -> Any:
-    """Returns as many random pictures as the config trains on: `u8[N,28,28,1]`, `i32[N]`."""
-    from mnist_flax.data.splits import Examples
-
-    generator = np.random.default_rng(0)
-    images = generator.integers(0, 256, (config.num_train, IMAGE_SIZE, IMAGE_SIZE, 1), dtype=np.uint8)
-    return Examples(images, generator.integers(0, config.num_classes, config.num_train).astype(np.int32))
-
-
 def run_program(config: Config, num_runs: int = 1) -> Program:
     """Compiles a driver for one run, or for several spread over the devices; a call trains one epoch of each."""
     from mnist_flax import drivers, rng
 
     rows = np.arange(config.num_train, dtype=np.int32)
     seeds = range(config.seed, config.seed + num_runs)
-    job = drivers.Job(
-        config.program, seeds, [rows] * num_runs, random_examples(config), num_devices=config.train.num_devices
-    )
+    examples = random_examples(config.num_train, config.num_classes)
+    job = drivers.Job(config.program, seeds, [rows] * num_runs, examples, num_devices=config.train.num_devices)
     states = drivers.stack([drivers.jit_init_state(config.program, rng.root_key(seed)) for seed in seeds], job)
     started = time.perf_counter()
     advance = drivers.driver(config.train.driver, job, states)
@@ -112,7 +102,9 @@ def torch_program(config: Config) -> Program:
     model = nn.Sequential(*layers, nn.Linear(features, config.num_classes)).cuda().to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), config.optimizer.learning_rate, fused=True, capturable=True)
     batch_size, num_steps = config.train.batch_size, config.num_train // config.train.batch_size
-    images, labels = (torch.from_numpy(column).cuda() for column in random_examples(config))
+    images, labels = (
+        torch.from_numpy(column).cuda() for column in random_examples(config.num_train, config.num_classes)
+    )
     images, labels = images.permute(0, 3, 1, 2), labels.long()
     rows = torch.zeros(batch_size, dtype=torch.long, device="cuda")  # the input of the captured step
     started = time.perf_counter()
@@ -146,21 +138,12 @@ def torch_program(config: Config) -> Program:
     return warm(started, num_steps * batch_size, num_steps, call)
 
 
-def matmul_rate(dtype: str) -> float:
-    """Measures one device's matrix-product rate for a dtype at JAX's default precision, in FLOP/s: the best of five."""
+def best_matmul_rate(dtype: str) -> float:
+    """Measures one device's matrix-product rate for a dtype, in FLOP/s: the best of five."""
     import jax
-    import jax.numpy as jnp
 
-    size, count = (512, 20) if jax.default_backend() == "cpu" else (8192, 20)
-    matrix = jnp.full((size, size), 1e-3, dtype)
-    program = jax.jit(lambda a: jax.lax.fori_loop(0, count, lambda _, x: x @ a, a))
-    program(matrix).block_until_ready()
-    seconds = []
-    for _ in range(5):
-        started = time.perf_counter()
-        program(matrix).block_until_ready()
-        seconds.append(time.perf_counter() - started)
-    return 2 * count * size**3 / min(seconds)
+    measure = matmul_rate(512 if jax.default_backend() == "cpu" else 8192, dtype)
+    return max(measure() for _ in range(5))
 
 
 def peak_memory() -> int | None:
@@ -228,7 +211,7 @@ def results(config: Config) -> Iterator[dict[str, Any]]:
     kinds = [(driver, 1) for driver in FLAGS.drivers] + [("members", int(count)) for count in FLAGS.members]
     has_torch = jax.default_backend() == "gpu" and importlib.util.find_spec("torch") is not None
     for dtype, batch_size in itertools.product(FLAGS.dtypes, map(int, FLAGS.batch_sizes)):
-        rates.setdefault(dtype, matmul_rate(dtype))
+        rates.setdefault(dtype, best_matmul_rate(dtype))
         chosen = replace(config, model__dtype=dtype, train__batch_size=batch_size, train__epochs=10**6)
         for (kind, members), count in itertools.product(kinds, counts):
             print(f"{dtype}, batch {batch_size}, {kind}, {members} members, {count} devices ...", file=sys.stderr)

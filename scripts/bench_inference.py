@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import flags
+from bench_steps import random_examples
 
 from mnist_flax import cli
 from mnist_flax.config import Config
@@ -58,16 +59,14 @@ def bench(config: Config, *, batch_sizes: Sequence[int], repeats: int, latencies
 
     from mnist_flax import rng
     from mnist_flax.analysis.evaluation import answer, evaluate, make_predictor, predict_logits
-    from mnist_flax.data.splits import Examples
     from mnist_flax.drivers import jit_init_state
     from mnist_flax.pictures.reading import classify
     from mnist_flax.pictures.segment import read_digits
     from mnist_flax.step import eval_variables
 
-    generator = np.random.default_rng(0)
     count = DATASETS[config.data.name].num_test
-    images = generator.integers(0, 256, (count, IMAGE_SIZE, IMAGE_SIZE, 1), dtype=np.uint8)
-    examples = Examples(images, generator.integers(0, config.num_classes, count).astype(np.int32))
+    examples = random_examples(count, config.num_classes)
+    images = examples.image
     variables = eval_variables(jit_init_state(config.program, rng.root_key(config.seed)))
     predictor = make_predictor(config, variables)
     page = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.uint8)

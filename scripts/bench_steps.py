@@ -49,13 +49,24 @@ def _product_flops(jaxpr: Any) -> Iterator[int]:
                 yield from _product_flops(inner)
 
 
-def matmul_rate() -> Callable[[], float]:
-    """Returns a function that measures the device's f32 matrix products, in FLOP/s."""
+def random_examples(count: int, num_classes: int) -> Any:
+    """Returns random pictures and labels, `u8[N,28,28,1]`, `i32[N]`."""
+    import numpy as np
+
+    from mnist_flax.data.splits import Examples
+
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (count, IMAGE_SIZE, IMAGE_SIZE, 1), dtype=np.uint8)
+    return Examples(images, generator.integers(0, num_classes, count).astype(np.int32))
+
+
+def matmul_rate(size: int = 1024, dtype: str = "float32") -> Callable[[], float]:
+    """Returns a function that measures a device's square matrix products at JAX's default precision, in FLOP/s."""
     import jax
     import jax.numpy as jnp
 
-    size, count = 1024, 20
-    matrix = jnp.full((size, size), 1e-3)
+    count = 20
+    matrix = jnp.full((size, size), 1e-3, dtype)
     program = jax.jit(lambda a: jax.lax.fori_loop(0, count, lambda _, x: x @ a, a))
     program(matrix).block_until_ready()
 
@@ -73,16 +84,12 @@ def timed_steps(config: Config, num_steps: int) -> Callable[[], float]:
     import numpy as np
 
     from mnist_flax import rng
-    from mnist_flax.data.splits import Examples
     from mnist_flax.distillation import load_teacher
     from mnist_flax.drivers import Job, driver, jit_init_state, stack
 
-    generator = np.random.default_rng(0)
-    count = config.num_train
-    images = generator.integers(0, 256, (count, IMAGE_SIZE, IMAGE_SIZE, 1), dtype=np.uint8)
-    examples = Examples(images, generator.integers(0, config.num_classes, count).astype(np.int32))
+    examples = random_examples(config.num_train, config.num_classes)
     teacher = load_teacher(config)
-    rows = np.arange(count, dtype=np.int32)
+    rows = np.arange(config.num_train, dtype=np.int32)
     job = Job(config.program, [config.seed], [rows], examples, teacher=teacher and teacher.networks)
     states = stack([jit_init_state(config.program, rng.root_key(config.seed))], job)
     advance = driver(config.train.driver, job, states)
