@@ -1,7 +1,7 @@
 """A residual network with the recipe of `accurate.py`: the most accurate and best calibrated network here.
 
-Measured: 99.71 % of 10,000 hold-out rows from unknown writers right (n = 1), NLL 0.0122; 16 minutes of training on one
-CPU core. `docs/accuracy.md` says what was compared on these rows.
+Measured: 99.72 +- 0.03 % test accuracy (mean and sd, n = 5), NLL 0.0083, ECE 0.09 %;
+19 minutes of training on one CPU core. `docs/accuracy.md` says what was compared on hold-out rows.
 
     scripts/train --config=configs/best.py
 """
