@@ -62,6 +62,8 @@ def print_answers(found: Sequence[str], outcomes: Iterable[tuple[str, Any]], wor
     predictor = dataclasses.replace(predictor, batch_size=_BATCH_SIZE)
     class_names = DATASETS[info.config.data.name].class_names
     width = max(4, *map(len, found))
+    if not values.json:  # at once, so that a reader who wants only this line ends the program early
+        print(reading.table_header(width, class_names), flush=True)
     failed = 0
     results = reading.classify_all(outcomes, functools.partial(answer, predictor), _BATCH_SIZE)
     for number, (name, result) in enumerate(results, 1):
@@ -72,12 +74,8 @@ def print_answers(found: Sequence[str], outcomes: Iterable[tuple[str, Any]], wor
             else:
                 print(f"{name}: {result}", file=sys.stderr, flush=True)
             continue
-        if values.json:
-            print(reading.as_json(name, result, class_names), flush=True)
-        else:
-            if number - failed == 1:
-                print(reading.table_header(width, class_names))
-            print(reading.as_table(name, result, width, class_names), flush=True)
+        line = reading.as_json(name, result, class_names)
+        print(line if values.json else reading.as_table(name, result, width, class_names), flush=True)
         if values.save_preprocessed:
             images = [digit.image for digit in result]
             files.save_images(images, pathlib.Path(values.save_preprocessed), number, name)

@@ -158,12 +158,6 @@ def test_pictures_are_classified_as_they_are(model: Model, tmp_path: pathlib.Pat
         np.testing.assert_array_equal(np.asarray(Image.open(seen / f"{number + 1:04}-{number}-1.png")), image)
 
 
-def test_no_table_is_printed_if_no_picture_can_be_read(model: Model) -> None:
-    status, out, err = model.run(f"--workdir={model.workdir}", "gone.png")
-    assert (status, out) == (1, "")
-    assert err.startswith("gone.png: does not exist; check the name\nerror: 1 of 1 pictures")
-
-
 def test_pattern_and_stdin_are_read_with_a_chosen_checkpoint(model: Model, folder: pathlib.Path) -> None:
     content = (folder / "7.JPG").read_bytes()
     status, lines = model.read("--checkpoint=latest", str(folder / "*.png"), "-", stdin=content)
