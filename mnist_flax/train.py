@@ -59,12 +59,12 @@ def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = No
     teacher = load_teacher(config, workdir)
     check_memory(config, teacher and teacher.networks)  # before data are read and anything is written
     # A student learns from its teacher's dataset, and a run goes on with its own: neither takes a substitute.
-    dataset = workdirs.read_json(workdir / workdirs.CONFIG).get("data", {}).get("name")
-    if teacher or dataset == config.data.name:
+    data = workdirs.read_json(workdir / workdirs.CONFIG).get("data")
+    if teacher or (isinstance(data, dict) and data.get("name") == config.data.name):
         config = replace(config, data__on_missing="error")
     splits = load_splits(config.data)
     config = adapt_to_dataset(config, splits)
-    drivers.job_mesh(config.program, 1, config.train.num_devices)
+    drivers.job_mesh(config.program, 1, config.train.num_devices)  # after that: a substitute may have smaller batches
     (member,) = fit_all({workdir: config}, splits, fork=fork, teacher=teacher)
     return member.state
 

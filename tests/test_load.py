@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import itertools
+import json
 import shutil
 from pathlib import Path
 
@@ -100,6 +101,10 @@ def test_a_run_that_began_never_goes_on_with_a_substitute(small: Published, tmp_
     (run / "config.json").write_text(small.config().to_json())
     with pytest.raises(DataError, match="mnist cannot be loaded"):
         fit(small.config(), run)
+    damaged = json.dumps({name: 3 for name in small.config().to_dict()})
+    (run / "config.json").write_text(damaged)
+    with pytest.raises(DataError, match="mnist cannot be loaded"):
+        fit(small.config(source="raw"), run)
     assert [path.name for path in run.iterdir()] == ["config.json"]
 
 

@@ -1,0 +1,42 @@
+"""Files of pictures: found, read and saved, or refused with a reason."""
+
+import pathlib
+
+import numpy as np
+import pytest
+
+from mnist_flax.pictures import files, pool
+from mnist_flax.pictures.decode import PictureError
+from mnist_flax.pictures.segment import read_digits
+
+
+def test_endless_file_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MOST_BYTES", 1000)
+    with pytest.raises(PictureError, match="make it smaller"):
+        files.read_file("/dev/zero")
+
+
+def test_heic_files_in_a_folder_are_reported(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "photo.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0")
+    assert list(files.find_files([str(tmp_path)])) == [str(tmp_path / "photo.HEIC")]
+    assert "HEIC; save it as JPEG" in str(pool.read_one(str(tmp_path / "photo.HEIC"), read_digits))
+
+
+def test_file_in_a_folder_that_cannot_be_examined_is_reported(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "1.png").symlink_to("a" * 300)  # too long a name
+    (name,) = files.find_files([str(tmp_path)])
+    with pytest.raises(PictureError, match="cannot be read"):
+        files.read_file(name)
+
+
+def test_saved_images_have_short_names(tmp_path: pathlib.Path) -> None:
+    for number, stem in enumerate(["x" * 250, "\u4e09" * 80, "\udcff"], 1):
+        files.save_images([np.zeros((28, 28), np.uint8)], tmp_path, number, f"{stem}.png")
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_unreadable_file_is_refused(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(PictureError, match=r"cannot be read"):
+        files.read_file(str(tmp_path / ("a" * 300)))
+    with pytest.raises(PictureError, match=r"cannot be read"):
+        files.read_file("a\0b")
