@@ -117,6 +117,7 @@ def test_another_version_is_refused_and_nothing_moved(
         ({"restarts": None}, "record.restarts = None: must be int"),
         ({"origin": {"versions": {}}}, "record.origin.fork is missing"),
         ({"origin": {"fork": None, "versions": {"jax": 1}}}, "record.origin.versions.jax = 1: must be str"),
+        ({"origin": {"fork": None, "versions": {}, "setup": 3}}, "record.origin.setup = 3: must be an object"),
         (
             {"origin": {"fork": None, "versions": {}, "teacher": {"workdir": "a", "networks": "b", "digest": "c"}}},
             "record.origin.teacher.networks = 'b': must be int",

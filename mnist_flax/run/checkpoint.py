@@ -1,7 +1,7 @@
 """Reads and checks the checkpoints of a run: `checkpoints/<step>/`, as `store` writes them."""
 
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,33 +12,31 @@ from mnist_flax.config import Config, differences
 from mnist_flax.errors import ConfigError, WorkdirError
 from mnist_flax.run import storage
 from mnist_flax.run import workdir as workdirs
+from mnist_flax.run.schema import LINE, NUMBER, mismatches
 from mnist_flax.step import TrainState, init_state
 
 SCHEMA = 2  # the version of the checkpoint format; incremented when older programs cannot read it correctly
 
-# The schema of a record. A dict is an object with at least these keys ("name?" is optional, "*" is any other key), a
-# list is an array whose items all match its one element, a tuple (schema, None) is a schema or null, and a type is any
-# value of that type.
-_NUMBER = int | float
-_LINE = {"step": int, "epoch": _NUMBER, "split": str, "seconds": _NUMBER, "*": int | float | None}
+# The schema of a record; `schema.mismatches` says how to read it.
 _RECORD = {
     "schema": int,
     "config": {},
     "fingerprint": str,
     "arrays": {"*": str},
-    "holdout": ({"loss": _NUMBER, "accuracy": _NUMBER}, None),
+    "holdout": ({"loss": NUMBER, "accuracy": NUMBER}, None),
     "step": int,
-    "seconds": _NUMBER,
+    "seconds": NUMBER,
     "restarts": int,
     "origin": {
         "fork": ({"workdir": str, "step": int}, None),
         "teacher?": ({"workdir": str, "networks": int, "digest": str}, None),  # missing in older checkpoints
+        "setup?": {"*": str},  # missing in older checkpoints
         "versions": {"*": str},
     },
     "versions": [{"*": str}],
-    "log": [_LINE],
-    "window": [{"loss": _NUMBER, "accuracy": _NUMBER, "examples": _NUMBER, "*": _NUMBER}],
-    "epoch_sums": {"*": _NUMBER},
+    "log": [LINE],
+    "window": [{"loss": NUMBER, "accuracy": NUMBER, "examples": NUMBER, "*": NUMBER}],
+    "epoch_sums": {"*": NUMBER},
 }
 
 
@@ -177,7 +175,7 @@ def read_record(path: pathlib.Path) -> dict[str, Any]:
             f"{path}: was written by {age} version of this program (schema {schema} there, {SCHEMA} now); use that"
             " version to continue the run, or name another --workdir to start anew"
         )
-    for mistake in _mismatches(record, _RECORD, "record"):
+    for mistake in mismatches(record, _RECORD, "record"):
         raise _foreign(path, mistake)
     if str(record["step"]) != path.name:
         raise _foreign(path, f"record.step = {record['step']}: must be {path.name}")
@@ -189,31 +187,6 @@ def _foreign(path: pathlib.Path, mistake: str) -> WorkdirError:
         f"{path}: contains something that this program does not write ({mistake}); delete that folder to continue from"
         " the checkpoint before it, or name another --workdir"
     )
-
-
-def _mismatches(value: Any, shape: Any, path: str) -> Iterator[str]:
-    """Yields each place where a JSON value does not match a schema, written as in `_RECORD`."""
-    if isinstance(shape, tuple):
-        if value is not None:
-            yield from _mismatches(value, shape[0], path)
-    elif isinstance(shape, dict):
-        if not isinstance(value, dict):
-            yield f"{path} = {value!r:.60}: must be an object"
-            return
-        yield from (f"{path}.{name} is missing" for name in shape if name[-1] not in "*?" and name not in value)
-        for name, item in value.items():
-            schema = shape.get(name, shape.get(f"{name}?", shape.get("*", object)))
-            yield from _mismatches(item, schema, f"{path}.{name}")
-    elif isinstance(shape, list):
-        if not isinstance(value, list):
-            yield f"{path} = {value!r:.60}: must be an array"
-            return
-        for i, item in enumerate(value):
-            yield from _mismatches(item, shape[0], f"{path}[{i}]")
-    elif shape is not object and (not isinstance(value, shape) or isinstance(value, bool)):
-        yield f"{path} = {value!r:.60}: must be {getattr(shape, '__name__', None) or str(shape).replace(' |', ' or')}"
-    elif isinstance(value, int) and abs(value) >= 2**53:
-        yield f"{path} = {value!r:.60}: is too large"
 
 
 def _read_state(path: pathlib.Path, config: Config, record: Mapping[str, Any]) -> TrainState:

@@ -15,6 +15,7 @@ from mnist_flax.config import Config
 from mnist_flax.errors import NonFiniteLossError
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.provenance import versions
+from mnist_flax.run.schema import LINE, mismatches
 
 Record = dict[str, Any]  # a JSON object, such as a line of metrics.jsonl
 Sums = dict[str, float]  # summed over the examples of one or more steps: "loss", "accuracy" (number correct), ...
@@ -172,13 +173,9 @@ def read_log(workdir: pathlib.Path, until: float = math.inf) -> list[Record]:
         records = [json.loads(line) for line in lines]
     except (OSError, ValueError):
         return []
-    return [record for record in records if record["step"] <= until] if all(map(_is_line, records)) else []
-
-
-def _is_line(record: Any) -> bool:
-    """Returns whether a JSON value can be a line of a log."""
-    kinds = {"step": int, "split": str, "epoch": int | float, "seconds": int | float}
-    return isinstance(record, dict) and all(isinstance(record.get(name), kind) for name, kind in kinds.items())
+    if any(mismatches(records, [LINE], "log")):
+        return []
+    return [record for record in records if record["step"] <= until]
 
 
 class Events:
