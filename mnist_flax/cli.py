@@ -57,9 +57,9 @@ def define_config() -> None:
     FLAGS.register_key_flag_for_module(sys.argv[0], FLAGS["config"])  # so that --help shows it
 
 
-def config_file() -> str:
-    """Returns the path or name given as `--config`."""
-    return str(FLAGS.config)
+def config_facts() -> dict[str, Any]:
+    """Returns the preset and the overrides on the command line, to record with a result."""
+    return {"config": FLAGS.config, "overrides": FLAGS.override}
 
 
 def config() -> Any:

@@ -13,7 +13,6 @@ XLA_FLAGS=--xla_force_host_platform_device_count=4 and use small numbers.
 """
 
 import contextlib
-import datetime
 import importlib.util
 import itertools
 import json
@@ -274,7 +273,7 @@ def main(argv: Sequence[str]) -> None:
     from mnist_flax.run.provenance import provenance
 
     config = replace(cli.config(), data__num_train=FLAGS.images, data__holdout=0)
-    facts = {"model": config.to_dict()["model"], "date": datetime.date.today().isoformat(), **provenance()}
+    facts = {"model": config.to_dict()["model"], **provenance()}
     lines = []
     for line in results(config):
         lines.append(line | facts)

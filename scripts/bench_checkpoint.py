@@ -7,7 +7,6 @@ step until the last checkpoint is on disk, including logging and evaluation. Pri
 progress to standard error; use a quiet machine.
 """
 
-import datetime
 import json
 import pathlib
 import statistics
@@ -74,10 +73,9 @@ def main(argv: Sequence[str]) -> None:
         "claim": "checkpoint overhead",
         "ratio": round(medians["with"] / medians["without"], 4),
         "seconds": {kind: [round(span, 3) for span in spans] for kind, spans in seconds.items()},
-        "config": cli.config_file(),
+        **cli.config_facts(),
         "epochs": config.train.epochs,
         "train_rows": config.num_train,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **provenance(),
     }
     print(json.dumps(result))

@@ -12,7 +12,6 @@ the skeletons of test images, drawn as strokes on the page: `page_accuracy` is t
 """
 
 import base64
-import datetime
 import json
 import pathlib
 import shutil
@@ -195,7 +194,7 @@ def main(argv: Sequence[str]) -> None:
         result |= redrawn(page, workdir, values.digits)
         result["browser"] = chromium.version
         chromium.close()
-    print(json.dumps({**result, "date": datetime.date.today().isoformat(), **provenance()}))
+    print(json.dumps({**result, **provenance()}))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ here depends on them. Prints one JSON line.
 """
 
 import dataclasses
-import datetime
 import functools
 import io
 import json
@@ -112,7 +111,7 @@ def main(argv: Sequence[str]) -> None:
         repeats=values.repeats,
         latencies=values.latencies,
     )
-    made = {"config": cli.config_file(), "date": datetime.date.today().isoformat(), **provenance()}
+    made = cli.config_facts() | provenance()
     print(json.dumps({**result, **made}))
 
 

@@ -16,7 +16,6 @@ TensorBoard events and a report.
 """
 
 import contextlib
-import datetime
 import json
 import os
 import pathlib
@@ -31,6 +30,7 @@ from typing import Any, Self
 
 import numpy as np
 from absl import flags
+from bench_process import run_process
 from peers.catalog import PEERS, Peer, check
 
 from mnist_flax import cli
@@ -184,7 +184,8 @@ def time_processes(
         for name in in_turns(list(commands), turn):
             began = time.perf_counter()
             if name == OURS:
-                told[name] = our_process(config)
+                summary, _, _ = run_process(config)
+                told[name] = {"test_accuracy": summary["test_accuracy"], **summary["versions"]}
             else:  # one epoch is enough to warm up
                 told[name] = peer_process(commands[name], config.train.epochs if turn else 1)
             span = time.perf_counter() - began
@@ -200,25 +201,6 @@ def peer_process(command: Sequence[str], epochs: int) -> dict[str, Any]:
         for _ in range(epochs):
             worker.epoch()
         return worker.finish()
-
-
-def our_process(config: Config) -> dict[str, Any]:
-    """Runs our whole recipe, as a user would.
-
-    Raises:
-      UserError: the run failed.
-    """
-    from mnist_flax.analysis.report.facts import config_source
-
-    with tempfile.TemporaryDirectory() as folder:
-        file, workdir = pathlib.Path(folder, "config.py"), pathlib.Path(folder, "run")
-        file.write_text(config_source(config, config.data.name))
-        command = [sys.executable, "-m", "mnist_flax.main", f"--config={file}", f"--workdir={workdir}"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if done.returncode:
-            raise UserError(f"{' '.join(command)} failed:\n{done.stderr}")
-        summary = json.loads((workdir / "summary.json").read_text())
-    return {"test_accuracy": summary["test_accuracy"], **summary["versions"]}
 
 
 def tell(name: str, turn: int, seconds: float) -> None:
@@ -281,7 +263,7 @@ def main(argv: Sequence[str]) -> None:
         write_data(config, data)
         commands = {name: command(name, config, data) for name in (OURS, *flags.FLAGS.peers)}
         result = bench(config, commands, repeats=flags.FLAGS.repeats, whole=flags.FLAGS.whole)
-    made = {"config": cli.config_file(), "train_rows": config.num_train, "date": datetime.date.today().isoformat()}
+    made = {**cli.config_facts(), "train_rows": config.num_train}
     print(json.dumps({**result, **made, **provenance()}))
 
 

@@ -7,7 +7,6 @@ Each side is what a user would run: `mnist_flax.main` once for each seed, withou
 with an empty compilation cache. Fields with `train` in their names cover the training steps alone. Use a quiet machine.
 """
 
-import datetime
 import json
 import os
 import pathlib
@@ -87,7 +86,6 @@ def main(argv: Sequence[str]) -> None:
     from mnist_flax.run.provenance import provenance  # imported here so that a wrong flag fails before JAX loads
 
     result = {
-        "date": datetime.date.today().isoformat(),
         "config": flags.FLAGS.config,
         "seeds": flags.FLAGS.seeds,
         "ratio": round(statistics.median(ratios), 3),

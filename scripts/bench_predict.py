@@ -16,7 +16,6 @@ temporary folder, and read with `python -m mnist_flax.predict`:
 The renderer shares no code with the reader that `predict` uses. The reader was tuned with --split=train only.
 """
 
-import datetime
 import functools
 import io
 import json
@@ -282,9 +281,11 @@ def main(argv: Sequence[str]) -> None:
     _, info = load_predictor(Path(values.workdir), values.checkpoint)
     examples = getattr(load_splits(replace(info.config, data__on_missing="error").data), values.split)
     result: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(), "dataset": info.config.data.name, "split": values.split,
-        "seed": values.seed, "step": info.steps[0],
-    }  # fmt: skip
+        "dataset": info.config.data.name,
+        "split": values.split,
+        "seed": values.seed,
+        "step": info.steps[0],
+    }
     for number, (name, (length, draw)) in enumerate(SETS.items()):
         count: int = values.get_flag_value(name, 0)
         if not count:

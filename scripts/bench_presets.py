@@ -7,7 +7,6 @@ set, and no choice depends on it. The seconds are those of the whole training (n
 a quiet machine. With a target, the line also counts the runs that reach it at the last step.
 """
 
-import datetime
 import json
 import pathlib
 import statistics
@@ -64,7 +63,7 @@ def bench(name: str, seeds: Sequence[int], target: float = 0.0) -> dict[str, Any
         "device": last["device"],
         "versions": last["versions"],
         "git_commit": last["git_commit"],
-        "date": datetime.date.today().isoformat(),
+        "date": last["date"],
     }
 
 

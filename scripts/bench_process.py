@@ -7,7 +7,6 @@ seconds are split into training (from `summary.json`) and everything else: start
 programs, evaluating, saving, the report and shutdown. Peak memory is the maximum resident set size.
 """
 
-import datetime
 import json
 import os
 import pathlib
@@ -28,25 +27,20 @@ from mnist_flax.errors import UserError
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
-def once(config: Config, programs: str) -> dict[str, float]:
-    """Runs a config in a process of its own, and returns its seconds and its peak memory in MiB.
-
-    Args:
-      config: the config to run.
-      programs: the folder of the compilation cache.
+def run_process(config: Config, **environment: str) -> tuple[dict[str, Any], float, float]:
+    """Trains a config in a process of its own: returns its summary, its seconds and its peak memory in MiB.
 
     Raises:
       UserError: the process failed.
     """
     from mnist_flax.analysis.report.facts import config_source
 
-    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": programs}
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as told:
         file, workdir = pathlib.Path(folder, "config.py"), pathlib.Path(folder, "run")
         file.write_text(config_source(config, config.data.name))
         command = [sys.executable, "-m", "mnist_flax.main", f"--config={file}", f"--workdir={workdir}"]
         began = time.perf_counter()
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=told, stderr=told)
+        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment}, stdout=told, stderr=told)
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - began
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -55,12 +49,17 @@ def once(config: Config, programs: str) -> dict[str, float]:
             raise UserError(f"{' '.join(command)} failed:\n{told.read()}")
         summary = json.loads((workdir / "summary.json").read_text())
     unit = 2**20 if sys.platform == "darwin" else 2**10
-    train_seconds = summary["train_seconds"]
+    return summary, seconds, usage.ru_maxrss / unit
+
+
+def once(config: Config, programs: str) -> dict[str, float]:
+    """Runs a config once, with the compilation cache in the folder `programs`."""
+    summary, seconds, peak_mib = run_process(config, JAX_COMPILATION_CACHE_DIR=programs)
     return {
         "seconds": seconds,
-        "train_seconds": train_seconds,
-        "other_seconds": seconds - train_seconds,
-        "peak_mib": usage.ru_maxrss / unit,
+        "train_seconds": summary["train_seconds"],
+        "other_seconds": seconds - summary["train_seconds"],
+        "peak_mib": peak_mib,
         "test_accuracy": summary["test_accuracy"],
     }
 
@@ -84,7 +83,7 @@ def main(argv: Sequence[str]) -> None:
     result = bench(replace(cli.config(), data__on_missing="error"), flags.FLAGS.repeats)
     from mnist_flax.run.provenance import provenance  # only now: JAX would take memory and threads from the processes
 
-    made = {"config": cli.config_file(), "date": datetime.date.today().isoformat(), **provenance()}
+    made = cli.config_facts() | provenance()
     print(json.dumps({**result, **made}))
 
 

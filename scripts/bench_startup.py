@@ -9,7 +9,6 @@ starts, with the seconds in total and by part, measured in the main thread: `imp
 (initial weights, workdir, log).
 """
 
-import datetime
 import functools
 import json
 import os
@@ -127,10 +126,10 @@ def main(argv: Sequence[str]) -> None:
     """Measures starts with the config from the flags."""
     del argv
     cli.config()  # reports a mistake in the config before anything is measured
-    results = list(bench(cli.config_file(), flags.FLAGS.repeats, flags.FLAGS.override))
+    results = list(bench(flags.FLAGS.config, flags.FLAGS.repeats, flags.FLAGS.override))
     from mnist_flax.run.provenance import provenance  # only now: JAX would compete with the measured processes
 
-    made = {"config": cli.config_file(), "date": datetime.date.today().isoformat(), **provenance()}
+    made = cli.config_facts() | provenance()
     for result in results:
         print(json.dumps({**result, **made}))
 

@@ -7,7 +7,6 @@ and the share of it that the network reaches. FLOPs are counted as for plain con
 computed.
 """
 
-import datetime
 import json
 import statistics
 import sys
@@ -128,7 +127,6 @@ def bench(config: Config, repeats: int) -> dict[str, Any]:
             speed * training_flops(config) / rate for speed, rate in zip(speeds, rates, strict=True)
         ),
         "model": config.to_dict()["model"],
-        "date": datetime.date.today().isoformat(),
         **provenance(),
     }
 

@@ -10,7 +10,6 @@ node also runs each ONNX file in onnxruntime-web (WebAssembly), and the logits a
 if a network cannot be exported to a format, or if its file differs too much.
 """
 
-import datetime
 import functools
 import importlib.metadata
 import json
@@ -133,7 +132,7 @@ def main(argv: Sequence[str]) -> None:
     for name, predictor in chosen.items():
         found[name] = differences(predictor, images, values.onnxruntime_web)
         print(f"{name}: {found[name]}", file=sys.stderr)
-    result = {"networks": found, "date": datetime.date.today().isoformat(), **provenance()}
+    result = {"networks": found, **provenance()}
     result["versions"] |= versions(values.onnxruntime_web)
     print(json.dumps(result))
 

@@ -23,6 +23,7 @@ from mnist_flax.config import replace
 from mnist_flax.data.load import load_splits
 from mnist_flax.data.registry import DATASETS, IDX_FILES, Dataset
 from mnist_flax.data.splits import Examples, Splits
+from mnist_flax.run.provenance import provenance
 from mnist_flax.train import fit_population
 
 FLAGS = flags.FLAGS
@@ -78,7 +79,7 @@ def main(argv: Sequence[str]) -> None:
     found = {f"of_first_{n}": int(wrong[ranking[:n]].sum()) for n in LISTED}
     precision = float(wrong[ranking[:k]].mean())
     result = {
-        "config": pathlib.Path(cli.config_file()).stem,
+        **cli.config_facts(),
         "seed": config.seed,
         "folds": FLAGS.folds,
         **(found if FLAGS.known else {"share": FLAGS.share, "precision_at_flipped": precision}),
@@ -87,7 +88,7 @@ def main(argv: Sequence[str]) -> None:
         "recall_of_suspects": float(wrong[joint.suspect].sum() / k),
         "estimated_wrong": max(0.0, float(1 - np.trace(joint.joint))),
     }
-    print(json.dumps(result))
+    print(json.dumps(result | provenance()))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ out a sixth of the file, in order: rows 0 to 9,999, and so on.
 
 import argparse
 import dataclasses
-import datetime
 import json
 import pathlib
 import time
@@ -98,7 +97,7 @@ def main() -> None:
             **{name: value for name, value in job.items() if name not in ("preset", "block")},
         }
         config = replace(preset.load_config(preset.find_preset(job["preset"])), **fields)
-        made = {"date": datetime.date.today().isoformat(), **provenance()}
+        made = provenance()
         result = {**job, **run(config, load_splits(config.data), job.get("block")), **made}
         with args.output.open("a") as file:
             file.write(json.dumps(result) + "\n")

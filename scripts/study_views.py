@@ -7,7 +7,6 @@ Prints one JSON line for each set: the errors, the loss, and the loss with the t
 
 import argparse
 import dataclasses
-import datetime
 import json
 import pathlib
 
@@ -60,7 +59,7 @@ def main() -> None:
     images, labels = examples.image[: args.rows], examples.label[: args.rows]
     single = dataclasses.replace(predictor, views=1, temperature=1.0)
     logits = {view: predict_logits(single, viewed(images, view)) for view in {*sum(SETS.values(), ())}}
-    made = {"date": datetime.date.today().isoformat(), "workdir": args.workdir.name, **provenance()}
+    made = {"workdir": args.workdir.name, **provenance()}
     for name, views in SETS.items():
         together = metrics.log_mean_probabilities(np.stack([logits[view] for view in views])).astype(np.float32)
         temperature = fit_temperature(together, labels)

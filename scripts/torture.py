@@ -19,7 +19,6 @@ prints one line of JSON to standard output.
 """
 
 import collections
-import datetime
 import functools
 import itertools
 import json
@@ -44,7 +43,6 @@ from mnist_flax import cli
 from mnist_flax.errors import UserError
 from mnist_flax.run import checkpoint
 from mnist_flax.run import workdir as workdirs
-from mnist_flax.run.machine import cpu_name
 from mnist_flax.run.provenance import provenance
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -328,8 +326,7 @@ def main(argv: Sequence[str]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             result = torture(mode, pathlib.Path(folder), deadline)
         flawed = flawed or bool(result["differing"] or result["needing_help"])
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        print(json.dumps({**result, "date": now, "cpu": cpu_name(), **provenance()}), flush=True)
+        print(json.dumps({**result, **provenance()}), flush=True)
     sys.exit(flawed)
 
 

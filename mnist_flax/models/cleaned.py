@@ -16,7 +16,7 @@ MIN_PEAK = 0.1  # the contrast is stretched by at most 1 / MIN_PEAK, so that fai
 
 @dataclass(frozen=True, kw_only=True)
 class CleanedCNNConfig(CNNConfig):
-    """A `CNNConfig` whose network sees `cleaned(image)`."""
+    """A `cnn` that first cleans its images: it removes specks and the background, and stretches the contrast."""
 
     def seen_size(self, size: int) -> int:
         """Returns the full size: the cleaning reads the whole image."""

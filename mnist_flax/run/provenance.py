@@ -1,6 +1,7 @@
-"""What produced a result: package versions, device and commit."""
+"""What produced a result, and when: package versions, device, commit and date."""
 
 import contextlib
+import datetime
 import functools
 import importlib.metadata
 import pathlib
@@ -56,8 +57,9 @@ def git_commit() -> str:
 
 
 def provenance() -> dict[str, Any]:
-    """Returns the `device`, `versions` and `git_commit` to record with a result."""
+    """Returns the `date`, `device`, `versions` and `git_commit` to record with a result."""
     devices = jax.devices()
     kind = cpu_name() if devices[0].platform == "cpu" else devices[0].device_kind
     device = f"{len(devices)} x {devices[0].platform} ({kind})"
-    return {"device": device, "versions": versions(), "git_commit": git_commit()}
+    date = datetime.date.today().isoformat()
+    return {"date": date, "device": device, "versions": versions(), "git_commit": git_commit()}

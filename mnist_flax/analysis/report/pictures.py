@@ -2,13 +2,12 @@
 
 import base64
 import io
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import numpy as np
 
 from mnist_flax import rng
+from mnist_flax.analysis.evaluation import Facts
 from mnist_flax.analysis.report import layers
 from mnist_flax.config import Config, Program
 from mnist_flax.data import batches
@@ -62,7 +61,7 @@ def colors(values: np.ndarray, limit: float) -> np.ndarray:
     return np.concatenate([painted, alpha], axis=-1).astype(np.uint8)
 
 
-def thumbnails(facts: Mapping[str, Any], images: np.ndarray) -> dict[int, str]:
+def thumbnails(facts: Facts, images: np.ndarray) -> dict[int, str]:
     """Returns the test images that are on the page, by row."""
     galleries = [gallery for gallery in facts["galleries"].values() if isinstance(gallery, list)]
     rows = {example["row"] for gallery in galleries for example in gallery}
@@ -71,23 +70,21 @@ def thumbnails(facts: Mapping[str, Any], images: np.ndarray) -> dict[int, str]:
 
 
 def sheets(
-    config: Config, program: Program, variables: Variables, facts: dict[str, Any], splits: Splits
+    program: Program, variables: Variables, galleries: Facts, trained_on: np.ndarray, images: np.ndarray
 ) -> dict[str, bytes]:
-    """Draws the first filters, augmented training images, and each gallery in the order of `metrics.json`.
+    """Draws the first filters, the `augmented` training images, and each gallery in the order of `metrics.json`.
 
-    Sheets that do not apply to the run are left out. Adds `augmented`, the rows of the training images, to `facts`.
+    Sheets that do not apply to the run are left out.
     """
     drawn = {}
     filters = layers.first_filters(program, variables)
     if filters is not None:
         drawn["filters"] = png(sheet(colors(filters[:CHANNELS], float(np.abs(filters[:CHANNELS]).max())), 8), 12)
-    rows, images = augmented(config, splits)
-    facts["augmented"] = rows.tolist()
-    if len(rows):
-        drawn["augmented"] = png(sheet(images[..., 0], 1 + VARIANTS, gap=2), 2)
-    for name, gallery in facts["galleries"].items():
+    if len(trained_on):
+        drawn["augmented"] = png(sheet(trained_on[..., 0], 1 + VARIANTS, gap=2), 2)
+    for name, gallery in galleries.items():
         if isinstance(gallery, list) and gallery:
-            digits = splits.test.image[[example["row"] for example in gallery], :, :, 0]
+            digits = images[[example["row"] for example in gallery], :, :, 0]
             drawn[name] = png(sheet(digits, 8, gap=2), 3)
     return drawn
 
@@ -118,24 +115,21 @@ def augmented(config: Config, splits: Splits) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_layer_inputs(
-    program: Program, variables: Variables, facts: dict[str, Any], images: np.ndarray
-) -> list[list[str]]:
+    program: Program, variables: Variables, galleries: Facts, images: np.ndarray
+) -> tuple[Facts, list[list[str]]]:
     """Draws the input of each layer for a few digits: some classified correctly, and the worst mistake.
 
-    Adds `activations` to `facts`: the examples, and each layer's name, shape and number of channels shown.
-
     Returns:
-      A picture for each layer and example; within a layer, the same value has the same colour.
+      What is drawn: the examples, and each layer's name, shape and number of channels shown; and a picture for each
+      layer and example. Within a layer, the same value has the same colour.
     """
-    mistakes = facts["galleries"]["mistakes"][:1]
-    correct = facts["galleries"]["correct"]
+    mistakes, correct = galleries["mistakes"][:1], galleries["correct"]
     # The gallery is sorted by class, so evenly spaced examples cover the classes.
     wanted = min(NUM_EXAMPLES - len(mistakes), len(correct))
     examples = [correct[i] for i in np.linspace(0, len(correct) - 1, wanted).astype(int)] + mistakes
     found = layers.layer_inputs(program, variables, images[[example["row"] for example in examples]])
     found = [found[i] for i in np.unique(np.linspace(0, len(found) - 1, STAGES).astype(int))]
-    facts["activations"] = {"examples": examples, "stages": []}
-    drawn = []
+    stages, drawn = [], []
     for name, values in found:
         is_map = values.ndim == 4
         if is_map:
@@ -144,6 +138,5 @@ def draw_layer_inputs(
             tiles, columns = values.reshape(len(values), -1)[:, :, None, None], 10 if name == "logits" else 16
         colored = colors(tiles, float(np.abs(tiles).max()))
         drawn.append([data_uri(png(sheet(example, columns, gap=int(is_map)), 2)) for example in colored])
-        stage = {"name": name, "shape": values.shape[1:], "channels": tiles.shape[1]}
-        facts["activations"]["stages"].append(stage)
-    return drawn
+        stages.append({"name": name, "shape": values.shape[1:], "channels": tiles.shape[1]})
+    return {"examples": examples, "stages": stages}, drawn

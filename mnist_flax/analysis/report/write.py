@@ -47,17 +47,20 @@ def repeat_command(place: str, workdir: pathlib.Path, fork: Mapping[str, Any] | 
 
 
 def _pieces(run: Reported, facts: dict[str, Any], *, title: str) -> dict[str, bytes]:
-    """Returns the files of a report by name; adds what the pictures show to `facts`."""
+    """Returns the files of a report by name."""
     program, variables, images = run.predictor.program, run.predictor.members[0], run.splits.test.image
-    activations = pictures.draw_layer_inputs(program, variables, facts, images)
-    files = pictures.sheets(run.config, program, variables, facts, run.splits)
+    galleries = facts["galleries"]
+    activations, activation_pictures = pictures.draw_layer_inputs(program, variables, galleries, images)
+    rows, trained_on = pictures.augmented(run.config, run.splits)
+    facts = facts | {"augmented": rows.tolist(), "activations": activations}
+    files = pictures.sheets(program, variables, galleries, trained_on, images)
     svgs = plots.draw_all(facts)
     text = json.dumps(facts, indent=1, allow_nan=False) + "\n"
     shown_pictures = {
         "plots": {name: plots.inline_svg(svg, name, plots.TITLES[name]) for name, svg in svgs.items()},
         "thumbnails": pictures.thumbnails(facts, images),
         "sheets": {name: pictures.data_uri(png) for name, png in files.items() if name in pictures.ON_PAGE},
-        "activation_pictures": activations,
+        "activation_pictures": activation_pictures,
         "title": title,
     }
     html = page.render_page(json.loads(text), shown_pictures)  # so that metrics.json has every number on the page
