@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import gc
+import os
 import pathlib
 import re
 import runpy
@@ -17,6 +18,7 @@ from mnist_flax.checks import nearest
 from mnist_flax.data.registry import DATA_FIELDS
 from mnist_flax.errors import ConfigError, UserError
 from mnist_flax.run import console, machine, signals
+from mnist_flax.run import workdir as workdirs
 
 FLAGS = flags.FLAGS
 
@@ -80,15 +82,14 @@ def define_run(subject: str = "the folder of a run or a population", output: str
 
     Commands with an output also read data, and have a flag for each of `DATA_FIELDS`.
     """
-    flags.DEFINE_string("workdir", None, subject)
-    flags.DEFINE_string("checkpoint", "latest", "latest, best (on hold-out rows) or a step")
+    defined = {"workdir": (None, subject), "checkpoint": ("latest", "latest, best (on hold-out rows) or a step")}
     if output:
-        flags.DEFINE_string("output", None, output)
-    for name in ("workdir", "checkpoint", "output")[: 2 + bool(output)]:
+        defined["output"] = (None, output)
+        texts = {field: f"the {field.partition('.')[2]} of the data to evaluate on" for field in DATA_FIELDS}
+        defined |= {f"config.{field}": (None, text) for field, text in texts.items()}
+    for name, (default, text) in defined.items():
+        flags.DEFINE_string(name, default, text)
         FLAGS.register_key_flag_for_module(sys.argv[0], FLAGS[name])  # so that --help shows it
-    for field in DATA_FIELDS if output else ():
-        flags.DEFINE_string(f"config.{field}", None, f"the {field.partition('.')[2]} of the data to evaluate on")
-        FLAGS.register_key_flag_for_module(sys.argv[0], FLAGS[f"config.{field}"])
 
 
 def data_overrides() -> dict[str, Any]:
@@ -97,16 +98,44 @@ def data_overrides() -> dict[str, Any]:
     return {field: value for field, value in given.items() if value is not None}
 
 
+def path(flag: str) -> pathlib.Path:
+    """Returns the path in a flag's value; shells do not expand `~` inside `--flag=~/folder`."""
+    return pathlib.Path(os.path.expanduser(flag))
+
+
 def training_workdir(suffix: str = "") -> pathlib.Path:
     """Returns the folder that `--workdir` names, by default `runs/`, the preset's name and `suffix`."""
-    return pathlib.Path(FLAGS.workdir or pathlib.Path("runs", pathlib.Path(FLAGS.config).stem + suffix))
+    return path(FLAGS.workdir or os.path.join("runs", pathlib.Path(FLAGS.config).stem + suffix))
+
+
+def output_folder() -> pathlib.Path | None:
+    """Returns the folder that `--output` names, created if it is missing; None without the flag.
+
+    Raises:
+      WorkdirError: the folder cannot be created.
+    """
+    return workdirs.output_folder(path(FLAGS.output)) if FLAGS.output else None
+
+
+def output_file() -> pathlib.Path | None:
+    """Returns the file that `--output` names, in a folder that is created if it is missing; None without the flag.
+
+    Raises:
+      UserError: it is a folder, or its folder cannot be created.
+    """
+    if not FLAGS.output:
+        return None
+    file = path(FLAGS.output)
+    if file.is_dir():
+        raise ConfigError(f"--output={FLAGS.output}: is a folder; name a file, such as {file / 'demo.html'}")
+    return workdirs.output_folder(file.parent) / file.name
 
 
 def workdir() -> pathlib.Path:
     """Returns the folder that `--workdir` names."""
     if not FLAGS.workdir:
         raise ConfigError("--workdir is missing: name the folder of a run, such as --workdir=runs/default")
-    return pathlib.Path(FLAGS.workdir)
+    return path(FLAGS.workdir)
 
 
 def run(main: Callable[[Sequence[str]], None], *, takes_files: bool = False) -> None:

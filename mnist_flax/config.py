@@ -20,18 +20,22 @@ from mnist_flax.checks import among, nearest, within
 from mnist_flax.data.augment import AugmentConfig
 from mnist_flax.data.registry import DATASETS, IMAGE_SIZE
 from mnist_flax.errors import ConfigError
+from mnist_flax.losses import LOSSES
 from mnist_flax.models import MODELS
 from mnist_flax.models.base import ModelConfig
 from mnist_flax.models.cnn import CNNConfig
-from mnist_flax.optimizer import SCHEDULES, OptimizerConfig
+from mnist_flax.optimizer import OPTIMIZERS, SCHEDULES, OptimizerConfig
 from mnist_flax.sections import CheckpointConfig, DataConfig, EvalConfig, TrainConfig
+
+_UNREGISTERED = "{} is not in MODELS; register it under a name"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
     """The part of a config that compiled code depends on: hashable, and a static argument of jitted functions.
 
-    The members of a population, which differ only in seed and fold, share compiled code.
+    The members of a population, which differ only in seed and fold, share compiled code. `code` holds the entries of
+    the registries that the other fields name, so that a notebook that replaces one gets newly compiled code.
     """
 
     model: ModelConfig
@@ -45,6 +49,7 @@ class Program:
     steps_per_epoch: int
     num_steps: int
     num_classes: int
+    code: tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,7 +80,7 @@ class Config:
         dataset = DATASETS[self.data.name]
         yield from self.data.check(dataset.num_train, dataset.num_classes)
         if type(self.model) not in MODELS.values():
-            yield f"config.model: {type(self.model).__name__} is not in MODELS; register it under a name"
+            yield f"config.model: {_UNREGISTERED.format(type(self.model).__name__)}"
         yield from self.model.check(IMAGE_SIZE)
         yield from self.augment.check(dataset.class_names)
         yield from self.train.check(self.num_train)
@@ -134,6 +139,12 @@ class Config:
             steps_per_epoch=self.steps_per_epoch,
             num_steps=self.num_steps,
             num_classes=self.num_classes,
+            code=(
+                type(self.model.module(self.num_classes)),
+                OPTIMIZERS[self.optimizer.name],
+                SCHEDULES[self.optimizer.schedule],
+                LOSSES[self.train.loss],
+            ),
         )
 
     def unused(self) -> Iterator[str]:
@@ -178,7 +189,7 @@ class Config:
         """
         try:
             return cls.from_dict(json.loads(text))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"the saved config is not JSON: {error}") from error
 
     def to_json(self) -> str:
@@ -216,6 +227,8 @@ def replace(config: Config, **fields: Any) -> Config:
     values = config.to_dict()
     for name, value in fields.items():
         section, _, field = name.rpartition("__")
+        if section and not isinstance(values.get(section), dict):
+            values[section] = {}  # no such section, which `from_dict` reports
         (values[section] if section else values)[field] = value
     return Config.from_dict(values)
 
@@ -253,6 +266,8 @@ def dotted(config: Config) -> dict[str, Any]:
 def _build(cls: type, values: Any, path: str) -> Any:
     """Builds a dataclass from a mapping, and rejects unknown fields and values of the wrong type."""
     if dataclasses.is_dataclass(values) and isinstance(values, cls):
+        if isinstance(values, ModelConfig) and type(values) not in MODELS.values():
+            raise ConfigError(f"{path}: {_UNREGISTERED.format(type(values).__name__)}")
         values = _section_dict(values)
     if isinstance(values, ConfigDict):
         values = values.to_dict()

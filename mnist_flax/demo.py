@@ -5,7 +5,6 @@
 The page contains the weights; open it in any browser. The default file is demo.html in --workdir.
 """
 
-import pathlib
 from collections.abc import Sequence
 
 from absl import flags
@@ -22,8 +21,7 @@ def main(_: Sequence[str]) -> None:
     from mnist_flax.run import compilation
 
     compilation.keep_programs()
-    output = pathlib.Path(FLAGS.output) if FLAGS.output else None
-    print(write_demo(workdir, FLAGS.checkpoint, output=output, overrides=overrides))
+    print(write_demo(workdir, FLAGS.checkpoint, output=cli.output_file(), overrides=overrides))
 
 
 if __name__ == "__main__":

@@ -46,8 +46,9 @@ def load_teacher(config: Config, workdir: pathlib.Path | None = None) -> LoadedT
     """
     if not config.train.teacher:
         return None
-    folder, field = pathlib.Path(config.train.teacher), f"config.train.teacher = {config.train.teacher!r}"
-    if workdir and folder.resolve().is_relative_to(workdir.resolve()):
+    field = f"config.train.teacher = {config.train.teacher!r}"
+    folder = pathlib.Path(os.path.expanduser(config.train.teacher))
+    if workdir and pathlib.Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(workdir)):
         raise ConfigError(f"{field}: lies in this run's folder, --workdir={workdir}; name another for one of them")
     if not os.path.isdir(folder):  # unlike `folder.is_dir`, it never raises an error
         raise ConfigError(f"{field}: there is no such folder; train the teacher first, or name where it is")
@@ -67,7 +68,7 @@ def load_teacher(config: Config, workdir: pathlib.Path | None = None) -> LoadedT
     teacher, digest = Teacher(members, np.float32(predictor.temperature), predictor.program), hashlib.sha256()
     for name, leaf in checkpoint.leaves(teacher).items():
         digest.update(f"{name} {leaf.dtype}{leaf.shape}".encode() + leaf.tobytes())
-    origin = {"workdir": str(folder), "networks": len(predictor.members), "digest": digest.hexdigest()}
+    origin = {"workdir": str(folder.absolute()), "networks": len(predictor.members), "digest": digest.hexdigest()}
     return LoadedTeacher(teacher, origin, tuple(run.config.data for run in info.runs), info.fingerprint)
 
 

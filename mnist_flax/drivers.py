@@ -112,6 +112,11 @@ def over_runs(steps: Callable[..., Any], mesh: Mesh, num_runs: int) -> Callable[
     return on_device
 
 
+def epochs_per_order(program: Program, epochs_per_dispatch: int) -> int:
+    """Returns how many epochs one array of batches covers, which is the most that a call can train."""
+    return max(1, min(epochs_per_dispatch, program.num_steps // program.steps_per_epoch))
+
+
 def scan_steps(job: Job, states: TrainState) -> Advance:
     """Compiles a loop of steps on the device; a call runs steps of one `order`, the batches of an epoch or more."""
     program, num_runs = job.program, len(job.seeds)
@@ -119,8 +124,7 @@ def scan_steps(job: Job, states: TrainState) -> Advance:
     everywhere, by_run = sharding.replicated(mesh), _run_sharding(mesh, num_runs)
     # Orders are [M,S,B]: a single run is split along the batch, several along the runs.
     by_order = sharding.split(mesh, axis=2) if num_runs == 1 else by_run
-    run_epochs = program.num_steps // program.steps_per_epoch
-    num_epochs = max(1, min(job.epochs_per_dispatch, run_epochs))  # per order
+    num_epochs = epochs_per_order(program, job.epochs_per_dispatch)
     order_steps = num_epochs * program.steps_per_epoch
     root_keys = [rng.root_key(seed) for seed in job.seeds]
     rows = [jax.device_put(of_run) for of_run in job.rows]
@@ -188,6 +192,9 @@ def stream_steps(job: Job, states: TrainState) -> Advance:
     return advance
 
 
+DRIVERS = {"scan": scan_steps, "stream": stream_steps}
+
+
 def driver(name: str, job: Job, states: TrainState) -> Advance:
-    """Compiles the driver called `name`, one of `sections.DRIVERS`; several runs always use `scan`."""
-    return stream_steps(job, states) if name == "stream" and len(job.seeds) == 1 else scan_steps(job, states)
+    """Compiles the driver called `name`, a key of `DRIVERS`; several runs always use `scan`."""
+    return DRIVERS[name if len(job.seeds) == 1 else "scan"](job, states)

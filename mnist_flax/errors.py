@@ -5,6 +5,12 @@ between has to catch these errors.
 """
 
 
+def reason(error: BaseException) -> str:
+    """Returns a one-line reason for a failed operation."""
+    lines = (getattr(error, "strerror", None) or str(error)).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
 class UserError(Exception):
     """An error that the user can fix."""
 

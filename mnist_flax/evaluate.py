@@ -21,12 +21,12 @@ def main(_: Sequence[str]) -> None:
     workdir, overrides = cli.workdir(), cli.data_overrides()
     from mnist_flax.analysis import scores  # imports JAX, which --help and flag errors need not wait for
     from mnist_flax.run import compilation
-    from mnist_flax.run.workdir import output_folder
 
     compilation.keep_programs()
+    folder = cli.output_folder() or workdir  # first: a mistake in --output must not cost the evaluation
     result = scores.evaluate_workdir(workdir, checkpoint=FLAGS.checkpoint, split=FLAGS.split, overrides=overrides)
     print(json.dumps(result, indent=2) if FLAGS.json else scores.evaluation_table(result), flush=True)
-    scores.save_evaluation(result, output_folder(workdir, FLAGS.output))
+    scores.save_evaluation(result, folder)
 
 
 if __name__ == "__main__":

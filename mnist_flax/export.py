@@ -21,13 +21,12 @@ def main(_: Sequence[str]) -> None:
     workdir, overrides = cli.workdir(), cli.data_overrides()
     from mnist_flax.exporting.formats import FORMATS, export_workdir  # imports JAX, which --help need not wait for
     from mnist_flax.run import compilation
-    from mnist_flax.run.workdir import output_folder
 
     compilation.keep_programs()
     if FLAGS.format not in FORMATS:
         given = f"--format={FLAGS.format}: there is no such format" if FLAGS.format else "--format is missing"
         raise ConfigError(f"{given}; choose one of {', '.join(FORMATS)}")
-    folder = output_folder(workdir, FLAGS.output) if FLAGS.output else None
+    folder = cli.output_folder()
     exported = export_workdir(workdir, FLAGS.format, checkpoint=FLAGS.checkpoint, folder=folder, overrides=overrides)
     print(exported.line())
 

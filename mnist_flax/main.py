@@ -11,7 +11,6 @@ SLURM, Open MPI, GKE and Cloud TPU, JAX detects the processes. Elsewhere, add --
 and --process_index=0 in the first process, --process_index=1 in the second.
 """
 
-import pathlib
 from collections.abc import Sequence
 
 from absl import flags
@@ -35,7 +34,7 @@ def main(_: Sequence[str]) -> None:
     compilation.keep_programs()
     if FLAGS.distributed:
         processes.join(*(FLAGS[name].value for name in CLUSTER))
-    fork = pathlib.Path(FLAGS.fork) if FLAGS.fork else None
+    fork = cli.path(FLAGS.fork) if FLAGS.fork else None
     with processes.bound_together():
         train.fit(config, cli.training_workdir(), fork=fork)
     processes.leave()

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -90,7 +91,7 @@ def open_member(
     found, skipped = store.restore_latest()
     for line in skipped:
         logger.warning("%s: %s", workdir, line)
-    setup = {} if in_population else setup_of(config)
+    setup = setup_of(config, in_population=in_population)
     if found:
         check_origin(found.record["origin"], fork, teacher, setup, workdir)
         state, record = found.state, found.record
@@ -98,6 +99,8 @@ def open_member(
         state, origin = begin(config, fork)
         record = {"origin": origin | {"teacher": teacher.origin if teacher else None, "setup": setup}}
     is_finished = found is not None and is_complete(config, record["step"], workdir)
+    if is_finished:
+        announce_finished(config, workdir)
     writes = is_primary and not is_finished
     if writes:
         workdirs.write_text(workdir / workdirs.CONFIG, config.to_json())
@@ -106,8 +109,10 @@ def open_member(
     return Member(config, workdir, rows, holdout, store, state, log, is_finished, teacher, in_population)
 
 
-def setup_of(config: Config) -> dict[str, str]:
+def setup_of(config: Config, *, in_population: bool) -> dict[str, str]:
     """Returns the settings that change how sums are rounded, besides those in `provenance.versions`."""
+    if in_population:
+        return {"driver": "scan", "devices": "1"}
     return {"driver": config.train.driver, "devices": str(sharding.make_mesh(config.train.num_devices).size)}
 
 
@@ -126,15 +131,17 @@ def is_complete(config: Config, step: int, workdir: pathlib.Path) -> bool:
     """Returns whether a run at `step` is finished: no step is left, and its summary, written last, is there."""
     summary = workdirs.read_json(workdir / workdirs.SUMMARY)  # a damaged summary is written again
     are_numbers = isinstance(summary.get("epochs"), int) and isinstance(summary.get("test_accuracy"), float)
-    if step < config.num_steps or summary.get("steps") != step or not are_numbers:
-        return False
+    return step >= config.num_steps and summary.get("steps") == step and are_numbers
+
+
+def announce_finished(config: Config, workdir: pathlib.Path) -> None:
+    """Logs the result of a finished run, and how to train further."""
+    summary = workdirs.read_json(workdir / workdirs.SUMMARY)
+    more = f"start another run with --fork={workdir}" if config.length_matters else "raise --config.train.epochs"
+    what = f"{summary['epochs']} epochs, test accuracy {summary['test_accuracy']:.2%}"
     logger.info(
-        "%s is finished: %s epochs, test accuracy %.2f %%. To train further, %s; to train again, name another"
-        " --workdir.",
-        workdir, summary["epochs"], 100 * summary["test_accuracy"],
-        f"start another run with --fork={workdir}" if config.length_matters else "raise --config.train.epochs",
-    )  # fmt: skip
-    return True
+        "%s is finished: %s. To train further, %s; to train again, name another --workdir.", workdir, what, more
+    )
 
 
 def begin(config: Config, fork: pathlib.Path | None) -> tuple[TrainState, dict[str, Any]]:
@@ -182,7 +189,7 @@ def check_origin(
             f"--fork={fork}: {workdir} holds a run that began without it; leave it out to continue that run, or name"
             " another --workdir"
         )
-    if fork and fork.resolve() != pathlib.Path(origin["fork"]["workdir"]).resolve():
+    if fork and os.path.realpath(fork) != os.path.realpath(origin["fork"]["workdir"]):
         logger.warning("--fork=%s is not read: this run began with the weights of %s", fork, origin["fork"]["workdir"])
     teachers = (origin.get("teacher"), teacher.origin if teacher else None)
     old, new = (f"{one['workdir']} (digest {one['digest'][:12]})" if one else "none" for one in teachers)
@@ -191,7 +198,7 @@ def check_origin(
             f"{workdir}: holds a run with another teacher: {old} there, {new} now; to continue that run, set"
             " config.train.teacher to where its teacher is, or to '' for none; or name another --workdir"
         )
-    there, here = origin["versions"] | origin.get("setup", setup), versions() | setup
+    there, here = origin["versions"] | (origin.get("setup") or setup), versions() | setup
     differing = [name for name in there | here if there.get(name) != here.get(name)]
     if changed := [f"{name} {there.get(name)} -> {here.get(name)}" for name in differing]:
         logger.warning("this run began on another setup; its last bits may differ: %s", ", ".join(changed))
@@ -273,7 +280,7 @@ def finish(member: Member, splits: Splits) -> None:
         "images_per_second": config.num_train * config.train.epochs / log.seconds,
         "restarts": log.restarts,
         **{name: log.origin.get(name) for name in ("fork", "teacher")},
-        "num_devices": 1 if member.in_population else sharding.make_mesh(config.train.num_devices).size,
+        "num_devices": int(setup_of(config, in_population=member.in_population)["devices"]),
         "num_processes": jax.process_count(),
         "earlier_versions": log.versions[:-1],
         **provenance(),

@@ -1,6 +1,7 @@
 """How many steps a call to the device makes, and when checkpoints are saved."""
 
 from mnist_flax.config import Config
+from mnist_flax.drivers import epochs_per_order
 
 # The target duration of a call to the device, and so the delay of the progress bar, signals and timed checkpoints.
 DISPATCH_SECONDS = 0.5
@@ -21,14 +22,14 @@ def next_stop(config: Config, step: int) -> int:
 
     That is the end of an epoch (or of `epochs_per_dispatch` epochs), a multiple of `every_steps`, or the last step.
     """
-    stride = steps_per_order(config)
+    stride = order_steps(config)
     every = config.checkpoint.every_steps or config.num_steps
     return min((step // stride + 1) * stride, (step // every + 1) * every, config.num_steps)
 
 
-def steps_per_order(config: Config) -> int:
+def order_steps(config: Config) -> int:
     """Returns the number of steps of an epoch, or of the `epochs_per_dispatch` epochs of one call."""
-    return max(1, config.train.epochs_per_dispatch) * config.steps_per_epoch
+    return epochs_per_order(config.program, config.train.epochs_per_dispatch) * config.steps_per_epoch
 
 
 def is_save_due(config: Config, step: int) -> bool:
@@ -36,7 +37,7 @@ def is_save_due(config: Config, step: int) -> bool:
 
     If `every_epochs` falls due within a call of several epochs, the checkpoint is saved at the end of that call.
     """
-    cadence, stride = config.checkpoint, steps_per_order(config)
+    cadence, stride = config.checkpoint, order_steps(config)
     every = cadence.every_epochs * config.steps_per_epoch
     by_epochs = every and step % stride == 0 and step // every > (step - stride) // every
     by_steps = cadence.every_steps and step % cadence.every_steps == 0

@@ -9,7 +9,6 @@ Each member is a run with its own folder in members/. Repeating the command resu
 """
 
 import json
-import pathlib
 from collections.abc import Sequence
 
 from absl import flags
@@ -54,7 +53,7 @@ def comparison_text(folders: Sequence[str]) -> str:
 
     overrides = {field: value for field, _, value in (override.partition("=") for override in FLAGS.override)}
     check_overrides(overrides)
-    results = [comparison.load_result(pathlib.Path(folder), overrides) for folder in folders]
+    results = [comparison.load_result(cli.path(folder), overrides) for folder in folders]
     result = comparison.compare_results(*results)
     return json.dumps(result, indent=1) if FLAGS.json else comparison.comparison_table(result)
 

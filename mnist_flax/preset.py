@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from mnist_flax.checks import nearest
 from mnist_flax.config import Config, default_config_dict
-from mnist_flax.errors import ConfigError
+from mnist_flax.errors import ConfigError, reason
 
 _PACKAGE = pathlib.Path(__file__).resolve().parent
 _IN_WHEEL = _PACKAGE / "configs"
@@ -37,11 +37,10 @@ def find_preset(name: str) -> pathlib.Path:
             path.read_bytes()
             return path
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
         beside = [str(file) for file in sorted(path.parent.glob("*.py"))] if path.parent.is_dir() else []
         others = list(known) if name == path.stem else beside
         hint = f"; {nearest(name, others)}" if others else ""
-        raise ConfigError(f"--config={name}: cannot be read ({reason}){hint}") from error
+        raise ConfigError(f"--config={name}: cannot be read ({reason(error)}){hint}") from error
     return known[name]
 
 
@@ -67,8 +66,9 @@ def load_config(path: pathlib.Path, overrides: Iterable[str] = ()) -> Config:
         raise ConfigError(f"{error} ({_place(path, str(error))})") from error
     fields = config.to_dict()
     for override in sorted(overrides, key=lambda override: not override.startswith("model.name=")):  # that one first
-        if override.startswith("model.name=") and override[11:] != fields["model"]["name"]:
-            fields["model"] = default_config_dict(override[11:])["model"].to_dict()  # the defaults of the new family
+        field, _, value = override.partition("=")
+        if field == "model.name" and value != fields["model"]["name"]:
+            fields["model"] = default_config_dict(value)["model"].to_dict()  # the defaults of the new family
         _override(fields, override)
     return Config.from_dict(fields)
 
@@ -161,5 +161,6 @@ def _convert(old: Any, text: str, path: str) -> Any:
         value = ast.literal_eval(text)
         return tuple(value) if isinstance(value, tuple | list) else (value,)
     except (ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError) as error:
-        kinds = {bool: "true or false", int: "an integer", float: "a number", tuple: "a tuple, such as (16,32)"}
+        example = repr(old or (16, 32)).replace(" ", "") if isinstance(old, tuple) else ""
+        kinds = {bool: "true or false", int: "an integer", float: "a number", tuple: f"a tuple, such as {example}"}
         raise ConfigError(f"--{path}={text}: must be {kinds[type(old)]}") from error

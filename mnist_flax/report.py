@@ -20,11 +20,9 @@ def main(_: Sequence[str]) -> None:
     workdir, overrides = cli.workdir(), cli.data_overrides()
     from mnist_flax.analysis.report.write import report_workdir  # imports JAX, which --help need not wait for
     from mnist_flax.run import compilation
-    from mnist_flax.run.workdir import output_folder
 
     compilation.keep_programs()
-    folder = output_folder(workdir, FLAGS.output) if FLAGS.output else None
-    print(report_workdir(workdir, FLAGS.checkpoint, folder=folder, overrides=overrides))
+    print(report_workdir(workdir, FLAGS.checkpoint, folder=cli.output_folder(), overrides=overrides))
 
 
 if __name__ == "__main__":

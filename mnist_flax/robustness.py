@@ -6,7 +6,6 @@ It writes robustness.json and robustness.html. For a population of folds, it als
 """
 
 import json
-import pathlib
 from collections.abc import Sequence
 
 from absl import flags
@@ -21,24 +20,24 @@ def main(_: Sequence[str]) -> None:
     workdir = cli.workdir()
     from mnist_flax.analysis import robustness, robustness_page  # imports JAX, which --help need not wait for
     from mnist_flax.run import compilation
-    from mnist_flax.run.workdir import output_folder
 
     compilation.keep_programs()
+    folder = cli.output_folder() or workdir  # first: a mistake in --output must not cost the evaluation
     outcome = robustness.robustness_of_workdir(
         workdir,
         checkpoint=FLAGS.checkpoint,
         severity=FLAGS.severity,
-        compare=pathlib.Path(FLAGS.compare) if FLAGS.compare else None,
+        compare=cli.path(FLAGS.compare) if FLAGS.compare else None,
         overrides=cli.data_overrides(),
     )
     print(json.dumps(outcome.facts, indent=1) if FLAGS.json else robustness.robustness_table(outcome.facts), flush=True)
     page = robustness_page.draw_page(outcome)
-    robustness.save_robustness(outcome, page, output_folder(workdir, FLAGS.output))
+    robustness.save_robustness(outcome, page, folder)
 
 
 if __name__ == "__main__":
     cli.define_run(output="the folder to write to; default: --workdir")
-    flags.DEFINE_string("compare", None, "the folder of another run or population to compare with")
+    flags.DEFINE_string("compare", None, "another run or population to compare with, at its latest checkpoint")
     flags.DEFINE_integer("severity", 0, "of the corruptions, 1 to 5; 0: as in MNIST-C", lower_bound=0, upper_bound=5)
     flags.DEFINE_boolean("json", False, "print robustness.json instead of a table")
     cli.run(main)

@@ -31,8 +31,8 @@ class DataConfig:
         files in `raw_dir`), `download` (the official files from the URLs that TFDS uses).
       data_dir: the TFDS folder; empty means `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
       raw_dir: a folder with the official files; empty means `$MNIST_FLAX_RAW_DIR`.
-      on_missing: if the dataset is unavailable, `digits` falls back to the digits bundled with scikit-learn and `error`
-        stops. Populations and runs with a teacher always stop.
+      on_missing: if the dataset is unavailable and `source` is `auto`, `digits` falls back to the digits bundled with
+        scikit-learn; `error` stops. Populations and runs with a teacher always stop.
       num_train: how many training rows to use, a stratified sample that includes the hold-out rows; 0 means all.
       holdout: how many of these rows to hold out for validation; 0 means none.
       holdout_rows: `spread` holds out a stratified sample from the whole file, and `last` the last rows. MNIST's rows
@@ -61,10 +61,9 @@ class DataConfig:
         rows = self.num_train or num_train
         needed = 2 * num_classes if self.folds else num_classes + 1 if self.holdout else 0
         if rows < needed:
-            yield (
-                f"config.data.num_train = {self.num_train}: {rows} rows are too few to hold some out; use at least"
-                f" {needed}"
-            )
+            field = "folds" if self.folds else "holdout"
+            remedy = f"use at least {needed}" if needed <= num_train else f"set config.data.{field} to 0"
+            yield f"config.data.num_train = {self.num_train}: {rows} rows are too few to hold some out; {remedy}"
         if self.folds:
             yield from within("data.folds", self.folds, 2, rows // num_classes)
             if self.holdout:

@@ -31,7 +31,7 @@ def make_mesh(num_devices: int = 0) -> Mesh:
     if count > len(devices):
         raise ConfigError(
             f"config.train.num_devices = {num_devices}: there are only {len(devices)} here; use at most as many, or 0"
-            " for all"
+            " for the default"
         )
     own = [[device for device in devices if device.process_index == index] for index in range(num_processes)]
     share, rest = divmod(count, num_processes)

@@ -77,6 +77,8 @@ class StepView(NamedTuple):
     params: Any
 
 
+_LOGGED = ("step", "epoch", "split", "seconds", "learning_rate")  # what a log line has beside the metrics
+
 # Each entry is a sum over the examples of a batch, so that batches of unequal size add up. Every entry is logged.
 METRICS: dict[str, Callable[[StepView], Array]] = {
     "loss": lambda view: jnp.sum(view.losses, where=view.is_example),
@@ -105,17 +107,20 @@ def init_state(program: Program, key: Array) -> TrainState:
     """Draws the initial weights; `key` is the run's root key.
 
     Raises:
-      ConfigError: the network does not return one logit for each class.
+      ConfigError: the network does not return one logit for each class, or has no weights.
     """
     images = jnp.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 1))
     made: Any = program.model.module(program.num_classes).init_with_output(rng.stream(key, "init"), images)
     logits, variables = made
-    if jnp.shape(logits) != (1, program.num_classes):
+    is_array = isinstance(logits, Array)
+    if not is_array or logits.shape != (1, program.num_classes):
         raise ConfigError(
-            f"config.model: {type(program.model).__name__} returns an array of shape {jnp.shape(logits)} for one image;"
-            f" its module() must return one logit for each of the {program.num_classes} classes"
+            f"config.model: the network of {type(program.model).__name__} returns"
+            f" {f'an array of shape {logits.shape}' if is_array else f'a {type(logits).__name__}'} for one image; it"
+            f" must return one logit for each of the {program.num_classes} classes"
         )
-    params = variables["params"]
+    if not (params := variables.get("params")):
+        raise ConfigError(f"config.model: the network of {type(program.model).__name__} has no weights to train")
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -213,8 +218,23 @@ def train_step(
             opt_state=opt_state,
             ema=moving_average(program.optimizer.ema_decay, state.ema, params, state.step),
         ),
-        {name: metric(view) for name, metric in METRICS.items()},
+        _metrics(view),
     )
+
+
+def _metrics(view: StepView) -> Metrics:
+    """Computes every metric.
+
+    Raises:
+      ConfigError: a metric is not a scalar, or has the name of another entry of a log line.
+    """
+    found = {name: jnp.asarray(metric(view)) for name, metric in METRICS.items()}
+    for name, value in found.items():
+        if name in _LOGGED:
+            raise ConfigError(f"METRICS[{name!r}]: every log line has this entry already; choose another name")
+        if value.shape:
+            raise ConfigError(f"METRICS[{name!r}]: has the shape {value.shape}; return a scalar, a sum over examples")
+    return {name: value.astype(jnp.int32) if value.dtype == bool else value for name, value in found.items()}
 
 
 def moving_average(decay: float, ema: Any, params: Any, step: Array) -> Any:

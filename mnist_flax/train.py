@@ -20,7 +20,7 @@ from mnist_flax.config import Config, replace
 from mnist_flax.data.load import adapt_to_dataset, load_splits
 from mnist_flax.data.splits import Examples, Splits
 from mnist_flax.distillation import LoadedTeacher, load_teacher
-from mnist_flax.errors import WorkdirError
+from mnist_flax.errors import ConfigError, WorkdirError
 from mnist_flax.members import Member, announce, evaluate_holdout, finish, open_member, trained_member
 from mnist_flax.memory import check_memory
 from mnist_flax.pacing import is_save_due, next_num_steps, next_stop
@@ -75,6 +75,8 @@ def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, fol
     Raises:
       UserError, Interrupted: as for `fit`.
     """
+    if bool(seeds) == bool(folds):
+        raise ConfigError("give one of --seeds=M and --folds=K, such as --seeds=10")
     workdirs.check(workdir)
     if workdirs.CHECKPOINTS in workdirs.names_in(workdir):
         raise WorkdirError(f"--workdir={workdir}: holds a run, not a population; name another folder")

@@ -79,7 +79,7 @@ def redrawn(page: Any, workdir: pathlib.Path, count: int) -> dict[str, Any]:
     _, splits = load_data(info.config, info.fingerprint, {})
     rows = np.linspace(0, len(splits.test.label) - 1, count).astype(int)
     labels, images = splits.test.label[rows], splits.test.image[rows]
-    answers, frames, differences = [], [], []
+    answers, frames, is_found, differences = [], [], [], []
     for image in images[..., 0]:
         answer, pixels, picture = page.evaluate(
             """(strokes) => {
@@ -92,9 +92,10 @@ def redrawn(page: Any, workdir: pathlib.Path, count: int) -> dict[str, Any]:
         )
         digits = read_digits(base64.b64decode(picture.partition(",")[2]))
         answers.append(answer)
+        is_found.append(len(digits) == 1)
         frames.append(digits[0].image if len(digits) == 1 else np.zeros((28, 28), np.uint8))
         differences.append(np.abs(frames[-1].ravel() - np.array(pixels, float)).mean())
-    predicted = predict_logits(predictor, np.stack(frames)[..., None]).argmax(axis=-1)
+    predicted = np.where(is_found, predict_logits(predictor, np.stack(frames)[..., None]).argmax(axis=-1), -1)
     original = predict_logits(predictor, images).argmax(axis=-1)
     return {
         "redrawn": count,
@@ -102,7 +103,7 @@ def redrawn(page: Any, workdir: pathlib.Path, count: int) -> dict[str, Any]:
         "predict_accuracy": round(float(np.mean(predicted == labels)), 4),
         "original_accuracy": round(float(np.mean(original == labels)), 4),
         "agree": round(float(np.mean(answers == predicted)), 4),
-        "mean_grey_difference": round(float(np.median(differences)), 2),
+        "grey_difference_median": round(float(np.median(differences)), 2),
     }
 
 

@@ -113,14 +113,6 @@ def colours(random: np.random.Generator, dark_on_light: bool) -> tuple[Array, Ar
     return pair if dark_on_light else (pair[1], pair[0])
 
 
-def uneven_light(shape: tuple[int, ...], random: np.random.Generator, strength: float) -> Array:
-    """Returns a linear brightness gradient across the sheet, `f32[H,W]`, at most 1."""
-    y, x = np.mgrid[0 : shape[0], 0 : shape[1]].astype(np.float32)
-    angle = random.uniform(0, 2 * np.pi)
-    slope = np.cos(angle) * x / shape[1] + np.sin(angle) * y / shape[0]
-    return 1 - strength * (slope - slope.min()) / np.ptp(slope)
-
-
 def shadow(shape: tuple[int, ...], random: np.random.Generator) -> Array:
     """Returns the shadow of a hand or a phone, `f32[H,W]`: darker on one side of a wavy line, with a soft edge."""
     y, x = np.mgrid[0 : shape[0], 0 : shape[1]].astype(np.float32)
@@ -184,7 +176,8 @@ def plain_file(scene: Scene, random: np.random.Generator) -> bytes:
         pixels[..., 3] = to_bytes(scene.ink)
         return encode(Image.fromarray(pixels), "PNG")
     sheet = paper + scene.ink[..., None] * (pen - paper)
-    sheet = sheet * uneven_light(scene.ink.shape, random, random.uniform(0, 0.25))[..., None]
+    strength = random.uniform(0, 0.25)
+    sheet = sheet * photographs.uneven_light(scene.ink.shape, random.uniform(0, 2 * np.pi), strength)[..., None]
     noise = random.uniform(0, 0.06)
     sheet = sheet + random.normal(0, noise, sheet.shape).astype(np.float32)
     image = Image.fromarray(to_bytes(sheet))
@@ -208,7 +201,9 @@ def ruled_file(scene: Scene, random: np.random.Generator) -> bytes:
     line = paper + strength * (pen - paper) + random.uniform(-0.08, 0.08, 3)
     sheet = paper + rulings(scene.ink.shape, scene.digit_size, random)[..., None] * (line - paper)
     sheet = sheet + scene.ink[..., None] * (pen - sheet)
-    light = uneven_light(scene.ink.shape, random, random.uniform(0, 0.3)) * shadow(scene.ink.shape, random)
+    strength = random.uniform(0, 0.3)
+    light = photographs.uneven_light(scene.ink.shape, random.uniform(0, 2 * np.pi), strength)
+    light = light * shadow(scene.ink.shape, random)
     sheet = ndimage.gaussian_filter(sheet * light[..., None], (*[random.uniform(0.3, 1.5)] * 2, 0))
     sheet = sheet + random.normal(0, random.uniform(0, 0.04), sheet.shape)
     return encode(Image.fromarray(perspective(to_bytes(sheet), random)), "JPEG", quality=int(random.integers(40, 81)))
@@ -273,13 +268,13 @@ def main(argv: Sequence[str]) -> None:
     """Renders the pictures, runs `predict` on them, and prints the scores."""
     del argv
     from mnist_flax.analysis.evaluation import load_predictor
-    from mnist_flax.config import replace
-    from mnist_flax.data.load import load_splits
+    from mnist_flax.analysis.run_data import load_data
     from mnist_flax.run.provenance import provenance
 
     values = flags.FLAGS
     _, info = load_predictor(Path(values.workdir), values.checkpoint)
-    examples = getattr(load_splits(replace(info.config, data__on_missing="error").data), values.split)
+    _, splits = load_data(info.config, info.fingerprint, {})
+    examples = getattr(splits, values.split)
     result: dict[str, Any] = {
         "dataset": info.config.data.name,
         "split": values.split,

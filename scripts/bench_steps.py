@@ -109,6 +109,7 @@ def bench(config: Config, repeats: int) -> dict[str, Any]:
     """Measures one config, alternating with measurements of the machine's matrix-product rate."""
     from mnist_flax.run.provenance import provenance
 
+    flops = training_flops(config)
     num_steps = min(config.steps_per_epoch, max(10, 10_000 // config.train.batch_size))
     rate, seconds = matmul_rate(), timed_steps(config, num_steps)
     rates, steps = [], []
@@ -124,7 +125,7 @@ def bench(config: Config, repeats: int) -> dict[str, Any]:
         "epoch_seconds_median": config.num_train / statistics.median(speeds),
         "matmul_flops_per_second_median": statistics.median(rates),
         "share_of_matmul_rate": statistics.median(
-            speed * training_flops(config) / rate for speed, rate in zip(speeds, rates, strict=True)
+            speed * flops / rate for speed, rate in zip(speeds, rates, strict=True)
         ),
         "model": config.to_dict()["model"],
         **provenance(),

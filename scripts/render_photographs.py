@@ -199,12 +199,17 @@ def photograph(kind: str, images: Array, random: np.random.Generator) -> bytes:
     return develop(photo, kind, random)
 
 
+def uneven_light(shape: tuple[int, ...], angle: float, strength: float) -> Array:
+    """Returns a linear brightness gradient across a picture, `f32[H,W]`, at most 1."""
+    y, x = np.mgrid[0 : shape[0], 0 : shape[1]].astype(np.float32)
+    slope = np.cos(angle) * x / shape[1] + np.sin(angle) * y / shape[0]
+    return 1 - strength * (slope - slope.min()) / np.ptp(slope)
+
+
 def develop(photo: Array, kind: str, random: np.random.Generator) -> bytes:
     """Adds uneven light, blur and noise to a scene and saves it, `f32[H,W,3]` -> the bytes of a JPEG."""
-    y, x = np.mgrid[0 : photo.shape[0], 0 : photo.shape[1]].astype(np.float32)
     angle = random.uniform(0, 2 * np.pi)
-    slope = np.cos(angle) * x / photo.shape[1] + np.sin(angle) * y / photo.shape[0]
-    light = 1 - random.uniform(0, 0.3) * (slope - slope.min()) / np.ptp(slope)
+    light = uneven_light(photo.shape[:2], angle, random.uniform(0, 0.3))
     if kind == "shadow" or random.random() < 0.15:
         light = light * hard_shadow(light.shape, random)
     photo = ndimage.gaussian_filter(photo * light[..., None], (*[random.uniform(0.3, 1.6)] * 2, 0))

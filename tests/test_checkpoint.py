@@ -1,8 +1,11 @@
 """Checkpoints: which are kept, which count as damaged, and which programs can read them."""
 
+import errno
+import os
 import pathlib
 import shutil
 import subprocess
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,7 +29,7 @@ from small_run import SMALL, run, steps
 
 from mnist_flax.config import Config, replace
 from mnist_flax.errors import WorkdirError
-from mnist_flax.run import checkpoint
+from mnist_flax.run import checkpoint, storage
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.checkpoint import load_run
 from mnist_flax.run.store import open_store
@@ -236,3 +239,35 @@ def test_weights_need_no_framework(tmp_path: pathlib.Path) -> None:
     assert np.array_equal(arrays["params/Conv_0/kernel"], variables["params"]["Conv_0"]["kernel"])
     assert np.array_equal(arrays["batch_stats/BatchNorm_0/var"], variables["batch_stats"]["BatchNorm_0"]["var"])
     assert len(arrays) == len(jax.tree.leaves(variables))
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_neither_set_aside_nor_pruned(
+    workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An error of the file system says nothing about the content of the files, which may be intact."""
+    restore = storage.restore_record
+
+    def refuse(folder: pathlib.Path) -> Any:
+        if folder.name == "6":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return restore(folder)
+
+    monkeypatch.setattr(storage, "restore_record", refuse)
+    with open_store(SMALL, FINGERPRINT, workdir) as store:
+        with pytest.raises(WorkdirError, match=r"checkpoint 6 cannot be read \(Permission denied\); fix that"):
+            store.restore_latest()
+        for step in (7, 8, 9):
+            save(store, initial_state(), step)
+    assert {6, 8, 9} <= set(steps(workdir))
+    assert not (workdir / workdirs.DAMAGED).exists()
+    with pytest.raises(WorkdirError, match=r"checkpoint 6 cannot be read \(Permission denied\)"):
+        load_run(workdir, "6")
+
+
+def test_a_damaged_best_checkpoint_is_named(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    with open_store(replace(SMALL, checkpoint__keep_latest=5), FINGERPRINT, tmp_path) as store:
+        for step, accuracy in enumerate([0.1, 0.8, 0.3], start=1):
+            save(store, initial_state(), step, accuracy)
+    truncate(next((tmp_path / workdirs.CHECKPOINTS / "2" / "record").iterdir()))
+    assert int(load_run(tmp_path, "best").state.step) == 3
+    assert "checkpoints/2 is not compared with the others: is damaged (" in caplog.text

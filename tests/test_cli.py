@@ -157,8 +157,9 @@ def test_override_may_choose_another_family(overrides: tuple[str, ...]) -> None:
         ("train.report=perhaps", "--config.train.report=perhaps: must be true or false"),
         ("optimizer.learning_rate=fast", "--config.optimizer.learning_rate=fast: must be a number"),
         ("optimizer.learning_rate=nan", "config.optimizer.learning_rate = nan: must be finite"),
-        ("model.widths=(16,", "--config.model.widths=(16,: must be a tuple, such as (16,32)"),
+        ("model.widths=(16,", "--config.model.widths=(16,: must be a tuple, such as (8,16)"),
         ("model.widths=" + "(" * 10_000, "must be a tuple"),
+        ("model.paddings=SAME", "--config.model.paddings=SAME: must be a tuple, such as ('VALID',)"),
         ("model.widths=('a',)", "config.model.widths[0] = 'a': must be of type int, not str"),
         ("train.batch_size=5000", "config.train.batch_size = 5000: more than the 1800 rows"),
     ],
@@ -336,3 +337,9 @@ def test_any_name_can_be_printed_in_any_locale() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "latin-1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "\\u4e03 \\udcff\n", "")
+
+
+def test_home_folder_in_a_flag_is_expanded(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cli.path("~/runs/a") == tmp_path / "runs" / "a"
+    assert cli.path("a~b") == pathlib.Path("a~b")

@@ -2,18 +2,22 @@
 
 import dataclasses
 import pathlib
+import re
 from typing import Any
 
 import pytest
 
-from mnist_flax import preset
+from mnist_flax import drivers, preset
 from mnist_flax.config import Config, default_config_dict, differences, replace
+from mnist_flax.data import load
 from mnist_flax.data.registry import DATASETS
 from mnist_flax.errors import ConfigError
 from mnist_flax.losses import LOSSES, cross_entropy
 from mnist_flax.models import MODELS
 from mnist_flax.models.cnn import CNNConfig
 from mnist_flax.models.resnet import ResNetConfig
+from mnist_flax.optimizer import OPTIMIZERS
+from mnist_flax.sections import DRIVERS, SOURCES
 
 pytestmark = pytest.mark.smoke
 
@@ -102,8 +106,34 @@ def test_rubbish_is_refused() -> None:
         Config.from_dict({"model": 3})
     with pytest.raises(ConfigError, match=r"config\.model\.name = .*must be of type str, not PosixPath"):
         Config.from_dict({"model": {"name": pathlib.Path("cnn")}})
-    with pytest.raises(ConfigError, match="not JSON"):
-        Config.from_json("{")
+    for text in ("{", "[" * 100_000):
+        with pytest.raises(ConfigError, match="not JSON"):
+            Config.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"trian__epochs": 3}, "config.trian: no such field; did you mean 'train'"),
+        ({"seed__x": 1}, "config.seed = {'x': 1}: must be of type int"),
+        ({"sed": 1}, "config.sed: no such field; did you mean 'seed'"),
+    ],
+)
+def test_a_field_that_cannot_be_replaced_is_named(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        replace(Config(), **fields)
+
+
+def test_a_replaced_entry_of_a_registry_makes_another_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Config()
+    before = config.program
+    monkeypatch.setitem(OPTIMIZERS, "adam", OPTIMIZERS["sgd"])
+    assert config.program != before
+
+
+def test_every_choice_that_a_config_accepts_has_code() -> None:
+    assert set(SOURCES) == {"auto", *load._LOADERS}
+    assert set(DRIVERS) == set(drivers.DRIVERS)
 
 
 def test_configs_compare_every_field_but_may_share_a_program() -> None:
@@ -183,6 +213,8 @@ def test_a_family_that_is_not_registered_is_refused() -> None:
 
     with pytest.raises(ConfigError, match=r"config.model: Unregistered is not in MODELS"):
         Config(model=Unregistered())
+    with pytest.raises(ConfigError, match=r"config.model: Unregistered is not in MODELS"):
+        Config.from_dict({"model": Unregistered()})
 
 
 def test_differences_leave_out_what_changes_no_result() -> None:

@@ -298,6 +298,13 @@ def test_demo_verb_writes_where_it_is_told(workdir: pathlib.Path, tmp_path: path
     assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'page.html'}\n"), done.stderr
     assert (tmp_path / "page.html").stat().st_size < 400_000
     assert "<b>run" not in (tmp_path / "page.html").read_text()  # the name is escaped
+    done = forked.run("-m", "mnist_flax.demo", f"--workdir={copy}", f"--output={tmp_path / 'new' / 'page.html'}")
+    assert (tmp_path / "new" / "page.html").exists(), done.stderr
+    done = forked.run("-m", "mnist_flax.demo", f"--workdir={copy}", f"--output={tmp_path}")
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"error: --output={tmp_path}: is a folder; name a file, such as {tmp_path / 'demo.html'}\n",
+    )
 
 
 def test_demo_without_a_workdir_is_refused() -> None:

@@ -139,7 +139,9 @@ def test_an_export_is_verified_on_other_digits_without_the_runs_data(
 
     monkeypatch.setattr(formats, "load_data", load_data)
     exported = export_workdir(workdir, "npz", overrides={})
-    assert "over 1,000 of scikit-learn's digits, because digits is not available here" in exported.line()
+    assert "over 1,000 of scikit-learn's digits, because digits cannot be loaded here" in exported.line()
+    with pytest.raises(DataError, match="no data"):  # not for data that the user has named
+        export_workdir(workdir, "npz", overrides={"data.raw_dir": "/typo"})
 
 
 def test_a_missing_package_is_named(workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,6 +229,17 @@ def test_the_model_card_shows_results_of_the_same_network_and_data(
         result |= {"run": {"step": result["step"]}} if name.startswith("report") else {}
         (workdir / name).write_text(json.dumps(result))
         assert (shown in card.text(workdir, predictor, info)) == (not changed)
+
+
+@pytest.mark.parametrize("name", ["summary.json", *RESULTS])
+def test_the_model_card_leaves_out_what_is_damaged(name: str, workdir: pathlib.Path) -> None:
+    predictor, info = load_predictor(workdir)
+    (workdir / "report").mkdir()
+    step = {"dataset": "digits", "members": 1, "step": max(info.steps), "severity": "published"}
+    (workdir / name).write_text(json.dumps({"test_accuracy": 0.5, "test_examples": 360, "run": [], "ece": "x", **step}))
+    text = card.text(workdir, predictor, info)
+    assert "calibration error" not in text
+    assert ("test accuracy" in text) == (name != "summary.json")
 
 
 def test_the_verb_prints_one_line_and_knows_its_formats() -> None:

@@ -353,3 +353,18 @@ def test_the_json_and_the_weights_hold_the_whole_graph(tmp_path: pathlib.Path) -
 
 def restore_attrs(node: dict[str, Any], restore: Callable[[Any], Any]) -> dict[str, Any]:
     return {name: restore(value) for name, value in node["attrs"].items()}
+
+
+def test_weights_keep_the_numbers_in_their_names() -> None:
+    class Numbered(nn.Module):
+        @nn.compact
+        def __call__(self, x: Array) -> Array:
+            first = self.param("w_1", nn.initializers.normal(), (784, 16))
+            second = self.param("w_2", nn.initializers.normal(), (16, 10))
+            return x.reshape(x.shape[0], -1) @ first @ second
+
+    module: Any = Numbered()
+    values = module.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
+    graph = trace(lambda v, images: module.apply(v, images / 255), values)
+    names = {name: array.shape for name, array in graph.constants.items() if array.ndim == 2}
+    assert names == {"params/w_1": (784, 16), "params/w_2": (16, 10)}

@@ -22,7 +22,7 @@ from mnist_flax.drivers import jit_forward, jit_init_state
 from mnist_flax.errors import ConfigError
 from mnist_flax.models.cnn import CNN
 from mnist_flax.models.layers import INITIALIZERS, Dropout, cosine_patterns
-from mnist_flax.step import eval_variables, forward, scale_pixels, train_step
+from mnist_flax.step import eval_variables, forward, init_state, scale_pixels, train_step
 from mnist_flax.train import fit
 
 SMALL = replace(Config(), model__widths=(4, 6), model__pools=(2, 1), model__dense=(8,))
@@ -94,17 +94,30 @@ def test_logits_follow_the_number_of_classes() -> None:
     assert jit_forward(config.program, variables_of(config), jnp.zeros((2, 28, 28, 1), jnp.uint8)).shape == (2, 62)
 
 
-@pytest.mark.parametrize("wrong", [lambda logits: logits[:, :5], lambda logits: logits.mean(1)])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda logits: logits[:, :5], r"returns an array of shape \(1, 5\) for one image; .* each of the 10 classes"),
+        (lambda logits: logits.mean(1), r"returns an array of shape \(1,\) for one image; .* each of the 10 classes"),
+        (lambda logits: {"logits": logits}, r"returns a dict for one image; .* each of the 10 classes"),
+        (lambda logits: (logits, logits), r"returns a tuple for one image; .* each of the 10 classes"),
+    ],
+)
 def test_a_network_with_other_outputs_than_the_classes_is_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, wrong: Callable[[Any], Any]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, wrong: Callable[[Any], Any], message: str
 ) -> None:
     call = CNN.__call__
     monkeypatch.setattr(CNN, "__call__", lambda self, x, mask=None: wrong(call(self, x, mask)))
-    message = r"config.model: CNNConfig returns an array of shape \(1,( 5)?\) for one image; .* each of the 10 classes"
     config = replace(Config(), data__name="digits", model__widths=(3,), model__pools=(4,), train__batch_size=99)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match="the network of CNNConfig " + message):
         fit(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_network_without_weights_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CNN, "__call__", lambda self, x, mask=None: jnp.zeros((len(x), self.num_classes)))
+    with pytest.raises(ConfigError, match="the network of CNNConfig has no weights to train"):
+        init_state(SMALL.program, rng.root_key(0))
 
 
 def test_a_network_without_convolutions_is_a_perceptron() -> None:

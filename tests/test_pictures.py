@@ -6,6 +6,7 @@ from drawings import Array, difference, draw, encode, only
 from PIL import Image, ImageDraw
 
 from mnist_flax.pictures import decode as decode_lib
+from mnist_flax.pictures import lines
 from mnist_flax.pictures.decode import PictureError, decode
 from mnist_flax.pictures.segment import find_digits, read_digits
 
@@ -266,3 +267,9 @@ def test_digit_in_a_larger_picture_is_framed_alike(wanted: Array) -> None:
     assert difference(digit.image, wanted) < 3
     large = np.asarray(Image.fromarray(wanted).resize((280, 280), Image.Resampling.BICUBIC))
     assert difference(only(encode(255 - large)).image, wanted) < 12
+
+
+def test_a_piece_two_pixels_wide_has_no_slope() -> None:
+    piece = np.zeros((31, 2), bool)
+    piece[15, 1] = True  # the only column of the line lies at x = 0
+    assert lines._fitted(piece, 0.0, 15) == (0.0, 15)

@@ -27,6 +27,7 @@ from mnist_flax.data.load import load_splits
 from mnist_flax.errors import ConfigError, DataError, NonFiniteLossError, WorkdirError
 from mnist_flax.members import Member
 from mnist_flax.run import checkpoint
+from mnist_flax.run.checkpoint import load_run
 from mnist_flax.run.log import RunLog, read_log
 from mnist_flax.run.signals import Interrupted, StopRequest
 from mnist_flax.train import fit, fit_population, member_configs
@@ -202,7 +203,7 @@ def test_a_finished_population_is_not_trained_again_but_can_get_more_members(
     assert "is finished; to train further, raise --config.train.epochs or raise --seeds" in caplog.text
     summary = (workdir / "members" / "seed-4" / "summary.json").read_bytes()
     with monkeypatch.context() as patch:  # the new member trains alone, but with the driver of a group
-        patch.setattr(drivers, "stream_steps", None)
+        patch.setitem(drivers.DRIVERS, "stream", None)
         result = fit_population(replace(CONFIG, train__driver="stream"), workdir, seeds=4)
     assert [member["name"] for member in result["members"]] == ["seed-3", "seed-4", "seed-5", "seed-6"]
     assert result["members"][:3] == json.loads((seeds / "population.json").read_text())["members"]
@@ -254,6 +255,8 @@ def test_a_class_with_too_few_rows_cannot_be_divided() -> None:
     labels = np.array([0] * 30 + [1] * 2, np.int32)
     with pytest.raises(ConfigError, match=r"config.data.folds = 3: class 1 has only 2 of the 32 rows; use at most 2"):
         batches.fold_rows(labels, np.arange(32), 3)
+    with pytest.raises(ConfigError, match=r"class 1 has only 1 of the 31 rows; use more rows"):
+        batches.fold_rows(labels[:31], np.arange(31), 2)
 
 
 def test_members_have_consecutive_seeds_from_the_configs_on() -> None:
@@ -309,6 +312,22 @@ def test_folds_that_a_rare_class_does_not_allow_leave_nothing(tmp_path: pathlib.
     with pytest.raises(ConfigError, match=r"config.data.folds = 15: class \d has only 14 of the 150 rows"):
         fit_population(config, tmp_path / "population", folds=15)
     assert not (tmp_path / "population").exists()
+
+
+def test_a_population_needs_seeds_or_folds(tmp_path: pathlib.Path) -> None:
+    for numbers in ({}, {"seeds": 2, "folds": 2}):
+        with pytest.raises(ConfigError, match="give one of --seeds=M and --folds=K"):
+            fit_population(CONFIG, tmp_path / "population", **numbers)
+
+
+def test_a_member_continued_as_a_single_run_has_the_same_setup(
+    seeds: pathlib.Path, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    member = shutil.copytree(seeds / "members" / "seed-3", tmp_path / "member")
+    with caplog.at_level(logging.INFO):
+        fit(load_run(member).config, member)
+    assert "is finished" in caplog.text
+    assert "another setup" not in caplog.text
 
 
 def unavailable(_: Any) -> Any:

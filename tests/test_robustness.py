@@ -155,7 +155,11 @@ def test_the_command_writes_facts_and_a_page_for_folds_too(tmp_path: pathlib.Pat
     assert facts["labels"]["examples"] == 220
     assert facts["compare"]["interval"][0] < facts["compare"]["difference"] < facts["compare"]["interval"][1]
     page = (tmp_path / "out" / "robustness.html").read_text()
-    assert page.count("data:image/png") >= 15 * 5 + 40
+    assert page.count("data:image/png") >= 15 * 5 + len(facts["labels"]["listed"][:40])
+    assert f"A is {facts['workdir']}, B is {small_population.seeds()}" in page
+    table = robustness.robustness_table(facts).splitlines()
+    ends = {line.index("p = ") for line in table if "p = " in line}
+    assert len(ends) == 1  # one column, whether a corruption is affine or not
     assert "http" not in page
     assert not (workdir / "robustness.json").exists()
 
@@ -167,6 +171,7 @@ def test_the_command_refuses_what_makes_no_sense(tmp_path: pathlib.Path) -> None
         (["--severity=6"], "severity"),
         (["--severity=abc", "--help"], "error: flag --severity=abc"),
         (["fog"], "is not a flag"),
+        ([f"--workdir={small_population.seeds()}", f"--output={__file__}"], "cannot be written (File exists)"),
     ]:
         done = command(*arguments)
         assert done.returncode

@@ -232,7 +232,8 @@ def test_member_name_that_leads_elsewhere_is_refused(seeds: pathlib.Path, tmp_pa
 def test_unfinished_population_is_refused(seeds: pathlib.Path, tmp_path: pathlib.Path) -> None:
     workdir = shutil.copytree(seeds, tmp_path / "copy")
     (workdir / "population.json").unlink()
-    with pytest.raises(WorkdirError, match="repeat the training command"):
+    (workdir / "members" / ".DS_Store").touch()
+    with pytest.raises(WorkdirError, match=r"repeat the training command.*such as .*members/seed-3$"):
         load_predictor(workdir)
 
 
@@ -263,6 +264,7 @@ def test_load_result_reads_runs_and_populations_alike(seeds: pathlib.Path, folds
         {"members": [{"name": "seed-3", "seed": "3", "accuracy": 0.9}]},
         {"kind": "other"},
         {"kind": "folds"},
+        *({name: ...} for name in ("config", "mean", "sd", "interval", "committee", "agreement")),
         {"kind": "folds", "members": [{"name": "fold-0", "seed": 3, "fold": 0, "accuracy": 0.9}]},  # no out_of_fold
     ],
 )
@@ -271,6 +273,7 @@ def test_an_incomplete_result_is_as_good_as_none(
 ) -> None:
     assert statistics.load_population_result(seeds)
     damaged = json.loads((seeds / "population.json").read_text()) | damage
+    damaged = {name: value for name, value in damaged.items() if value is not ...}
     (tmp_path / "population.json").write_text(json.dumps(damaged))
     assert statistics.load_population_result(tmp_path) is None
 
@@ -286,3 +289,9 @@ def test_damaged_arrays_are_named(size: int, seeds: pathlib.Path, tmp_path: path
 def test_arrays_of_seeds_have_no_folds(seeds: pathlib.Path) -> None:
     with pytest.raises(WorkdirError, match=r"population.npz: cannot be read .*rows"):
         statistics.load_arrays(seeds, "folds")
+
+
+def test_printed_interval_of_two_members_stays_between_0_and_100_percent() -> None:
+    spreads = statistics.spreads([{"accuracy": 0.9, "loss": 0.1}, {"accuracy": 0.5, "loss": 0.2}])
+    assert spreads["interval"]["accuracy"][1] > 1
+    assert "95 % interval of the mean 0.00% to 100.00%" in statistics._spread_line(spreads, 2)

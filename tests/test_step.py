@@ -16,6 +16,7 @@ from mnist_flax.data import batches
 from mnist_flax.data.batches import NO_LABEL, Batch
 from mnist_flax.data.splits import Examples
 from mnist_flax.drivers import jit_forward, jit_init_state
+from mnist_flax.errors import ConfigError
 from mnist_flax.losses import cross_entropy
 from mnist_flax.step import (
     METRICS,
@@ -25,6 +26,7 @@ from mnist_flax.step import (
     eval_variables,
     moving_average,
     scale_pixels,
+    train_step,
     train_steps,
 )
 
@@ -251,3 +253,26 @@ def test_the_state_is_arrays_only_and_its_memory_is_reused(examples: Examples) -
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
     jit_train_step(RICH.program, state, batch_of(examples, 20), KEY)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+
+
+@pytest.mark.parametrize(
+    ("name", "metric", "message"),
+    [
+        ("step", lambda view: view.losses.sum(), r"METRICS\['step'\]: every log line has this entry already"),
+        ("mine", lambda view: view.losses, r"METRICS\['mine'\]: has the shape \(20,\); return a scalar"),
+    ],
+)
+def test_a_metric_that_cannot_be_logged_is_refused(
+    name: str, metric: Any, message: str, examples: Examples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METRICS, name, metric)
+    state = jit_init_state(SMALL.program, KEY)
+    with pytest.raises(ConfigError, match=message):
+        jax.eval_shape(functools.partial(train_step, SMALL.program), state, batch_of(examples, 20), KEY)
+
+
+def test_a_truth_value_is_logged_as_a_number(examples: Examples, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METRICS, "mine", lambda view: jnp.any(view.losses > 0))
+    state = jit_init_state(SMALL.program, KEY)
+    _, metrics = jax.eval_shape(functools.partial(train_step, SMALL.program), state, batch_of(examples, 20), KEY)
+    assert metrics["mine"].dtype == jnp.int32

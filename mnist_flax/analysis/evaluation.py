@@ -26,6 +26,8 @@ from mnist_flax.step import Variables, eval_variables
 Facts = dict[str, Any]  # ready for JSON
 
 POPULATION = "population.json"
+_MEMBER = re.compile(r"(seed|fold)-\d+")  # the folder of a member
+_RESULT = {"dataset", "dataset_fingerprint", "config", "steps", "mean", "sd", "interval", "committee", "agreement"}
 KINDS = ("seeds", "folds")  # of populations
 VIEW_SHIFTS = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))  # by how many pixels each view is shifted down and right
 # The fields of a predictor that are fitted on hold-out rows, with the values for a run that holds out none.
@@ -260,19 +262,25 @@ def _member_folders(workdir: pathlib.Path, result: dict[str, Any]) -> list[pathl
     if not is_population_result(result):
         raise WorkdirError(
             f"{workdir}: holds a population without a complete {POPULATION}; repeat the training command, which"
-            f" writes it at the end, or name a single run, such as {workdir / workdirs.MEMBERS}/seed-0"
+            f" writes it at the end, or name a single run, such as {example_member(workdir)}"
         )
     return [workdir / workdirs.MEMBERS / member["name"] for member in result["members"]]
+
+
+def example_member(workdir: pathlib.Path) -> pathlib.Path:
+    """Returns the folder of one member of a population, for a message."""
+    names = [name for name in workdirs.names_in(workdir / workdirs.MEMBERS) if _MEMBER.fullmatch(name)]
+    return workdir / workdirs.MEMBERS / min(names, default="seed-0")
 
 
 def is_population_result(result: Mapping[str, Any]) -> bool:
     """Returns whether a JSON object has what other commands read from `population.json`."""
     try:
         members, is_folds = result["members"], result["kind"] == "folds"
-        fields = {"name": str, "seed": int, "accuracy": float} | ({"fold": int} if is_folds else {})
+        fields = {"name": str, "seed": int, "accuracy": float, "loss": float} | ({"fold": int} if is_folds else {})
         complete = all(isinstance(member[name], kind) for member in members for name, kind in fields.items())
-        named = all(re.fullmatch(r"(seed|fold)-\d+", member["name"]) for member in members)
-        known = {"dataset", "dataset_fingerprint", "steps", *(["out_of_fold"] if is_folds else [])} <= result.keys()
+        named = all(_MEMBER.fullmatch(member["name"]) for member in members)
+        known = {*_RESULT, *(["out_of_fold"] if is_folds else [])} <= result.keys()
         return bool(members) and complete and named and known and result["kind"] in KINDS
     except (KeyError, TypeError):
         return False

@@ -63,11 +63,12 @@ def label_facts(arrays: Mapping[str, np.ndarray]) -> Facts:
 
     Returns:
       The numbers of `examples` and `suspects`; `estimated_wrong`, the share of wrong labels; `noise`, the noise matrix;
-      and `listed`, the most doubtful labels, ready for JSON.
+      and `listed`, the most doubtful labels that differ from the prediction, ready for JSON.
     """
     probs, label = arrays["out_of_fold_probs"], arrays["out_of_fold_label"]
     found = confident_joint(probs, label)
-    listed = found.ranking()[:NUM_LISTED]
+    ranking = found.ranking()[:NUM_LISTED]
+    listed = ranking[probs.argmax(axis=-1)[ranking] != label[ranking]]
     columns = {
         "row": arrays["rows"],
         "fold": arrays["fold"],
@@ -89,8 +90,6 @@ def label_facts(arrays: Mapping[str, np.ndarray]) -> Facts:
 
 def label_table(facts: Mapping[str, Any]) -> str:
     """Formats the facts as text."""
+    text = f"labels: {facts['suspects']} of {facts['examples']} may be wrong ({facts['estimated_wrong']:.2%} estimated)"
     worst = ", ".join(f"{entry['row']} ({entry['label']}? {entry['prediction']})" for entry in facts["listed"][:8])
-    return (
-        f"labels: {facts['suspects']} of {facts['examples']} may be wrong ({facts['estimated_wrong']:.2%} estimated);"
-        f" most doubtful, as row (label? prediction): {worst}"
-    )
+    return text + (f"; most doubtful, as row (label? prediction): {worst}" if worst else "")

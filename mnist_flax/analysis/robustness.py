@@ -8,16 +8,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mnist_flax import metrics
 from mnist_flax.analysis import label_errors, novelty, statistics
-from mnist_flax.analysis.calibration import calibration_scores
 from mnist_flax.analysis.comparison import mcnemar
 from mnist_flax.analysis.corruptions import CORRUPTIONS, corrupt
 from mnist_flax.analysis.evaluation import Facts, Predictor, RunInfo, load_predictor, predict_logits
-from mnist_flax.analysis.run_data import load_data, select_examples
+from mnist_flax.analysis.report.write import shown
+from mnist_flax.analysis.run_data import load_data
+from mnist_flax.analysis.scores import accuracy_scores
+from mnist_flax.data import batches
 from mnist_flax.data.load import raw_folder
 from mnist_flax.data.splits import Examples, Splits
-from mnist_flax.errors import ConfigError, DataError, WorkdirError
+from mnist_flax.errors import DataError, WorkdirError
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.sections import DataConfig
 
@@ -82,15 +83,9 @@ def predict_all(predictor: Predictor, test: Examples, corrupted: Corrupted) -> d
 def robustness_facts(logits: Mapping[str, np.ndarray], corrupted: Corrupted) -> Facts:
     """Computes scores with 95 % intervals from the logits that `predict_all` returns."""
     right = {name: of_name.argmax(axis=-1) == corrupted.label for name, of_name in logits.items()}
-
-    def scores(name: str) -> Facts:
-        correct, count = int(right[name].sum()), len(corrupted.label)
-        calibrated = calibration_scores(logits[name], corrupted.label)
-        interval = metrics.wilson_interval(correct, count).tolist()
-        return {"accuracy": correct / count, "accuracy_interval": interval, "correct": correct, **calibrated}
-
+    scores = {name: accuracy_scores(of_name, corrupted.label) for name, of_name in logits.items()}
     rows = {
-        name: {**scores(name), "affine": kind.affine, "source": "official" if name in corrupted.official else "own"}
+        name: {**scores[name], "affine": kind.affine, "source": "official" if name in corrupted.official else "own"}
         for name, kind in CORRUPTIONS.items()
     }
 
@@ -104,7 +99,7 @@ def robustness_facts(logits: Mapping[str, np.ndarray], corrupted: Corrupted) -> 
     return {
         **mean_over(list(CORRUPTIONS)),
         "examples": len(corrupted.label),
-        "clean": scores("clean"),
+        "clean": scores["clean"],
         "affine": {**mean_over(affine), "names": affine},
         "others": {**mean_over(others), "names": others},
         "corruptions": rows,
@@ -149,14 +144,16 @@ def robustness_of_workdir(
 ) -> Outcome:
     """Evaluates a run, or a population as one network, on corrupted digits and on pictures that are not digits.
 
-    `compare` is another run or population to compare it with, on the same images. Severity 0 is that of MNIST-C. See
-    `load_predictor` for the checkpoints and `load_data` for the overrides.
+    `compare` is another run or population to compare it with, on the same images, at its latest checkpoint unless
+    `checkpoint` is `best`. Severity 0 is that of MNIST-C. See `load_predictor` for the checkpoints and `load_data` for
+    the overrides.
 
     Raises:
       UserError: a run, a checkpoint or the data cannot be loaded, or do not match.
     """
     predictor, info = load_predictor(workdir, checkpoint)
-    other = load_predictor(compare, checkpoint) if compare else None
+    # A step is one of this run; the other may have others.
+    other = load_predictor(compare, "best" if checkpoint == "best" else "latest") if compare else None
     data, splits = load_data(info.config, info.fingerprint, overrides)
     if other and other[1].fingerprint != info.fingerprint:
         raise WorkdirError(
@@ -166,6 +163,7 @@ def robustness_of_workdir(
     logits = predict_all(predictor, splits.test, corrupted)
     others = novelty.non_digits(splits.test, data)
     facts = {
+        "workdir": shown(workdir),
         "dataset": splits.name,
         "dataset_fingerprint": splits.fingerprint,
         "trained_on": info.config.data.name,
@@ -190,10 +188,8 @@ def _held_out(data: DataConfig, info: RunInfo, splits: Splits) -> Examples | Non
     """Returns the hold-out rows, which no member was trained on, or None if there are none."""
     if info.kind == "folds":
         return None
-    try:
-        return select_examples(data, splits, "holdout")
-    except ConfigError:
-        return None
+    _, held_out = batches.rows_of(splits.train.label, data)
+    return splits.train.select(held_out) if len(held_out) else None
 
 
 def save_robustness(outcome: Outcome, page: str, folder: pathlib.Path) -> None:
@@ -239,10 +235,10 @@ def robustness_table(facts: Mapping[str, Any]) -> str:
     lines += ["", novelty.novelty_table(facts["no_digit"])]
     if "labels" in facts:
         lines += ["", label_errors.label_table(facts["labels"])]
-    return "\n".join(lines)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _row(name: str, row: Mapping[str, Any], note: str = "") -> str:
     low, high = row["accuracy_interval"]
     interval = f"{100 * low:.2f} to {100 * high:.2f}"
-    return f"{name:<16}{row['accuracy']:>9.2%}  {interval:<18}{row['loss']:>8.4f}{row['ece']:>8.4f}  {note:<6}".rstrip()
+    return f"{name:<16}{row['accuracy']:>9.2%}  {interval:<18}{row['loss']:>8.4f}{row['ece']:>8.4f}  {note:<6}"

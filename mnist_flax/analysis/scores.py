@@ -20,20 +20,23 @@ def scores(evaluation: Evaluation, label: np.ndarray, dataset: str) -> dict[str,
     """Computes the scores of an evaluation, with 95 % intervals; `dataset` provides the class names."""
     logits = evaluation.logits
     confusion = metrics.confusion_matrix(label, logits.argmax(axis=-1), logits.shape[-1])
-    right = int(np.trace(confusion))
-    calibrated = calibration_scores(logits, label)
     result = {
         "examples": evaluation.examples,
-        "correct": right,
-        "accuracy": evaluation.accuracy,
-        "accuracy_interval": metrics.wilson_interval(right, evaluation.examples).tolist(),
-        **calibrated,
+        **accuracy_scores(logits, label),
         "temperature": evaluation.temperature,
         "per_class": class_rows(confusion, dataset),
     }
     if evaluation.temperature != 1.0:
         result["uncalibrated"] = calibration_scores(logits * evaluation.temperature, label)
     return result
+
+
+def accuracy_scores(logits: np.ndarray, label: np.ndarray) -> dict[str, Any]:
+    """Computes the accuracy with its 95 % interval, and the calibration scores: `f32[N,C], i32[N]`."""
+    correct, count = int((logits.argmax(axis=-1) == label).sum()), len(label)
+    interval = metrics.wilson_interval(correct, count).tolist()
+    scores = {"correct": correct, "accuracy": correct / count, "accuracy_interval": interval}
+    return scores | calibration_scores(logits, label)
 
 
 def class_rows(confusion: np.ndarray, dataset: str) -> list[dict[str, Any]]:

@@ -247,7 +247,8 @@ def population_table(result: Mapping[str, Any]) -> str:
 
 
 def _spread_line(spreads: Mapping[str, Any], count: int) -> str:
-    mean, sd, (low, high) = spreads["mean"], spreads["sd"], spreads["interval"]["accuracy"]
+    mean, sd = spreads["mean"], spreads["sd"]
+    low, high = np.clip(spreads["interval"]["accuracy"], 0, 1)  # with two members, it may extend beyond
     return (
         f"  mean of {count:<5} accuracy {mean['accuracy']:.2%} (sd {sd['accuracy']:.2%}, 95 % interval of the mean"
         f" {low:.2%} to {high:.2%})   loss {mean['loss']:.4f} (sd {sd['loss']:.4f})"

@@ -80,9 +80,10 @@ def fold_rows(labels: np.ndarray, rows: np.ndarray, folds: int) -> list[np.ndarr
 
     classes, counts = np.unique(labels[rows], return_counts=True)
     if counts.min() < folds:
+        fewer = f"at most {counts.min()} folds, or " if counts.min() > 1 else ""
         raise ConfigError(
             f"config.data.folds = {folds}: class {classes[counts.argmin()]} has only {counts.min()} of the {len(rows)}"
-            f" rows; use at most {max(2, counts.min())} folds, or more rows (config.data.num_train)"
+            f" rows; use {fewer}more rows (config.data.num_train)"
         )
     splitter = StratifiedKFold(folds, shuffle=True, random_state=FOLDS_SEED)
     return [rows[places] for _, places in splitter.split(rows, labels[rows])]

@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 
 from mnist_flax.data.registry import DATASETS, DataFile, Dataset
-from mnist_flax.errors import DataError
+from mnist_flax.errors import DataError, reason
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def _check_file(path: Path, file: DataFile) -> None:
         with path.open("rb") as opened:
             sha256 = hashlib.file_digest(opened, "sha256").hexdigest() if file.sha256 else ""
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); make it readable{remedy}") from error
+        raise DataError(f"{path}: cannot be read ({reason(error)}); make it readable{remedy}") from error
     if sha256 != file.sha256:
         raise DataError(f"{path}: damaged, its SHA-256 is {sha256} instead of {file.sha256}{remedy}")
 

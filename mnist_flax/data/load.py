@@ -37,6 +37,8 @@ def load_splits(data: DataConfig) -> Splits:
     remedy = "Connect to the internet, or put the official files into a folder and set MNIST_FLAX_RAW_DIR to it."
     if not DATASETS[data.name].tfds_version:
         remedy = "Put its files into a folder and set --config.data.raw_dir to it."
+    if data.source != "auto":
+        remedy += " Then set --config.data.source=auto, which tries every source."
     if data.source != "auto" or data.on_missing == "error":
         raise DataError(f"{what}\n{remedy}")
     logger.warning(

@@ -193,7 +193,7 @@ def _expected_fingerprint(name: str, copy: Path) -> str:
     """Returns the fingerprint that a copy should have, or an empty string if it is unknown."""
     if not DATASETS[name].fingerprint:
         with contextlib.suppress(OSError):
-            return (copy / FINGERPRINT_FILE).read_text().strip()
+            return (copy / FINGERPRINT_FILE).read_bytes().decode(errors="replace").strip()
     return DATASETS[name].fingerprint
 
 

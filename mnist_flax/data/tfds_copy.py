@@ -40,7 +40,7 @@ def find_flaw(name: str, data_dir: Path) -> str:
             return "its records were shuffled when they were written"
         if DATASETS[name].transposed and _UPRIGHT not in info["description"]:
             return "its images are transposed"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "it is incomplete: dataset_info.json is missing or cannot be read"
     expected = DATASETS[name].split_sizes
     return "" if rows == expected else f"its numbers of rows are {rows}, not {expected}"

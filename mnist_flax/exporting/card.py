@@ -12,9 +12,11 @@ from mnist_flax.analysis.robustness import ROBUSTNESS
 from mnist_flax.analysis.scores import result_file
 from mnist_flax.config import Config, differences
 from mnist_flax.run import workdir as workdirs
+from mnist_flax.run.schema import NUMBER, mismatches
 from mnist_flax.templates import load_template
 
 FILE = "MODEL_CARD.md"
+_SCORES = {"examples": int, "accuracy": NUMBER, "loss": NUMBER}
 
 TEMPLATE = pathlib.Path(__file__).with_name("card.md.jinja")
 
@@ -66,16 +68,17 @@ def _recipe(predictor: Predictor, info: RunInfo) -> dict[str, Any]:
 
 
 def _scores(workdir: pathlib.Path, predictor: Predictor, info: RunInfo) -> dict[str, str]:
-    result = workdirs.read_json(workdir / (workdirs.SUMMARY if info.kind == "run" else POPULATION))
     if info.kind == "run":
-        examples, accuracy, loss = (result.get(f"test_{name}") for name in ("examples", "accuracy", "loss"))
+        result = _read(workdir / workdirs.SUMMARY, {f"test_{name}": kind for name, kind in _SCORES.items()})
+        found = {name: result[f"test_{name}"] for name in _SCORES if result}
     else:
-        examples, accuracy, loss = (result.get("committee", {}).get(name) for name in ("examples", "accuracy", "loss"))
+        found = _read(workdir / POPULATION, {"committee": _SCORES}).get("committee", {})
     rows = {}
-    if info.is_final and examples and accuracy is not None:
+    if info.is_final and found:
+        accuracy, examples = found["accuracy"], found["examples"]
         low, high = metrics.wilson_interval(round(accuracy * examples), examples)
         rows["test accuracy"] = f"{accuracy:.2%} of {examples:,} images (95 % interval {low:.2%} to {high:.2%})"
-        rows["test loss"] = f"{loss:.4f}"
+        rows["test loss"] = f"{found['loss']:.4f}"
     calibration = _calibration(workdir, predictor, info)
     if "ece" in calibration:
         rows["expected calibration error on the test set"] = f"{calibration['ece']:.2%}"
@@ -86,20 +89,27 @@ def _scores(workdir: pathlib.Path, predictor: Predictor, info: RunInfo) -> dict[
 
 def _calibration(workdir: pathlib.Path, predictor: Predictor, info: RunInfo) -> dict[str, Any]:
     """Returns the test scores of these weights: from `evaluate` if it was run, else from the report, if any."""
-    evaluation = workdirs.read_json(workdir / result_file({"split": "test", "dataset": info.config.data.name}))
+    scores = {"ece": NUMBER, "brier": NUMBER}
+    evaluation = _read(workdir / result_file({"split": "test", "dataset": info.config.data.name}), scores)
     if _is_of(evaluation, predictor, info):
         return evaluation
-    report = workdirs.read_json(workdir / REPORT_FOLDER / "metrics.json")
-    step = report.get("run", {}).get("step")
-    return report.get("test", {}) if _is_of(report | {"step": step, "members": 1}, predictor, info) else {}
+    report = _read(workdir / REPORT_FOLDER / "metrics.json", {"run": {"step": int}, "test": scores})
+    step = report["run"]["step"] if report else None
+    return report["test"] if _is_of(report | {"step": step, "members": 1}, predictor, info) else {}
 
 
 def _robustness(workdir: pathlib.Path, predictor: Predictor, info: RunInfo) -> dict[str, str]:
-    result = workdirs.read_json(workdir / ROBUSTNESS)
+    result = _read(workdir / ROBUSTNESS, {"mean_accuracy": NUMBER, "corruptions": {"*": {"accuracy": NUMBER}}})
     if not _is_of(result, predictor, info) or result.get("severity") != "published":
         return {"under corruptions": "not measured; run `python -m mnist_flax.robustness --workdir=DIR`"}
     rows = {name: f"{row['accuracy']:.2%}" for name, row in result["corruptions"].items()}
     return {"mean accuracy under corruptions": f"{result['mean_accuracy']:.2%}", **rows}
+
+
+def _read(path: pathlib.Path, schema: dict[str, Any]) -> dict[str, Any]:
+    """Returns the object in a JSON file; an empty one if the file is missing or does not match the schema."""
+    found = workdirs.read_json(path)
+    return {} if any(mismatches(found, schema, "")) else found
 
 
 def _is_of(result: dict[str, Any], predictor: Predictor, info: RunInfo) -> bool:

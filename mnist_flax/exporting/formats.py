@@ -15,7 +15,7 @@ from mnist_flax.analysis.evaluation import Predictor, RunInfo, load_predictor, p
 from mnist_flax.analysis.run_data import load_data
 from mnist_flax.data.load import load_splits
 from mnist_flax.data.registry import DATASETS
-from mnist_flax.errors import DataError, UserError
+from mnist_flax.errors import DataError, UserError, reason
 from mnist_flax.exporting import card, numpy_program, onnx, stablehlo
 from mnist_flax.exporting.graph import ExportError
 from mnist_flax.exporting.inference import graph_of, in_float32
@@ -98,11 +98,12 @@ def export_workdir(
     with _as_export_error(format_name):
         contents = chosen.write(predictor, {"dataset": dataset, "classes": classes, "steps": str(max(info.steps))})
     difference = check_outputs(format_name, contents, predictor, images)
+    model_card = card.text(workdir, predictor, info)
     folder = folder or workdirs.subfolder(workdir, FOLDER, remedy=workdirs.REMEDY_OUTPUT)
     paths = tuple(folder / f"{STEM}{suffix}" for suffix in contents)
     for path, content in zip(paths, contents.values(), strict=True):
         workdirs.write_bytes(path, content, remedy=workdirs.REMEDY_OUTPUT)
-    workdirs.write_text(folder / card.FILE, card.text(workdir, predictor, info), remedy=workdirs.REMEDY_OUTPUT)
+    workdirs.write_text(folder / card.FILE, model_card, remedy=workdirs.REMEDY_OUTPUT)
     return Exported(paths, difference, len(images), source)
 
 
@@ -115,19 +116,25 @@ def _as_export_error(format_name: str) -> Iterator[None]:
         raise
     except Exception as error:  # of many types
         raise ExportError(
-            f"--format={format_name}: does not support this network ({type(error).__name__}: {workdirs.reason(error)});"
+            f"--format={format_name}: does not support this network ({type(error).__name__}: {reason(error)});"
             " try another format"
         ) from error
 
 
 def images_to_compare(info: RunInfo, overrides: Mapping[str, Any]) -> tuple[np.ndarray, str]:
-    """Returns up to 1,000 test images, or scikit-learn's digits if the data are unavailable, and a description."""
+    """Returns up to 1,000 test images, or scikit-learn's digits if the data are unavailable, and a description.
+
+    Raises:
+      UserError: the data that `overrides` name cannot be loaded, or are not those of the run.
+    """
     try:
         _, splits = load_data(info.config, info.fingerprint, overrides)
         return splits.test.image[:NUM_IMAGES], f"test images of {splits.name}"
     except DataError:
+        if overrides:  # the user has named the data
+            raise
         digits = load_splits(DataConfig(name="digits"))
-        source = f"of scikit-learn's digits, because {info.config.data.name} is not available here"
+        source = f"of scikit-learn's digits, because {info.config.data.name} cannot be loaded here"
         return digits.train.image[:NUM_IMAGES], source
 
 

@@ -138,8 +138,8 @@ class Builder:
 
     def _unique(self, name: str) -> str:
         taken = (*self.nodes, *self.constants) if name in self.nodes or name in self.constants else ()
-        numbers = (i for i in range(1, len(taken) + 2) if f"{name}_{i}" not in taken)
-        return f"{name}_{next(numbers)}" if taken else name
+        numbers = (i for i in range(1, len(taken) + 2) if f"{name}#{i}" not in taken)
+        return f"{name}#{next(numbers)}" if taken else name  # "#" occurs in no name of a variable or layer
 
 
 def trace(logits: Callable[[Any, jax.Array], jax.Array], variables: Any) -> Graph:

@@ -31,7 +31,7 @@ def _renumber(graph: Graph) -> Graph:
         names[old] = next(name for name in candidates if name not in names.values())
 
     for name in graph.constants:
-        rename(name, re.sub(r"_\d+$", "", name))
+        rename(name, re.sub(r"#\d+$", "", name))
     for node in graph.nodes:
         function = "" if node.function == node.op else node.function
         rename(node.name, "/".join(filter(None, (node.layer, function, node.op))))

@@ -10,7 +10,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from mnist_flax.errors import ConfigError
+from mnist_flax.errors import ConfigError, reason
 from mnist_flax.pictures.decode import FOREIGN_SUFFIXES, SUFFIXES, PictureError
 
 STDIN = "-"
@@ -65,7 +65,7 @@ def read_file(name: str) -> bytes:
         pattern = glob.has_magic(name)
         raise PictureError("matches no file" if pattern else "does not exist; check the name") from error
     except (OSError, ValueError) as error:
-        raise PictureError(f"cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        raise PictureError(f"cannot be read ({reason(error)})") from error
 
 
 def _bounded(file: BinaryIO) -> bytes:
@@ -93,5 +93,5 @@ def save_images(images: Sequence[np.ndarray], folder: pathlib.Path, number: int,
             with open(folder / f"{number:04d}-{os.fsdecode(short)}-{place}.png", "wb") as file:
                 Image.fromarray(image).save(file, "PNG")
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"--save_preprocessed={folder}: cannot be written ({reason}); name another folder") from error
+        what = f"--save_preprocessed={folder}: cannot be written ({reason(error)})"
+        raise ConfigError(f"{what}; name another folder") from error

@@ -88,7 +88,7 @@ def _fitted(piece: np.ndarray, slope: float, row: int) -> tuple[float, int]:
         rows = np.round(row + slope * (columns - width / 2)).astype(int) + across
         ink = piece[np.clip(rows, 0, height - 1), columns] & (rows >= 0) & (rows < height)
         on_line = ink.any(axis=0) & ~ink.all(axis=0)  # excludes columns where a stroke crosses
-        if on_line.sum() < 0.3 * width:
+        if on_line.sum() < max(2, 0.3 * width):
             return slope, row
         centres = ((rows * ink).sum(axis=0) / np.maximum(1, ink.sum(axis=0)))[on_line]
         slope, middle = np.polyfit(columns[on_line] - width / 2, centres, 1)

@@ -1,5 +1,7 @@
 """Reads and checks the checkpoints of a run: `checkpoints/<step>/`, as `store` writes them."""
 
+import errno
+import logging
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -9,12 +11,15 @@ import numpy as np
 
 from mnist_flax import rng
 from mnist_flax.config import Config, differences
-from mnist_flax.errors import ConfigError, WorkdirError
+from mnist_flax.errors import ConfigError, WorkdirError, reason
 from mnist_flax.run import storage
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.schema import LINE, NUMBER, mismatches
 from mnist_flax.step import TrainState, init_state
 
+logger = logging.getLogger(__name__)
+
+_UNREADABLE = {errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE}
 SCHEMA = 2  # the version of the checkpoint format; incremented when older programs cannot read it correctly
 
 # The schema of a record; `schema.mismatches` says how to read it.
@@ -80,14 +85,24 @@ def steps_in(folder: pathlib.Path) -> list[int]:
 
 
 def holdouts(folder: pathlib.Path) -> dict[int, dict[str, float] | None]:
-    """Reads the hold-out loss and accuracy of every checkpoint; None where they were not measured."""
+    """Reads the hold-out loss and accuracy of every checkpoint that can be read; None where they were not measured."""
     found: dict[int, dict[str, float] | None] = {}
     for step in steps_in(folder):
         try:
             found[step] = read_record(folder / str(step))["holdout"]
-        except Exception:  # damaged; restoring it reports that
-            found[step] = None
+        except Exception as error:  # Orbax and TensorStore raise many types for damaged files
+            logger.warning("%s is not compared with the others: %s", folder / str(step), flaw(error))
     return found
+
+
+def flaw(error: Exception) -> str:
+    """Returns what is wrong with a checkpoint that raised an error: it is damaged, or it cannot be read now."""
+    return f"{'cannot be read' if is_unreadable(error) else 'is damaged'} ({reason(error)})"
+
+
+def is_unreadable(error: Exception) -> bool:
+    """Returns whether an error says nothing about the content of a file, such as missing permissions."""
+    return isinstance(error, OSError) and error.errno in _UNREADABLE
 
 
 def load_run(workdir: pathlib.Path, which: str = "latest") -> Run:
@@ -111,9 +126,7 @@ def load_run(workdir: pathlib.Path, which: str = "latest") -> Run:
             kept = steps_in(folder)
             others = ", ".join(str(other) for other in kept if other != step) or "none"
             if step in kept or others == "none":
-                raise WorkdirError(
-                    f"{workdir}: checkpoint {step} is damaged ({workdirs.reason(error)}); the others are: {others}"
-                ) from error
+                raise WorkdirError(f"{workdir}: checkpoint {step} {flaw(error)}; the others are: {others}") from error
         # A running process has just deleted this checkpoint, after saving newer ones: choose again.
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mnist_flax.errors import UserError
+from mnist_flax.errors import UserError, reason
 
 
 class OutputError(UserError):
@@ -18,8 +18,7 @@ class OutputError(UserError):
     def __init__(self, error: Exception) -> None:
         is_pipe = isinstance(error, BrokenPipeError)
         self.exit_status = 141 if is_pipe else 2  # 141: what shells report for a program killed by SIGPIPE
-        reason = getattr(error, "strerror", None) or error
-        super().__init__("" if is_pipe else f"standard output cannot be written ({reason})")
+        super().__init__("" if is_pipe else f"standard output cannot be written ({reason(error)})")
 
 
 class Console:

@@ -171,7 +171,7 @@ def read_log(workdir: pathlib.Path, until: float = math.inf) -> list[Record]:
     try:
         lines = (workdir / workdirs.METRICS).read_text(encoding="utf-8").splitlines()
         records = [json.loads(line) for line in lines]
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return []
     if any(mismatches(records, [LINE], "log")):
         return []

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
-from mnist_flax.errors import ConfigError, LostPeerError, UserError
+from mnist_flax.errors import ConfigError, LostPeerError, UserError, reason
 from mnist_flax.run import console, signals
 
 logger = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ def _wait_for(coordinator: str, *, is_first: bool) -> None:
             socket.create_server(("", int(port))).close()
         except OSError as error:
             raise ConfigError(
-                f"--coordinator={coordinator}: cannot listen at this port ({error.strerror}); choose another"
+                f"--coordinator={coordinator}: cannot listen at this port ({reason(error)}); choose another"
             ) from error
         return
     deadline = time.monotonic() + JOIN_SECONDS
@@ -102,7 +102,7 @@ def _wait_for(coordinator: str, *, is_first: bool) -> None:
         except OSError as error:
             if time.monotonic() > deadline:
                 raise ConfigError(
-                    f"--coordinator={coordinator}: cannot be reached ({error.strerror or error}); start the process"
+                    f"--coordinator={coordinator}: cannot be reached ({reason(error)}); start the process"
                     " with --process_index=0 there"
                 ) from error
         time.sleep(0.2)

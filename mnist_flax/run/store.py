@@ -26,7 +26,7 @@ import jax
 import numpy as np
 
 from mnist_flax.config import Config
-from mnist_flax.errors import WorkdirError
+from mnist_flax.errors import WorkdirError, reason
 from mnist_flax.run import checkpoint, processes, storage
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.step import TrainState
@@ -49,7 +49,7 @@ class Store:
 
     @functools.cached_property
     def _holdouts(self) -> dict[int, dict[str, float] | None]:
-        """The hold-out scores of each checkpoint; read when the first one is written."""
+        """The hold-out scores of each readable checkpoint; read when the first one is written. Others are kept."""
         return checkpoint.holdouts(self._folder)
 
     def save(self, state: TrainState, record: dict[str, Any], *, holdout: dict[str, float] | None = None) -> None:
@@ -109,8 +109,10 @@ class Store:
             except WorkdirError:
                 raise
             except Exception as error:  # Orbax and TensorStore raise many types for damaged files
-                reason = workdirs.reason(error)
-                skipped.append(f"checkpoint {step} is damaged ({reason}): moved to {self._set_aside(step)}")
+                flaw = f"checkpoint {step} {checkpoint.flaw(error)}"
+                if checkpoint.is_unreadable(error):
+                    raise WorkdirError(f"{self._folder}: {flaw}; {workdirs.REMEDY_RESUME}") from error
+                skipped.append(f"{flaw}: moved to {self._set_aside(step)}")
         return None, skipped
 
     def _set_aside(self, step: int) -> pathlib.Path:
@@ -146,7 +148,7 @@ class Store:
             steps = checkpoint.steps_in(self._folder)
             then = f"continues from the newest checkpoint: {max(steps)}" if steps else "starts again"
             raise WorkdirError(
-                f"{self._folder}: checkpoint {step} cannot be written ({workdirs.reason(error)}); fix that, and the"
+                f"{self._folder}: checkpoint {step} cannot be written ({reason(error)}); fix that, and the"
                 f" same command {then}"
             ) from error
         try:
@@ -154,7 +156,7 @@ class Store:
         except OSError as error:
             raise WorkdirError(
                 f"{self._folder}: checkpoint {step} is saved, but older ones cannot be deleted"
-                f" ({workdirs.reason(error)}); {workdirs.REMEDY_RESUME}"
+                f" ({reason(error)}); {workdirs.REMEDY_RESUME}"
             ) from error
 
     def _prune(self) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import filelock
 
-from mnist_flax.errors import WorkdirError
+from mnist_flax.errors import WorkdirError, reason
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -35,6 +35,7 @@ REMEDY_OUTPUT = "name another folder with --output=DIR"
 _LOCK = ".mnist_flax.lock"
 _OWNER = ".mnist_flax.owner.json"
 _CONFIG_FIELDS = {"seed", "data", "model", "optimizer", "checkpoint"}  # of a run's config, in all versions
+_LINK = "a symbolic link, which is not followed inside a run's folder"
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
@@ -130,14 +131,6 @@ def _remove_temporary_files(workdir: pathlib.Path) -> None:
             path.unlink()
 
 
-def reason(error: BaseException) -> str:
-    """Returns a one-line reason for a failed operation."""
-    if getattr(error, "errno", None) == errno.ELOOP:
-        return "a symbolic link, which is not followed inside a run's folder"
-    lines = (getattr(error, "strerror", None) or str(error)).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
-
-
 @contextlib.contextmanager
 def as_workdir_error(subject: object, remedy: str = REMEDY_RESUME) -> Iterator[None]:
     """Converts an OSError raised inside into `<subject>: cannot be written (<reason>); <remedy>`.
@@ -148,7 +141,8 @@ def as_workdir_error(subject: object, remedy: str = REMEDY_RESUME) -> Iterator[N
     try:
         yield
     except OSError as error:
-        raise WorkdirError(f"{subject}: cannot be written ({reason(error)}); {remedy}") from error
+        why = _LINK if error.errno == errno.ELOOP else reason(error)
+        raise WorkdirError(f"{subject}: cannot be written ({why}); {remedy}") from error
 
 
 def inside(workdir: pathlib.Path, *names: str, remedy: str = REMEDY_RESUME) -> pathlib.Path:
@@ -162,7 +156,7 @@ def inside(workdir: pathlib.Path, *names: str, remedy: str = REMEDY_RESUME) -> p
         path = path / name
         with as_workdir_error(path, remedy):
             if path.is_symlink():
-                raise OSError(errno.ELOOP, "")
+                raise OSError(errno.ELOOP, _LINK)
     return path
 
 
@@ -178,16 +172,13 @@ def subfolder(workdir: pathlib.Path, *names: str, remedy: str = REMEDY_RESUME) -
     return folder
 
 
-def output_folder(workdir: pathlib.Path, output: str | None) -> pathlib.Path:
-    """Returns the folder that a command writes to: `--output`, created if it is missing, or else `workdir`.
+def output_folder(folder: pathlib.Path) -> pathlib.Path:
+    """Creates the folder that `--output` names if it is missing, and returns it.
 
     Raises:
-      WorkdirError: the folder cannot be created.
+      WorkdirError: it cannot be created.
     """
-    if not output:
-        return workdir
-    folder = pathlib.Path(output)
-    with as_workdir_error(f"--output={output}", "name another folder"):
+    with as_workdir_error(f"--output={folder}", "name another folder"):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
 

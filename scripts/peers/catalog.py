@@ -83,6 +83,8 @@ def check(config: Config, names: Sequence[str] = tuple(PEERS)) -> None:
         value = getattr(getattr(config, section), field)
         if known and value not in known:
             raise ConfigError(f"config.{name} = {value!r}: the peers know only {' and '.join(known)}")
+    if config.num_classes != 10:
+        raise ConfigError(f"config.data.name = {config.data.name!r}: the peers know only datasets of 10 classes")
     if config.optimizer.name == "adam" and config.optimizer.weight_decay:
         raise ConfigError(
             f"config.optimizer.weight_decay = {config.optimizer.weight_decay}: the peers need adamw for it"

@@ -73,7 +73,7 @@ class Keras:
         optimizer = keras.optimizers.AdamW(  # without weight decay, this is Adam
             learning_rate(recipe), weight_decay=recipe.weight_decay, epsilon=1e-8
         )
-        optimizer.exclude_from_weight_decay(var_names=["bias"])
+        optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
         loss = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=recipe.label_smoothing)
         self._model.compile(optimizer, loss)
 

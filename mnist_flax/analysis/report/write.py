@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from mnist_flax.analysis.evaluation import evaluate, load_predictor
+from mnist_flax.analysis.evaluation import evaluate, example_member, load_predictor
 from mnist_flax.analysis.report import facts as facts_lib
 from mnist_flax.analysis.report import layers, page, pictures, plots
 from mnist_flax.analysis.report.facts import Reported
@@ -31,7 +31,9 @@ def write_report(run: Reported, workdir: pathlib.Path, folder: pathlib.Path | No
     remedy = workdirs.REMEDY_RESUME if run.evaluated_by == "training" else workdirs.REMEDY_OUTPUT
     folder = folder or workdirs.subfolder(workdir, REPORT_FOLDER, remedy=remedy)
     facts = facts_lib.report_facts(run, layers.layers(run.predictor.program, run.predictor.members[0]))
-    facts["draw"] = "../demo.html" if folder.parent == workdir and (workdir / "demo.html").is_file() else ""
+    # The page shows the network of the last step.
+    has_page = folder.parent == workdir and (workdir / "demo.html").is_file() and run.step == run.summary.get("steps")
+    facts["draw"] = "../demo.html" if has_page else ""
     facts["command"] = repeat_command(place, workdir, run.fork)
     for name, content in _pieces(run, facts, title=shown(workdir)).items():
         workdirs.write_bytes(folder / name, content, remedy=remedy)
@@ -88,10 +90,9 @@ def report_workdir(
       UserError: the run, the checkpoint or the data cannot be loaded, or the folder cannot be written.
     """
     if workdirs.MEMBERS in workdirs.names_in(workdir):
-        first = min(workdirs.names_in(workdir / workdirs.MEMBERS), default="")
         raise WorkdirError(
             f"--workdir={workdir}: holds a population; name one of its runs, such as"
-            f" {workdir / workdirs.MEMBERS / first}, or evaluate it as one network with python -m mnist_flax.evaluate"
+            f" {example_member(workdir)}, or evaluate it as one network with python -m mnist_flax.evaluate"
         )
     predictor, info = load_predictor(workdir, checkpoint)
     splits = load_own_data(info.config, info.fingerprint, overrides or {})

@@ -5,7 +5,8 @@ const FUNCTIONS = { relu: "ReLU", leaky_relu: "leaky ReLU", elu: "ELU", gelu: "G
 
 // Lists the stages to show, in order of computation: each convolution or dense layer, and the pooling after it.
 // A stage is { title, layer, first, node, steps }: `first` is the convolution, dense layer or pooling, `steps` are the
-// operations of the same shape after it, such as the activation, and `node` is the last of these: its output is shown.
+// operations of the same shape that follow from it, such as the activation, and `node` is the last of these: its output
+// is shown.
 function findStages(network) {
   const owners = findOwners(network);
   const numbers = {}; // counts the layers of each kind, separately for each member of a committee
@@ -16,7 +17,7 @@ function findStages(network) {
     const member = first.layer.match(/^member_(\d+)/)?.[1];
     const kind = (member ? `Network ${Number(member) + 1}: ` : "") + (first.op === "conv" ? "Convolution" : "Dense layer");
     numbers[kind] = (numbers[kind] ?? 0) + 1;
-    const title = isLast ? "Logits" : `${kind} ${numbers[kind]}`;
+    const title = isLast && !member ? "Logits" : `${kind} ${numbers[kind]}`;
     stages.push(stageOf(title, first, own));
     const pooling = own.find((node) => node.op in POOLS);
     if (pooling && !isLast) stages.push(stageOf(POOLS[pooling.op], pooling, own));
@@ -25,7 +26,14 @@ function findStages(network) {
 }
 
 function stageOf(title, first, nodes) {
-  const steps = nodes.slice(nodes.indexOf(first) + 1).filter((node) => node.op !== "softmax" && sameShape(node.shape, first.shape));
+  const names = new Set([first.name]);
+  const steps = [];
+  for (const node of nodes.slice(nodes.indexOf(first) + 1)) {
+    const follows = node.inputs.some((name) => names.has(name));
+    if (!follows || node.op === "softmax" || !sameShape(node.shape, first.shape)) continue;
+    steps.push(node);
+    names.add(node.name);
+  }
   return { title, layer: first.layer, first, steps, node: steps[steps.length - 1] ?? first };
 }
 
