@@ -12,6 +12,7 @@ import document_config
 import forked
 import pytest
 
+from mnist_flax.cli import VERBS
 from mnist_flax.config import default_config_dict
 from mnist_flax.models import MODELS
 
@@ -134,6 +135,10 @@ def test_config_page_has_every_field(family: str) -> None:
     for section, fields in default_config_dict(family).to_dict().items():
         for name in fields if isinstance(fields, dict) else [""]:
             assert f"`{section}.{name}`".replace(".`", "`") in page
+
+
+def test_readme_has_a_command_for_every_verb() -> None:
+    assert {command[0] for command in commands(ROOT / "README.md")} >= set(VERBS)
 
 
 def test_readme_is_short() -> None:
