@@ -1,9 +1,6 @@
-"""An accurate network that trains in minutes: four convolutions with batch norm, distorted images, five views.
+"""An accurate network that trains in minutes: a residual network, distorted images, five views.
 
-Measured: 99.69 +- 0.03 % test accuracy (mean and sd, n = 10), NLL 0.0093, ECE 0.11 %;
-about 17 minutes of training on one CPU core, computed from the time of a step.
-
-    scripts/train --config=configs/accurate.py
+scripts/train --config=configs/accurate.py
 """
 
 from ml_collections import ConfigDict
@@ -13,15 +10,8 @@ from mnist_flax.config import default_config_dict
 
 def get_config() -> ConfigDict:
     """Returns what differs from the defaults."""
-    config = default_config_dict()
-    config.model.widths = (32, 64, 64, 128)
-    config.model.kernel_sizes = (5, 3, 3, 3)
-    config.model.paddings = ("SAME",)
-    config.model.pools = (2, 1, 2, 1)
-    config.model.dense = ()
-    config.model.batch_norm = True
-    config.model.dropout = 0.4
-    config.model.init = "he_normal"
+    config = default_config_dict("resnet")
+    config.model.dropout = 0.2
     config.augment.shift = 2
     config.augment.rotate = 10.0
     config.augment.scale = 0.1
@@ -32,7 +22,7 @@ def get_config() -> ConfigDict:
     config.optimizer.weight_decay = 1e-2
     config.optimizer.schedule = "one_cycle"
     config.train.batch_size = 128
-    config.train.epochs = 16
+    config.train.epochs = 12
     config.train.augment_until = 0.8
     config.eval.batch_size = 500
     config.eval.views = 5

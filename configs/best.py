@@ -1,4 +1,4 @@
-"""A residual network with the recipe of `accurate.py`: the most accurate and best calibrated network here.
+"""The residual network of `accurate.py`, 1.5 times as wide: the most accurate and best calibrated network here.
 
 Measured: 99.72 +- 0.03 % test accuracy (mean and sd, n = 5), NLL 0.0083, ECE 0.09 %;
 19 minutes of training on one CPU core. `docs/accuracy.md` says what was compared on hold-out rows.
@@ -8,16 +8,12 @@ Measured: 99.72 +- 0.03 % test accuracy (mean and sd, n = 5), NLL 0.0083, ECE 0.
 
 from ml_collections import ConfigDict
 
-from mnist_flax.config import default_config_dict
 from mnist_flax.preset import preset_dict
 
 
 def get_config() -> ConfigDict:
     """Returns what differs from `accurate.py`."""
     config = preset_dict("accurate")
-    config.model = default_config_dict("resnet").model
     config.model.stem_width = 24
     config.model.widths = (48, 96, 192)
-    config.model.dropout = 0.2
-    config.train.epochs = 12
     return config

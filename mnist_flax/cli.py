@@ -114,7 +114,7 @@ def output_folder() -> pathlib.Path | None:
     Raises:
       WorkdirError: the folder cannot be created.
     """
-    return workdirs.output_folder(path(FLAGS.output)) if FLAGS.output else None
+    return workdirs.create_output(path(FLAGS.output)) if FLAGS.output else None
 
 
 def output_file() -> pathlib.Path | None:
@@ -128,7 +128,7 @@ def output_file() -> pathlib.Path | None:
     file = path(FLAGS.output)
     if file.is_dir():
         raise ConfigError(f"--output={FLAGS.output}: is a folder; name a file, such as {file / 'demo.html'}")
-    return workdirs.output_folder(file.parent) / file.name
+    return workdirs.create_output(file.parent) / file.name
 
 
 def workdir() -> pathlib.Path:

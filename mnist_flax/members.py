@@ -21,7 +21,7 @@ from mnist_flax.analysis.report.facts import Reported
 from mnist_flax.analysis.report.layers import layer_table, layers
 from mnist_flax.analysis.report.write import write_report
 from mnist_flax.analysis.statistics import TrainedMember
-from mnist_flax.config import Config
+from mnist_flax.config import Config, replace
 from mnist_flax.data import batches
 from mnist_flax.data.splits import Examples, Splits
 from mnist_flax.distillation import LoadedTeacher, teacher_warnings
@@ -66,6 +66,25 @@ class Member:
     def step(self) -> int:
         """The number of finished updates."""
         return self.log.step
+
+
+def member_configs(config: Config, *, seeds: int = 0, folds: int = 0) -> dict[str, Config]:
+    """Returns the configs of M seeds, or of K folds, keyed by member name.
+
+    The first member has the seed of `config`; the others have the seeds that follow. Each fold holds out another part
+    of the training rows, instead of `data.holdout`. Members get no report and no demo page, which would take longer
+    than the training; the commands `report` and `demo` write them on request.
+
+    Raises:
+      ConfigError: the last seed is too large, or the rows cannot be split into so many folds.
+    """
+    config = replace(config, train__report=False, train__demo=False)
+    if not folds:
+        return {f"seed-{seed}": replace(config, seed=seed) for seed in range(config.seed, config.seed + seeds)}
+    return {
+        f"fold-{k}": replace(config, seed=config.seed + k, data__folds=folds, data__fold=k, data__holdout=0)
+        for k in range(folds)
+    }
 
 
 def open_member(

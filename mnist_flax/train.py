@@ -21,7 +21,15 @@ from mnist_flax.data.load import adapt_to_dataset, load_splits
 from mnist_flax.data.splits import Examples, Splits
 from mnist_flax.distillation import LoadedTeacher, load_teacher
 from mnist_flax.errors import ConfigError, WorkdirError
-from mnist_flax.members import Member, announce, evaluate_holdout, finish, open_member, trained_member
+from mnist_flax.members import (
+    Member,
+    announce,
+    evaluate_holdout,
+    finish,
+    member_configs,
+    open_member,
+    trained_member,
+)
 from mnist_flax.memory import check_memory
 from mnist_flax.pacing import is_save_due, next_num_steps, next_stop
 from mnist_flax.run import processes, provenance
@@ -86,7 +94,7 @@ def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, fol
     splits = load_splits(replace(config, data__on_missing="error").data)  # a measurement: never of a substitute dataset
     configs = member_configs(config, seeds=seeds, folds=folds)
     kind = "folds" if folds else "seeds"
-    check_population(workdir, kind, list(configs.values()))
+    statistics.check_population(workdir, kind, [config.seed for config in configs.values()])
     if folds and config.data.holdout:
         logger.info("config.data.holdout = %d is not used: each member holds out its fold", config.data.holdout)
     with workdirs.claim(workdir):
@@ -104,40 +112,6 @@ def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, fol
         result, arrays = statistics.population_result(kind, trained, splits, folder)
         statistics.save_population_result(result, arrays, workdir)
     return result
-
-
-def check_population(workdir: pathlib.Path, kind: str, configs: Sequence[Config]) -> None:
-    """Raises a WorkdirError if a folder holds the result of another population, which this one would overwrite."""
-    saved = statistics.load_population_result(workdir)
-    if saved is None:
-        return
-    missing = {member["seed"] for member in saved["members"]} - {config.seed for config in configs}
-    if saved["kind"] != kind or missing:
-        names = ", ".join(member["name"] for member in saved["members"])
-        more = ", with the same or a larger --seeds," if saved["kind"] == "seeds" else ""
-        raise WorkdirError(
-            f"--workdir={workdir}: holds a population with the members {names}, and this command would overwrite its"
-            f" result; repeat the command that trained it{more} or name another folder"
-        )
-
-
-def member_configs(config: Config, *, seeds: int = 0, folds: int = 0) -> dict[str, Config]:
-    """Returns the configs of M seeds, or of K folds, keyed by member name.
-
-    The first member has the seed of `config`; the others have the seeds that follow. Each fold holds out another part
-    of the training rows, instead of `data.holdout`. Members get no report and no demo page, which would take longer
-    than the training; the commands `report` and `demo` write them on request.
-
-    Raises:
-      ConfigError: the last seed is too large, or the rows cannot be split into so many folds.
-    """
-    config = replace(config, train__report=False, train__demo=False)
-    if not folds:
-        return {f"seed-{seed}": replace(config, seed=seed) for seed in range(config.seed, config.seed + seeds)}
-    return {
-        f"fold-{k}": replace(config, seed=config.seed + k, data__folds=folds, data__fold=k, data__holdout=0)
-        for k in range(folds)
-    }
 
 
 def fit_all(

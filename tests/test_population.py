@@ -25,12 +25,12 @@ from mnist_flax.data import batches, load
 from mnist_flax.data.download import UnavailableError
 from mnist_flax.data.load import load_splits
 from mnist_flax.errors import ConfigError, DataError, NonFiniteLossError, WorkdirError
-from mnist_flax.members import Member
+from mnist_flax.members import Member, member_configs
 from mnist_flax.run import checkpoint
 from mnist_flax.run.checkpoint import load_run
 from mnist_flax.run.log import RunLog, read_log
 from mnist_flax.run.signals import Interrupted, StopRequest
-from mnist_flax.train import fit, fit_population, member_configs
+from mnist_flax.train import fit, fit_population
 
 
 @pytest.fixture(scope="module")

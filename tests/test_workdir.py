@@ -262,9 +262,9 @@ def test_removing_a_link_keeps_its_target(tmp_path: pathlib.Path) -> None:
 
 
 def test_output_that_cannot_be_written_is_reported(tmp_path: pathlib.Path) -> None:
-    assert workdirs.output_folder(tmp_path / "a" / "b").is_dir()
+    assert workdirs.create_output(tmp_path / "a" / "b").is_dir()
     with pytest.raises(WorkdirError, match=r"--output=/proc/none: cannot be written \(.+\); name another folder"):
-        workdirs.output_folder(pathlib.Path("/proc/none"))
+        workdirs.create_output(pathlib.Path("/proc/none"))
     with pytest.raises(WorkdirError, match=r"file: cannot be written \(.+\); name another folder with --output=DIR"):
         workdirs.write_text(pathlib.Path("/proc/none/file"), "", remedy=workdirs.REMEDY_OUTPUT)
 

@@ -201,6 +201,21 @@ def load_population_result(workdir: pathlib.Path) -> Facts | None:
     return result if is_population_result(result) else None
 
 
+def check_population(workdir: pathlib.Path, kind: str, seeds: Sequence[int]) -> None:
+    """Raises a WorkdirError if a folder holds the result of another population, which this one would overwrite."""
+    saved = load_population_result(workdir)
+    if saved is None:
+        return
+    missing = {member["seed"] for member in saved["members"]} - set(seeds)
+    if saved["kind"] != kind or missing:
+        names = ", ".join(member["name"] for member in saved["members"])
+        more = ", with the same or a larger --seeds," if saved["kind"] == "seeds" else ""
+        raise WorkdirError(
+            f"--workdir={workdir}: holds a population with the members {names}, and this command would overwrite its"
+            f" result; repeat the command that trained it{more} or name another folder"
+        )
+
+
 def load_arrays(workdir: pathlib.Path, kind: str) -> dict[str, np.ndarray]:
     """Reads the arrays of a population; `kind` is one of `KINDS`.
 

@@ -18,8 +18,8 @@ def keep_freed_memory() -> None:
     """Makes glibc keep freed memory for the next array; call it before any thread starts.
 
     By default, glibc returns the memory of each large array to the system. The next step then waits while the system
-    clears new pages: with `configs/accurate.py` on one core of a virtual machine, for a quarter of its time. Other C
-    libraries are left as they are.
+    clears new pages: with four convolutions and batch norm on one core of a virtual machine, for a quarter of its time.
+    Other C libraries are left as they are.
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # not glibc

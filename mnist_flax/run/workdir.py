@@ -172,7 +172,7 @@ def subfolder(workdir: pathlib.Path, *names: str, remedy: str = REMEDY_RESUME) -
     return folder
 
 
-def output_folder(folder: pathlib.Path) -> pathlib.Path:
+def create_output(folder: pathlib.Path) -> pathlib.Path:
     """Creates the folder that `--output` names if it is missing, and returns it.
 
     Raises:
