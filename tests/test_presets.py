@@ -62,7 +62,7 @@ def test_a_preset_says_what_it_is_what_it_reaches_and_how_to_run_it(name: str) -
     assert "@@" not in doc, "a figure is missing"
 
 
-# `small` is a narrower `accurate`, so its test is slow.
+# `small` has the kinds of layers that `robust` has, so its test is slow.
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "small")) for name in PRESETS])
 def test_a_preset_trains(name: str) -> None:
     config, _ = load(name)
