@@ -290,6 +290,29 @@ def test_demo_explanations_end_with_the_shown_values(name: str, page: Any, image
             assert stage["sum"] + stage["bias"] == pytest.approx(stage["lines"][0]["value"], abs=1e-5), stage
 
 
+def test_demo_shows_the_outputs_of_each_member_of_a_committee(page: Any, images: np.ndarray) -> None:
+    """The mean of their probabilities belongs to no layer, so no layer is explained by it."""
+    config = CONFIGS["mlp"]
+    variables = [variables_of(config), jax.tree.map(lambda leaf: leaf * 0.9, variables_of(config))]
+    predictor = make_predictor(config, *variables, temperature=0.5)
+    load(page, textbook_order(inference.graph_of(predictor)))
+    stages = page.evaluate(
+        """(pixels) => {
+          network.run(Uint8Array.from(pixels));
+          return findStages(network).map(({ title, steps, node }) => ({
+            title, steps: steps.length, values: Array.from(network.values.get(node.name).data),
+          }));
+        }""",
+        images[0].ravel().tolist(),
+    )
+    layers = ["Dense layer 1", "Dense layer 2", "Dense layer 3"]
+    assert [stage["title"] for stage in stages] == [f"Network {n}: {layer}" for n in (1, 2) for layer in layers]
+    for stage, of_member in zip(stages[2::3], variables, strict=True):
+        assert stage["steps"] == 0  # the bias belongs to the layer
+        wanted = forward(config.program, of_member, jnp.asarray(images[:1]))[0]
+        np.testing.assert_allclose(stage["values"], wanted, atol=1e-5)
+
+
 def despeckled_first(variables: Any, images: jax.Array) -> jax.Array:
     """A network whose convolution sees the images without specks: rows and columns at the border are repeated."""
     x = despeckled(images / 255)
