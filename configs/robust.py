@@ -12,31 +12,23 @@ Measured: 99.62 +- 0.04 % test accuracy, 96.14 +- 0.28 % over the corruptions of
 from ml_collections import ConfigDict
 
 from mnist_flax.config import default_config_dict
+from mnist_flax.preset import preset_dict
 
 
 def get_config() -> ConfigDict:
-    """Returns what differs from the defaults."""
-    config = default_config_dict("cleaned_cnn")
+    """Returns what differs from `accurate.py`."""
+    config = preset_dict("accurate")
     config.data.holdout = 2_000
+    config.model = default_config_dict("cleaned_cnn").model
     config.model.widths = (48, 96, 96)
     config.model.dense = (128,)
     config.model.batch_norm = True
     config.model.conv_dropout = 0.15
     config.model.dropout = 0.4
     config.model.init = "he_normal"
-    config.augment.shift = 2
-    config.augment.rotate = 10.0
-    config.augment.scale = 0.1
+    config.augment.shear = 0.0
     config.augment.clutter = 10
     config.augment.pens = 0.3
-    config.optimizer.name = "muon"
-    config.optimizer.learning_rate = 0.02
-    config.optimizer.momentum = 0.95
-    config.optimizer.weight_decay = 1e-2
-    config.optimizer.schedule = "one_cycle"
-    config.train.batch_size = 128
     config.train.epochs = 14
     config.train.augment_until = 0.7
-    config.eval.batch_size = 500
-    config.eval.views = 5
     return config
