@@ -180,9 +180,11 @@ def test_an_unusable_teacher_is_refused_before_data_are_loaded(
     (unfinished / "population.json").unlink()
     shutil.copytree(student, killed)
     (killed / "summary.json").unlink()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for folder, fields, message in (
         (tmp_path / "none", {}, "there is no such folder; train the teacher first"),
         (tmp_path / ("long" * 100), {}, "there is no such folder; train the teacher first"),
+        (tmp_path / "loop", {}, "there is no such folder; train the teacher first"),
         (empty, {}, "holds no checkpoints/ of a run"),
         (unfinished, {}, "holds a population without a complete population.json; repeat the training command"),
         (killed, {}, "is not finished; repeat its training command to finish it"),

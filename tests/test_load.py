@@ -103,7 +103,7 @@ def test_a_run_that_began_never_goes_on_with_a_substitute(small: Published, tmp_
         fit(small.config(), run)
     damaged = json.dumps({name: 3 for name in small.config().to_dict()})
     (run / "config.json").write_text(damaged)
-    with pytest.raises(DataError, match="mnist cannot be loaded"):
+    with pytest.raises(DataError, match=r"(?s)mnist cannot be loaded.* Then set --config.data.source=auto"):
         fit(small.config(source="raw"), run)
     assert [path.name for path in run.iterdir()] == ["config.json"]
 

@@ -153,7 +153,7 @@ def test_versions_are_listed_once_for_each_change(tmp_path: pathlib.Path, monkey
 
 
 @pytest.mark.parametrize(
-    "damaged", ['{"step": 1}', "[]", '{"step": "1", "split": "test", "epoch": 1, "seconds": 2}', "{"]
+    "damaged", ['{"step": 1}', "[]", "[" * 100_000, '{"step": "1", "split": "test", "epoch": 1, "seconds": 2}', "{"]
 )
 def test_a_log_with_a_damaged_line_is_not_read(tmp_path: pathlib.Path, damaged: str) -> None:
     line = '{"step": 1, "split": "test", "epoch": 1.0, "seconds": 2}'

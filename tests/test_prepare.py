@@ -93,6 +93,15 @@ def test_transposed_emnist_copy_is_not_used(tmp_path: Path, monkeypatch: pytest.
 # Wrong data -----------------------------------------------------------------------------------------------------------
 
 
+def test_a_damaged_fingerprint_of_a_copy_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = Published(tmp_path, monkeypatch)
+    small.load_raw()
+    (small.copy / prepare.FINGERPRINT_FILE).write_bytes(b"\xff\xfe\x00")
+    small.cache.unlink()
+    with pytest.raises(DataError, match=f"{small.copy}: its images and labels are not those of"):
+        small.load(source="tfds")
+
+
 def swap_splits(small: Published) -> None:
     """Replaces the test records by the training records, as if the folder had been put together by hand."""
     shutil.copy(next(small.copy.glob("*train*")), next(small.copy.glob("*test*")))
