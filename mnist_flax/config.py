@@ -1,8 +1,8 @@
 """The config of a run: frozen, typed, validated dataclasses, one for each section.
 
 A preset (`configs/*.py`) starts from `default_config_dict()` or another preset and sets only what differs;
-`Config.from_dict` turns the result into a frozen `Config`. Every mistake raises `ConfigError` with the field, its value
-and the remedy, before any data is loaded.
+`Config.from_dict` turns the result into a frozen `Config`. Every mistake that can be found without the data raises
+`ConfigError` with the field, its value and the remedy, before any data is loaded.
 """
 
 import contextlib
@@ -34,8 +34,8 @@ _UNREGISTERED = "{} is not in MODELS; register it under a name"
 class Program:
     """The part of a config that compiled code depends on: hashable, and a static argument of jitted functions.
 
-    The members of a population, which differ only in seed and fold, share compiled code. `code` holds the entries of
-    the registries that the other fields name, so that a notebook that replaces one gets newly compiled code.
+    Members of a population share compiled code, unless their folds differ in size. `code` holds the network's class and
+    the optimiser, schedule and loss that the other fields name: a notebook that replaces one gets newly compiled code.
     """
 
     model: ModelConfig
@@ -54,11 +54,10 @@ class Program:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Everything that decides a run; the other fields are sections with fields of their own.
+    """Everything that determines a run: `seed`, and sections with fields of their own.
 
     Attributes:
-      seed: where all random numbers of the run come from: the first weights, the order of the rows,
-        augmentation and dropout.
+      seed: seeds all random numbers of the run: the initial weights, the order of the rows, augmentation and dropout.
     """
 
     seed: int = 0
@@ -234,7 +233,7 @@ def replace(config: Config, **fields: Any) -> Config:
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """Returns the old and new value of each field that differs and affects results, by its dotted name."""
+    """Returns the old and new value, by dotted name, of each field that differs and can change this run's results."""
     there, now = result_fields(old), result_fields(new)
     changed = {name: (there.get(name), now.get(name)) for name in there | now if there.get(name) != now.get(name)}
     if not new.length_matters:
@@ -272,7 +271,7 @@ def _build(cls: type, values: Any, path: str) -> Any:
     if isinstance(values, ConfigDict):
         values = values.to_dict()
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{path} = {values!r}: must be a group of fields, not a {type(values).__name__}")
+        raise ConfigError(f"{path} = {values!r}: must be a group of fields, not of type {type(values).__name__}")
     values = dict(values)
     if cls is ModelConfig:
         name = _convert(str, values.pop("name", "cnn"), f"{path}.name")

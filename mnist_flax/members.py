@@ -45,9 +45,9 @@ logger = logging.getLogger(__name__)
 class Member:
     """A run that is open for training on `rows`, `i32[R]`; between saves, its state may lag behind `log.step`.
 
-    The batches of a single run are split over all devices. A run `in_population` trains on one device, whether in a
-    group or alone, so that on a CPU its last bits do not depend on which runs are still unfinished. `finish` sets
-    `test_logits`, `f32[N,C]`, at temperature 1.
+    The batches of a single run are split over `config.train.num_devices`. A run `in_population` trains on one device,
+    whether in a group or alone, so that on a CPU its result is bitwise the same however many runs are still training.
+    `finish` sets `test_logits`, `f32[N,C]`, at temperature 1.
     """
 
     config: Config
@@ -71,9 +71,9 @@ class Member:
 def member_configs(config: Config, *, seeds: int = 0, folds: int = 0) -> dict[str, Config]:
     """Returns the configs of M seeds, or of K folds, keyed by member name.
 
-    The first member has the seed of `config`; the others have the seeds that follow. Each fold holds out another part
-    of the training rows, instead of `data.holdout`. Members get no report and no demo page, which would take longer
-    than the training; the commands `report` and `demo` write them on request.
+    The first member has the seed of `config`; the others have the seeds that follow. Each fold holds out a different
+    part of the training rows, instead of `data.holdout`. Members get no report and no demo page, because writing them
+    would take longer than training; the commands `report` and `demo` write them on request.
 
     Raises:
       ConfigError: the last seed is too large, or the rows cannot be split into so many folds.
@@ -136,7 +136,7 @@ def setup_of(config: Config, *, in_population: bool) -> dict[str, str]:
 
 
 def jit_schedule(config: Config) -> Callable[[int], Array]:
-    """Compiles the learning-rate schedule for the log: operation by operation, a line would take milliseconds."""
+    """Compiles the learning-rate schedule for the log; evaluated op by op, it would take milliseconds per line."""
     optimizer = config.optimizer
     return _compiled_schedule(SCHEDULES[optimizer.schedule], optimizer, config.num_steps, config.steps_per_epoch)
 
@@ -184,10 +184,10 @@ def begin(config: Config, fork: pathlib.Path | None) -> tuple[TrainState, dict[s
             f"--fork={fork}: its weights do not fit this config's network:\n" + "\n".join(lines) + "\nGive config.model"
             f" the values that it has in {fork / workdirs.CONFIG}."
         )
-    # The moving average starts at that of `source`, or at its weights.
+    # The moving average starts from that of `source`, or from its weights if it has none.
     ema = (source.state.ema or source.state.params) if config.optimizer.ema_decay else {}
     origin["fork"] = {"workdir": str(fork.absolute()), "step": source.record["step"]}
-    logger.info("starting with the weights of %s at step %d", fork, source.record["step"])
+    logger.info("starting from the weights of %s at step %d", fork, source.record["step"])
     return state.replace(**weights, ema=ema), origin
 
 
@@ -209,25 +209,26 @@ def check_origin(
             " another --workdir"
         )
     if fork and os.path.realpath(fork) != os.path.realpath(origin["fork"]["workdir"]):
-        logger.warning("--fork=%s is not read: this run began with the weights of %s", fork, origin["fork"]["workdir"])
+        source = origin["fork"]["workdir"]
+        logger.warning("--fork=%s is not read: this run started from the weights of %s", fork, source)
     teachers = (origin.get("teacher"), teacher.origin if teacher else None)
     old, new = (f"{one['workdir']} (digest {one['digest'][:12]})" if one else "none" for one in teachers)
     if len({one and one["digest"] for one in teachers}) > 1:
         raise WorkdirError(
-            f"{workdir}: holds a run with another teacher: {old} there, {new} now; to continue that run, set"
+            f"{workdir}: holds a run with a different teacher: {old} then, {new} now; to continue that run, set"
             " config.train.teacher to where its teacher is, or to '' for none; or name another --workdir"
         )
     there, here = origin["versions"] | (origin.get("setup") or setup), versions() | setup
     differing = [name for name in there | here if there.get(name) != here.get(name)]
     if changed := [f"{name} {there.get(name)} -> {here.get(name)}" for name in differing]:
-        logger.warning("this run began on another setup; its last bits may differ: %s", ", ".join(changed))
+        logger.warning("this run began with another setup; its last bits may differ: %s", ", ".join(changed))
 
 
 def announce(members: Sequence[Member], splits: Splits) -> None:
     """Logs the network, the data and the folder of the runs that are about to be trained."""
     config, workdir, step = members[0].config, members[0].workdir, members[0].step
     if config.model.dtype != "float32" and jax.default_backend() == "cpu":
-        logger.warning("config.model.dtype = %r: is several times slower than 'float32' on a CPU", config.model.dtype)
+        logger.warning("config.model.dtype = %r is several times slower than 'float32' on a CPU", config.model.dtype)
     for message in config.unused():
         logger.warning("%s", message)
     if members[0].state.batch_stats and NORM_MOMENTUM**config.num_steps > 0.05:
@@ -242,7 +243,7 @@ def announce(members: Sequence[Member], splits: Splits) -> None:
         len(splits.test.label),
     )  # fmt: skip
     if not config.data.folds and config.num_holdout > config.num_train:
-        logger.warning("config.data.holdout = %d: holds out more rows than are left to train on", config.num_holdout)
+        logger.warning("config.data.holdout = %d holds out more rows than are left to train on", config.num_holdout)
     if teacher := members[0].teacher:
         logger.info("learning from %(workdir)s (networks: %(networks)d, digest: %(digest).12s)", teacher.origin)
         for doubt in teacher_warnings(teacher, config, splits):
@@ -317,7 +318,7 @@ def finish(member: Member, splits: Splits) -> None:
 
 
 def trained_member(member: Member, splits: Splits) -> TrainedMember:
-    """Returns what the statistics need of a finished run; if another process finished it, it is evaluated again."""
+    """Returns what the statistics need from a finished run; one that an earlier command finished is evaluated again."""
     variables, logits = eval_variables(member.state), member.test_logits
     if logits is None:
         (logits,) = member_logits(make_predictor(member.config, variables), splits.test.image)

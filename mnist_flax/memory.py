@@ -1,4 +1,4 @@
-"""Estimates the minimum memory of a run, and refuses a run that cannot fit before anything is allocated."""
+"""Estimates the least memory that a run needs and, before anything is allocated, rejects a run that cannot fit."""
 
 import dataclasses
 import math

@@ -3,14 +3,15 @@
 from mnist_flax.config import Config
 from mnist_flax.drivers import epochs_per_order
 
-# The target duration of a call to the device, and so the delay of the progress bar, signals and timed checkpoints.
+# The target duration of a call to the device. The progress bar, signals and timed checkpoints wait for up to this long.
 DISPATCH_SECONDS = 0.5
 
 
 def next_num_steps(config: Config, num_steps: int, rate: float) -> int:
-    """Returns how many steps the next call may make: those of `DISPATCH_SECONDS`, at most twice the last `num_steps`.
+    """Returns the most steps for the next call: as many as fit into `DISPATCH_SECONDS`, at most twice `num_steps`.
 
-    `rate` is in steps per second. If the config sets `epochs_per_dispatch`, the number does not change.
+    `num_steps` is the previous maximum, and `rate` is in steps per second. If the config sets `epochs_per_dispatch`,
+    the maximum does not change.
     """
     if config.train.epochs_per_dispatch:
         return num_steps
@@ -22,12 +23,12 @@ def next_stop(config: Config, step: int) -> int:
 
     That is the end of an epoch (or of `epochs_per_dispatch` epochs), a multiple of `every_steps`, or the last step.
     """
-    stride = order_steps(config)
+    stride = steps_per_order(config)
     every = config.checkpoint.every_steps or config.num_steps
     return min((step // stride + 1) * stride, (step // every + 1) * every, config.num_steps)
 
 
-def order_steps(config: Config) -> int:
+def steps_per_order(config: Config) -> int:
     """Returns the number of steps of an epoch, or of the `epochs_per_dispatch` epochs of one call."""
     return epochs_per_order(config.program, config.train.epochs_per_dispatch) * config.steps_per_epoch
 
@@ -37,7 +38,7 @@ def is_save_due(config: Config, step: int) -> bool:
 
     If `every_epochs` falls due within a call of several epochs, the checkpoint is saved at the end of that call.
     """
-    cadence, stride = config.checkpoint, order_steps(config)
+    cadence, stride = config.checkpoint, steps_per_order(config)
     every = cadence.every_epochs * config.steps_per_epoch
     by_epochs = every and step % stride == 0 and step // every > (step - stride) // every
     by_steps = cadence.every_steps and step % cadence.every_steps == 0

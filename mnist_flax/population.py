@@ -25,7 +25,7 @@ def main(_: Sequence[str]) -> None:
         print(comparison_text(FLAGS.compare))
         return
     if (FLAGS.seeds is None) == (FLAGS.folds is None):
-        raise ConfigError("give one of --seeds=M and --folds=K, such as --seeds=10")
+        raise ConfigError("give either --seeds=M or --folds=K, such as --seeds=10")
     config = cli.config()
     workdir = cli.training_workdir(f"-seeds{FLAGS.seeds}" if FLAGS.seeds else f"-folds{FLAGS.folds}")
     from mnist_flax import train

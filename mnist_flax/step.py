@@ -77,9 +77,9 @@ class StepView(NamedTuple):
     params: Any
 
 
-_LOGGED = ("step", "epoch", "split", "seconds", "learning_rate")  # what a log line has beside the metrics
+_RESERVED = ("step", "epoch", "split", "seconds", "learning_rate")  # the keys of a log line besides the metrics
 
-# Each entry is a sum over the examples of a batch, so that batches of unequal size add up. Every entry is logged.
+# Each entry is a sum over a batch, so that batches of unequal size can be combined. Every entry is logged.
 METRICS: dict[str, Callable[[StepView], Array]] = {
     "loss": lambda view: jnp.sum(view.losses, where=view.is_example),
     "accuracy": lambda view: jnp.sum(
@@ -104,7 +104,7 @@ def crop(program: Program, images: Array) -> Array:
 
 
 def init_state(program: Program, key: Array) -> TrainState:
-    """Draws the initial weights; `key` is the run's root key.
+    """Returns the initial state, with weights drawn from `key`, the run's root key.
 
     Raises:
       ConfigError: the network does not return one logit for each class, or has no weights.
@@ -163,8 +163,8 @@ def loss_fn(
     """Computes the mean training loss of a batch, `f32[]`, ignoring padding (`NO_LABEL`).
 
     Also returns the logits, the losses `f32[B]` and the updated running statistics. `key` is for dropout, and `targets`
-    are the `soft_targets` of a teacher. Cross-entropy is linear in its target, so mixing the two losses is the same as
-    mixing labels and probabilities (Hinton, Vinyals and Dean, 2015).
+    are the `soft_targets` of a teacher. With cross-entropy, which is linear in its target, mixing the two losses is the
+    same as mixing labels and probabilities (Hinton, Vinyals and Dean, 2015).
     """
     is_example = batch["label"] != batches.NO_LABEL
     logits, updates = program.model.module(program.num_classes, train=True).apply(
@@ -199,7 +199,7 @@ def train_step(
     """Makes one update: augment, forward, loss, gradient, optimiser, moving average.
 
     `key` is the run's root key, the same at every step. A teacher sees the same augmented images (Beyer et al., 2022).
-    The batch holds at least one example. Its metrics are computed with the weights before the update.
+    The batch must hold at least one example. The metrics are computed with the weights before the update.
     """
     images = augmented_images(program, batch, key, state.step)
     augmented: Batch = {"image": images, "label": batch["label"]}
@@ -230,7 +230,7 @@ def _metrics(view: StepView) -> Metrics:
     """
     found = {name: jnp.asarray(metric(view)) for name, metric in METRICS.items()}
     for name, value in found.items():
-        if name in _LOGGED:
+        if name in _RESERVED:
             raise ConfigError(f"METRICS[{name!r}]: every log line has this entry already; choose another name")
         if value.shape:
             raise ConfigError(f"METRICS[{name!r}]: has the shape {value.shape}; return a scalar, a sum over examples")

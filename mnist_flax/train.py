@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = None) -> TrainState:
-    """Starts or resumes a run, trains it to its end, and returns its final state.
+    """Starts or resumes a run, trains it to the end, and returns its final state.
 
     Args:
       config: the run's config, which `adapt_to_dataset` changes if a substitute dataset is used.
@@ -65,33 +65,33 @@ def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = No
             " python -m mnist_flax.population"
         )
     teacher = load_teacher(config, workdir)
-    check_memory(config, teacher and teacher.networks)  # before data are read and anything is written
-    # A student learns from its teacher's dataset, and a run goes on with its own: neither takes a substitute.
+    check_memory(config, teacher and teacher.networks)  # before any data is read or anything is written
+    # A student must use its teacher's dataset, and a resumed run its own: neither may fall back to a substitute.
     data = workdirs.read_json(workdir / workdirs.CONFIG).get("data")
     if teacher or (isinstance(data, dict) and data.get("name") == config.data.name):
         config = replace(config, data__on_missing="error")
     splits = load_splits(config.data)
     config = adapt_to_dataset(config, splits)
-    drivers.job_mesh(config.program, 1, config.train.num_devices)  # after that: a substitute may have smaller batches
+    drivers.job_mesh(config.program, 1, config.train.num_devices)  # only now: a substitute may have smaller batches
     (member,) = fit_all({workdir: config}, splits, fork=fork, teacher=teacher)
     return member.state
 
 
 def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, folds: int = 0) -> dict[str, Any]:
-    """Starts or resumes M seeds or K folds, trains them to their end, and returns the contents of `population.json`.
+    """Starts or resumes M seeds or K folds, trains them to the end, and returns the contents of `population.json`.
 
     Raises:
       UserError, Interrupted: as for `fit`.
     """
     if bool(seeds) == bool(folds):
-        raise ConfigError("give one of --seeds=M and --folds=K, such as --seeds=10")
+        raise ConfigError("give either --seeds=M or --folds=K, such as --seeds=10")
     workdirs.check(workdir)
     if workdirs.CHECKPOINTS in workdirs.names_in(workdir):
         raise WorkdirError(f"--workdir={workdir}: holds a run, not a population; name another folder")
     teacher = load_teacher(config, workdir)
     check_memory(config, teacher and teacher.networks)
-    sharding.make_mesh(config.train.num_devices)
-    splits = load_splits(replace(config, data__on_missing="error").data)  # a measurement: never of a substitute dataset
+    sharding.make_mesh(config.train.num_devices)  # raises an error if there are too few devices
+    splits = load_splits(replace(config, data__on_missing="error").data)  # it measures this dataset, so never another
     configs = member_configs(config, seeds=seeds, folds=folds)
     kind = "folds" if folds else "seeds"
     statistics.check_population(workdir, kind, [config.seed for config in configs.values()])
@@ -122,7 +122,7 @@ def fit_all(
     teacher: LoadedTeacher | None = None,
     in_population: bool = False,
 ) -> list[Member]:
-    """Trains every run, given by folder and config, to its end; runs with equal programs train together.
+    """Trains every run to the end, given configs by folder; runs with equal programs train together.
 
     Raises:
       UserError, Interrupted: as for `fit`.
@@ -188,11 +188,11 @@ def train_group(members: Sequence[Member], examples: Examples, *, until: int, re
             rate = (target - step) / max(seconds, 1e-9)
             step, mark = target, time.perf_counter()
             progress.update(step, seconds, [member.log.epoch() for member in members])
-            is_late = 0 < config.checkpoint.every_seconds <= mark - last_save
+            is_timed_save_due = 0 < config.checkpoint.every_seconds <= mark - last_save
             # Processes have different clocks and receive different signals, but must all do the same.
             preempted = members[0].store.preemption(next(calls))
             num_steps, timed_save, signum = processes.agree(
-                next_num_steps(config, num_steps, rate), is_late, request.signum or preempted
+                next_num_steps(config, num_steps, rate), is_timed_save_due, request.signum or preempted
             )
             if step < stop and not timed_save and not signum:
                 continue
@@ -225,7 +225,7 @@ def compile_steps(members: Sequence[Member], examples: Examples) -> tuple[TrainS
 
 
 def unstack(members: Sequence[Member], states: TrainState, step: int) -> None:
-    """Copies each run's state to the host, and checks that its weights are finite."""
+    """Copies each run's state to the host as `member.state`, and checks that its weights and averages are finite."""
     on_host = jax.device_get(states)
     for i, member in enumerate(members):
         member.state = jax.tree.map(lambda leaf, i=i: np.array(leaf[i]), on_host)
@@ -234,7 +234,7 @@ def unstack(members: Sequence[Member], states: TrainState, step: int) -> None:
 
 
 def stop_if_requested(members: Sequence[Member], signum: int) -> None:
-    """Stops if `signum`, the same in all processes, is not 0; to be called when the runs are saved, or before a step.
+    """Raises if `signum`, the same in all processes, is not 0; call it only when the runs are saved, or before a step.
 
     Raises:
       Interrupted: a signal asked to stop.

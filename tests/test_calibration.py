@@ -77,7 +77,7 @@ def test_temperature_is_stored_with_a_run_and_used_for_its_last_step(tmp_path: p
     assert load_predictor(workdir, str(first))[0].temperature == 1.0  # other weights
     result = evaluate_workdir(workdir, overrides={})
     assert result["temperature"] == 2.5
-    assert "without its temperature of 2.500" in evaluation_table(result)
+    assert "before scaling with the temperature 2.500" in evaluation_table(result)
     (workdir / "summary.json").unlink()
     assert result["uncalibrated"]["loss"] == pytest.approx(evaluate_workdir(workdir, overrides={})["loss"], rel=1e-5)
 

@@ -159,14 +159,16 @@ def test_another_teacher_is_refused_on_resume(
     result = json.loads((seeds / "population.json").read_text())
     (tmp_path / "hotter" / "population.json").write_text(json.dumps(result | {"temperature": 2.0}))
     for folder in (tmp_path / "hotter", seeds / "members" / "seed-3"):  # one member is another teacher
-        message = rf"run with another teacher: {seeds} \(digest \w+\) there, {folder} \(digest \w+\) now; to continue"
+        message = (
+            rf"run with a different teacher: {seeds} \(digest \w+\) then, {folder} \(digest \w+\) now; to continue"
+        )
         with pytest.raises(WorkdirError, match=message):
             fit(student_of(folder), student)
-    with pytest.raises(WorkdirError, match=r"\(digest \w+\) there, none now"):
+    with pytest.raises(WorkdirError, match=r"\(digest \w+\) then, none now"):
         fit(STUDENT, student)
     old = {"fork": None, "versions": versions()}  # without the key, as older versions wrote it
     check_origin(old, None, None, {}, student)
-    with pytest.raises(WorkdirError, match=r"none there, .+ now"):
+    with pytest.raises(WorkdirError, match=r"none then, .+ now"):
         check_origin(old, None, loaded(seeds), {}, student)
 
 

@@ -81,7 +81,7 @@ def test_fork_starts_with_the_weights_of_another_run(tmp_path: pathlib.Path, cap
     assert summary(new)["fork"]["step"] == 14
     with caplog.at_level("WARNING"):
         fit(replace(config, train__epochs=3), new, fork=tmp_path / "other")
-    assert f"--fork={tmp_path / 'other'} is not read: this run began with the weights of {old}" in caplog.text
+    assert f"--fork={tmp_path / 'other'} is not read: this run started from the weights of {old}" in caplog.text
     fit(SMALL, old)
     with pytest.raises(WorkdirError, match=r"--fork=.+ holds a run that began without it"):
         fit(SMALL, old, fork=new)
@@ -139,7 +139,7 @@ def test_a_run_resumed_with_another_driver_warns(tmp_path: pathlib.Path, caplog:
     fit(SMALL, tmp_path)
     assert "setup" not in caplog.text
     fit(replace(SMALL, train__epochs=SMALL.train.epochs + 1, train__driver="stream"), tmp_path)
-    assert "this run began on another setup; its last bits may differ: driver scan -> stream" in caplog.text
+    assert "this run began with another setup; its last bits may differ: driver scan -> stream" in caplog.text
 
 
 def test_a_run_on_two_versions_of_python_lists_both(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

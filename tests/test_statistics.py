@@ -191,7 +191,7 @@ def test_folds_are_evaluated_on_the_test_set_only(folds: pathlib.Path) -> None:
     assert saved
     assert evaluate_workdir(folds, overrides={})["loss"] == saved["committee"]["loss"]
     for split in ("train", "holdout"):
-        with pytest.raises(ConfigError, match=f"--split={split}: each of these rows was trained on by other folds"):
+        with pytest.raises(ConfigError, match=f"--split={split}: other folds were trained on these rows"):
             evaluate_workdir(folds, split=split, overrides={})
 
 

@@ -1,4 +1,4 @@
-"""Robustness to corruptions: accuracy, loss and calibration under each corruption of MNIST-C."""
+"""Robustness: accuracy, loss and calibration under each corruption of MNIST-C, and doubt about what is not a digit."""
 
 import json
 import pathlib
@@ -35,7 +35,7 @@ class Corrupted(NamedTuple):
 
 
 def corrupt_all(test: Examples, severity: int = 0, folder: pathlib.Path | None = None) -> Corrupted:
-    """Corrupts a test set; at severity 0 (that of MNIST-C), uses the published arrays in `folder` where they exist.
+    """Corrupts a test set; at severity 0 (that of MNIST-C), uses the published arrays that `folder` has.
 
     Raises:
       DataError: published arrays are damaged, or belong to another test set.
@@ -62,7 +62,7 @@ def read_official(folder: pathlib.Path, label: np.ndarray) -> np.ndarray:
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{folder}: cannot be read ({error}); restore it, or remove the folder") from error
     if images.shape != (len(label), 28, 28, 1) or images.dtype != np.uint8 or not np.array_equal(labels, label):
-        raise DataError(f"{folder}: holds examples other than the test set; restore it, or remove the folder")
+        raise DataError(f"{folder}: does not match the test set; restore it, or remove the folder")
     return np.asarray(images)
 
 
@@ -107,11 +107,11 @@ def robustness_facts(logits: Mapping[str, np.ndarray], corrupted: Corrupted) -> 
 
 
 def compare_robustness(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], label: np.ndarray) -> Facts:
-    """Compares the logits of two networks on the same corrupted images, by McNemar's test and by their means.
+    """Compares two networks on the same corrupted images: by McNemar's test for each corruption, and by mean accuracy.
 
     Returns:
-      The test for each corruption, with p-values that are not corrected for multiple testing; the difference of the
-      means (B - A) with its interval; and a `verdict`: `a`, `b`, or None if the interval contains 0.
+      The test for each corruption, with p-values that are not corrected for multiple testing; the difference in
+      mean accuracy (B - A) with its interval; and a `verdict`: `a`, `b`, or None if the interval contains 0.
     """
     right_a, right_b = ({name: logits.argmax(axis=-1) == label for name, logits in of.items()} for of in (a, b))
     per_image = [np.mean([right[name] for name in CORRUPTIONS], axis=0) for right in (right_a, right_b)]
@@ -142,26 +142,24 @@ def robustness_of_workdir(
     compare: pathlib.Path | None = None,
     overrides: Mapping[str, Any],
 ) -> Outcome:
-    """Evaluates a run, or a population as one network, on corrupted digits and on pictures that are not digits.
+    """Evaluates a run, or a population as a committee, on corrupted digits and on pictures that are not digits.
 
-    `compare` is another run or population to compare it with, on the same images, at its latest checkpoint unless
-    `checkpoint` is `best`. Severity 0 is that of MNIST-C. See `load_predictor` for the checkpoints and `load_data` for
-    the overrides.
+    `compare` names another run or population to compare with on the same images. Its latest checkpoint is used, or its
+    best one if `checkpoint` is `best`. Severity 0 is that published with MNIST-C. See `load_predictor` for the
+    checkpoints and `load_data` for the overrides.
 
     Raises:
       UserError: a run, a checkpoint or the data cannot be loaded, or do not match.
     """
     predictor, info = load_predictor(workdir, checkpoint)
-    # A step is one of this run; the other may have others.
+    # If `checkpoint` is a step, the other run may have no checkpoint at that step.
     other = load_predictor(compare, "best" if checkpoint == "best" else "latest") if compare else None
     data, splits = load_data(info.config, info.fingerprint, overrides)
     if other and other[1].fingerprint != info.fingerprint:
-        raise WorkdirError(
-            f"--compare={compare}: was trained on different data from {workdir}; name a run of the same data"
-        )
+        raise WorkdirError(f"--compare={compare}: was not trained on the same data as {workdir}; name a run that was")
     corrupted = corrupt_all(splits.test, severity, official_folder(data))
     logits = predict_all(predictor, splits.test, corrupted)
-    others = novelty.non_digits(splits.test, data)
+    non_digits = novelty.non_digits(splits.test, data)
     facts = {
         "workdir": shown(workdir),
         "dataset": splits.name,
@@ -174,14 +172,14 @@ def robustness_of_workdir(
         "temperature": predictor.temperature,
         "severity": severity or "published",
         **robustness_facts(logits, corrupted),
-        "no_digit": novelty.novelty_facts(predictor, splits.test, _held_out(data, info, splits), others),
+        "no_digit": novelty.novelty_facts(predictor, splits.test, _held_out(data, info, splits), non_digits),
     }
     if info.kind == "folds" and splits.name == info.config.data.name:
         facts["labels"] = label_errors.label_facts(statistics.load_arrays(workdir, info.kind))
     if other:
         theirs = predict_all(other[0], splits.test, corrupted)
         facts["compare"] = {"with": str(compare), **compare_robustness(logits, theirs, corrupted.label)}
-    return Outcome(facts, predictor, splits, others)
+    return Outcome(facts, predictor, splits, non_digits)
 
 
 def _held_out(data: DataConfig, info: RunInfo, splits: Splits) -> Examples | None:
@@ -214,8 +212,8 @@ def robustness_table(facts: Mapping[str, Any]) -> str:
     for name, row in facts["corruptions"].items():
         line = _row(name, row, "affine" if row["affine"] else "")
         if against:
-            test = against["corruptions"][name]
-            line += f"  {test['only_b_right'] - test['only_a_right']:+6d}  p = {test['p']:.2g}"
+            of_name = against["corruptions"][name]
+            line += f"  {of_name['only_b_right'] - of_name['only_a_right']:+6d}  p = {of_name['p']:.2g}"
         lines.append(line)
     lines.append("")
     for title, part in (

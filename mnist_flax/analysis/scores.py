@@ -32,7 +32,7 @@ def scores(evaluation: Evaluation, label: np.ndarray, dataset: str) -> dict[str,
 
 
 def accuracy_scores(logits: np.ndarray, label: np.ndarray) -> dict[str, Any]:
-    """Computes the accuracy with its 95 % interval, and the calibration scores: `f32[N,C], i32[N]`."""
+    """Computes the accuracy, its 95 % interval and the calibration scores of logits `f32[N,C]` for labels `i32[N]`."""
     correct, count = int((logits.argmax(axis=-1) == label).sum()), len(label)
     interval = metrics.wilson_interval(correct, count).tolist()
     scores = {"correct": correct, "accuracy": correct / count, "accuracy_interval": interval}
@@ -72,7 +72,7 @@ def evaluate_workdir(
     data, splits = load_data(info.config, info.fingerprint, overrides)
     if info.kind == "folds" and split != "test" and splits.name == info.config.data.name:
         raise ConfigError(
-            f"--split={split}: each of these rows was trained on by other folds; choose test, or see out_of_fold in"
+            f"--split={split}: other folds were trained on these rows; choose test, or see out_of_fold in"
             f" {workdir / POPULATION}"
         )
     examples = select_examples(data, splits, split)
@@ -114,7 +114,9 @@ def evaluation_table(result: Mapping[str, Any]) -> str:
         f"accuracy {result['accuracy']:.2%} (95 % interval {low:.2%} to {high:.2%})   " + _calibration(result),
     ]
     if "uncalibrated" in result:
-        lines.append(f"without its temperature of {result['temperature']:.3f}: " + _calibration(result["uncalibrated"]))
+        lines.append(
+            f"before scaling with the temperature {result['temperature']:.3f}: " + _calibration(result["uncalibrated"])
+        )
     lines += ["", f"{'class':<12}{'examples':>9}  {'precision':<24}{'recall':<24}{'F1':<24}".rstrip()]
     for row in result["per_class"]:
         if row["examples"] or row["predictions"]:

@@ -113,7 +113,7 @@ def erase(pixels: float, image: Array, key: Array) -> Array:
 
 
 def clutter(pixels: float, image: Array, key: Array) -> Array:
-    """Adds mirrored or rotated pieces of the digit's own strokes, like the marks around a digit in a form.
+    """Adds mirrored or rotated pieces of the digit's own strokes, like stray marks around a digit on a form.
 
     Each piece is a square around a random pixel, added at a random place with probability 1/2; where it overlaps the
     digit, the lighter pixel is kept. Mnih et al. (2014) trained on MNIST cluttered with pieces of other digits.

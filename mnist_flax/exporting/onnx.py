@@ -11,7 +11,8 @@ from mnist_flax.exporting.graph import IMAGE_SHAPE, INPUT, ExportError, Graph, N
 # Supported by onnxruntime and onnxruntime-web since 1.14 (2023).
 OPSET, IR_VERSION = 18, 8
 
-# ONNX calls the other operations as the graph does, in title case, with the same inputs and attributes.
+# Operations that `_Writer.write` does not list keep their inputs and attributes; ONNX's name for them is the graph's in
+# title case, except for these.
 RENAMED = {"less_equal": "LessOrEqual", "greater_equal": "GreaterOrEqual", "logistic": "Sigmoid"}
 TO_NCHW, TO_NHWC, TO_OIHW = (0, 3, 1, 2), (0, 2, 3, 1), (3, 2, 0, 1)
 
@@ -73,7 +74,7 @@ class _Writer:
                 self.add(RENAMED.get(op, op.title()), inputs, name, **attrs)
 
     def _images(self, op: str, inputs: tuple[str, ...], name: str, **attrs: Any) -> str:
-        """Adds a channels-first node between two transposes; onnxruntime cancels adjacent transposes of neighbours."""
+        """Adds a channels-first node between two transposes; onnxruntime cancels those between consecutive nodes."""
         first = self.add("Transpose", inputs[:1], f"{name}/to_nchw", perm=TO_NCHW)
         result = self.add(op, (first, *inputs[1:]), name, f"{name}/nchw", **attrs)
         return self.add("Transpose", (result,), f"{name}/to_nhwc", name, perm=TO_NHWC)
@@ -111,14 +112,19 @@ class _Writer:
         parts = list(zip(node.attrs["starts"], node.attrs["limits"], node.attrs["strides"], strict=True))
         axes = [axis for axis, part in enumerate(parts) if part != (0, of[axis], 1)]
         if any(of[axis] < 0 for axis in axes):
-            raise ExportError(f"layer {node.layer or node.name}: slices the batch, which an export cannot do")
+            raise ExportError(
+                f"layer {node.layer or node.name}: slices the batch axis, which the ONNX export does not support"
+            )
         columns = zip(("starts", "limits", "strides"), zip(*(parts[axis] for axis in axes), strict=True), strict=True)
         starts, limits, strides = (self.ints(f"{node.name}/{label}", values) for label, values in columns)
         return (*node.inputs, starts, limits, self.ints(f"{node.name}/axes", axes), strides)
 
     def _reshape(self, node: Node) -> tuple[str, ...]:
         if sum(size < 0 for size in node.shape) > 1:
-            raise ExportError(f"layer {node.layer or node.name}: spreads the batch over several axes")
+            raise ExportError(
+                f"layer {node.layer or node.name}: reshapes the batch into several axes, which the ONNX export does"
+                " not support"
+            )
         return (*node.inputs, self.ints(f"{node.name}/shape", [max(size, -1) for size in node.shape]))
 
     def _expand(self, node: Node) -> tuple[str, ...]:

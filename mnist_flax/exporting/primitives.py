@@ -30,7 +30,7 @@ REWRITES: dict[str, Callable[..., Any]] = {
     "square": lambda x: x * x,
     "stack": lambda *parts, axis: lax.concatenate([lax.expand_dims(part, [axis]) for part in parts], axis),
 }
-SAME_INPUTS = {  # primitives with the same inputs as an operation of the graph, by its name
+SAME_INPUTS = {  # JAX primitive -> the graph operation that takes the same inputs
     **{name: name for name in ("add", "sub", "mul", "max", "min", "pow", "neg", "abs")},
     **{name: name for name in ("sign", "floor", "exp", "log", "sqrt", "tanh", "erf", "logistic", "sin", "cos")},
     **{name: name for name in ("reduce_sum", "reduce_max", "reduce_min")},
@@ -101,11 +101,11 @@ def _where(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> str:
 def _conv(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> str:
     params = eqn.params
     if eqn.invars[0].aval.ndim != 4 or params["batch_group_count"] != 1 or set(params["lhs_dilation"]) != {1}:
-        unsupported(builder, "convolution that is not of images, or is transposed or grouped by batch")
+        unsupported(builder, "convolution that is not 2-D, or is transposed or grouped by batch")
     if min(min(pads) for pads in params["padding"]) < 0:
         unsupported(builder, "convolution with cropping")
     specs = params["dimension_numbers"]
-    # A spec gives the axis of batch, channel, rows and columns, for a kernel that of output, input, rows and columns.
+    # A spec lists axes: batch, channel, rows, columns for images; output, input, rows, columns for a kernel.
     lhs = tuple(specs.lhs_spec[i] for i in (0, 2, 3, 1))
     rhs = tuple(specs.rhs_spec[i] for i in (2, 3, 1, 0))
     out = tuple(specs.out_spec[i] for i in (0, 2, 3, 1))
@@ -144,7 +144,7 @@ def _pool(op: str) -> Translation:
         size, strides, pads = params["window_dimensions"], params["window_strides"], params["padding"]
         dilated = {*params["base_dilation"], *params["window_dilation"]} != {1}
         if len(size) != 4 or (size[0], size[3], strides[0], strides[3]) != (1, 1, 1, 1) or dilated:
-            unsupported(builder, "pooling over axes other than rows and columns")
+            unsupported(builder, "pooling that is dilated or covers axes other than rows and columns")
         pads = tuple((int(low), int(high)) for low, high in pads[1:3])
         return add(builder, op, eqn, inputs, size=tuple(size[1:3]), strides=tuple(strides[1:3]), pads=pads)
 

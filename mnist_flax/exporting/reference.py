@@ -10,7 +10,7 @@ Array = np.ndarray
 
 
 def windows(x: Array, size: Any, strides: Any, dilations: Any = (1, 1)) -> Array:
-    """All sliding windows of an image: [N,H,W,C] -> [N,H',W',C,h,w]."""
+    """Strided sliding windows of images: [N,H,W,C] -> [N,H',W',C,h,w]."""
     spans = [(n - 1) * d + 1 for n, d in zip(size, dilations, strict=True)]
     views = np.lib.stride_tricks.sliding_window_view(x, spans, (1, 2))
     return views[:, :: strides[0], :: strides[1], :, :: dilations[0], :: dilations[1]]

@@ -32,7 +32,7 @@ def _commutes(graph: Graph, node: Node) -> bool:
 
 
 def _exchange(graph: Graph, pool: Node, after: Node) -> Graph:
-    """Swaps two adjacent nodes but not their names, so nodes that use the result stay the same."""
+    """Swaps two adjacent nodes but leaves the names in place, so the nodes that use the result do not change."""
     (source,) = pool.inputs
     shape = next(node.shape for node in graph.nodes if node.name == source)
     inputs = tuple(source if name == pool.name else name for name in after.inputs)

@@ -17,7 +17,7 @@ from mnist_flax.ops.pool import POOLINGS
 
 @dataclass(frozen=True, kw_only=True)
 class CNNConfig(ModelConfig):
-    """A block is convolution, batch norm (if any), activation, pooling, dropout (if any).
+    """Each block is a convolution, optional batch norm, an activation, pooling and optional dropout.
 
     Each of `kernel_sizes`, `strides`, `paddings` and `pools` holds one value per convolution, or one value for all.
 
@@ -31,7 +31,7 @@ class CNNConfig(ModelConfig):
       dense: widths of the hidden dense layers.
       stem: `learned`, or `cosine` for a fixed first convolution with cosine patterns and no bias.
       batch_norm: normalise the output of each convolution and hidden dense layer before the activation.
-      conv_dropout: dropout rate after each convolution block.
+      conv_dropout: dropout rate at the end of each convolution block.
     """
 
     widths: tuple[int, ...] = (32, 64, 64)

@@ -15,7 +15,7 @@ from mnist_flax.ops.conv import conv_block
 from mnist_flax.ops.norm import norm_activate_pool, normalize
 from mnist_flax.ops.pool import activate_pool
 
-NORM_MOMENTUM = 0.99  # the share of the running averages of batch norm that a step keeps
+NORM_MOMENTUM = 0.99  # the fraction of batch norm's running averages that each step keeps
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": nn.relu,
@@ -51,7 +51,7 @@ class Conv(nn.Module):
       pooling: `max` or `avg`.
       fixed_kernel: a kernel to use instead of a learned one. Its gradient is not computed, which saves a third of the
         work of a first layer.
-      train: choose the form that is fastest with gradients, not the one with the fastest forward pass for few images.
+      train: use the form that is fastest in training, not the one with the fastest forward pass for few images.
       dtype: dtype of the operands.
       precision: precision of their product.
     """
@@ -150,7 +150,7 @@ class Dense(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Zeroes a share `rate` of the features and scales up the rest, in training only (Srivastava et al., 2014).
+    """Zeroes each feature with probability `rate` and scales up the rest, in training only (Srivastava et al., 2014).
 
     Unlike in `nn.Dropout`, each example has its own key, so the masks do not depend on how a batch is split over
     devices.

@@ -64,7 +64,7 @@ def _conv(
     inference: bool,
     pool: int,
 ) -> jax.Array:
-    """Convolves and max-pools; the form is chosen when the call is lowered for a platform, not when it is traced."""
+    """Convolves and max-pools; XLA's own form or ours is chosen when lowered, when the platform is known."""
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
     (top, bottom), (left, right) = padding

@@ -20,7 +20,7 @@ NON_DECREASING: frozenset[Activation | None] = frozenset(
 
 
 def max_pool(x: jax.Array, size: int) -> jax.Array:
-    """Takes the maximum of each window, with a stride of its size: f32[B,H,W,C] -> f32[B,H//size,W//size,C].
+    """Takes the maximum of each non-overlapping window: f32[B,H,W,C] -> f32[B,H//size,W//size,C].
 
     Incomplete windows are dropped. On CPU, entries that tie for the maximum share the gradient equally, as in
     `jnp.max`; on other platforms the first one gets all of it, as in `lax.reduce_window`.
@@ -37,7 +37,7 @@ def max_pool(x: jax.Array, size: int) -> jax.Array:
 
 
 def avg_pool(x: jax.Array, size: int) -> jax.Array:
-    """Takes the mean of each window, with a stride of its size: f32[B,H,W,C] -> f32[B,H//size,W//size,C]."""
+    """Takes the mean of each non-overlapping window: f32[B,H,W,C] -> f32[B,H//size,W//size,C]."""
     if size == 1:
         return x
     return lax.platform_dependent(
@@ -51,7 +51,7 @@ POOLINGS = {"max": max_pool, "avg": avg_pool}
 
 
 def pooled_before(activation: Activation | None, pool: int, pooling: str) -> int:
-    """Returns the side of the pooling that may come before the activation: `pool`, or 1 if the order matters."""
+    """Returns the size of the pooling that can come before the activation: `pool`, or 1 if the order matters."""
     return pool if pooling == "max" and activation in NON_DECREASING else 1
 
 

@@ -15,7 +15,7 @@ from mnist_flax.data.augment import augment
 from mnist_flax.data.splits import Splits
 from mnist_flax.step import Variables
 
-# Vermillion and blue of Okabe and Ito (2008), for colour-blind readers; visible in light and in dark mode.
+# Vermilion and blue of the colour-blind-safe palette of Okabe and Ito (2008), visible in light and in dark mode.
 POSITIVE = (213, 94, 0)
 NEGATIVE = (0, 114, 178)
 
@@ -54,7 +54,7 @@ def sheet(images: np.ndarray, columns: int, gap: int = 1) -> np.ndarray:
 
 
 def colors(values: np.ndarray, limit: float) -> np.ndarray:
-    """Maps numbers to colours, `f32[...] -> u8[...,4]`: orange above 0, blue below, opaque from `limit` on."""
+    """Maps numbers to colours, `f32[...] -> u8[...,4]`: vermilion above 0, blue below, opaque from `limit` on."""
     strength = np.clip(np.abs(values) / (limit or 1.0), 0, 1)
     painted = np.where((values >= 0)[..., None], POSITIVE, NEGATIVE)
     alpha = np.rint(255 * strength)[..., None]
@@ -62,7 +62,7 @@ def colors(values: np.ndarray, limit: float) -> np.ndarray:
 
 
 def thumbnails(facts: Facts, images: np.ndarray) -> dict[int, str]:
-    """Returns the test images that are on the page, by row."""
+    """Returns the test images that the page shows as data URIs, keyed by row."""
     galleries = [gallery for gallery in facts["galleries"].values() if isinstance(gallery, list)]
     rows = {example["row"] for gallery in galleries for example in gallery}
     rows.update(*(pair["rows"] for pair in facts["confused_pairs"]))
@@ -70,9 +70,9 @@ def thumbnails(facts: Facts, images: np.ndarray) -> dict[int, str]:
 
 
 def sheets(
-    program: Program, variables: Variables, galleries: Facts, trained_on: np.ndarray, images: np.ndarray
+    program: Program, variables: Variables, galleries: Facts, augmented_images: np.ndarray, images: np.ndarray
 ) -> dict[str, bytes]:
-    """Draws the first filters, the `augmented` training images, and each gallery in the order of `metrics.json`.
+    """Draws the first layer's filters, `augmented` training images, and each gallery in the order of `metrics.json`.
 
     Sheets that do not apply to the run are left out.
     """
@@ -80,8 +80,8 @@ def sheets(
     filters = layers.first_filters(program, variables)
     if filters is not None:
         drawn["filters"] = png(sheet(colors(filters[:CHANNELS], float(np.abs(filters[:CHANNELS]).max())), 8), 12)
-    if len(trained_on):
-        drawn["augmented"] = png(sheet(trained_on[..., 0], 1 + VARIANTS, gap=2), 2)
+    if len(augmented_images):
+        drawn["augmented"] = png(sheet(augmented_images[..., 0], 1 + VARIANTS, gap=2), 2)
     for name, gallery in galleries.items():
         if isinstance(gallery, list) and gallery:
             digits = images[[example["row"] for example in gallery], :, :, 0]

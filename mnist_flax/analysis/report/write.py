@@ -53,9 +53,9 @@ def _pieces(run: Reported, facts: dict[str, Any], *, title: str) -> dict[str, by
     program, variables, images = run.predictor.program, run.predictor.members[0], run.splits.test.image
     galleries = facts["galleries"]
     activations, activation_pictures = pictures.draw_layer_inputs(program, variables, galleries, images)
-    rows, trained_on = pictures.augmented(run.config, run.splits)
+    rows, augmented_images = pictures.augmented(run.config, run.splits)
     facts = facts | {"augmented": rows.tolist(), "activations": activations}
-    files = pictures.sheets(program, variables, galleries, trained_on, images)
+    files = pictures.sheets(program, variables, galleries, augmented_images, images)
     svgs = plots.draw_all(facts)
     text = json.dumps(facts, indent=1, allow_nan=False) + "\n"
     shown_pictures = {
