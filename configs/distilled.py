@@ -1,6 +1,7 @@
 """The network of `accurate.py`, trained on the mean probabilities of three such networks (Hinton et al., 2015).
 
-Measured: 99.64 % test accuracy (n = 1), NLL 0.0090. First train the teacher, three networks of `accurate.py`:
+Measured: 99.70 +- 0.01 % test accuracy (mean and sd, n = 5), NLL 0.0091, ECE 0.11 %; 14 minutes of training on one CPU
+core. First train the teacher, three networks of `accurate.py`:
 
     python -m mnist_flax.population --config=configs/accurate.py --seeds=3 --workdir=runs/accurate-seeds
     scripts/train --config=configs/distilled.py
