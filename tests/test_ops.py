@@ -95,7 +95,7 @@ def test_winograd_matrices_are_exact(kernel_size: int, output_size: int) -> None
     x, w = generator.normal(size=size), generator.normal(size=kernel_size)
     axis = winograd._winograd_axis(size, kernel_size, output_size, pad)
     y = axis.outputs @ ((axis.inputs @ x) * np.repeat(axis.kernel @ w, axis.tiles))
-    np.testing.assert_allclose(y, np.correlate(np.pad(x, pad), w, "valid"), rtol=0, atol=1e-11)
+    np.testing.assert_allclose(y, np.correlate(np.pad(x, pad), w, "valid"), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(("size", "points", "limit"), [(12, 7, 4e-6), (16, 9, 1e-5)])

@@ -158,7 +158,7 @@ def test_the_peers_can_follow_the_documented_commands() -> None:
     bench_peers = script("bench_peers")
     page = (ROOT / "docs" / "speed.md").read_text().replace("\\\n", " ")
     commands = [shlex.split(line) for line in page.splitlines() if line.startswith("python scripts/bench_peers.py")]
-    assert len(commands) == 2
+    assert len(commands) == 3
     for command in commands:
         overrides = [word.removeprefix("--config.") for word in command if word.startswith("--config.")]
         given = dict(word.removeprefix("--").split("=", 1) for word in command if word.startswith("--"))

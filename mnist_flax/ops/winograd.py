@@ -49,7 +49,7 @@ def _winograd_axis(size: int, kernel_size: int, output_size: int, pad: int) -> _
         powers = np.array(finite)[:, None] ** np.arange(terms)
         return np.vstack([powers, np.eye(terms)[-1]])
 
-    filtering, weights, data = values(tile), values(kernel_size), np.linalg.inv(values(points)).T
+    filtering, weights, data = values(tile), values(kernel_size), _interpolation(np.array(finite))
     # The three rows of a point can be rescaled if their product stays the same. Balanced norms reduce rounding errors.
     norms = [np.linalg.norm(m, axis=1, keepdims=True) for m in (filtering, weights, data)]
     scale = np.sqrt(norms[0] * norms[1] * norms[2])
@@ -63,6 +63,17 @@ def _winograd_axis(size: int, kernel_size: int, output_size: int, pad: int) -> _
         for i in range(min(tile, output_size - t * tile)):
             outputs[t * tile + i, :, t] = filtering[:, i]
     return _Axis(tiles, inputs.reshape(-1, size), weights, outputs.reshape(output_size, -1))
+
+
+def _interpolation(finite: np.ndarray) -> np.ndarray:
+    """Returns the Lagrange polynomials of the points, with infinity last: their coefficients, `f64[points,points]`.
+
+    This is the transposed inverse of the matrix that evaluates a polynomial at the points. `np.linalg.inv` would lose
+    four digits with nine points, and round differently on different CPUs.
+    """
+    others = [np.delete(finite, i) for i in range(len(finite))]
+    rows = [np.poly(rest) / np.prod(point - rest) for point, rest in zip(finite, others, strict=True)]
+    return np.vstack([*(np.append(row[::-1], 0.0) for row in rows), np.poly(finite)[::-1]])
 
 
 def is_faster(kernel_shape: Sequence[int], window: Window) -> bool:
