@@ -116,9 +116,9 @@ def over_runs(steps: Callable[..., Any], mesh: Mesh, num_runs: int) -> Callable[
     return on_device
 
 
-def epochs_per_order(program: Program, epochs_per_dispatch: int) -> int:
+def epochs_per_order(epochs: int, epochs_per_dispatch: int) -> int:
     """Returns the number of epochs in one `order`, which is the most that a call can train."""
-    return max(1, min(epochs_per_dispatch, program.num_steps // program.steps_per_epoch))
+    return max(1, min(epochs_per_dispatch, epochs))
 
 
 def scan_steps(job: Job, states: TrainState) -> Advance:
@@ -128,7 +128,7 @@ def scan_steps(job: Job, states: TrainState) -> Advance:
     everywhere, by_run = sharding.replicated(mesh), _run_sharding(mesh, num_runs)
     # Orders are [M,S,B]: a single run is split along the batch, several along the runs.
     by_order = sharding.split(mesh, axis=2) if num_runs == 1 else by_run
-    num_epochs = epochs_per_order(program, job.epochs_per_dispatch)
+    num_epochs = epochs_per_order(program.num_steps // program.steps_per_epoch, job.epochs_per_dispatch)
     steps_per_order = num_epochs * program.steps_per_epoch
     root_keys = [rng.root_key(seed) for seed in job.seeds]
     rows = [jax.device_put(of_run) for of_run in job.rows]

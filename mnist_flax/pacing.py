@@ -30,7 +30,7 @@ def next_stop(config: Config, step: int) -> int:
 
 def steps_per_order(config: Config) -> int:
     """Returns the number of steps of an epoch, or of the `epochs_per_dispatch` epochs of one call."""
-    return epochs_per_order(config.program, config.train.epochs_per_dispatch) * config.steps_per_epoch
+    return epochs_per_order(config.train.epochs, config.train.epochs_per_dispatch) * config.steps_per_epoch
 
 
 def is_save_due(config: Config, step: int) -> bool:

@@ -24,8 +24,6 @@ def main(_: Sequence[str]) -> None:
     if FLAGS.compare:
         print(comparison_text(FLAGS.compare))
         return
-    if (FLAGS.seeds is None) == (FLAGS.folds is None):
-        raise ConfigError("give either --seeds=M or --folds=K, such as --seeds=10")
     config = cli.config()
     workdir = cli.training_workdir(f"-seeds{FLAGS.seeds}" if FLAGS.seeds else f"-folds{FLAGS.folds}")
     from mnist_flax import train

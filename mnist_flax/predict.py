@@ -78,7 +78,7 @@ def print_answers(found: Sequence[str], outcomes: Iterable[tuple[str, Any]], wor
         print(line if values.json else reading.as_table(name, result, width, class_names), flush=True)
         if values.save_preprocessed:
             images = [digit.image for digit in result]
-            files.save_images(images, pathlib.Path(values.save_preprocessed), number, name)
+            files.save_images(images, cli.path(values.save_preprocessed), number, name)
     return failed
 
 

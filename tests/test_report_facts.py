@@ -14,7 +14,7 @@ from report_page import Page, gallery_items, made_up
 
 from mnist_flax import metrics
 from mnist_flax.analysis.report import facts, pictures, plots
-from mnist_flax.analysis.report.write import report_workdir, shown
+from mnist_flax.analysis.report.write import report_workdir
 from mnist_flax.config import Config
 from mnist_flax.data.registry import DATASETS
 
@@ -129,9 +129,3 @@ def test_colors_and_sheets_match_those_computed_by_hand() -> None:
     assert painted.tolist() == [[*pictures.POSITIVE, 128], [*pictures.NEGATIVE, 255], [*pictures.POSITIVE, 0]]
     tiles = pictures.sheet(np.arange(1, 4)[:, None, None] * np.ones((1, 2, 2), int), 2)
     assert tiles.tolist() == [[1, 1, 0, 2, 2], [1, 1, 0, 2, 2], [0] * 5, [3, 3, 0, 0, 0], [3, 3, 0, 0, 0]]
-
-
-def test_shown_path_does_not_reveal_parent_folders(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert shown(pathlib.Path("runs/default")) == "runs/default"
-    assert shown(pathlib.Path("/somewhere/else/runs/default")) == "default"

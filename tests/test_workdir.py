@@ -261,6 +261,12 @@ def test_removing_a_link_keeps_its_target(tmp_path: pathlib.Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_shown_path_does_not_reveal_parent_folders(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert workdirs.shown(pathlib.Path("runs/default")) == "runs/default"
+    assert workdirs.shown(pathlib.Path("/somewhere/else/runs/default")) == "default"
+
+
 def test_output_that_cannot_be_written_is_reported(tmp_path: pathlib.Path) -> None:
     assert workdirs.create_output(tmp_path / "a" / "b").is_dir()
     with pytest.raises(WorkdirError, match=r"--output=/proc/none: cannot be written \(.+\); name another folder"):

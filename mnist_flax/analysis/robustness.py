@@ -12,7 +12,6 @@ from mnist_flax.analysis import label_errors, novelty, statistics
 from mnist_flax.analysis.comparison import mcnemar
 from mnist_flax.analysis.corruptions import CORRUPTIONS, corrupt
 from mnist_flax.analysis.evaluation import Facts, Predictor, RunInfo, load_predictor, predict_logits
-from mnist_flax.analysis.report.write import shown
 from mnist_flax.analysis.run_data import load_data
 from mnist_flax.analysis.scores import accuracy_scores
 from mnist_flax.data import batches
@@ -161,7 +160,7 @@ def robustness_of_workdir(
     logits = predict_all(predictor, splits.test, corrupted)
     non_digits = novelty.non_digits(splits.test, data)
     facts = {
-        "workdir": shown(workdir),
+        "workdir": workdirs.shown(workdir),
         "dataset": splits.name,
         "dataset_fingerprint": splits.fingerprint,
         "trained_on": info.config.data.name,

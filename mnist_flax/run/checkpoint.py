@@ -19,7 +19,7 @@ from mnist_flax.step import TrainState, init_state
 
 logger = logging.getLogger(__name__)
 
-_UNREADABLE = {errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE}
+_UNREADABLE = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE}
 SCHEMA = 2  # the version of the checkpoint format; incremented when older programs cannot read it correctly
 
 # The schema of a record; `schema.mismatches` says how to read it.

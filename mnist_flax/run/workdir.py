@@ -172,6 +172,14 @@ def subfolder(workdir: pathlib.Path, *names: str, remedy: str = REMEDY_RESUME) -
     return folder
 
 
+def shown(path: pathlib.Path) -> str:
+    """Returns how a page names a folder: by its path inside the working directory, or else by its last part."""
+    absolute = path.absolute()
+    if absolute.is_relative_to(pathlib.Path.cwd()):
+        return absolute.relative_to(pathlib.Path.cwd()).as_posix()
+    return absolute.name
+
+
 def create_output(folder: pathlib.Path) -> pathlib.Path:
     """Creates the folder that `--output` names if it is missing, and returns it.
 

@@ -27,7 +27,7 @@ def write_report(run: Reported, workdir: pathlib.Path, folder: pathlib.Path | No
     Raises:
       WorkdirError: the folder cannot be written.
     """
-    place = shown(folder) if folder else f"{shown(workdir)}/{REPORT_FOLDER}"
+    place = workdirs.shown(folder) if folder else f"{workdirs.shown(workdir)}/{REPORT_FOLDER}"
     remedy = workdirs.REMEDY_RESUME if run.evaluated_by == "training" else workdirs.REMEDY_OUTPUT
     folder = folder or workdirs.subfolder(workdir, REPORT_FOLDER, remedy=remedy)
     facts = facts_lib.report_facts(run, layers.layers(run.predictor.program, run.predictor.members[0]))
@@ -35,16 +35,16 @@ def write_report(run: Reported, workdir: pathlib.Path, folder: pathlib.Path | No
     has_page = folder.parent == workdir and (workdir / "demo.html").is_file() and run.step == run.summary.get("steps")
     facts["draw"] = "../demo.html" if has_page else ""
     facts["command"] = repeat_command(place, workdir, run.fork)
-    for name, content in _pieces(run, facts, title=shown(workdir)).items():
+    for name, content in _pieces(run, facts, title=workdirs.shown(workdir)).items():
         workdirs.write_bytes(folder / name, content, remedy=remedy)
     return folder / "index.html"
 
 
 def repeat_command(place: str, workdir: pathlib.Path, fork: Mapping[str, Any] | None) -> str:
     """Returns the command that trains the run again, with the config in the folder `place`."""
-    arguments = [f"--config={place}/config.py", f"--workdir={shown(workdir)}-again"]
+    arguments = [f"--config={place}/config.py", f"--workdir={workdirs.shown(workdir)}-again"]
     if fork:
-        arguments.append(f"--fork={shown(pathlib.Path(fork['workdir']))}")
+        arguments.append(f"--fork={workdirs.shown(pathlib.Path(fork['workdir']))}")
     return shlex.join(["python", "-m", "mnist_flax.main", *arguments])
 
 
@@ -103,11 +103,3 @@ def report_workdir(
     fork = info.runs[0].record["origin"]["fork"]
     run = Reported(info.config, predictor, splits, evaluation, records, step, summary, fork, evaluated_by="report")
     return write_report(run, workdir, folder)
-
-
-def shown(path: pathlib.Path) -> str:
-    """Returns how the page names a folder: by its path inside the working directory, or else by its last part."""
-    absolute = path.absolute()
-    if absolute.is_relative_to(pathlib.Path.cwd()):
-        return absolute.relative_to(pathlib.Path.cwd()).as_posix()
-    return absolute.name
