@@ -117,15 +117,15 @@ def open_member(
     else:
         state, origin = begin(config, fork)
         record = {"origin": origin | {"teacher": teacher.origin if teacher else None, "setup": setup}}
-    is_finished = found is not None and is_complete(config, record["step"], workdir)
-    if is_finished:
-        announce_finished(config, workdir)
-    writes = is_primary and not is_finished
+    summary = finished_summary(config, record["step"], workdir) if found else {}
+    if summary:
+        announce_finished(config, workdir, summary)
+    writes = is_primary and not summary
     if writes:
         workdirs.write_text(workdir / workdirs.CONFIG, config.to_json())
     log = RunLog(config, workdir, record, learning_rate=jit_schedule(config), writes=writes)
     holdout = splits.train.select(holdout_rows)
-    return Member(config, workdir, rows, holdout, store, state, log, is_finished, teacher, in_population)
+    return Member(config, workdir, rows, holdout, store, state, log, bool(summary), teacher, in_population)
 
 
 def setup_of(config: Config, *, in_population: bool) -> dict[str, str]:
@@ -146,16 +146,15 @@ def _compiled_schedule(_: Schedule, config: OptimizerConfig, num_steps: int, ste
     return jax.jit(schedule(config, num_steps, steps_per_epoch))
 
 
-def is_complete(config: Config, step: int, workdir: pathlib.Path) -> bool:
-    """Returns whether a run at `step` is finished: no step is left, and its summary, written last, is there."""
+def finished_summary(config: Config, step: int, workdir: pathlib.Path) -> dict[str, Any]:
+    """Returns the summary, written last, of a run that has no step left; an empty one if the run is not finished."""
     summary = workdirs.read_json(workdir / workdirs.SUMMARY)  # a damaged summary is written again
     are_numbers = isinstance(summary.get("epochs"), int) and isinstance(summary.get("test_accuracy"), float)
-    return step >= config.num_steps and summary.get("steps") == step and are_numbers
+    return summary if step >= config.num_steps and summary.get("steps") == step and are_numbers else {}
 
 
-def announce_finished(config: Config, workdir: pathlib.Path) -> None:
+def announce_finished(config: Config, workdir: pathlib.Path, summary: Mapping[str, Any]) -> None:
     """Logs the result of a finished run, and how to train further."""
-    summary = workdirs.read_json(workdir / workdirs.SUMMARY)
     more = f"start another run with --fork={workdir}" if config.length_matters else "raise --config.train.epochs"
     what = f"{summary['epochs']} epochs, test accuracy {summary['test_accuracy']:.2%}"
     logger.info(
@@ -218,9 +217,9 @@ def check_origin(
             f"{workdir}: holds a run with a different teacher: {old} then, {new} now; to continue that run, set"
             " config.train.teacher to where its teacher is, or to '' for none; or name another --workdir"
         )
-    there, here = origin["versions"] | (origin.get("setup") or setup), versions() | setup
-    differing = [name for name in there | here if there.get(name) != here.get(name)]
-    if changed := [f"{name} {there.get(name)} -> {here.get(name)}" for name in differing]:
+    before, now = origin["versions"] | (origin.get("setup") or setup), versions() | setup
+    differing = [name for name in before | now if before.get(name) != now.get(name)]
+    if changed := [f"{name} {before.get(name)} -> {now.get(name)}" for name in differing]:
         logger.warning("this run began with another setup; its last bits may differ: %s", ", ".join(changed))
 
 

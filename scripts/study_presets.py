@@ -5,7 +5,8 @@ Each finished run appends one JSON line: the fields that differ from the preset,
     python scripts/study_presets.py --jobs=jobs.jsonl --output=scripts/results/study_presets.jsonl
 
 A job is a JSON object such as {"preset": "default", "seed": 1, "train__label_smoothing": 0.0}. "block": 0 to 5 holds
-out a sixth of the file, in order: rows 0 to 9,999, and so on.
+out a sixth of the file, in order: rows 0 to 9,999, and so on. The optimizer `lookahead` exists only here: it is Muon
+with lookahead.
 """
 
 import argparse
@@ -13,10 +14,12 @@ import dataclasses
 import json
 import pathlib
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 from mnist_flax import drivers, preset, rng
 from mnist_flax.analysis.calibration import calibration_scores, fit_temperature
@@ -27,11 +30,43 @@ from mnist_flax.data.load import load_splits
 from mnist_flax.data.splits import Splits
 from mnist_flax.distillation import load_teacher
 from mnist_flax.errors import UserError
+from mnist_flax.optimizer import OPTIMIZERS, Optimizer
 from mnist_flax.run import compilation
 from mnist_flax.run.provenance import provenance
 from mnist_flax.step import eval_variables
 
 BLOCKS = np.arange(60_000, dtype=np.int32).reshape(6, 10_000)
+
+
+class LookaheadState(NamedTuple):
+    """The state of the inner rule, the slow weights, and the number of updates, `i32[]`."""
+
+    inner: Any
+    slow: Any
+    num_updates: jax.Array
+
+
+def lookahead(inner: optax.GradientTransformation, every: int = 5, pull: float = 0.5) -> optax.GradientTransformation:
+    """Zhang et al. (2019): after every few updates, the weights return half of the way to where they were before."""
+
+    def update(grads: Any, state: LookaheadState, params: Any = None) -> tuple[Any, LookaheadState]:
+        updates, inner_state = inner.update(grads, state.inner, params)
+        num_updates = state.num_updates + 1
+        is_due = num_updates % every == 0
+        fast = optax.apply_updates(params, updates)
+        slow = jax.tree.map(lambda old, new: jnp.where(is_due, old + pull * (new - old), old), state.slow, fast)
+        to_slow = jax.tree.map(lambda old, new, step: jnp.where(is_due, new - old, step), params, slow, updates)
+        return to_slow, LookaheadState(inner_state, slow, num_updates)
+
+    return optax.GradientTransformation(
+        lambda params: LookaheadState(inner.init(params), jax.tree.map(jnp.copy, params), jnp.zeros((), jnp.int32)),
+        update,
+    )
+
+
+OPTIMIZERS["lookahead"] = Optimizer(
+    lambda config, rate: lookahead(OPTIMIZERS["muon"].make(config, rate)), OPTIMIZERS["muon"].fields
+)
 
 
 def scores(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
