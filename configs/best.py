@@ -1,7 +1,6 @@
-"""The residual network of `accurate.py`, 1.5 times as wide: the most accurate and best calibrated network here.
+"""The residual network of `accurate.py`, twice as wide, with elastic distortions: the most accurate network here.
 
-Measured: 99.72 +- 0.03 % test accuracy (mean and sd, n = 5), NLL 0.0083, ECE 0.09 %;
-19 minutes of training on one CPU core. `docs/accuracy.md` says what was compared on hold-out rows.
+`docs/accuracy.md` says what was compared on hold-out rows.
 
     scripts/train --config=configs/best.py
 """
@@ -14,6 +13,7 @@ from mnist_flax.preset import preset_dict
 def get_config() -> ConfigDict:
     """Returns what differs from `accurate.py`."""
     config = preset_dict("accurate")
-    config.model.stem_width = 24
-    config.model.widths = (48, 96, 192)
+    config.model.stem_width = 32
+    config.model.widths = (64, 128, 256)
+    config.augment.elastic = 1.0
     return config
