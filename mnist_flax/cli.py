@@ -92,6 +92,13 @@ def define_run(subject: str = "the folder of a run or a population", output: str
         FLAGS.register_key_flag_for_module(sys.argv[0], FLAGS[name])  # so that --help shows it
 
 
+def define_counts(name: str, default: str, text: str) -> None:
+    """Defines a flag for a list of positive whole numbers, such as `--batch_sizes=64,256`."""
+    flags.DEFINE_list(name, default, text)
+    are_counts = "must be positive whole numbers, with commas between them"
+    flags.register_validator(name, lambda values: all(value.isdecimal() and int(value) for value in values), are_counts)
+
+
 def data_overrides() -> dict[str, Any]:
     """Returns the values of `DATA_FIELDS` that are given on the command line."""
     given = {field: FLAGS[f"config.{field}"].value for field in DATA_FIELDS}

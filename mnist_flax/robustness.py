@@ -37,7 +37,11 @@ def main(_: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     cli.define_run(output="the folder to write to; default: --workdir")
-    flags.DEFINE_string("compare", None, "another run or population to compare with, at its latest or best checkpoint")
+    flags.DEFINE_string(
+        "compare",
+        None,
+        "another run or population, to compare with at its latest checkpoint, or its best with --checkpoint=best",
+    )
     flags.DEFINE_integer("severity", 0, "of the corruptions, 1 to 5; 0: as in MNIST-C", lower_bound=0, upper_bound=5)
     flags.DEFINE_boolean("json", False, "print robustness.json instead of a table")
     cli.run(main)

@@ -285,11 +285,11 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     cli.define_config()
-    flags.DEFINE_list("batch_sizes", "64,256,1024", "train.batch_size, over all devices together")
+    cli.define_counts("batch_sizes", "64,256,1024", "train.batch_size, over all devices together")
     flags.DEFINE_list("dtypes", "float32,bfloat16", "model.dtype")
     flags.DEFINE_list("drivers", "scan,stream", "train.driver")
-    flags.DEFINE_list("devices", "", "train.num_devices; if not given, 1, 2, 4 and so on")
-    flags.DEFINE_list("members", "8", "members of a population on each device, each with that batch size")
+    cli.define_counts("devices", "", "train.num_devices; if not given, 1, 2, 4 and so on")
+    cli.define_counts("members", "8", "members of a population on each device, each with that batch size")
     flags.DEFINE_integer("images", 60_000, "images per epoch; one call trains one epoch", lower_bound=1)
     flags.DEFINE_integer("repeats", 5, "how often each is timed", lower_bound=1)
     flags.DEFINE_string("picture", "bench_accelerator.png", "where the picture goes; empty means none")

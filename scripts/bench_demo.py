@@ -200,7 +200,7 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "the folder of a trained run", required=True)
-    flags.DEFINE_integer("digits", 500, "test images that are redrawn")
-    flags.DEFINE_integer("pages", 15, "pages that are opened anew")
-    flags.DEFINE_integer("updates", 200, "movements of the pen")
+    flags.DEFINE_integer("digits", 500, "test images that are redrawn", lower_bound=1)
+    flags.DEFINE_integer("pages", 15, "pages that are opened anew", lower_bound=1)
+    flags.DEFINE_integer("updates", 200, "movements of the pen", lower_bound=1)
     cli.run(main)

@@ -117,7 +117,7 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     cli.define_config()
-    flags.DEFINE_list("batch_sizes", "1,16,64,250,500,1000", "for images/s")
+    cli.define_counts("batch_sizes", "1,16,64,250,500,1000", "for images/s")
     flags.DEFINE_integer("repeats", 9, "how often each evaluation and batch size is timed", lower_bound=1)
     flags.DEFINE_integer("latencies", 1000, "single images that are timed", lower_bound=1)
     cli.run(main)

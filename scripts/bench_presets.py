@@ -35,9 +35,9 @@ def bench(name: str, seeds: Sequence[int], target: float = 0.0) -> dict[str, Any
     from mnist_flax.train import fit
 
     summaries = []
+    config = preset.load_config(preset.find_preset(name))
     for seed in seeds:
         with tempfile.TemporaryDirectory() as folder:
-            config = preset.load_config(preset.find_preset(name))
             off = {"train__tensorboard": False, "train__report": False, "train__demo": False}
             quick = replace(config, seed=seed, data__on_missing="error", **off)
             fit(quick, pathlib.Path(folder, "run"))
@@ -72,6 +72,8 @@ def main(argv: Sequence[str]) -> None:
     del argv
     seeds = range(flags.FLAGS.first_seed, flags.FLAGS.first_seed + flags.FLAGS.seeds)
     for name in flags.FLAGS.presets:
+        preset.find_preset(name)  # a misspelt name must not cost the results of the others
+    for name in flags.FLAGS.presets:
         print(json.dumps(bench(name, seeds, flags.FLAGS.target)), flush=True)
 
 
@@ -79,5 +81,5 @@ if __name__ == "__main__":
     flags.DEFINE_list("presets", "default", "names of files in configs/")
     flags.DEFINE_integer("seeds", 5, "how many seeds", lower_bound=1)
     flags.DEFINE_float("target", 0.0, "a test accuracy, such as 0.99, to count the runs that reach it", 0.0, 1.0)
-    flags.DEFINE_integer("first_seed", 0, "the first of them", lower_bound=0)
+    flags.DEFINE_integer("first_seed", 0, "the first seed", lower_bound=0)
     cli.run(main)

@@ -146,6 +146,6 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     cli.define_config()
     flags.DEFINE_list("drivers", "scan,stream", "train.driver")
-    flags.DEFINE_list("batch_sizes", "64", "train.batch_size")
+    cli.define_counts("batch_sizes", "64", "train.batch_size")
     flags.DEFINE_integer("repeats", 9, "how often each is timed", lower_bound=1)
     cli.run(main)

@@ -45,8 +45,8 @@ def blotches(shape: tuple[int, ...], scale: float, random: np.random.Generator) 
     return (values - values.mean()) / max(float(values.std()), 1e-6)
 
 
-def write_sheet(images: Array, kind: str, random: np.random.Generator) -> tuple[Array, float]:
-    """Writes digits in one line on a sheet; returns the ink coverage, `f32[H,W]`, and the digit size in pixels."""
+def write_sheet(images: Array, kind: str, random: np.random.Generator) -> Array:
+    """Writes digits in one line on a sheet; returns the ink coverage, `f32[H,W]`."""
     size = float(random.uniform(70, 200))
     pitch = size * random.uniform(1.1, 1.7)
     roomy = 0.3 if kind == "grid" else 0.8
@@ -67,7 +67,7 @@ def write_sheet(images: Array, kind: str, random: np.random.Generator) -> tuple[
         cover = np.maximum(cover, form_cells(cover.shape, size, pitch, left, middle, len(images), random))
     elif kind == "grid":
         cover = np.maximum(cover, printed_grid(cover.shape, size, random))
-    return cover, size
+    return cover
 
 
 def form_cells(
@@ -149,7 +149,7 @@ def hard_shadow(shape: tuple[int, ...], random: np.random.Generator) -> Array:
 
 def photograph(kind: str, images: Array, random: np.random.Generator) -> bytes:
     """Writes a line of digits and photographs it, `u8[N,28,28]` -> the bytes of a JPEG."""
-    cover, _ = write_sheet(images, kind, random)
+    cover = write_sheet(images, kind, random)
     light = random.uniform(0.75, 1.0)
     paper = np.clip(light - random.uniform(0, 0.12, 3), 0, 1)
     pen = np.clip(paper.mean() * random.uniform(0.1, 0.45) + random.uniform(-0.05, 0.1, 3), 0, 1)

@@ -93,7 +93,7 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     cli.define_config()
-    flags.DEFINE_float("share", 0.01, "the share of the training labels that are flipped", lower_bound=1e-4)
+    flags.DEFINE_float("share", 0.01, "the share of the training labels that are flipped", 1e-4, 1.0)
     flags.DEFINE_boolean("known", False, "train on folds of the test rows, and look for the labels known to be wrong")
     flags.DEFINE_integer("folds", 4, "parts of the rows, each predicted by the others", lower_bound=2)
     flags.DEFINE_string(

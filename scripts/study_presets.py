@@ -9,19 +9,20 @@ out a sixth of the file, in order: rows 0 to 9,999, and so on. The optimizer `lo
 with lookahead.
 """
 
-import argparse
 import dataclasses
 import json
 import pathlib
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import flags
 
-from mnist_flax import drivers, preset, rng
+from mnist_flax import cli, drivers, preset, rng
 from mnist_flax.analysis.calibration import calibration_scores, fit_temperature
 from mnist_flax.analysis.evaluation import make_predictor, predict_logits
 from mnist_flax.config import Config, replace
@@ -115,15 +116,12 @@ def run(config: Config, splits: Splits, block: int | None) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(_: Sequence[str]) -> None:
     """Runs the jobs in a file one after the other; the file may grow in the meantime."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=pathlib.Path, required=True)
-    parser.add_argument("--output", type=pathlib.Path, required=True)
-    args = parser.parse_args()
+    jobs, output = pathlib.Path(flags.FLAGS.jobs), pathlib.Path(flags.FLAGS.output)
     compilation.keep_programs()
     done = 0
-    while len(lines := args.jobs.read_text().splitlines()) > done:
+    while len(lines := jobs.read_text().splitlines()) > done:
         job = json.loads(lines[done])
         done += 1
         fields = {
@@ -134,9 +132,11 @@ def main() -> None:
         config = replace(preset.load_config(preset.find_preset(job["preset"])), **fields)
         made = provenance()
         result = {**job, **run(config, load_splits(config.data), job.get("block")), **made}
-        with args.output.open("a") as file:
+        with output.open("a") as file:
             file.write(json.dumps(result) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    flags.DEFINE_string("jobs", None, "a file with one JSON object for each run", required=True)
+    flags.DEFINE_string("output", None, "the file that the results are appended to", required=True)
+    cli.run(main)

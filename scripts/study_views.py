@@ -5,14 +5,14 @@
 Prints one JSON line for each set: the errors, the loss, and the loss with the temperature that fits these rows best.
 """
 
-import argparse
 import dataclasses
 import json
-import pathlib
+from collections.abc import Sequence
 
 import numpy as np
+from absl import flags
 
-from mnist_flax import metrics
+from mnist_flax import cli, metrics
 from mnist_flax.analysis.calibration import calibration_scores, fit_temperature
 from mnist_flax.analysis.evaluation import load_predictor, predict_logits
 from mnist_flax.analysis.run_data import load_data, select_examples
@@ -48,18 +48,15 @@ def viewed(images: np.ndarray, view: View) -> np.ndarray:
     return np.clip(np.rint(moved), 0, 255).astype(np.uint8)[..., None]
 
 
-def main() -> None:
+def main(_: Sequence[str]) -> None:
     """Scores every set."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=pathlib.Path, required=True)
-    parser.add_argument("--rows", type=int, default=10**9, help="use only the first rows that are held out")
-    args = parser.parse_args()
-    predictor, info = load_predictor(args.workdir)
+    workdir = cli.workdir()
+    predictor, info = load_predictor(workdir)
     examples = select_examples(*load_data(info.config, info.fingerprint, {}), "holdout")
-    images, labels = examples.image[: args.rows], examples.label[: args.rows]
+    images, labels = examples.image[: flags.FLAGS.rows], examples.label[: flags.FLAGS.rows]
     single = dataclasses.replace(predictor, views=1, temperature=1.0)
     logits = {view: predict_logits(single, viewed(images, view)) for view in {*sum(SETS.values(), ())}}
-    made = {"workdir": args.workdir.name, **provenance()}
+    made = {"workdir": workdir.name, **provenance()}
     for name, views in SETS.items():
         together = metrics.log_mean_probabilities(np.stack([logits[view] for view in views])).astype(np.float32)
         temperature = fit_temperature(together, labels)
@@ -75,4 +72,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    flags.DEFINE_string("workdir", None, "the folder of a run")
+    flags.DEFINE_integer("rows", None, "use only the first rows that are held out", lower_bound=1)
+    cli.run(main)

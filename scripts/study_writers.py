@@ -7,12 +7,13 @@ within 10, 50, 200, 1,000 and 5,000 rows of each other (`share`), and how often 
 (`chance`). One JSON line for each split.
 """
 
-import argparse
 import datetime
 import json
+from collections.abc import Sequence
 
 import numpy as np
 
+from mnist_flax import cli
 from mnist_flax.data.load import load_splits
 from mnist_flax.data.splits import Examples
 from mnist_flax.sections import DataConfig
@@ -34,9 +35,8 @@ def neighbour_distances(examples: Examples) -> np.ndarray:
     return np.concatenate(distances)
 
 
-def main() -> None:
+def main(_: Sequence[str]) -> None:
     """Prints the shares for both splits of MNIST."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     splits = load_splits(DataConfig(on_missing="error"))
     for name, examples in (("train", splits.train), ("test", splits.test)):
         distances, count = neighbour_distances(examples), len(examples.label)
@@ -47,4 +47,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -248,6 +248,7 @@ def test_training_writes_a_page_that_compares_the_first_checkpoint_with_the_last
     fit(config, tmp_path / "run")
     page = (tmp_path / "run" / "demo.html").read_text()
     assert "averages 5 shifted views of the image" in page
+    assert f"The probabilities of step {config.num_steps} (end) are calibrated on images held out" in page
     data = json.loads(re.findall(r'id="data">(.*?)</script>', page)[0])
     steps = [config.num_steps, config.steps_per_epoch]
     assert [entry["title"] for entry in data["checkpoints"]] == [f"step {steps[0]} (end)", f"step {steps[1]}"]

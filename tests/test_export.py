@@ -13,6 +13,7 @@ import flax.linen as nn
 import forked
 import numpy as np
 import pytest
+import small_population
 import tiny_run
 from jax import Array
 
@@ -132,7 +133,7 @@ def test_what_a_library_does_not_support_gives_one_message(
 
 
 def test_an_export_is_verified_on_other_digits_without_the_runs_data(
-    workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def load_data(*_: Any) -> None:
         raise DataError("no data")
@@ -140,6 +141,7 @@ def test_an_export_is_verified_on_other_digits_without_the_runs_data(
     monkeypatch.setattr(formats, "load_data", load_data)
     exported = export_workdir(workdir, "npz", overrides={})
     assert "over 1,000 of scikit-learn's digits, because digits cannot be loaded here" in exported.line()
+    assert "no data" in caplog.messages  # why
     with pytest.raises(DataError, match="no data"):  # not for data that the user has named
         export_workdir(workdir, "npz", overrides={"data.raw_dir": "/typo"})
 
@@ -229,6 +231,15 @@ def test_the_model_card_shows_results_of_the_same_network_and_data(
         result |= {"run": {"step": result["step"]}} if name.startswith("report") else {}
         (workdir / name).write_text(json.dumps(result))
         assert (shown in card.text(workdir, predictor, info)) == (not changed)
+
+
+def test_the_model_card_of_a_population_names_all_seeds_and_its_rows() -> None:
+    seeds, folds = (
+        card.text(folder, *load_predictor(folder)) for folder in (small_population.seeds(), small_population.folds())
+    )
+    assert "| seed | 3, 4, 5 |" in seeds and "| rows trained on | 200 |" in seeds and "| rows held out | 20 |" in seeds
+    assert "| seed | 3, 4, 5 |" in folds and "| rows trained on | 220, each network without its fold |" in folds
+    assert "rows held out" not in folds
 
 
 @pytest.mark.parametrize("name", ["summary.json", *RESULTS])

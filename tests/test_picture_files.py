@@ -4,6 +4,7 @@ import pathlib
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mnist_flax.pictures import files, pool
 from mnist_flax.pictures.decode import PictureError
@@ -40,3 +41,14 @@ def test_unreadable_file_is_refused(tmp_path: pathlib.Path) -> None:
         files.read_file(str(tmp_path / ("a" * 300)))
     with pytest.raises(PictureError, match=r"cannot be read"):
         files.read_file("a\0b")
+
+
+def test_picture_that_needs_too_much_memory_is_not_called_damaged(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    Image.fromarray(np.zeros((28, 28), np.uint8)).save(tmp_path / "1.png")
+    monkeypatch.setattr("mnist_flax.pictures.decode._to_grey", fail)
+    assert "needs more memory than there is" in str(pool.read_one(str(tmp_path / "1.png"), read_digits))

@@ -311,6 +311,9 @@ def test_find_files_expands_folders_and_patterns(folder: pathlib.Path, tmp_path:
         str(folder / "notes.txt"),
     ]
     assert list(files.find_files([str(folder / "**" / "*.gif")])) == pictures[2:]
+    for pattern in ("**", "**/*"):  # also matches the folders that hold the pictures
+        found = list(files.find_files([str(folder / pattern)]))
+        assert sorted(name for name in found if not name.endswith(".txt")) == pictures
     assert list(files.find_files(["-", "gone.png", str(tmp_path)])) == ["-", "gone.png", str(tmp_path)]
     assert list(files.find_files([str(tmp_path / "*"), str(tmp_path.parent / f"{tmp_path.name}*")])) == [
         str(tmp_path / "*"),

@@ -116,6 +116,19 @@ def test_plots_are_deterministic_and_leave_matplotlib_unchanged() -> None:
     assert "matplotlib.pyplot" not in sys.modules
 
 
+@pytest.mark.parametrize(("low", "high"), [(0.0263, 0.047), (2e-4, 3e-4), (0.9, 2.4), (0.001, 3.0)])
+def test_curves_have_labelled_ticks_however_narrow_their_range(low: float, high: float) -> None:
+    with plots.new_figure(3, 3) as figure:
+        axes = figure.subplots()
+        axes.set_yscale("log")
+        axes.set_ylim(low, high)
+        plots.decimal_ticks(axes, "loss")
+        labels = [label.get_text() for label in axes.get_yticklabels()]
+        assert 2 <= len(labels) <= 8
+        np.testing.assert_allclose([float(label) for label in labels], axes.get_yticks(), rtol=1e-5)
+        assert low <= axes.get_yticks().min() and axes.get_yticks().max() <= high
+
+
 def test_calibration_is_shown_with_and_without_temperature(tmp_path: pathlib.Path) -> None:
     numbers, text = made_up(tmp_path / "run", "kmnist", examples=2000, temperature=1.8)
     assert numbers["test"]["temperature"] == 1.8

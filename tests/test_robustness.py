@@ -156,12 +156,46 @@ def test_the_command_writes_facts_and_a_page_for_folds_too(tmp_path: pathlib.Pat
     assert facts["compare"]["interval"][0] < facts["compare"]["difference"] < facts["compare"]["interval"][1]
     page = (tmp_path / "out" / "robustness.html").read_text()
     assert page.count("data:image/png") >= 15 * 5 + len(facts["labels"]["listed"][:40])
-    assert f"A is {facts['workdir']}, B is {small_population.seeds()}" in page
+    assert f"A is {facts['workdir']}, B is {small_population.seeds().name}:" in page
+    assert str(small_population.seeds().parent) not in page  # nobody else's business
     table = robustness.robustness_table(facts).splitlines()
     ends = {line.index("p = ") for line in table if "p = " in line}
     assert len(ends) == 1  # one column, whether a corruption is affine or not
     assert "http" not in page
     assert not (workdir / "robustness.json").exists()
+
+
+def test_results_of_another_severity_or_dataset_do_not_replace_the_published_ones(tmp_path: pathlib.Path) -> None:
+    facts = {"severity": "published", "dataset": "emnist/digits", "trained_on": "emnist/digits"}
+    changes: tuple[dict[str, object], ...] = (
+        {},
+        {"severity": 2},
+        {"trained_on": "mnist"},
+        {"severity": 2, "trained_on": "mnist"},
+    )
+    for change in changes:
+        outcome = robustness.Outcome(facts | change, None, None, {})  # type: ignore[arg-type]  # only the facts are read
+        robustness.save_robustness(outcome, "", tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*.json")) == [
+        "robustness-emnist-digits.json",
+        "robustness-severity2-emnist-digits.json",
+        "robustness-severity2.json",
+        "robustness.json",
+    ]
+    assert json.loads((tmp_path / "robustness.json").read_text()) == facts
+    assert len(list(tmp_path.glob("*.html"))) == len(changes)
+
+
+def test_p_values_too_small_for_a_number_are_no_zeros() -> None:
+    row = {"accuracy": 0.5, "accuracy_interval": [0.4, 0.6], "loss": 1.0, "ece": 0.1, "affine": False}
+    mean = {"mean_accuracy": 0.5, "mean_accuracy_interval": [0.4, 0.6], "mean_loss": 1.0, "mean_ece": 0.1}
+    test = {"p": 0.0, "only_a_right": 100, "only_b_right": 3000}
+    facts = {
+        **{"dataset": "mnist", "examples": 10_000, "severity": "published", "clean": row, "corruptions": {"fog": row}},
+        **mean, "affine": mean, "others": mean, "no_digit": {"pictures": {}, "scores": {}},
+        "compare": {"with": "b", "corruptions": {"fog": test}, "interval": [0, 1], "difference": 0.5, "verdict": "b"},
+    }  # fmt: skip
+    assert "p < 1e-300" in robustness.robustness_table(facts)
 
 
 def test_the_command_refuses_what_makes_no_sense(tmp_path: pathlib.Path) -> None:

@@ -154,6 +154,10 @@ def test_a_recipe_that_the_peers_cannot_follow_is_refused(fields: dict[str, obje
         script("bench_peers").check(replace(SMALL, **fields))
 
 
+def test_the_peers_follow_any_seed() -> None:
+    script("bench_peers").check(replace(SMALL, seed=1))
+
+
 def test_the_peers_can_follow_the_documented_commands() -> None:
     bench_peers = script("bench_peers")
     page = (ROOT / "docs" / "speed.md").read_text().replace("\\\n", " ")

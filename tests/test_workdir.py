@@ -265,6 +265,7 @@ def test_shown_path_does_not_reveal_parent_folders(tmp_path: pathlib.Path, monke
     monkeypatch.chdir(tmp_path)
     assert workdirs.shown(pathlib.Path("runs/default")) == "runs/default"
     assert workdirs.shown(pathlib.Path("/somewhere/else/runs/default")) == "default"
+    assert workdirs.shown(pathlib.Path()) == tmp_path.name
 
 
 def test_output_that_cannot_be_written_is_reported(tmp_path: pathlib.Path) -> None:

@@ -54,7 +54,7 @@ def fit_doubt(logits: np.ndarray) -> float:
     """
     if len(logits) * FALSE_ALARMS < 1:
         return UNFITTED["doubtful_below"]
-    return float(np.quantile(np.exp(metrics.log_probabilities(logits).max(axis=-1)), FALSE_ALARMS))
+    return float(np.quantile(metrics.probabilities(logits).max(axis=-1), FALSE_ALARMS))
 
 
 def calibration_scores(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:

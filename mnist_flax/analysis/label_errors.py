@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mnist_flax import metrics
 from mnist_flax.analysis.evaluation import Facts
 
 NUM_LISTED = 100
@@ -43,8 +44,7 @@ def confident_joint(probs: np.ndarray, label: np.ndarray) -> ConfidentJoint:
     confident = np.where(probs >= thresholds, probs, -1.0)
     belongs = confident.argmax(axis=1)
     is_counted = confident.max(axis=1) >= 0
-    counts = np.zeros((num_classes, num_classes), np.int64)
-    np.add.at(counts, (label[is_counted], belongs[is_counted]), 1)
+    counts = metrics.confusion_matrix(label[is_counted], belongs[is_counted], num_classes)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     joint = shares * sizes[:, None] / count
     others = probs.copy()

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mnist_flax.analysis import label_errors, novelty, statistics
-from mnist_flax.analysis.comparison import mcnemar
+from mnist_flax.analysis.comparison import mcnemar, p_value
 from mnist_flax.analysis.corruptions import CORRUPTIONS, corrupt
 from mnist_flax.analysis.evaluation import Facts, Predictor, RunInfo, load_predictor, predict_logits
 from mnist_flax.analysis.run_data import load_data
@@ -22,6 +22,7 @@ from mnist_flax.run import workdir as workdirs
 from mnist_flax.sections import DataConfig
 
 ROBUSTNESS = "robustness.json"
+PUBLISHED = "published"  # in place of a severity: each corruption as strong as in MNIST-C
 OFFICIAL = "mnist_c"  # the folder of the published arrays, inside the folder of official files
 
 
@@ -169,15 +170,15 @@ def robustness_of_workdir(
         "checkpoint": checkpoint,
         "step": max(info.steps),
         "temperature": predictor.temperature,
-        "severity": severity or "published",
+        "severity": severity or PUBLISHED,
         **robustness_facts(logits, corrupted),
         "no_digit": novelty.novelty_facts(predictor, splits.test, _held_out(data, info, splits), non_digits),
     }
     if info.kind == "folds" and splits.name == info.config.data.name:
         facts["labels"] = label_errors.label_facts(statistics.load_arrays(workdir, info.kind))
-    if other:
+    if compare and other:
         theirs = predict_all(other[0], splits.test, corrupted)
-        facts["compare"] = {"with": str(compare), **compare_robustness(logits, theirs, corrupted.label)}
+        facts["compare"] = {"with": workdirs.shown(compare), **compare_robustness(logits, theirs, corrupted.label)}
     return Outcome(facts, predictor, splits, non_digits)
 
 
@@ -192,12 +193,17 @@ def _held_out(data: DataConfig, info: RunInfo, splits: Splits) -> Examples | Non
 def save_robustness(outcome: Outcome, page: str, folder: pathlib.Path) -> None:
     """Writes `robustness.json` and `robustness.html` into a folder.
 
+    Results that differ in the severity or the dataset from those of the model card have these in their names.
+
     Raises:
       WorkdirError: a file cannot be written.
     """
-    workdirs.write_text(folder / "robustness.html", page, remedy=workdirs.REMEDY_OUTPUT)
-    content = json.dumps(outcome.facts, indent=1, allow_nan=False) + "\n"
-    workdirs.write_text(folder / ROBUSTNESS, content, remedy=workdirs.REMEDY_OUTPUT)
+    facts, path = outcome.facts, folder / ROBUSTNESS
+    other = [f"severity{facts['severity']}"] if facts["severity"] != PUBLISHED else []
+    other += [facts["dataset"].replace("/", "-")] if facts["dataset"] != facts["trained_on"] else []
+    path = path.with_stem("-".join([path.stem, *other]))
+    workdirs.write_text(path.with_suffix(".html"), page, remedy=workdirs.REMEDY_OUTPUT)
+    workdirs.write_text(path, json.dumps(facts, indent=1, allow_nan=False) + "\n", remedy=workdirs.REMEDY_OUTPUT)
 
 
 def robustness_table(facts: Mapping[str, Any]) -> str:
@@ -212,7 +218,7 @@ def robustness_table(facts: Mapping[str, Any]) -> str:
         line = _row(name, row, "affine" if row["affine"] else "")
         if against:
             of_name = against["corruptions"][name]
-            line += f"  {of_name['only_b_right'] - of_name['only_a_right']:+6d}  p = {of_name['p']:.2g}"
+            line += f"  {of_name['only_b_right'] - of_name['only_a_right']:+6d}  {p_value(of_name)}"
         lines.append(line)
     lines.append("")
     for title, part in (

@@ -8,7 +8,7 @@ import jax
 from mnist_flax import metrics
 from mnist_flax.analysis.evaluation import POPULATION, Predictor, RunInfo
 from mnist_flax.analysis.report.write import REPORT_FOLDER
-from mnist_flax.analysis.robustness import ROBUSTNESS
+from mnist_flax.analysis.robustness import PUBLISHED, ROBUSTNESS
 from mnist_flax.analysis.scores import result_file
 from mnist_flax.config import Config, differences
 from mnist_flax.run import workdir as workdirs
@@ -27,9 +27,11 @@ def text(workdir: pathlib.Path, predictor: Predictor, info: RunInfo) -> str:
     data = {
         "dataset": config.data.name,
         "fingerprint": f"`{info.fingerprint}`",
-        "rows trained on": f"{config.num_train:,}",
-        "rows held out": f"{config.num_holdout:,}",
     }
+    if info.kind == "folds":
+        data["rows trained on"] = f"{config.num_rows:,}, each network without its fold"
+    else:
+        data |= {"rows trained on": f"{config.num_train:,}", "rows held out": f"{config.num_holdout:,}"}
     tables = {
         "Data": data,
         "Recipe": _recipe(predictor, info),
@@ -61,7 +63,7 @@ def _recipe(predictor: Predictor, info: RunInfo) -> dict[str, Any]:
         "parameters": f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} in each network",
         "updates": f"{max(info.steps):,}, of {config.num_steps:,} in {config.train.epochs} epochs",
         "batch size": config.train.batch_size,
-        "seed": config.seed,
+        "seed": ", ".join(str(run.config.seed) for run in info.runs),
         **changed,
         "precision of the exports": "float32" + f" (trained in {dtype})" * (dtype != "float32"),
     }
@@ -100,7 +102,7 @@ def _calibration(workdir: pathlib.Path, predictor: Predictor, info: RunInfo) -> 
 
 def _robustness(workdir: pathlib.Path, predictor: Predictor, info: RunInfo) -> dict[str, str]:
     result = _read(workdir / ROBUSTNESS, {"mean_accuracy": NUMBER, "corruptions": {"*": {"accuracy": NUMBER}}})
-    if not _is_of(result, predictor, info) or result.get("severity") != "published":
+    if not _is_of(result, predictor, info) or result.get("severity") != PUBLISHED:
         return {"under corruptions": "not measured; run `python -m mnist_flax.robustness --workdir=DIR`"}
     rows = {name: f"{row['accuracy']:.2%}" for name, row in result["corruptions"].items()}
     return {"mean accuracy under corruptions": f"{result['mean_accuracy']:.2%}", **rows}

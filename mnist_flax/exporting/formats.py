@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import json
+import logging
 import pathlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +22,8 @@ from mnist_flax.exporting.graph import ExportError
 from mnist_flax.exporting.inference import graph_of, in_float32
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.sections import DataConfig
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "export"
 STEM = "model"
@@ -130,9 +133,10 @@ def images_to_compare(info: RunInfo, overrides: Mapping[str, Any]) -> tuple[np.n
     try:
         _, splits = load_data(info.config, info.fingerprint, overrides)
         return splits.test.image[:NUM_IMAGES], f"test images of {splits.name}"
-    except DataError:
+    except DataError as error:
         if overrides:  # the user has named the data
             raise
+        logger.warning("%s", error)
         digits = load_splits(DataConfig(name="digits"))
         source = f"of scikit-learn's digits, because {info.config.data.name} cannot be loaded here"
         return digits.train.image[:NUM_IMAGES], source

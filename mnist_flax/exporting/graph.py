@@ -37,6 +37,7 @@ of each image). With N = 1, the size is k.
 """
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -137,9 +138,8 @@ class Builder:
         return name
 
     def _unique(self, name: str) -> str:
-        taken = (*self.nodes, *self.constants) if name in self.nodes or name in self.constants else ()
-        numbers = (i for i in range(1, len(taken) + 2) if f"{name}#{i}" not in taken)
-        return f"{name}#{next(numbers)}" if taken else name  # "#" occurs in no name of a variable or layer
+        candidates = itertools.chain([name], (f"{name}#{i}" for i in itertools.count(1)))  # "#" is in no other name
+        return next(name for name in candidates if name not in self.nodes and name not in self.constants)
 
 
 def trace(logits: Callable[[Any, jax.Array], jax.Array], variables: Any) -> Graph:

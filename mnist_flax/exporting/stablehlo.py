@@ -9,6 +9,7 @@ import numpy as np
 from jax import export
 
 from mnist_flax.analysis.evaluation import Predictor
+from mnist_flax.errors import reason
 from mnist_flax.exporting.graph import IMAGE_SHAPE, ExportError
 from mnist_flax.exporting.inference import in_float32, logits_of
 
@@ -32,10 +33,9 @@ def to_stablehlo(predictor: Predictor) -> bytes:
     try:
         exported = export.export(jax.jit(outputs), platforms=PLATFORMS)(images)
     except (TypeError, jax.errors.InconclusiveDimensionOperation) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ExportError(
-            f"the network cannot be traced for any number of images ({reason}); use x.shape[0] rather than len(x), and"
-            " let no size depend on the batch"
+            f"the network cannot be traced for any number of images ({reason(error)}); use x.shape[0] rather than"
+            " len(x), and let no size depend on the batch"
         ) from error
     return bytes(exported.serialize())
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from mnist_flax.errors import UserError
+from mnist_flax.errors import UserError, reason
 
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff")
@@ -71,9 +71,10 @@ def decode(content: bytes) -> Picture:
             foreign = {b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIC", b"avif": "AVIF"}.get(content[8:12])
             hint = f", but {foreign}; save it as JPEG" if foreign and content[4:8] == b"ftyp" else ""
             raise PictureError(f"is not a picture in a known format ({', '.join(FORMATS)}){hint}") from error
+        except MemoryError:  # `read_one` reports it
+            raise
         except Exception as error:  # decoders raise almost anything for a damaged file
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise PictureError(f"is damaged or incomplete ({reason})") from error
+            raise PictureError(f"is damaged or incomplete ({reason(error)})") from error
     if (shrink := max(grey.size) / _SIDE) > 1:
         width, height = (max(1, round(side / shrink)) for side in grey.size)
         grey = grey.resize((width, height), Image.Resampling.BOX)

@@ -23,14 +23,17 @@ def find_files(names: Sequence[str]) -> Iterator[str]:
     """Yields the files that the names stand for, with folders and glob patterns expanded in sorted order.
 
     A name that matches no file, or a folder without pictures, is yielded unchanged, so that opening it reports the
-    error.
+    error. A file that a pattern matches more than once is yielded once.
     """
     for name in names:
         is_pattern = glob.has_magic(name) and not os.path.exists(name)
         matches = sorted(glob.glob(name, recursive=True)) if is_pattern else []
+        found: dict[str, str] = {}  # by normalised path
         for match in matches or [name]:
             pictures = _in_folder(pathlib.Path(match)) if match != STDIN and os.path.isdir(match) else []
-            yield from pictures or [match]
+            for file in pictures or [match]:
+                found.setdefault(os.path.normpath(file), file)
+        yield from found.values()
 
 
 def _in_folder(folder: pathlib.Path) -> list[str]:

@@ -175,7 +175,7 @@ def subfolder(workdir: pathlib.Path, *names: str, remedy: str = REMEDY_RESUME) -
 def shown(path: pathlib.Path) -> str:
     """Returns how a page names a folder: by its path inside the working directory, or else by its last part."""
     absolute = path.absolute()
-    if absolute.is_relative_to(pathlib.Path.cwd()):
+    if absolute != pathlib.Path.cwd() and absolute.is_relative_to(pathlib.Path.cwd()):
         return absolute.relative_to(pathlib.Path.cwd()).as_posix()
     return absolute.name
 

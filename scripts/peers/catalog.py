@@ -101,7 +101,7 @@ def _as_followed(config: Config, peer: Peer) -> Config:
     """Returns the config with the fields that a peer does not support set to their defaults."""
     names = (*FOLLOWED, *(DISTORTIONS if peer.distorts else ()))
     fields = {name: getattr(getattr(config, name.split(".")[0]), name.split(".")[1]) for name in names}
-    followed = replace(Config(), **{name.replace(".", "__"): value for name, value in fields.items()})
+    followed = replace(Config(seed=config.seed), **{name.replace(".", "__"): value for name, value in fields.items()})
     if not peer.any_network:
         return followed
     own = {field.name for field in dataclasses.fields(config.model)}

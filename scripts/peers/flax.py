@@ -41,8 +41,8 @@ def optimizer(recipe: Recipe) -> optax.GradientTransformation:
     rate = recipe.learning_rate
     schedule: Any = rate
     if recipe.one_cycle:
-        rising, falling = recipe.start_fraction * rate, round(recipe.peak_at * recipe.num_steps)
-        schedule = optax.warmup_cosine_decay_schedule(rising, rate, falling, recipe.num_steps)
+        start, peak_step = recipe.start_fraction * rate, round(recipe.peak_at * recipe.num_steps)
+        schedule = optax.warmup_cosine_decay_schedule(start, rate, peak_step, recipe.num_steps)
     return optax.adamw(
         schedule, weight_decay=recipe.weight_decay, mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
     )

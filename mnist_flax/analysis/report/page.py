@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from mnist_flax.analysis.report.plots import MAX_CLASSES_WITH_TEXT
 from mnist_flax.templates import load_template, percent
 
 TEMPLATE = pathlib.Path(__file__).with_name("page.html.jinja")
@@ -40,7 +41,7 @@ def render_page(facts: Mapping[str, Any], pictures: Mapping[str, Any]) -> str:
         "filters": "filters" not in pictures["sheets"],
     }
     sections = [(name, title) for name, title in SECTIONS.items() if not missing.get(name)]
-    return template.render(**facts, **pictures, sections=sections)
+    return template.render(**facts, **pictures, sections=sections, max_classes_with_text=MAX_CLASSES_WITH_TEXT)
 
 
 def calibration_value(value: float, field: str) -> str:

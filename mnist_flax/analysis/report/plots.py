@@ -18,7 +18,7 @@ ROLES = {INK: "ink", MUTED: "muted", GRID: "grid", ON_FILL: "on-fill", BLUE: "bl
 WIDTH = 5.2  # inches (of 72 SVG units); about as wide as a phone, so that the text is not scaled down there
 MAX_CLASSES_WITH_TEXT = 12  # with more, the cells of the confusion matrix show no numbers
 
-_TITLES = {"loss": "Loss (cross-entropy, nats)", "accuracy": "Accuracy"}
+_AXIS_TITLES = {"loss": "Loss (cross-entropy, nats)", "accuracy": "Accuracy"}
 TITLES = {
     "loss": "Loss over the epochs, with the learning rate below",
     "accuracy": "Accuracy over the epochs, with the learning rate below",
@@ -115,7 +115,7 @@ def draw_all(facts: Mapping[str, Any]) -> dict[str, str]:
 def learning_curves(curves: Mapping[str, Any]) -> dict[str, str]:
     """Draws loss and accuracy over the epochs, with the learning rate below."""
     plots = {}
-    for field, title in _TITLES.items():
+    for field, title in _AXIS_TITLES.items():
         with new_figure(4.4) as figure:
             top, below = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1))
             _curve(top, curves, field)
@@ -194,7 +194,7 @@ def _bands(curves: Mapping[str, Any], field: str) -> str:
         decimal_ticks(axes, field)
         if field == "accuracy":
             axes.invert_yaxis()
-        axes.set_title(_TITLES[field], loc="left")
+        axes.set_title(_AXIS_TITLES[field], loc="left")
         axes.set_xlabel("Epoch (lines: mean of the members; bands: their range)")
         if axes.get_legend_handles_labels()[0]:  # runs of different lengths may share no point
             axes.legend()
@@ -202,10 +202,14 @@ def _bands(curves: Mapping[str, Any], field: str) -> str:
 
 
 def decimal_ticks(axes: Any, field: str) -> None:
-    """Labels a logarithmic axis at 1, 2 and 5 with plain numbers; for accuracy the axis is the error rate."""
+    """Labels a logarithmic axis with plain numbers, at 1, 2 and 5 if it is long; for accuracy it is the error rate."""
+    from matplotlib.ticker import MaxNLocator
+
     low, high = sorted(axes.get_ylim())
     ticks = [tick for k in range(-7, 4) for m in (1, 2, 5) if low <= (tick := m * 10.0**k) <= high]
-    if len(ticks) > 8:
+    if len(ticks) < 2:
+        ticks = [tick for tick in MaxNLocator(5).tick_values(low, high) if low <= tick <= high]
+    elif len(ticks) > 8:
         ticks = [tick for tick in ticks if f"{tick:e}"[0] == "1"]
     axes.set_yticks(ticks, [f"{y:.6g}" if field == "loss" else f"{100 * (1 - y):.6g} %" for y in ticks])
     axes.minorticks_off()

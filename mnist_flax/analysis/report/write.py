@@ -31,7 +31,7 @@ def write_report(run: Reported, workdir: pathlib.Path, folder: pathlib.Path | No
     remedy = workdirs.REMEDY_RESUME if run.evaluated_by == "training" else workdirs.REMEDY_OUTPUT
     folder = folder or workdirs.subfolder(workdir, REPORT_FOLDER, remedy=remedy)
     facts = facts_lib.report_facts(run, layers.layers(run.predictor.program, run.predictor.members[0]))
-    # The page shows the network of the last step.
+    # demo.html shows the network of the last step.
     has_page = folder.parent == workdir and (workdir / "demo.html").is_file() and run.step == run.summary.get("steps")
     facts["draw"] = "../demo.html" if has_page else ""
     facts["command"] = repeat_command(place, workdir, run.fork)
