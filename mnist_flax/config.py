@@ -74,6 +74,7 @@ class Config:
             raise ConfigError(message)
 
     def _check(self) -> Iterator[str]:
+        """Yields messages; the caller stops at the first one, because later checks rely on earlier ones."""
         yield from within("seed", self.seed, 0, 2**32 - 1)
         yield from among("data.name", self.data.name, DATASETS, is_registry=True)
         dataset = DATASETS[self.data.name]

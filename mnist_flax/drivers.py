@@ -52,7 +52,7 @@ class Job(NamedTuple):
 
 
 def job_mesh(program: Program, num_runs: int, num_devices: int) -> Mesh:
-    """Returns the mesh to train on: a single run's batches are split over its devices, several runs divided among them.
+    """Returns the mesh to train on: it splits the batches of a single run, or gives each device a share of the runs.
 
     Several runs use the largest number of devices that divides their number.
 
@@ -158,7 +158,7 @@ def scan_steps(job: Job, states: TrainState) -> Advance:
         step = int(jax.device_get(states.step)[0])
         count = sharding.place(np.int32(num_steps), everywhere)
         states, metrics = compiled(states, orders(step // steps_per_order), keys, shared, count)
-        return states, {name: column[:, :num_steps] for name, column in sharding.gather(metrics).items()}
+        return states, {name: column[:, :num_steps] for name, column in jax.device_get(metrics).items()}
 
     return advance
 

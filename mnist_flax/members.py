@@ -46,7 +46,8 @@ class Member:
     """A run that is open for training on `rows`, `i32[R]`; between saves, its state may lag behind `log.step`.
 
     The batches of a single run are split over `config.train.num_devices`. A run `in_population` trains on one device,
-    whether in a group or alone, so that on a CPU its result is bitwise the same however many runs are still training.
+    whether in a group or alone, so that on a single CPU device its result is bitwise the same however many runs are
+    still training.
     `finish` sets `test_logits`, `f32[N,C]`, at temperature 1.
     """
 
@@ -78,7 +79,7 @@ def member_configs(config: Config, *, seeds: int = 0, folds: int = 0) -> dict[st
     Raises:
       ConfigError: the last seed is too large, or the rows cannot be split into so many folds.
     """
-    config = replace(config, train__report=False, train__demo=False)
+    config = replace(config, train__driver="scan", train__report=False, train__demo=False)
     if not folds:
         return {f"seed-{seed}": replace(config, seed=seed) for seed in range(config.seed, config.seed + seeds)}
     return {
@@ -130,9 +131,8 @@ def open_member(
 
 def setup_of(config: Config, *, in_population: bool) -> dict[str, str]:
     """Returns the settings that change how sums are rounded, besides those in `provenance.versions`."""
-    if in_population:
-        return {"driver": "scan", "devices": "1"}
-    return {"driver": config.train.driver, "devices": str(sharding.make_mesh(config.train.num_devices).size)}
+    devices = 1 if in_population else sharding.make_mesh(config.train.num_devices).size
+    return {"driver": config.train.driver, "devices": str(devices)}
 
 
 def jit_schedule(config: Config) -> Callable[[int], Array]:
@@ -245,7 +245,8 @@ def announce(members: Sequence[Member], splits: Splits) -> None:
         logger.warning("config.data.holdout = %d holds out more rows than are left to train on", config.num_holdout)
     if teacher := members[0].teacher:
         logger.info("learning from %(workdir)s (networks: %(networks)d, digest: %(digest).12s)", teacher.origin)
-        for doubt in teacher_warnings(teacher, config, splits):
+        doubts = [doubt for member in members for doubt in teacher_warnings(teacher, member.config, splits)]
+        for doubt in dict.fromkeys(doubts):
             logger.warning("config.train.teacher = %r: %s", config.train.teacher, doubt)
     runs = str(workdir) if len(members) == 1 else f"{len(members)} runs in {workdir.parent}"
     if step:
@@ -258,9 +259,9 @@ def evaluate_holdout(member: Member) -> dict[str, Any] | None:
     """Evaluates a run on the rows that it holds out, if any, and logs the scores."""
     if not len(member.holdout.label):
         return None
-    evaluation = evaluate(make_predictor(member.config, eval_variables(member.state)), member.holdout)
-    member.log.evaluation("holdout", **evaluation.scores())
-    return evaluation.scores()
+    scores = evaluate(make_predictor(member.config, eval_variables(member.state)), member.holdout).scores()
+    member.log.evaluation("holdout", **scores)
+    return scores
 
 
 def finish(member: Member, splits: Splits) -> None:

@@ -10,13 +10,13 @@ import jax
 import numpy as np
 from jax.extend.core import jaxprs_in_params
 
-from mnist_flax import rng, sharding
+from mnist_flax import sharding
 from mnist_flax.config import Config, Program
 from mnist_flax.data.registry import IMAGE_SIZE
 from mnist_flax.errors import ConfigError
-from mnist_flax.step import Teacher, TrainState, eval_variables, forward, init_state
+from mnist_flax.step import Teacher, TrainState, eval_variables, forward, state_shapes
 
-HARMLESS_SIZE = 4096  # if no batch or layer is larger, the check is skipped, which saves 0.1 s of tracing
+HARMLESS_BATCH, HARMLESS_LAYER = 4096, 256  # the check is skipped up to these sizes, which saves 0.1 s of tracing
 PRODUCTS = ("conv_general_dilated", "dot_general")
 
 
@@ -29,19 +29,20 @@ def check_memory(config: Config, teacher: Teacher | None = None) -> None:
     Raises:
       ConfigError: one of them cannot fit.
     """
-    sizes = [config.train.batch_size, config.eval.batch_size, *jax.tree.leaves(dataclasses.astuple(config.model))]
-    if teacher is None and max(size for size in sizes if type(size) is int) <= HARMLESS_SIZE:
+    layers = [size for size in jax.tree.leaves(dataclasses.astuple(config.model)) if type(size) is int]
+    is_small_batch = max(config.train.batch_size, config.eval.batch_size) <= HARMLESS_BATCH
+    if teacher is None and is_small_batch and max(layers, default=0) <= HARMLESS_LAYER:
         return
     available = available_bytes()
     mesh = sharding.make_mesh(config.train.num_devices)
     num_parts = jax.process_count() if jax.default_backend() == "cpu" else mesh.size  # of a batch
-    state = jax.eval_shape(lambda: init_state(config.program, rng.root_key(0)))
+    state = state_shapes(config.program)
     weights = sum(_num_bytes(leaf) for leaf in jax.tree.leaves(state))
     outputs = list(_product_bytes(config.program, state))  # of one image, in the order of the layers
     # The backward pass needs every layer's output for the whole batch.
     training = weights + sum(_num_bytes(leaf) for leaf in jax.tree.leaves(teacher))
     training += config.train.batch_size // num_parts * sum(outputs)
-    evaluation = config.eval.batch_size // num_parts * max(outputs)
+    evaluation = config.eval.batch_size // num_parts * max(outputs, default=0)
     for subject, needed in [
         (f"config.model: {config.model}: its weights and their optimizer state need", weights),
         (f"config.train.batch_size = {config.train.batch_size}: a training step needs at least", training),

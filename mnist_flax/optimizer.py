@@ -91,8 +91,9 @@ class RunLength(NamedTuple):
 class Schedule(NamedTuple):
     """A learning rate over a run, as a function of the number of finished updates.
 
-    `fields` names the fields of `OptimizerConfig` that it reads, except `learning_rate`. `needs_end` says
-    that it depends on where the run ends, so a finished run cannot be trained further.
+    `fields` names the fields of `OptimizerConfig` that it reads, except `learning_rate`. If they include
+    `warmup_epochs`, `schedule` puts the warm-up before it, so `make` must not read that field. `needs_end` says that it
+    depends on where the run ends, so a finished run cannot be trained further.
     """
 
     make: Callable[[OptimizerConfig, RunLength], optax.Schedule]

@@ -52,17 +52,17 @@ class DataConfig:
     folds: int = 0
     fold: int = 0
 
-    def check(self, num_train: int, num_classes: int) -> Iterator[str]:
+    def check(self, dataset_rows: int, num_classes: int) -> Iterator[str]:
         """Yields a message for each invalid value, given the dataset's number of training rows and classes."""
         yield from among("data.source", self.source, SOURCES)
         yield from among("data.on_missing", self.on_missing, ("digits", "error"))
         yield from among("data.holdout_rows", self.holdout_rows, HOLDOUT_ROWS)
-        yield from within("data.num_train", self.num_train, 0, num_train)
-        rows = self.num_train or num_train
+        yield from within("data.num_train", self.num_train, 0, dataset_rows)
+        rows = self.num_train or dataset_rows
         needed = 2 * num_classes if self.folds else num_classes + 1 if self.holdout else 0
         if rows < needed:
             field = "folds" if self.folds else "holdout"
-            remedy = f"use at least {needed}" if needed <= num_train else f"set config.data.{field} to 0"
+            remedy = f"use at least {needed}" if needed <= dataset_rows else f"set config.data.{field} to 0"
             yield f"config.data.num_train = {self.num_train}: {rows} rows are too few to hold some out; {remedy}"
         if self.folds:
             yield from within("data.folds", self.folds, 2, rows // num_classes)
@@ -94,7 +94,8 @@ class TrainConfig:
         Populations always use `scan`.
       epochs_per_dispatch: how many epochs to train per device call, so that a fast device does not wait for the host;
         hold-out evaluation, epoch checkpoints, signals and console output then wait until the call returns. 0 means
-        calls of about half a second, and of one epoch at most. It changes speed, never the result.
+        calls of about half a second, and of one epoch at most. It changes the speed and how often hold-out rows are
+        evaluated, never the weights.
       num_devices: devices to train and evaluate on, counted over all processes; each batch is split evenly over them.
         0 means all accelerators, or one CPU device per process, because CPU devices share the cores.
       log_every_steps: write a line to `metrics.jsonl` after every so many steps and at the end of every epoch, averaged
@@ -119,11 +120,11 @@ class TrainConfig:
     report: bool = not_compared(True)
     demo: bool = not_compared(True)
 
-    def check(self, num_rows: int) -> Iterator[str]:
+    def check(self, num_train: int) -> Iterator[str]:
         """Yields a message for each invalid value, given the number of rows to train on."""
         yield from within("train.batch_size", self.batch_size, 1)
-        if self.batch_size > num_rows:
-            yield f"config.train.batch_size = {self.batch_size}: more than the {num_rows} rows to train on"
+        if self.batch_size > num_train:
+            yield f"config.train.batch_size = {self.batch_size}: more than the {num_train} rows to train on"
         yield from within("train.epochs", self.epochs, 1)
         yield from among("train.loss", self.loss, LOSSES, is_registry=True)
         yield from within("train.label_smoothing", self.label_smoothing, 0, 1, open_high=True)
@@ -132,7 +133,7 @@ class TrainConfig:
         yield from among("train.driver", self.driver, DRIVERS)
         for name in ("epochs_per_dispatch", "num_devices", "log_every_steps"):
             yield from within(f"train.{name}", getattr(self, name), 0)
-        if self.batch_size > 0 and self.epochs * -(-num_rows // self.batch_size) >= 2**31:
+        if self.batch_size > 0 and self.epochs * -(-num_train // self.batch_size) >= 2**31:
             yield f"config.train.epochs = {self.epochs}: steps are counted in 32 bits; at most 2,147,483,647"
 
 
@@ -149,7 +150,7 @@ class EvalConfig:
     views: int = 1
 
     def check(self) -> Iterator[str]:
-        """Yields a message for each wrong value."""
+        """Yields a message for each invalid value."""
         yield from within("eval.batch_size", self.batch_size, 1, 1_000_000)
         if self.views not in (1, 5):
             yield f"config.eval.views = {self.views}: must be 1 or 5"
@@ -174,7 +175,7 @@ class CheckpointConfig:
     keep_best: int = not_compared(1)
 
     def check(self) -> Iterator[str]:
-        """Yields a message for each wrong value."""
+        """Yields a message for each invalid value."""
         for name in ("every_epochs", "every_steps", "every_seconds", "keep_best"):
             yield from within(f"checkpoint.{name}", getattr(self, name), 0)
         yield from within("checkpoint.keep_latest", self.keep_latest, 1)

@@ -130,6 +130,12 @@ def init_state(program: Program, key: Array) -> TrainState:
     )
 
 
+def state_shapes(program: Program) -> TrainState:
+    """Returns the shape and dtype of every array of a state, without computing anything."""
+    shapes: TrainState = jax.eval_shape(lambda: init_state(program, rng.root_key(0)))
+    return shapes
+
+
 def _optimizer(program: Program) -> optax.GradientTransformation:
     return optimizer(program.optimizer, program.num_steps, program.steps_per_epoch)
 

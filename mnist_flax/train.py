@@ -91,7 +91,7 @@ def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, fol
     teacher = load_teacher(config, workdir)
     check_memory(config, teacher and teacher.networks)
     sharding.make_mesh(config.train.num_devices)  # raises an error if there are too few devices
-    splits = load_splits(replace(config, data__on_missing="error").data)  # it measures this dataset, so never another
+    splits = load_splits(replace(config, data__on_missing="error").data)  # its statistics are about this dataset
     configs = member_configs(config, seeds=seeds, folds=folds)
     kind = "folds" if folds else "seeds"
     statistics.check_population(workdir, kind, [config.seed for config in configs.values()])
@@ -190,7 +190,7 @@ def train_group(members: Sequence[Member], examples: Examples, *, until: int, re
             progress.update(step, seconds, [member.log.epoch() for member in members])
             is_timed_save_due = 0 < config.checkpoint.every_seconds <= mark - last_save
             # Processes have different clocks and receive different signals, but must all do the same.
-            preempted = members[0].store.preemption(next(calls))
+            preempted = processes.preemption(next(calls))
             num_steps, timed_save, signum = processes.agree(
                 next_num_steps(config, num_steps, rate), is_timed_save_due, request.signum or preempted
             )
@@ -217,11 +217,10 @@ def compile_steps(members: Sequence[Member], examples: Examples) -> tuple[TrainS
     program, train = members[0].config.program, members[0].config.train
     seeds, rows = [member.config.seed for member in members], [member.rows for member in members]
     teacher = members[0].teacher and members[0].teacher.networks
-    in_population = members[0].in_population
-    num_devices = 1 if len(members) == 1 and in_population else train.num_devices
+    num_devices = 1 if len(members) == 1 and members[0].in_population else train.num_devices
     job = drivers.Job(program, seeds, rows, examples, num_devices, train.epochs_per_dispatch, teacher)
     states = drivers.stack([member.state for member in members], job)
-    return states, drivers.driver("scan" if in_population else train.driver, job, states)
+    return states, drivers.driver(train.driver, job, states)
 
 
 def unstack(members: Sequence[Member], states: TrainState, step: int) -> None:

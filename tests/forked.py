@@ -5,6 +5,7 @@ Tests of imports, signals and closed consoles start a new process instead (`smal
 
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
@@ -13,9 +14,10 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import traceback
 import warnings
-from collections.abc import Mapping
-from typing import IO
+from collections.abc import Callable, Mapping
+from typing import IO, NoReturn
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -55,14 +57,33 @@ def _server() -> subprocess.Popen[str]:
 
 
 def _serve(requests: IO[str], answers: IO[str]) -> None:
-    """Forks for every line of `requests` and answers with the exit status; returns in each fork, and at the end."""
+    """Forks for every line of `requests`, and answers with the exit status."""
     for line in requests:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # JAX warns about forking with threads, but none has started yet
             pid = os.fork()
         if not pid:
-            return _become(**json.loads(line))
+            _exit(functools.partial(_become, **json.loads(line)))
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=answers, flush=True)
+
+
+def _exit(main: Callable[[], None]) -> NoReturn:
+    """Calls `main`, and exits as Python would, but without clearing memory, which would copy all that is shared."""
+    status: object = 0
+    try:
+        main()
+    except SystemExit as exit_:
+        status = exit_.code or 0
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    if not isinstance(status, int):
+        print(status, file=sys.stderr)
+        status = 1
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _become(arguments: list[str], cwd: str, env: dict[str, str], streams: list[str]) -> None:
@@ -86,4 +107,6 @@ if __name__ == "__main__":
     requests, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     for name in LIBRARIES + OURS:
         importlib.import_module(name)
-    _serve(requests, answers)
+    gc.collect()
+    gc.freeze()  # a collection in a fork would copy the memory that it looks at
+    _exit(functools.partial(_serve, requests, answers))

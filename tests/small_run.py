@@ -36,6 +36,7 @@ SMALL = replace(
     train__log_every_steps=3,
     train__report=False,
     train__demo=False,
+    eval__batch_size=120,  # with the default, most of each batch would be padding
 )
 
 

@@ -343,3 +343,6 @@ def test_home_folder_in_a_flag_is_expanded(tmp_path: pathlib.Path, monkeypatch: 
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cli.path("~/runs/a") == tmp_path / "runs" / "a"
     assert cli.path("a~b") == pathlib.Path("a~b")
+    (tmp_path / "mine.py").write_text("from ml_collections import ConfigDict\n\nget_config = ConfigDict\n")
+    done = forked.run("-m", "mnist_flax.main", "--config=~/mine.py", "--config.train.epochs=0", cwd=tmp_path)
+    assert done.stderr == "error: config.train.epochs = 0: must be at least 1\n"  # the file was found

@@ -226,6 +226,18 @@ def test_a_teacher_trained_on_holdout_rows_or_other_data_is_announced(seeds: pat
     assert doubt == f"was trained on other data (fingerprint {splits.fingerprint[:12]})"
 
 
+def test_a_teacher_trained_on_the_rows_of_any_fold_is_announced(
+    seeds: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    teacher = replace(STUDENT, data__holdout=0, data__folds=5, data__fold=0)
+    held_out = loaded(seeds)._replace(data=(teacher.data,))  # clean for the first fold only
+    monkeypatch.setattr(train, "load_teacher", lambda *_: held_out)
+    monkeypatch.setattr(train, "train_all", lambda *_: 1 / 0)
+    with caplog.at_level("INFO", "mnist_flax"), pytest.raises(ZeroDivisionError):
+        fit_population(student_of(seeds), tmp_path / "folds", folds=5)
+    assert caplog.text.count("was trained on rows that this run holds out") == 1
+
+
 def test_summary_card_and_report_name_the_teacher(
     seeds: pathlib.Path, student: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

@@ -3,6 +3,7 @@
 import pathlib
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -12,6 +13,9 @@ from mnist_flax.config import Config, replace
 from mnist_flax.data.registry import DATASETS
 from mnist_flax.errors import ConfigError
 from mnist_flax.memory import check_memory
+from mnist_flax.models import MODELS
+from mnist_flax.models.cnn import CNNConfig
+from mnist_flax.sections import EvalConfig
 from mnist_flax.step import Teacher
 from mnist_flax.train import fit
 
@@ -26,6 +30,7 @@ pytestmark = pytest.mark.smoke
             {"eval__batch_size": 1_000_000, "model__widths": (5000, 64, 64)},
             r"config.eval.batch_size = 1000000: an eval",
         ),
+        ({"model__widths": (4096,), "model__pools": (2,), "model__dense": (40_000,)}, r"config.model: .*weights"),
         (
             {"train__batch_size": 60_000, "model__widths": (5000, 64, 64)},
             r"config.train.batch_size = 60000: a training",
@@ -57,6 +62,20 @@ def test_batch_is_divided_over_accelerators(monkeypatch: pytest.MonkeyPatch) -> 
         check_memory(config)  # the devices of a CPU share its memory
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     check_memory(config)
+
+
+def test_a_network_without_products_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Scales(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+            return x.reshape(x.shape[0], -1)[:, :10] * self.param("scale", nn.initializers.ones, (1, 10))
+
+    class ScalesConfig(CNNConfig):
+        def module(self, num_classes: int, *, train: bool = False) -> nn.Module:
+            return Scales()
+
+    monkeypatch.setitem(MODELS, "scales", ScalesConfig)
+    check_memory(Config(model=ScalesConfig(), eval=EvalConfig(batch_size=5000)))
 
 
 def test_ordinary_sizes_pass() -> None:

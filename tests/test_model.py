@@ -210,6 +210,7 @@ def test_cosine_patterns_are_an_orthonormal_basis_in_both_signs() -> None:
     assert np.array_equal(positive, -negative)
     assert np.ptp(kernel[..., 0]) < 1e-7  # the first pattern is constant: a mean
     assert np.array_equal(kernel[..., :5], cosine_patterns(4, 5))
+    assert cosine_patterns(300, 2).shape == (300, 300, 1, 2)  # all of its patterns would need 130 GB
 
 
 def test_a_cosine_stem_has_no_weights_and_is_not_trained(examples: Examples) -> None:

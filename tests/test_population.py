@@ -210,6 +210,7 @@ def test_a_finished_population_is_not_trained_again_but_can_get_more_members(
     assert (workdir / "members" / "seed-4" / "summary.json").read_bytes() == summary
     stale = json.dumps(result | {"steps": 1})  # a result from before its members trained further
     (workdir / "population.json").write_text(stale)
+    assert load_run(workdir / "members" / "seed-6").config.train.driver == "scan"  # what it was trained with
     assert fit_population(CONFIG, workdir, seeds=4)["steps"] == result["steps"]
 
 

@@ -21,6 +21,7 @@ CONFIG = replace(
     train__tensorboard=False,
     train__report=False,
     train__demo=False,
+    eval__batch_size=120,
 )
 
 

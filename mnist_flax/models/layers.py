@@ -188,6 +188,6 @@ def cosine_patterns(size: int, count: int) -> np.ndarray:
     """
     waves = np.cos(np.pi * np.outer(np.arange(size), np.arange(size) + 0.5) / size)
     waves /= np.linalg.norm(waves, axis=1, keepdims=True)
-    frequencies = sorted(np.ndindex(size, size), key=lambda f: f[0] ** 2 + f[1] ** 2)
+    frequencies = sorted(np.ndindex(size, size), key=lambda f: f[0] ** 2 + f[1] ** 2)[: -(-count // 2)]
     patterns: Sequence[np.ndarray] = [sign * np.outer(waves[u], waves[v]) for u, v in frequencies for sign in (1, -1)]
     return np.stack(patterns[:count], -1)[:, :, None].astype(np.float32)

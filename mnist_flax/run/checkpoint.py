@@ -9,13 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mnist_flax import rng
 from mnist_flax.config import Config, differences
 from mnist_flax.errors import ConfigError, WorkdirError, reason
 from mnist_flax.run import storage
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.schema import LINE, NUMBER, mismatches
-from mnist_flax.step import TrainState, init_state
+from mnist_flax.step import TrainState, state_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -204,7 +203,7 @@ def _foreign(path: pathlib.Path, mistake: str) -> WorkdirError:
 
 def _read_state(path: pathlib.Path, config: Config, record: Mapping[str, Any]) -> TrainState:
     """Reads the arrays onto the default device."""
-    shapes = jax.eval_shape(lambda: init_state(config.program, rng.root_key(0)))
+    shapes = state_shapes(config.program)
     there, now = record["arrays"], layout(shapes)
     for name in now | there:
         if now.get(name) != there.get(name):

@@ -129,8 +129,20 @@ def agree(*numbers: int) -> tuple[int, ...]:
 
 
 def stop_signals() -> Sequence[signal.Signals]:
-    """Returns the signals that this program handles; JAX handles SIGTERM in multi-process runs (`Store.preemption`)."""
+    """Returns the signals that this program handles; JAX handles SIGTERM in multi-process runs (`preemption`)."""
     return [signum for signum in signals.SIGNALS if signum != signal.SIGTERM or jax.process_count() == 1]
+
+
+def preemption(call: int) -> int:
+    """Returns SIGTERM if any process of a multi-process run received it, else 0.
+
+    `call` counts the calls from 0 in every process, so that JAX gives all of them the same answer.
+    """
+    if jax.process_count() == 1:
+        return 0
+    from orbax.checkpoint import multihost
+
+    return signal.SIGTERM if multihost.reached_preemption(call) else 0
 
 
 @contextlib.contextmanager

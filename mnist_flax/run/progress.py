@@ -18,7 +18,7 @@ Scores = Mapping[str, Any]  # "loss", "accuracy" and others
 
 
 class Progress:
-    """Shows the progress of runs that train together; `quiet` hides all but the line at the end of each epoch."""
+    """Shows the progress of runs that train together; `quiet` draws no bar and prints no lines between epochs."""
 
     def __init__(self, config: Config, step: int, *, num_runs: int = 1, quiet: bool = False) -> None:
         self._config = config

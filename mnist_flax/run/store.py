@@ -18,7 +18,6 @@ import itertools
 import os
 import pathlib
 import shutil
-import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -49,7 +48,10 @@ class Store:
 
     @functools.cached_property
     def _holdouts(self) -> dict[int, dict[str, float] | None]:
-        """The hold-out scores of each readable checkpoint; read when the first one is written. Others are kept."""
+        """The hold-out scores of each readable checkpoint, read when this process first saves one.
+
+        Checkpoints that cannot be read are never deleted.
+        """
         return checkpoint.holdouts(self._folder)
 
     def save(self, state: TrainState, record: dict[str, Any], *, holdout: dict[str, float] | None = None) -> None:
@@ -74,17 +76,6 @@ class Store:
         saving, self._saving = self._saving, None
         if saving:
             saving.result()
-
-    def preemption(self, call: int) -> int:
-        """Returns SIGTERM if any process of a multi-process run received it, else 0 (see `processes.stop_signals`).
-
-        `call` counts the calls from 0 in every process, so that JAX gives all of them the same answer.
-        """
-        if jax.process_count() == 1:
-            return 0
-        from orbax.checkpoint import multihost
-
-        return signal.SIGTERM if multihost.reached_preemption(call) else 0
 
     def restore_latest(self) -> tuple[checkpoint.Run | None, list[str]]:
         """Restores the newest intact checkpoint, and returns a message for each damaged one that was skipped.
