@@ -19,6 +19,7 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", "-1")  # with a limit, every new program lists the whole cache
 
 import jax
 import numpy as np
@@ -34,7 +35,10 @@ jax.config.update("jax_legacy_prng_key", "error")
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # Files with few but long tests run first, so that none of them is still running when all other workers are done.
-LONG = ("test_processes", "test_faults", "test_extension", "test_sharding", "test_resume", "test_parity")
+LONG = (
+    *("test_processes", "test_faults", "test_extension", "test_sharding", "test_resume", "test_parity", "test_demo"),
+    *("test_demo_network", "test_export_graph", "test_step", "test_ops", "test_population", "test_distillation"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

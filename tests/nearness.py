@@ -21,4 +21,5 @@ def assert_near(actual: jax.Array, expected: jax.Array, tolerance: float = TOLER
 
 def normal(seed: int, *shape: int) -> jax.Array:
     """Normal values that are exact in bfloat16. NumPy draws them: JAX would compile a program for every shape."""
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(jnp.bfloat16).astype(np.float32))
+    values = np.random.default_rng(seed).normal(size=shape).astype(jnp.bfloat16).astype(np.float32)
+    return jax.device_put(values)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,29 +31,38 @@ def keys(count: int) -> list[Array]:
     return [jax.random.fold_in(KEY, i) for i in range(count)]
 
 
+def jit_distort(**strengths: float) -> Callable[..., Array]:
+    """Compiles `distort` for an image of the first class and a key."""
+    return jax.jit(lambda image, key: distort(strengths, image, LABEL, key))
+
+
+def sources(count: int, **strengths: float) -> Array:
+    """The coordinates to sample from for that many keys, `f32[N,2,H,W]`."""
+    return jax.jit(jax.vmap(lambda key: jnp.stack(source(strengths, SHAPE, key))))(jnp.stack(keys(count)))
+
+
 def test_augment_with_everything_off_returns_the_images(examples: Examples) -> None:
     images = jnp.asarray(examples.image[:4])
     assert augment(strengths(), images, LABELS[: len(images)], KEY) is images
 
 
 def test_shift_moves_whole_pixels_and_fills_with_background(examples: Examples) -> None:
-    image = np.asarray(examples.image[0])
+    image, shift = np.asarray(examples.image[0]), jit_distort(shift=2)
+    # Drawn as for the first presets, whose results must stay the same bit for bit.
+    draw = jax.jit(lambda key: jax.random.randint(jax.random.split(key)[0], (2,), -2, 3))
     seen = set()
     for key in keys(60):
-        # Drawn as for the first presets, whose results must stay the same bit for bit.
-        drawn = jax.random.randint(jax.random.split(key)[0], (2,), -2, 3)
-        dy, dx = int(drawn[0]), int(drawn[1])
+        dy, dx = np.asarray(draw(key)).tolist()
         seen.add((dy, dx))
         expected = np.pad(image, ((2, 2), (2, 2), (0, 0)))[2 + dy : 30 + dy, 2 + dx : 30 + dx]
-        np.testing.assert_array_equal(distort({"shift": 2}, jnp.asarray(image), LABEL, key), expected)
+        np.testing.assert_array_equal(shift(image, key), expected)
     assert {dy for dy, _ in seen} == {dx for _, dx in seen} == {-2, -1, 0, 1, 2}
 
 
 def test_shift_by_resampling_equals_shift_by_slicing(examples: Examples) -> None:
-    image = jnp.asarray(examples.image[1])
+    by_slicing, by_resampling = jit_distort(shift=3), jit_distort(rotate=1e-6, shift=3)
     for key in keys(5):
-        by_slicing = distort({"shift": 3}, image, LABEL, key)
-        np.testing.assert_array_equal(distort({"rotate": 1e-6, "shift": 3}, image, LABEL, key), by_slicing)
+        np.testing.assert_array_equal(by_resampling(examples.image[1], key), by_slicing(examples.image[1], key))
 
 
 def test_resampled_equals_map_coordinates(examples: Examples) -> None:
@@ -94,7 +104,7 @@ def test_scale_changes_the_area_and_shear_slants(square: Array, monkeypatch: pyt
 
 def test_elastic_moves_smoothly_by_the_given_sd() -> None:
     middle = np.stack(np.meshgrid(np.arange(28), np.arange(28), indexing="ij"))
-    fields = np.stack([np.stack(source({"elastic": 0.7}, SHAPE, key)) - middle for key in keys(300)])
+    fields = np.asarray(sources(300, elastic=0.7)) - middle
     sd = fields.std(axis=0)
     assert sd.min() > 0.55
     assert sd.max() < 0.85
@@ -109,21 +119,21 @@ def test_stroke_at_full_strength_is_dilation_or_erosion(square: Array, monkeypat
 
 
 def test_clutter_adds_pieces_of_the_image(examples: Examples) -> None:
-    image = jnp.asarray(examples.image[0])
+    image, clutter = examples.image[0], jit_distort(clutter=8)
     added = 0
     for key in jax.random.split(jax.random.key(0), 20):
-        changed = np.asarray(distort({"clutter": 8}, image, LABEL, key)).astype(int) - np.asarray(image)
+        changed = np.asarray(clutter(image, key)).astype(int) - image
         assert changed.min() >= 0  # no pixel gets darker
         assert np.count_nonzero(changed) <= 2 * 9 * 9
         added += bool(changed.any())
     assert added > 5
-    assert not np.asarray(distort({"clutter": 8}, jnp.zeros_like(image), LABEL, jax.random.key(1))).any()
+    assert not np.asarray(clutter(np.zeros_like(image), jax.random.key(1))).any()
 
 
 def test_erase_blanks_one_square(examples: Examples) -> None:
-    ink = jnp.full((28, 28, 1), 255, jnp.uint8)
+    ink, erase = np.full((28, 28, 1), 255, np.uint8), jit_distort(erase=6)
     for key in keys(20):
-        blank = np.argwhere(np.asarray(distort({"erase": 6}, ink, LABEL, key))[..., 0] == 0)
+        blank = np.argwhere(np.asarray(erase(ink, key))[..., 0] == 0)
         height, width = np.ptp(blank, axis=0) + 1
         assert len(blank) == height * width
         assert max(height, width) <= 6
@@ -134,7 +144,8 @@ def test_erase_blanks_one_square(examples: Examples) -> None:
 def test_every_entry_changes_images_and_keeps_shape_and_type(name: str, examples: Examples) -> None:
     images = jnp.asarray(examples.image[:8])
     strength = 6 if AUGMENTATIONS[name].whole else 0.9
-    out = augment(strengths(**{name: strength}), images, jnp.ones(len(images), jnp.int32), KEY)
+    changed = jax.jit(functools.partial(augment, strengths(**{name: strength})))
+    out = changed(images, np.ones(len(images), np.int32), KEY)
     assert (out.dtype, out.shape) == (images.dtype, images.shape)
     assert (np.asarray(out) != np.asarray(images)).any(axis=(1, 2, 3)).sum() >= 5
 
@@ -150,15 +161,13 @@ def test_augment_depends_on_the_place_in_the_batch_but_not_on_its_size(examples:
 
 def test_draws_of_one_operation_do_not_depend_on_the_others() -> None:
     for name in ("rotate", "scale", "elastic"):
-        alone = source({name: 0.3}, SHAPE, KEY)
-        again = source({name: 0.3, "shift": 2}, SHAPE, KEY)
-        differences = [np.ptp(np.asarray(b - a)) for a, b in zip(alone, again, strict=True)]
-        assert max(differences) < 1e-4  # `shift` moves all pixels alike, so the difference is constant
+        alone, again = np.asarray(sources(1, **{name: 0.3})), np.asarray(sources(1, **{name: 0.3}, shift=2))
+        # `shift` moves all pixels alike, so the difference is constant.
+        assert np.ptp(again - alone, axis=(0, 2, 3)).max() < 1e-4
 
 
 def test_rotate_and_scale_stay_within_their_limits() -> None:
-    for key in keys(50):
-        y, x = (np.asarray(places) for places in source({"rotate": 20.0, "scale": 0.2}, SHAPE, key))
+    for y, x in np.asarray(sources(50, rotate=20.0, scale=0.2)):
         along = np.array([y[0, 1] - y[0, 0], x[0, 1] - x[0, 0]])  # a step to the right
         assert 0.8 <= 1 / np.linalg.norm(along) <= 1.2
         assert abs(np.rad2deg(np.arctan2(*along))) <= 20

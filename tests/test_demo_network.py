@@ -19,6 +19,7 @@ from test_export_graph import run_program
 from mnist_flax.analysis.evaluation import make_predictor
 from mnist_flax.config import Config, replace
 from mnist_flax.data.framing import frame
+from mnist_flax.drivers import jit_forward, jit_init_state
 from mnist_flax.exporting import inference
 from mnist_flax.exporting.demo import PAGE
 from mnist_flax.exporting.graph import Graph, trace
@@ -27,7 +28,7 @@ from mnist_flax.models import MODELS
 from mnist_flax.models.base import ModelConfig
 from mnist_flax.models.cleaned import CleanedCNNConfig, despeckled
 from mnist_flax.models.resnet import ResNetConfig
-from mnist_flax.step import crop, forward, init_state, scale_pixels
+from mnist_flax.step import crop, scale_pixels
 
 GOLDEN = pathlib.Path(__file__).with_name("golden_framing.npz")
 
@@ -103,7 +104,7 @@ def images() -> np.ndarray:
 @functools.cache
 def variables_of(config: Config) -> Any:
     """Random weights; biases and statistics, which start at 0 or 1, are changed too."""
-    state = init_state(config.program, jax.random.key(0))
+    state = jax.device_get(jit_init_state(config.program, jax.random.key(0)))
     leaves, tree = jax.tree.flatten({"params": state.params, "batch_stats": state.batch_stats})
     generator = np.random.default_rng(1)
     noisy = [leaf * generator.uniform(0.8, 1.2, leaf.shape) + generator.normal(0, 0.02, leaf.shape) for leaf in leaves]
@@ -197,7 +198,7 @@ def test_demo_operations_equal_their_definitions(page: Any) -> None:
         }""",
         image.ravel().tolist(),
     )
-    np.testing.assert_allclose(logits, everything({"shift": shift}, jnp.asarray(image))[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(logits, jax.jit(everything)({"shift": shift}, image)[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -205,7 +206,7 @@ def test_textbook_order_keeps_the_logits(name: str, images: np.ndarray, tmp_path
     config = CONFIGS[name]
     variables = variables_of(config)
     graph = graph_of(config)
-    wanted = forward(config.program, variables, jnp.asarray(images))
+    wanted = jit_forward(config.program, variables, images)
     np.testing.assert_allclose(run_program(graph, tmp_path, images)["logits"], wanted, atol=1e-5)
 
 
@@ -309,7 +310,7 @@ def test_demo_shows_the_outputs_of_each_member_of_a_committee(page: Any, images:
     assert [stage["title"] for stage in stages] == [f"Network {n}: {layer}" for n in (1, 2) for layer in layers]
     for stage, of_member in zip(stages[2::3], variables, strict=True):
         assert stage["steps"] == 0  # the bias belongs to the layer
-        wanted = forward(config.program, of_member, jnp.asarray(images[:1]))[0]
+        wanted = jit_forward(config.program, of_member, images[:1])[0]
         np.testing.assert_allclose(stage["values"], wanted, atol=1e-5)
 
 

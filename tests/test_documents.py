@@ -4,8 +4,6 @@ import functools
 import pathlib
 import re
 import shlex
-import subprocess
-import sys
 from typing import Any
 
 import document_config
@@ -75,10 +73,9 @@ def test_python_of_a_document_runs(page: pathlib.Path, tmp_path: pathlib.Path) -
         name = first[1] if first else f"snippet_{i}.py"
         (tmp_path / name).write_text(block.replace("cli.main()", "pass"))
     for path in sorted(tmp_path.glob("*.py")):
-        # my_preset.py uses a model that my_net.py registers.
-        load = f"import my_net; exec(open({str(path)!r}).read())" if path.stem == "my_preset" else ""
-        command = [sys.executable, *(["-c", load + "\nget_config()"] if load else [str(path)])]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250)
+        if path.stem == "my_preset":  # it uses a model that my_net.py registers
+            path.write_text(f"import my_net\n{path.read_text()}\nget_config()\n")
+        done = forked.run(str(path), cwd=tmp_path)
         assert done.returncode == 0, f"{path.name}: {done.stderr}"
 
 
@@ -86,9 +83,8 @@ def test_network_of_the_readme_trains(tmp_path: pathlib.Path) -> None:
     for block in blocks(ROOT / "README.md", "python"):
         if first := re.match(r"# (\w+\.py)\n", block):
             (tmp_path / first[1]).write_text(block)
-    command = [sys.executable, "my_net.py", "main", "--config=my_preset.py"]
     shrunk = ["--config.data.name=digits", "--config.train.epochs=1", "--config.train.report=false"]
-    done = subprocess.run([*command, *shrunk], cwd=tmp_path, capture_output=True, text=True, timeout=250)
+    done = forked.run("my_net.py", "main", "--config=my_preset.py", *shrunk, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "my_preset" / "summary.json").is_file()
 

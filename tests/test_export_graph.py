@@ -17,13 +17,14 @@ from test_presets import PRESETS, load
 from mnist_flax import rng
 from mnist_flax.analysis.evaluation import Predictor, make_predictor, predict_logits
 from mnist_flax.config import Config, replace
+from mnist_flax.drivers import jit_init_state
 from mnist_flax.exporting import numpy_program, onnx
 from mnist_flax.exporting.graph import ExportError, Graph, Node, trace
 from mnist_flax.exporting.inference import graph_of, in_float32
 from mnist_flax.exporting.textbook import textbook_order
 from mnist_flax.models import MODELS
 from mnist_flax.models.layers import ACTIVATIONS
-from mnist_flax.step import Variables, init_state
+from mnist_flax.step import Variables
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 28, 28, 1), dtype=np.uint8)
@@ -31,7 +32,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (5, 28, 28, 1), dtype=np.uint
 
 def variables(config: Config, seed: int = 0) -> Variables:
     """Weights as after training: no bias, mean or variance keeps its initial 0 or 1."""
-    state = jax.jit(init_state, static_argnums=0)(config.program, rng.root_key(seed))
+    state = jax.device_get(jit_init_state(config.program, rng.root_key(seed)))
     generator = np.random.default_rng(seed)
     return {
         "params": jax.tree.map(lambda a: a + generator.normal(0, 0.05, a.shape).astype(np.float32), state.params),
@@ -137,12 +138,12 @@ class Strange(nn.Module):
 
 def strange() -> tuple[Graph, Array]:
     module = Strange()
-    weights: Any = module.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
+    weights: Any = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
 
     def logits(weights: Any, images: Array) -> Array:
         return module.apply(weights, images.astype(jnp.float32) / 255)  # type: ignore[return-value]
 
-    return trace(logits, weights), logits(weights, jnp.asarray(IMAGES))
+    return trace(logits, weights), jax.jit(logits)(weights, IMAGES)
 
 
 @pytest.mark.parametrize("run", [run_program, run_onnx])

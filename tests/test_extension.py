@@ -96,6 +96,7 @@ def get_config():
     config.train.batch_size = 16
     config.train.epochs = 4
     config.train.log_every_steps = 2
+    config.eval.batch_size = 45
     return config
 """
 
@@ -132,7 +133,7 @@ def use(lab: pathlib.Path, *arguments: str) -> str:
 @pytest.mark.smoke
 def test_entries_from_outside_work_in_train_report_evaluate_and_predict(lab: pathlib.Path) -> None:
     train = ("main", "--config=preset.py", "--config.data.raw_dir=raw", "--workdir=run")
-    use(lab, *train, "--config.train.epochs=2")
+    use(lab, *train, "--config.train.epochs=2", "--noconfig.train.report", "--noconfig.train.demo")
     output = use(lab, *train)
     assert "resuming run at step 10 of 20" in output
     summary = json.loads((lab / "run" / "summary.json").read_text())

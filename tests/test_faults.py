@@ -13,6 +13,7 @@ import sys
 import termios
 from typing import Any
 
+import forked
 import pytest
 from killed_run import MOMENTS
 from small_run import SMALL, config_file, environment, outcome, run, start, steps, summary
@@ -46,7 +47,7 @@ FAST_MOMENTS = ["while Orbax writes", "while a line is written", "before its sum
 def test_killed_run_is_continued(quiet: dict[str, Any], tmp_path: pathlib.Path, moment: str) -> None:
     config, workdir = tmp_path / "config.json", tmp_path / "run"
     config.write_text(CONFIG.to_json())
-    killed = run("tests/killed_run.py", str(config), str(workdir), moment, devices=8)
+    killed = forked.run("tests/killed_run.py", str(config), str(workdir), moment)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     fit(CONFIG, workdir)
     assert outcome(workdir) == quiet
@@ -59,7 +60,7 @@ def test_killed_run_is_continued(quiet: dict[str, Any], tmp_path: pathlib.Path, 
 def test_run_killed_at_its_report_writes_it_on_resume(tmp_path: pathlib.Path, moment: str) -> None:
     config, workdir = tmp_path / "config.json", tmp_path / "run"
     config.write_text(replace(CONFIG, train__report=True).to_json())
-    killed = run("tests/killed_run.py", str(config), str(workdir), moment, devices=8)
+    killed = forked.run("tests/killed_run.py", str(config), str(workdir), moment)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (workdir / workdirs.SUMMARY).exists()  # so the run does not count as finished
     fit(Config.from_json(config.read_text()), workdir)

@@ -31,7 +31,10 @@ SMALL = replace(Config(), model__widths=(4, 6), model__pools=(2, 1), model__dens
 def variables_of(config: Config) -> dict[str, Any]:
     state = jit_init_state(config.program, rng.root_key(0))
     # Biases start at 0; adding to all weights shows a misplaced bias.
-    params = jax.tree.map(lambda leaf: leaf + 0.1 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), state.params)
+    params = jax.tree.map(
+        lambda leaf: leaf + np.float32(0.1) * np.cos(np.arange(leaf.size, dtype=np.float32)).reshape(leaf.shape),
+        jax.device_get(state.params),
+    )
     return {"params": params, "batch_stats": state.batch_stats}
 
 

@@ -291,11 +291,11 @@ def test_a_folder_with_something_else_is_refused(seeds: pathlib.Path, folds: pat
 
 
 def test_seeds_that_hold_out_one_fold_are_a_population_of_seeds(tmp_path: pathlib.Path) -> None:
-    config = replace(CONFIG, data__holdout=0, data__folds=4, data__fold=1, train__epochs=1)
-    first = fit_population(config, tmp_path, seeds=2)
+    config = replace(CONFIG, data__holdout=0, data__folds=11, data__fold=1)  # as many rows as CONFIG
+    first = fit_population(config, tmp_path, seeds=3)
     assert (first["kind"], "out_of_fold" in first) == ("seeds", False)
-    assert fit_population(config, tmp_path, seeds=2)["members"] == first["members"]
-    assert len(fit_population(config, tmp_path, seeds=3)["members"]) == 3
+    assert fit_population(config, tmp_path, seeds=3)["members"] == first["members"]
+    assert len(fit_population(config, tmp_path, seeds=4)["members"]) == 4
 
 
 def test_a_population_never_trains_on_a_substitute_dataset(tmp_path: pathlib.Path) -> None:

@@ -39,6 +39,7 @@ SMALL = replace(
     train__report=False,
     train__demo=False,
 )
+QUICK = replace(SMALL, model__widths=(8,), model__pools=(2,), eval__batch_size=120)
 
 
 def script(name: str) -> ModuleType:
@@ -188,14 +189,14 @@ def test_a_start_that_fails_is_reported(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.slow
 def test_a_whole_run_is_measured() -> None:
-    result = script("bench_process").bench(replace(SMALL, model__widths=(8,), model__pools=(2,)), repeats=1)
+    result = script("bench_process").bench(QUICK, repeats=1)
     assert 0 < result["train_seconds_median"] < result["seconds_median"]
     assert 50 < result["peak_mib_median"] < 10_000
     assert result["test_accuracy"][0] > 0.5
 
 
 def test_inference_is_measured() -> None:
-    result = script("bench_inference").bench(SMALL, batch_sizes=[16], repeats=1, latencies=3)
+    result = script("bench_inference").bench(QUICK, batch_sizes=[16], repeats=1, latencies=3)
     assert 0 < result["one_image"]["p50_ms"] <= result["one_image"]["p99_ms"]
     assert 0 < result["picture"]["p50_ms"] <= result["picture"]["p99_ms"]
     assert result["images_per_second"][16] > 0
@@ -204,7 +205,7 @@ def test_inference_is_measured() -> None:
 
 def test_a_preset_over_seeds_has_its_interval_and_counts_its_target(monkeypatch: pytest.MonkeyPatch) -> None:
     bench_presets = script("bench_presets")
-    monkeypatch.setattr(preset, "load_config", lambda *_: replace(SMALL, train__epochs=1))
+    monkeypatch.setattr(preset, "load_config", lambda *_: replace(QUICK, train__epochs=1))
     result = bench_presets.bench("tiny", [3, 4], target=1.0)
     low, high = result["accuracy_interval"]
     assert low < min(result["accuracies"]) < result["accuracy_mean"] < max(result["accuracies"]) < high
