@@ -30,7 +30,6 @@ pytestmark = pytest.mark.smoke
             {"eval__batch_size": 1_000_000, "model__widths": (5000, 64, 64)},
             r"config.eval.batch_size = 1000000: an eval",
         ),
-        ({"model__widths": (4096,), "model__pools": (2,), "model__dense": (40_000,)}, r"config.model: .*weights"),
         (
             {"train__batch_size": 60_000, "model__widths": (5000, 64, 64)},
             r"config.train.batch_size = 60000: a training",
@@ -62,6 +61,13 @@ def test_batch_is_divided_over_accelerators(monkeypatch: pytest.MonkeyPatch) -> 
         check_memory(config)  # the devices of a CPU share its memory
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     check_memory(config)
+
+
+def test_layers_whose_sizes_multiply_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available_bytes", lambda: 2**34)
+    config = replace(Config(), model__widths=(4096,), model__pools=(2,), model__dense=(4096,))
+    with pytest.raises(ConfigError, match=r"config.model: .*its weights and their optimizer state need 3\d.\d GiB"):
+        check_memory(config)
 
 
 def test_a_network_without_products_passes(monkeypatch: pytest.MonkeyPatch) -> None:
