@@ -273,7 +273,7 @@ def main(argv: Sequence[str]) -> None:
     from mnist_flax.run.provenance import provenance
 
     config = replace(cli.config(), data__num_train=FLAGS.images, data__holdout=0)
-    facts = {"model": config.to_dict()["model"], **provenance()}
+    facts = {"model": config.to_dict()["model"], **cli.config_facts(), **provenance()}
     lines = []
     for line in results(config):
         lines.append(line | facts)

@@ -128,6 +128,7 @@ def bench(config: Config, repeats: int) -> dict[str, Any]:
             speed * flops / rate for speed, rate in zip(speeds, rates, strict=True)
         ),
         "model": config.to_dict()["model"],
+        **cli.config_facts(),
         **provenance(),
     }
 
