@@ -179,11 +179,28 @@ def _parse(arguments: Sequence[str], *, takes_files: bool) -> Sequence[str]:
         rest: Sequence[str] = FLAGS(arguments)
     except SystemExit:  # after --help; absl exits with status 1, but a request for help is not a failure
         sys.exit(0)
+    except flags.UnrecognizedFlagError as error:
+        raise ConfigError(f"--{error.flagname}: no such flag; {_flag_hint(error.flagname)}") from error
     except flags.Error as error:
         raise ConfigError(str(error).strip().splitlines()[0]) from error
     if rest[1:] and not takes_files:
         raise ConfigError(f"{rest[1]!r}: is not a flag; a flag starts with two dashes")
     return rest
+
+
+def _flag_hint(name: str) -> str:
+    """Returns a hint for the user of a flag that a command does not have."""
+    if name.startswith("config."):
+        given = ", ".join(f"--config.{field}" for field in DATA_FIELDS)
+        return f"this command reads the config of a run; only {given} can be given"
+    if "override" in FLAGS:
+        from mnist_flax.config import Config, dotted
+
+        fields = [field for field in dotted(Config()) if field.rpartition(".")[2] == name]
+        if fields:
+            return f"did you mean {' or '.join(f'--config.{field}' for field in fields)}?"
+    hint = nearest(name, [flag for flag in FLAGS if FLAGS[flag].help])
+    return hint if hint.startswith("did") else "--help lists the flags"
 
 
 def _with_overrides(arguments: Sequence[str]) -> list[str]:

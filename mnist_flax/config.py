@@ -7,6 +7,7 @@ A preset (`configs/*.py`) starts from `default_config_dict()` or another preset 
 
 import contextlib
 import dataclasses
+import inspect
 import json
 import math
 import types
@@ -17,7 +18,7 @@ from typing import Any, Self
 from ml_collections import ConfigDict
 
 from mnist_flax.checks import among, nearest, within
-from mnist_flax.data.augment import AugmentConfig
+from mnist_flax.data.augment import AUGMENTATIONS, AugmentConfig
 from mnist_flax.data.registry import DATASETS, IMAGE_SIZE
 from mnist_flax.errors import ConfigError
 from mnist_flax.losses import LOSSES
@@ -35,7 +36,8 @@ class Program:
     """The part of a config that compiled code depends on: hashable, and a static argument of jitted functions.
 
     Members of a population share compiled code, unless their folds differ in size. `code` holds the network's class and
-    the optimiser, schedule and loss that the other fields name: a notebook that replaces one gets newly compiled code.
+    the optimiser, schedule, loss and augmentations that the other fields name: a notebook that replaces one gets newly
+    compiled code. Logged metrics are no part of it.
     """
 
     model: ModelConfig
@@ -81,6 +83,10 @@ class Config:
         yield from self.data.check(dataset.num_train, dataset.num_classes)
         if type(self.model) not in MODELS.values():
             yield f"config.model: {_UNREGISTERED.format(type(self.model).__name__)}"
+        own, fields = type(self.model), {field.name for field in dataclasses.fields(self.model)}
+        for name, kind in inspect.get_annotations(own).items():
+            if name not in fields and "ClassVar" not in str(kind):
+                yield f"config.model: {own.__name__}.{name} is no field: decorate it with @dataclass(frozen=True)"
         yield from self.model.check(IMAGE_SIZE)
         yield from self.augment.check(dataset.class_names)
         yield from self.train.check(self.num_train)
@@ -144,6 +150,7 @@ class Config:
                 OPTIMIZERS[self.optimizer.name],
                 SCHEDULES[self.optimizer.schedule],
                 LOSSES[self.train.loss],
+                *(AUGMENTATIONS[name] for name, _ in self.augment.strengths),
             ),
         )
 
@@ -201,8 +208,13 @@ def _section_dict(section: Any) -> dict[str, Any]:
     """Returns the fields of one section; the model section also has `name`, its family."""
     if isinstance(section, AugmentConfig):
         return section.to_dict()
-    names = [{"name": name} for name, family in MODELS.items() if family is type(section)]
-    return {**(names[0] if names else {}), **dataclasses.asdict(section)}
+    name = family_of(type(section))
+    return {**({"name": name} if name else {}), **dataclasses.asdict(section)}
+
+
+def family_of(cls: type) -> str | None:
+    """Returns the name of a model family, or None if `MODELS` does not list it."""
+    return next((name for name, family in MODELS.items() if family is cls), None)
 
 
 def default_config_dict(model: str = "cnn") -> ConfigDict:
@@ -221,10 +233,14 @@ def default_config_dict(model: str = "cnn") -> ConfigDict:
 def replace(config: Config, **fields: Any) -> Config:
     """Returns a config with some fields changed; `train__epochs=3` sets `train.epochs`.
 
+    With another family (`model__name`), all other model fields start from the defaults of that family.
+
     Raises:
       ConfigError: see `Config.from_dict`.
     """
     values = config.to_dict()
+    if fields.get("model__name", values["model"].get("name")) != values["model"].get("name"):
+        values["model"] = {}
     for name, value in fields.items():
         section, _, field = name.rpartition("__")
         if section and not isinstance(values.get(section), dict):
@@ -282,7 +298,10 @@ def _build(cls: type, values: Any, path: str) -> Any:
     known = AugmentConfig.field_types() if cls is AugmentConfig else typing.get_type_hints(cls)
     for name in values:
         if name not in known:
-            raise ConfigError(f"{path}.{name}: no such field; {nearest(str(name), known)}")
+            hint = nearest(str(name), known)
+            if any(name in typing.get_type_hints(family) for family in MODELS.values() if issubclass(cls, ModelConfig)):
+                hint = f"it belongs to another family; start from default_config_dict({family_of(cls)!r})"
+            raise ConfigError(f"{path}.{name}: no such field; {hint}")
     fields = {}
     for name, value in values.items():
         kind = known[name]

@@ -172,7 +172,10 @@ def begin(config: Config, fork: pathlib.Path | None) -> tuple[TrainState, dict[s
     origin: dict[str, Any] = {"fork": None, "versions": versions()}
     if fork is None:
         return state, origin
-    source = checkpoint.load_run(fork)
+    try:
+        source = checkpoint.load_run(fork)
+    except WorkdirError as error:
+        raise WorkdirError(f"--fork={fork}: {error}") from error
     weights = {"params": source.state.params, "batch_stats": source.state.batch_stats}
     there = checkpoint.layout(weights)
     here = checkpoint.layout({"params": state.params, "batch_stats": state.batch_stats})
@@ -232,7 +235,8 @@ def announce(members: Sequence[Member], splits: Splits) -> None:
         logger.warning("%s", message)
     if members[0].state.batch_stats and NORM_MOMENTUM**config.num_steps > 0.05:
         logger.warning(
-            "batch norm's running averages need about 300 steps; after %d, the hold-out and test scores are too low",
+            "batch norm's running averages need about 300 steps; after %d, the hold-out and test scores are too low:"
+            " train for longer, or use smaller batches",
             config.num_steps,
         )
     logger.info(layer_table(layers(config.program, eval_variables(members[0].state))))

@@ -1,7 +1,7 @@
 """Learning-rate schedules and optimisers: each entry builds an optax schedule or transformation from the config."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -10,7 +10,7 @@ import optax
 from mnist_flax.checks import among, within
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """The optimiser, learning-rate schedule, weight decay, gradient clipping, and moving average of the weights.
 
@@ -54,6 +54,12 @@ class OptimizerConfig:
 
     def check(self, epochs: int, steps_per_epoch: int) -> Iterator[str]:
         """Yields a message for each value that is out of range, given the length of the run."""
+        known = {field.name for field in dataclasses.fields(self)}
+        for registry, entries in (("OPTIMIZERS", OPTIMIZERS), ("SCHEDULES", SCHEDULES)):
+            for name, entry in entries.items():
+                if isinstance(entry.fields, str) or not known.issuperset(entry.fields):
+                    example = "('momentum',)"
+                    yield f"{registry}[{name!r}]: fields = {entry.fields!r}: must name config fields, such as {example}"
         yield from among("optimizer.name", self.name, OPTIMIZERS, is_registry=True)
         yield from among("optimizer.schedule", self.schedule, SCHEDULES, is_registry=True)
         for name in ("learning_rate", "eps", "decay_rate"):

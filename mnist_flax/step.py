@@ -15,10 +15,10 @@ from mnist_flax.config import Program
 from mnist_flax.data import batches
 from mnist_flax.data.augment import augment
 from mnist_flax.data.batches import Batch
-from mnist_flax.data.registry import IMAGE_SIZE
 from mnist_flax.data.splits import Examples
 from mnist_flax.errors import ConfigError
 from mnist_flax.losses import LOSSES
+from mnist_flax.network import init_variables
 from mnist_flax.optimizer import optimizer
 
 Variables = dict[str, Any]  # what linen's `apply` takes: params and batch_stats
@@ -90,7 +90,13 @@ METRICS: dict[str, Callable[[StepView], Array]] = {
 
 
 def scale_pixels(program: Program, images: Array) -> Array:
-    """Turns grey values into the network's input, `u8[B,H,W,1] -> f32[B,H,W,1]`."""
+    """Turns grey values into the network's input, `u8[B,H,W,1] -> f32[B,H,W,1]`.
+
+    Raises:
+      TypeError: the images have another type; they may be scaled already.
+    """
+    if images.dtype != jnp.uint8:
+        raise TypeError(f"images are of type {images.dtype}; pass grey values from 0 to 255, of type uint8")
     return (images.astype(jnp.float32) / 255.0 - program.model.pixel_mean) / program.model.pixel_std
 
 
@@ -107,20 +113,10 @@ def init_state(program: Program, key: Array) -> TrainState:
     """Returns the initial state, with weights drawn from `key`, the run's root key.
 
     Raises:
-      ConfigError: the network does not return one logit for each class, or has no weights.
+      ConfigError: the network cannot be used; see `init_variables`.
     """
-    images = jnp.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 1))
-    made: Any = program.model.module(program.num_classes).init_with_output(rng.stream(key, "init"), images)
-    logits, variables = made
-    is_array = isinstance(logits, Array)
-    if not is_array or logits.shape != (1, program.num_classes):
-        raise ConfigError(
-            f"config.model: the network of {type(program.model).__name__} returns"
-            f" {f'an array of shape {logits.shape}' if is_array else f'a {type(logits).__name__}'} for one image; it"
-            f" must return one logit for each of the {program.num_classes} classes"
-        )
-    if not (params := variables.get("params")):
-        raise ConfigError(f"config.model: the network of {type(program.model).__name__} has no weights to train")
+    variables = init_variables(program, rng.stream(key, "init"))
+    params = variables["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

@@ -84,7 +84,7 @@ def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, fol
       UserError, Interrupted: as for `fit`.
     """
     if bool(seeds) == bool(folds):
-        raise ConfigError("give either --seeds=M or --folds=K, such as --seeds=10")
+        raise ConfigError(f"give {'only one of' if seeds else 'either'} --seeds=M or --folds=K, such as --seeds=10")
     workdirs.check(workdir)
     if workdirs.CHECKPOINTS in workdirs.names_in(workdir):
         raise WorkdirError(f"--workdir={workdir}: holds a run, not a population; name another folder")

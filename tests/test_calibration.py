@@ -92,9 +92,11 @@ def test_temperature_that_makes_no_sense_is_ignored(tmp_path: pathlib.Path, valu
 
 def test_one_percent_of_the_hold_out_rows_are_doubted() -> None:
     logits, _ = draws(1.0, 1000)
+    logits *= 20  # the network is sure
     below = calibration.fit_doubt(logits)
     assert np.sum(np.exp(log_probabilities(logits)).max(axis=-1) < below) == 10
     assert calibration.fit_doubt(logits[:99]) == UNFITTED["doubtful_below"]
+    assert calibration.fit_doubt(logits / 1000) == 0.5  # a network that knows nothing
 
 
 def test_doubt_is_stored_with_the_run_and_loaded(tmp_path: pathlib.Path) -> None:

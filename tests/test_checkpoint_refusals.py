@@ -90,7 +90,7 @@ def rewrite(workdir: pathlib.Path) -> Iterator[Callable[[dict[str, Any]], None]]
             r"another version of this program, .* \(config.model.depth: no such field",
         ),
         ({"config": {"model": {"name": "mine"}}}, r"use that version or script, or name"),
-        ({"arrays": {".step": "int64()"}}, r"of optax \(.step: int64\(\) there, int32\(\) now\)"),
+        ({"arrays": {".step": "int64()"}}, r"or of your own network \(.step: int64\(\) there, int32\(\) now\)"),
     ],
 )
 def test_another_version_is_refused_and_nothing_moved(
@@ -221,3 +221,16 @@ def test_failed_read_restores_the_log_level_of_absl(workdir: pathlib.Path) -> No
     with pytest.raises(WorkdirError, match="damaged"):
         load_run(workdir)
     assert logging.getLogger("absl").level == level != logging.CRITICAL
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.1])
+def test_an_augmentation_of_another_script_matters_only_if_it_is_on(
+    workdir: pathlib.Path, rewrite: Callable[[dict[str, Any]], None], strength: float
+) -> None:
+    values = SMALL.to_dict()
+    rewrite({"config": values | {"augment": values["augment"] | {"speckle": strength}}})
+    if strength:
+        with pytest.raises(WorkdirError, match=r"config.augment.speckle: no such field"):
+            load_run(workdir)
+    else:
+        assert load_run(workdir).config == SMALL

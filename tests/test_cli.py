@@ -27,7 +27,9 @@ def run(*arguments: str, module: str = "mnist_flax.main", cwd: pathlib.Path = RO
     ("arguments", "message"),
     [
         ([], "error: --config is missing: name a preset or a file, such as --config=configs/default.py"),
-        (["--confg=configs/tiny.py"], "error: Unknown command line flag 'confg'. Did you mean: config ?"),
+        (["--confg=configs/tiny.py"], "error: --confg: no such flag; did you mean 'config'?"),
+        ([TINY, "--epochs=3"], "error: --epochs: no such flag; did you mean --config.train.epochs?"),
+        ([TINY, "--zzz"], "error: --zzz: no such flag; --help lists the flags"),
         ([TINY, "stray"], "error: 'stray': is not a flag; a flag starts with two dashes"),
         ([TINY, "--config.train.epochs=1e3"], "error: --config.train.epochs=1e3: must be an integer"),
     ],

@@ -10,6 +10,7 @@ import pytest
 from mnist_flax import drivers, preset
 from mnist_flax.config import Config, default_config_dict, differences, replace
 from mnist_flax.data import load
+from mnist_flax.data.augment import AUGMENTATIONS
 from mnist_flax.data.registry import DATASETS
 from mnist_flax.errors import ConfigError
 from mnist_flax.losses import LOSSES, cross_entropy
@@ -117,6 +118,11 @@ def test_rubbish_is_refused() -> None:
         ({"trian__epochs": 3}, "config.trian: no such field; did you mean 'train'"),
         ({"seed__x": 1}, "config.seed = {'x': 1}: must be of type int"),
         ({"sed": 1}, "config.sed: no such field; did you mean 'seed'"),
+        (
+            {"model__name": "resnet", "model__batch_norm": True},
+            "config.model.batch_norm: no such field; it belongs to another family; start from"
+            " default_config_dict('resnet')",
+        ),
     ],
 )
 def test_a_field_that_cannot_be_replaced_is_named(fields: dict[str, Any], message: str) -> None:
@@ -124,11 +130,23 @@ def test_a_field_that_cannot_be_replaced_is_named(fields: dict[str, Any], messag
         replace(Config(), **fields)
 
 
-def test_a_replaced_entry_of_a_registry_makes_another_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = Config()
+def test_another_family_starts_from_its_own_defaults() -> None:
+    config = replace(replace(Config(), model__dense=(8,)), model__name="resnet", model__blocks=2)
+    assert config.model == ResNetConfig(blocks=2)
+    assert replace(config, model__name="resnet", seed=1).model == config.model
+
+
+@pytest.mark.parametrize(
+    ("registry", "name", "other"),
+    [(OPTIMIZERS, "adam", OPTIMIZERS["sgd"]), (AUGMENTATIONS, "erase", AUGMENTATIONS["stroke"])],
+)
+def test_a_replaced_entry_of_a_registry_makes_another_program(
+    registry: dict[str, Any], name: str, other: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(Config(), augment__erase=4)
     before = config.program
-    monkeypatch.setitem(OPTIMIZERS, "adam", OPTIMIZERS["sgd"])
-    assert config.program != before
+    monkeypatch.setitem(registry, name, other)
+    assert config.program != before and hash(config.program)
 
 
 def test_every_choice_that_a_config_accepts_has_code() -> None:

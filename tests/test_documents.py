@@ -90,7 +90,7 @@ def test_network_of_the_readme_trains(tmp_path: pathlib.Path) -> None:
 
 
 def test_snippet_of_the_runs_page_trains_and_loads_a_network(tmp_path: pathlib.Path) -> None:
-    (snippet,) = blocks(ROOT / "docs" / "runs.md", "python")
+    snippet, _ = blocks(ROOT / "docs" / "runs.md", "python")
     space: dict[str, Any] = {}
     for old, new in (
         ("runs/seed-1", str(tmp_path / "run")),

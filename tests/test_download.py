@@ -71,7 +71,7 @@ def test_interrupted_download_counts_as_unreachable(small: Published) -> None:
     with served(small.raw_dir, HalfHandler) as url:
         small.at(url)
         assert small.load().name == "digits"
-        with pytest.raises(DataError, match="cannot be downloaded"):
+        with pytest.raises(DataError, match="cannot be downloaded: there is no connection to its server, or it"):
             small.load(source="download")
     assert not small.data_dir.exists()
 

@@ -9,7 +9,8 @@ import optax
 import pytest
 
 from mnist_flax.config import Config, replace
-from mnist_flax.optimizer import optimizer, schedule
+from mnist_flax.errors import ConfigError
+from mnist_flax.optimizer import OPTIMIZERS, Optimizer, optimizer, schedule
 
 pytestmark = pytest.mark.smoke
 
@@ -51,6 +52,13 @@ def test_the_slowest_decay_can_be_compiled(name: str) -> None:
     config = replace(BASE, optimizer__schedule=name, optimizer__decay_epochs=(2**31 - 1) // BASE.steps_per_epoch)
     rate = schedule(config.optimizer, config.num_steps, config.steps_per_epoch)
     assert float(jax.jit(rate)(jnp.int32(399))) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("fields", ["momentum", ("momentun",)])
+def test_an_entry_that_names_no_config_fields_is_refused(fields: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OPTIMIZERS, "own", Optimizer(lambda config, rate: optax.sgd(rate), fields))
+    with pytest.raises(ConfigError, match=r"OPTIMIZERS\['own'\]: fields = .*: must name config fields, such as"):
+        replace(BASE, seed=1)
 
 
 PARAMS = {"kernel": jnp.array([[1.0, -2.0]]), "bias": jnp.array([0.5])}

@@ -99,6 +99,11 @@ def test_only_pixels_that_no_logit_depends_on_are_cropped(fields: dict[str, Any]
             assert changes == (line < size and "batch_norm" not in fields)
 
 
+def test_images_that_are_scaled_already_are_refused() -> None:
+    with pytest.raises(TypeError, match="images are of type float32; pass grey values from 0 to 255, of type uint8"):
+        scale_pixels(SMALL.program, jnp.zeros((1, 28, 28, 1)))
+
+
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_the_crop_changes_no_gradient(examples: Examples, batch_norm: bool) -> None:
     config = replace(SMALL, model__batch_norm=batch_norm)

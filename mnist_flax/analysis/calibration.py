@@ -44,7 +44,9 @@ def calibrate(predictor: Predictor, holdout: Examples) -> Predictor:
 
 
 def fit_doubt(logits: np.ndarray) -> float:
-    """Finds the probability below which a share `FALSE_ALARMS` of the answers lies; these are the false alarms.
+    """Finds the probability below which a share `FALSE_ALARMS` of the answers lies, but at least one half.
+
+    These answers are the false alarms. Less than one half is doubtful for any network: it is probably wrong.
 
     Args:
       logits: `f32[N,C]`, of digits that were not trained on, divided by the temperature.
@@ -54,7 +56,7 @@ def fit_doubt(logits: np.ndarray) -> float:
     """
     if len(logits) * FALSE_ALARMS < 1:
         return UNFITTED["doubtful_below"]
-    return float(np.quantile(metrics.probabilities(logits).max(axis=-1), FALSE_ALARMS))
+    return max(0.5, float(np.quantile(metrics.probabilities(logits).max(axis=-1), FALSE_ALARMS)))
 
 
 def calibration_scores(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:

@@ -50,7 +50,7 @@ class Augmentation:
     rewrite: Rewrite | None = None
     open_high: bool = False
     whole: bool = False
-    classes: Mapping[int, str] = field(default_factory=dict)
+    classes: Mapping[int, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if sum(operation is not None for operation in (self.move, self.change, self.rewrite)) != 1:

@@ -81,7 +81,12 @@ def _download(file: DataFile, path: Path) -> None:
                         raise DataError(f"{file.url}: sends more than the expected {file.size} bytes; try again later")
                     out.write(block)
     except requests.RequestException as error:
-        raise UnavailableError(f"{file.url} cannot be downloaded: {error}") from error
+        what = str(error)  # of a missing page, for example
+        if isinstance(error, requests.Timeout):
+            what = "the connection timed out"
+        elif isinstance(error, requests.ConnectionError | requests.exceptions.ChunkedEncodingError):
+            what = "there is no connection to its server, or it broke off"
+        raise UnavailableError(f"{file.url} cannot be downloaded: {what}") from error
     try:
         _check_file(path, file)
     except DataError as error:

@@ -166,7 +166,7 @@ def read_run(path: pathlib.Path, same_as: tuple[Config, str] | None = None) -> R
     record = read_record(path)
     workdir = path.parent.parent
     try:
-        config = Config.from_dict(record["config"])
+        config = Config.from_dict(_without_unused(record["config"]))
     except ConfigError as error:
         raise WorkdirError(
             f"{workdir}: was written by another version of this program, or by a script that extends it ({error}); use"
@@ -175,6 +175,14 @@ def read_run(path: pathlib.Path, same_as: tuple[Config, str] | None = None) -> R
     if same_as:
         _check_same_run(workdir, config, record, *same_as)
     return Run(config, _read_state(path, config, record), record)
+
+
+def _without_unused(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns a saved config without the augmentations that are off: their entries may be those of another script."""
+    augment = values.get("augment")
+    if not isinstance(augment, dict):
+        return values
+    return values | {"augment": {name: strength for name, strength in augment.items() if strength}}
 
 
 def read_record(path: pathlib.Path) -> dict[str, Any]:
@@ -208,8 +216,8 @@ def _read_state(path: pathlib.Path, config: Config, record: Mapping[str, Any]) -
     for name in now | there:
         if now.get(name) != there.get(name):
             raise WorkdirError(
-                f"{path}: was written by another version of this program or of optax ({name}: {there.get(name)} there,"
-                f" {now.get(name)} now); use that version, or another --workdir"
+                f"{path}: was written by another version of this program, of optax, or of your own network ({name}:"
+                f" {there.get(name)} there, {now.get(name)} now); use that version, or another --workdir"
             )
     # Read into host memory first, because the checkpoint may have been saved from other devices.
     target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
