@@ -35,12 +35,13 @@ VERBS = {
 
 
 def main() -> None:
-    """Runs `mnist-flax VERB [flags]`, exactly like `python -m mnist_flax.VERB [flags]`."""
-    verb = sys.argv[1] if len(sys.argv) > 1 else ""
+    """Runs `mnist-flax VERB [flags]`, exactly like `python -m mnist_flax.VERB [flags]`; a script can call it too."""
+    verb, name = sys.argv[1] if len(sys.argv) > 1 else "", os.path.basename(sys.argv[0])
+    console.program = name if name == "mnist-flax" else f"python {sys.argv[0]}"
     if verb in VERBS:
         del sys.argv[1]
         runpy.run_module(f"mnist_flax.{verb}", run_name="__main__", alter_sys=True)
-    lines = ["usage: mnist-flax VERB [flags]; mnist-flax VERB --help lists the flags", ""]
+    lines = [f"usage: {console.command('VERB')} [flags]; {console.command('VERB')} --help lists the flags", ""]
     lines += [f"  {name:<12}{text}" for name, text in VERBS.items()]
     if verb in ("--help", "-h", "help"):
         print("\n".join(lines))

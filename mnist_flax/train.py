@@ -32,7 +32,7 @@ from mnist_flax.members import (
 )
 from mnist_flax.memory import check_memory
 from mnist_flax.pacing import is_save_due, next_num_steps, next_stop
-from mnist_flax.run import processes, provenance
+from mnist_flax.run import console, processes, provenance
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.log import check_finite
 from mnist_flax.run.progress import Progress
@@ -62,7 +62,7 @@ def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = No
     if workdirs.MEMBERS in workdirs.names_in(workdir):
         raise WorkdirError(
             f"--workdir={workdir}: holds a population; name another folder, or continue it with"
-            " python -m mnist_flax.population"
+            f" {console.command('population')}"
         )
     teacher = load_teacher(config, workdir)
     check_memory(config, teacher and teacher.networks)  # before any data is read or anything is written

@@ -98,12 +98,26 @@ def test_verbs_are_listed(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(console, "program", "")  # restored at the end
     monkeypatch.setattr(sys, "argv", ["mnist-flax", *arguments])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     said = capsys.readouterr()
     assert ended.value.code == status
     assert (said.err or said.out).startswith(message)
+    assert console.command("report") == "mnist-flax report"
+
+
+def test_messages_name_the_script_that_was_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "program", "")
+    assert console.command("report") == "python -m mnist_flax.report"
+    monkeypatch.setattr(sys, "argv", ["nets/my_net.py", "--help"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().out.startswith("usage: python nets/my_net.py VERB [flags]")
+    assert console.command("report") == "python nets/my_net.py report"
 
 
 # Overrides ------------------------------------------------------------------------------------------------------------

@@ -146,6 +146,7 @@ def test_entries_from_outside_work_in_train_report_evaluate_and_predict(lab: pat
     assert sorted(rates) == pytest.approx([3.75e-4, 7.5e-4, 1.5e-3, 3e-3], rel=1e-5)
     page = (lab / "run" / "report" / "index.html").read_text()
     assert "Conv_1" in page and "BatchNorm_0" in page
+    assert "lab.py main --config=run/report/config.py" in page  # how to repeat the run
     use(lab, "report", "--workdir=run", "--config.data.raw_dir=raw")
     assert "bars, test: " in use(lab, "evaluate", "--workdir=run", "--config.data.raw_dir=raw")
     (line,) = (

@@ -10,6 +10,7 @@ from mnist_flax.data.load import load_splits
 from mnist_flax.data.registry import DATA_FIELDS, DATASETS, IMAGE_SIZE
 from mnist_flax.data.splits import Examples, Splits
 from mnist_flax.errors import ConfigError, DataError
+from mnist_flax.run import console
 from mnist_flax.sections import DataConfig, TrainConfig
 
 
@@ -71,7 +72,7 @@ def load_own_data(config: Config, fingerprint: str, overrides: Mapping[str, Any]
     if name != config.data.name:
         raise ConfigError(
             f"config.data.name = {name!r}: this network was trained on {config.data.name}; leave this field"
-            " out, or use python -m mnist_flax.evaluate to evaluate the network on another dataset"
+            f" out, or use {console.command('evaluate')} to evaluate the network on another dataset"
         )
     return load_data(config, fingerprint, overrides)[1]
 

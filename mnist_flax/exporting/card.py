@@ -11,6 +11,7 @@ from mnist_flax.analysis.report.write import REPORT_FOLDER
 from mnist_flax.analysis.robustness import PUBLISHED, ROBUSTNESS
 from mnist_flax.analysis.scores import result_file
 from mnist_flax.config import Config, differences
+from mnist_flax.run import console
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.schema import NUMBER, mismatches
 from mnist_flax.templates import load_template
@@ -103,7 +104,7 @@ def _calibration(workdir: pathlib.Path, predictor: Predictor, info: RunInfo) -> 
 def _robustness(workdir: pathlib.Path, predictor: Predictor, info: RunInfo) -> dict[str, str]:
     result = _read(workdir / ROBUSTNESS, {"mean_accuracy": NUMBER, "corruptions": {"*": {"accuracy": NUMBER}}})
     if not _is_of(result, predictor, info) or result.get("severity") != PUBLISHED:
-        return {"under corruptions": "not measured; run `python -m mnist_flax.robustness --workdir=DIR`"}
+        return {"under corruptions": f"not measured; run `{console.command('robustness')} --workdir=DIR`"}
     rows = {name: f"{row['accuracy']:.2%}" for name, row in result["corruptions"].items()}
     return {"mean accuracy under corruptions": f"{result['mean_accuracy']:.2%}", **rows}
 

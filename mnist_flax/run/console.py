@@ -11,6 +11,13 @@ from tqdm import tqdm
 
 from mnist_flax.errors import UserError, reason
 
+program = ""  # what `cli.main` was called by, such as `python my_net.py`; empty for `python -m mnist_flax.VERB`
+
+
+def command(verb: str) -> str:
+    """Returns how to run a verb in the way that this process was started."""
+    return f"{program} {verb}" if program else f"python -m mnist_flax.{verb}"
+
 
 class OutputError(UserError):
     """Standard output cannot be written; the message is empty if its reader, such as `head -1`, has exited."""

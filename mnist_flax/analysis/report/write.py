@@ -13,6 +13,7 @@ from mnist_flax.analysis.report import layers, page, pictures, plots
 from mnist_flax.analysis.report.facts import Reported
 from mnist_flax.analysis.run_data import load_own_data
 from mnist_flax.errors import WorkdirError
+from mnist_flax.run import console
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.log import read_log
 
@@ -45,7 +46,7 @@ def repeat_command(place: str, workdir: pathlib.Path, fork: Mapping[str, Any] | 
     arguments = [f"--config={place}/config.py", f"--workdir={workdirs.shown(workdir)}-again"]
     if fork:
         arguments.append(f"--fork={workdirs.shown(pathlib.Path(fork['workdir']))}")
-    return shlex.join(["python", "-m", "mnist_flax.main", *arguments])
+    return f"{console.command('main')} {shlex.join(arguments)}"
 
 
 def _pieces(run: Reported, facts: dict[str, Any], *, title: str) -> dict[str, bytes]:
@@ -92,7 +93,7 @@ def report_workdir(
     if workdirs.MEMBERS in workdirs.names_in(workdir):
         raise WorkdirError(
             f"--workdir={workdir}: holds a population; name one of its runs, such as"
-            f" {example_member(workdir)}, or evaluate it as one network with python -m mnist_flax.evaluate"
+            f" {example_member(workdir)}, or evaluate it as one network with {console.command('evaluate')}"
         )
     predictor, info = load_predictor(workdir, checkpoint)
     splits = load_own_data(info.config, info.fingerprint, overrides or {})
