@@ -90,13 +90,7 @@ METRICS: dict[str, Callable[[StepView], Array]] = {
 
 
 def scale_pixels(program: Program, images: Array) -> Array:
-    """Turns grey values into the network's input, `u8[B,H,W,1] -> f32[B,H,W,1]`.
-
-    Raises:
-      TypeError: the images have another type; they may be scaled already.
-    """
-    if images.dtype != jnp.uint8:
-        raise TypeError(f"images are of type {images.dtype}; pass grey values from 0 to 255, of type uint8")
+    """Turns grey values into the network's input, `u8[B,H,W,1] -> f32[B,H,W,1]`."""
     return (images.astype(jnp.float32) / 255.0 - program.model.pixel_mean) / program.model.pixel_std
 
 
@@ -202,7 +196,12 @@ def train_step(
 
     `key` is the run's root key, the same at every step. A teacher sees the same augmented images (Beyer et al., 2022).
     The batch must hold at least one example. The metrics are computed with the weights before the update.
+
+    Raises:
+      TypeError: the images are not of type uint8; they may be scaled already.
     """
+    if batch["image"].dtype != jnp.uint8:
+        raise TypeError(f"images are of type {batch['image'].dtype}; pass grey values from 0 to 255, of type uint8")
     images = augmented_images(program, batch, key, state.step)
     augmented: Batch = {"image": images, "label": batch["label"]}
     targets = soft_targets(teacher, images) if teacher else None

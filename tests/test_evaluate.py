@@ -300,7 +300,7 @@ def test_command_writes_to_output_only(workdir: pathlib.Path, tmp_path: pathlib.
     ("arguments", "message"),
     [
         (["--config.data.name=emnist/letters"], "has 37 classes"),
-        (["--config.data.nam=kmnist"], "Did you mean: config.data.name"),
+        (["--config.data.nam=kmnist"], "this command takes only the fields of the data; did you mean 'data.name'?"),
         (["--split=tset"], "train|holdout|test"),
         (["here"], "'here': is not a flag"),
         (["--workdir="], "--workdir is missing"),

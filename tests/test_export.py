@@ -24,7 +24,7 @@ from mnist_flax.errors import DataError, UserError
 from mnist_flax.exporting import card, formats, stablehlo
 from mnist_flax.exporting.formats import FORMATS, export_workdir
 from mnist_flax.exporting.graph import ExportError
-from mnist_flax.models.cnn import CNNConfig
+from mnist_flax.models.base import ModelConfig
 from mnist_flax.step import init_state
 from mnist_flax.train import fit_population
 
@@ -158,7 +158,7 @@ def test_a_network_that_needs_the_batch_size_is_refused_with_a_reason() -> None:
         def __call__(self, x: Array, mask: Array | None = None) -> Array:
             return nn.Dense(10)(x.reshape(len(x), -1))
 
-    class CountingConfig(CNNConfig):
+    class CountingConfig(ModelConfig):
         def module(self, num_classes: int, *, train: bool = False) -> nn.Module:
             return Counting()
 

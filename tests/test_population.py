@@ -316,9 +316,10 @@ def test_folds_that_a_rare_class_does_not_allow_leave_nothing(tmp_path: pathlib.
 
 
 def test_a_population_needs_seeds_or_folds(tmp_path: pathlib.Path) -> None:
-    for numbers in ({}, {"seeds": 2, "folds": 2}):
-        with pytest.raises(ConfigError, match="give either --seeds=M or --folds=K"):
-            fit_population(CONFIG, tmp_path / "population", **numbers)
+    with pytest.raises(ConfigError, match="give either --seeds=M or --folds=K"):
+        fit_population(CONFIG, tmp_path / "population")
+    with pytest.raises(ConfigError, match="give only one of --seeds=M or --folds=K"):
+        fit_population(CONFIG, tmp_path / "population", seeds=2, folds=2)
 
 
 def test_a_member_continued_as_a_single_run_has_the_same_setup(

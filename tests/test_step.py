@@ -99,9 +99,11 @@ def test_only_pixels_that_no_logit_depends_on_are_cropped(fields: dict[str, Any]
             assert changes == (line < size and "batch_norm" not in fields)
 
 
-def test_images_that_are_scaled_already_are_refused() -> None:
+def test_images_that_are_scaled_already_are_refused(examples: Examples) -> None:
+    batch = batch_of(examples, 20)
+    scaled: Batch = {"image": batch["image"] / 255, "label": batch["label"]}
     with pytest.raises(TypeError, match="images are of type float32; pass grey values from 0 to 255, of type uint8"):
-        scale_pixels(SMALL.program, jnp.zeros((1, 28, 28, 1)))
+        jax.eval_shape(functools.partial(train_step, SMALL.program), jit_init_state(SMALL.program, KEY), scaled, KEY)
 
 
 @pytest.mark.parametrize("batch_norm", [False, True])
