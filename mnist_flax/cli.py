@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 import runpy
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -36,8 +37,8 @@ VERBS = {
 
 def main() -> None:
     """Runs `mnist-flax VERB [flags]`, exactly like `python -m mnist_flax.VERB [flags]`; a script can call it too."""
-    verb, name = sys.argv[1] if len(sys.argv) > 1 else "", os.path.basename(sys.argv[0])
-    console.program = name if name == "mnist-flax" else f"python {sys.argv[0]}"
+    script, verb = sys.argv[0], sys.argv[1] if len(sys.argv) > 1 else ""
+    console.program = "mnist-flax" if os.path.basename(script) == "mnist-flax" else f"python {shlex.quote(script)}"
     if verb in VERBS:
         del sys.argv[1]
         runpy.run_module(f"mnist_flax.{verb}", run_name="__main__", alter_sys=True)

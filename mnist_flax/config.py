@@ -37,7 +37,7 @@ class Program:
 
     Members of a population share compiled code, unless their folds differ in size. `code` holds the network's class and
     the optimiser, schedule, loss and augmentations that the other fields name: a notebook that replaces one gets newly
-    compiled code. Logged metrics are no part of it.
+    compiled code. Logged metrics are not part of it.
     """
 
     model: ModelConfig
@@ -83,10 +83,11 @@ class Config:
         yield from self.data.check(dataset.num_train, dataset.num_classes)
         if type(self.model) not in MODELS.values():
             yield f"config.model: {_UNREGISTERED.format(type(self.model).__name__)}"
-        own, fields = type(self.model), {field.name for field in dataclasses.fields(self.model)}
-        for name, kind in inspect.get_annotations(own).items():
+        family, fields = type(self.model), {field.name for field in dataclasses.fields(self.model)}
+        for name, kind in inspect.get_annotations(family).items():
             if name not in fields and "ClassVar" not in str(kind):
-                yield f"config.model: {own.__name__}.{name} is no field: decorate it with @dataclass(frozen=True)"
+                title = family.__name__
+                yield f"config.model: {title}.{name} is not a field: decorate {title} with @dataclass(frozen=True)"
         yield from self.model.check(IMAGE_SIZE)
         yield from self.augment.check(dataset.class_names)
         yield from self.train.check(self.num_train)
@@ -299,7 +300,7 @@ def _build(cls: type, values: Any, path: str) -> Any:
     for name in values:
         if name not in known:
             hint = nearest(str(name), known)
-            if any(name in typing.get_type_hints(family) for family in MODELS.values() if issubclass(cls, ModelConfig)):
+            if issubclass(cls, ModelConfig) and any(name in typing.get_type_hints(other) for other in MODELS.values()):
                 hint = f"it belongs to another family; start from default_config_dict({family_of(cls)!r})"
             raise ConfigError(f"{path}.{name}: no such field; {hint}")
     fields = {}

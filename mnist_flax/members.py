@@ -47,8 +47,7 @@ class Member:
 
     The batches of a single run are split over `config.train.num_devices`. A run `in_population` trains on one device,
     whether in a group or alone, so that on a single CPU device its result is bitwise the same however many runs are
-    still training.
-    `finish` sets `test_logits`, `f32[N,C]`, at temperature 1.
+    still training. `finish` sets `test_logits`, `f32[N,C]`, at temperature 1.
     """
 
     config: Config

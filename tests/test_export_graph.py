@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from jax import Array, lax
+from strange_networks import Numbered, Strange
 from test_presets import PRESETS, load
 
 from mnist_flax import rng
@@ -115,33 +116,12 @@ def test_a_committee_is_exported(views: int, tmp_path: pathlib.Path) -> None:
     assert {f"member_{i}/Conv_0" for i in range(3)} <= layers
 
 
-class Strange(nn.Module):
-    """Layers that no family of the package has."""
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        x = nn.Conv(6, (3, 3), padding="SAME", kernel_dilation=2)(x)
-        x = nn.GroupNorm(num_groups=2)(x)
-        x = nn.Conv(6, (3, 3), strides=2, feature_group_count=6, padding=((1, 0), (0, 2)))(x)
-        x = nn.max_pool(nn.softplus(x), (3, 3), (2, 2), padding="SAME")
-        x = nn.avg_pool(x, (2, 2), (2, 2), padding="SAME", count_include_pad=False)
-        tokens = jnp.concatenate([self.token(len(x)), x.reshape(len(x), -1, 6)], 1)
-        x = nn.LayerNorm()(tokens)
-        x = x + nn.MultiHeadDotProductAttention(2)(x)
-        left, right = jnp.split(nn.Dense(8)(x[:, 0]), 2, axis=-1)
-        return nn.Dense(10)(jnp.clip(left, -1, 1) * nn.sigmoid(right))
-
-    def token(self, count: int) -> Array:
-        token = self.param("token", nn.initializers.normal(1), (1, 1, 6))
-        return jnp.broadcast_to(token, (count, 1, 6))
-
-
 def strange() -> tuple[Graph, Array]:
     module = Strange()
     weights: Any = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
 
     def logits(weights: Any, images: Array) -> Array:
-        return module.apply(weights, images.astype(jnp.float32) / 255)  # type: ignore[return-value]
+        return module.apply(weights, images.astype(jnp.float32) / 255)
 
     return trace(logits, weights), jax.jit(logits)(weights, IMAGES)
 
@@ -357,13 +337,6 @@ def restore_attrs(node: dict[str, Any], restore: Callable[[Any], Any]) -> dict[s
 
 
 def test_weights_keep_the_numbers_in_their_names() -> None:
-    class Numbered(nn.Module):
-        @nn.compact
-        def __call__(self, x: Array) -> Array:
-            first = self.param("w_1", nn.initializers.normal(), (784, 16))
-            second = self.param("w_2", nn.initializers.normal(), (16, 10))
-            return x.reshape(x.shape[0], -1) @ first @ second
-
     module: Any = Numbered()
     values = module.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
     graph = trace(lambda v, images: module.apply(v, images / 255), values)

@@ -99,5 +99,5 @@ def test_a_network_that_returns_no_logits_is_refused(mistake: str, message: str)
 
 
 def test_a_config_class_without_its_decorator_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"config.model: Bare.width is no field: decorate it with @dataclass"):
+    with pytest.raises(ConfigError, match=r"config.model: Bare.width is not a field: decorate Bare with @dataclass"):
         Config(model=Bare())

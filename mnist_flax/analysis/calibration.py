@@ -44,9 +44,9 @@ def calibrate(predictor: Predictor, holdout: Examples) -> Predictor:
 
 
 def fit_doubt(logits: np.ndarray) -> float:
-    """Finds the probability below which a share `FALSE_ALARMS` of the answers lies, but at least one half.
+    """Finds the probability below which a share `FALSE_ALARMS` of the answers lies: the false alarms.
 
-    These answers are the false alarms. Less than one half is doubtful for any network: it is probably wrong.
+    It is at least one half, because an answer with a smaller probability is more likely wrong than right.
 
     Args:
       logits: `f32[N,C]`, of digits that were not trained on, divided by the temperature.
