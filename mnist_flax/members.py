@@ -174,7 +174,7 @@ def begin(config: Config, fork: pathlib.Path | None) -> tuple[TrainState, dict[s
     try:
         source = checkpoint.load_run(fork)
     except WorkdirError as error:
-        raise WorkdirError(f"--fork={fork}: {error}") from error
+        raise WorkdirError(f"--fork: {error}") from error
     weights = {"params": source.state.params, "batch_stats": source.state.batch_stats}
     there = checkpoint.layout(weights)
     here = checkpoint.layout({"params": state.params, "batch_stats": state.batch_stats})

@@ -57,7 +57,7 @@ class OptimizerConfig:
         known = {field.name for field in dataclasses.fields(self)}
         for registry, entries in (("OPTIMIZERS", OPTIMIZERS), ("SCHEDULES", SCHEDULES)):
             for name, entry in entries.items():
-                if isinstance(entry.fields, str) or not known.issuperset(entry.fields):
+                if not known.issuperset(entry.fields):
                     example = "('momentum',)"
                     yield f"{registry}[{name!r}]: fields = {entry.fields!r}: must name config fields, such as {example}"
         yield from among("optimizer.name", self.name, OPTIMIZERS, is_registry=True)

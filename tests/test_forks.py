@@ -90,7 +90,7 @@ def test_fork_starts_with_the_weights_of_another_run(tmp_path: pathlib.Path, cap
 
 def test_fork_that_does_not_fit_writes_nothing(tmp_path: pathlib.Path) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
-    with pytest.raises(WorkdirError, match="holds no checkpoints/"):
+    with pytest.raises(WorkdirError, match=f"^--fork: {old}: holds no checkpoints/"):
         fit(SMALL, new, fork=old)
     fit(SMALL, old)
     with pytest.raises(WorkdirError, match=r"Dense_1.+float32\(8, 10\) there, float32\(5, 10\) here"):
