@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
     config.augment.rotate = 10.0
     config.augment.scale = 0.1
     config.augment.shear = 5.0
+    config.augment.elastic = 1.0
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 0.02
     config.optimizer.momentum = 0.95

@@ -16,5 +16,4 @@ def get_config() -> ConfigDict:
     config = preset_dict("accurate")
     config.model.stem_width = 32
     config.model.widths = (64, 128, 256)
-    config.augment.elastic = 1.0
     return config
