@@ -1,4 +1,4 @@
-"""Reaches 99 % on a CPU as fast as possible: one pass over three quarters of the rows, a fixed first layer.
+"""Reaches 99 % on a CPU as fast as possible: one epoch on 45,000 images, a fixed first layer.
 
 Measured: 99.09 +- 0.06 % test accuracy (mean and sd, n = 30), 1.1 s of training on two CPU cores.
 

@@ -46,8 +46,8 @@ class Member:
     """A run that is open for training on `rows`, `i32[R]`; between saves, its state may lag behind `log.step`.
 
     The batches of a single run are split over `config.train.num_devices`. A run `in_population` trains on one device,
-    whether in a group or alone, so that on a single CPU device its result is bitwise the same however many runs are
-    still training. `finish` sets `test_logits`, `f32[N,C]`, at temperature 1.
+    so that on a CPU its result is bitwise the same however many others train. `finish` sets `test_logits`, `f32[N,C]`,
+    at temperature 1.
     """
 
     config: Config
@@ -255,7 +255,7 @@ def announce(members: Sequence[Member], splits: Splits) -> None:
     if step:
         logger.info("resuming %s at step %d of %d", runs, step, config.num_steps)
     else:
-        logger.info("training %d steps (%d epochs) into %s", config.num_steps, config.train.epochs, runs)
+        logger.info("training %d steps (epochs: %d) into %s", config.num_steps, config.train.epochs, runs)
 
 
 def evaluate_holdout(member: Member) -> dict[str, Any] | None:

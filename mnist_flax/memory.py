@@ -12,7 +12,7 @@ from jax.extend.core import jaxprs_in_params
 
 from mnist_flax import sharding
 from mnist_flax.config import Config, Program
-from mnist_flax.data.registry import IMAGE_SIZE
+from mnist_flax.data.registry import DATASETS, IMAGE_SIZE
 from mnist_flax.errors import ConfigError
 from mnist_flax.step import Teacher, TrainState, eval_variables, forward, state_shapes
 
@@ -33,7 +33,7 @@ def check_memory(config: Config, teacher: Teacher | None = None) -> None:
     is_small_batch = max(config.train.batch_size, config.eval.batch_size) <= HARMLESS_BATCH
     if teacher is None and is_small_batch and max(layers, default=0) <= HARMLESS_LAYER:
         return
-    available = available_bytes()
+    available, dataset = available_bytes(), DATASETS[config.data.name]
     mesh = sharding.make_mesh(config.train.num_devices)
     num_parts = jax.process_count() if jax.default_backend() == "cpu" else mesh.size  # of a batch
     state = state_shapes(config.program)
@@ -42,7 +42,7 @@ def check_memory(config: Config, teacher: Teacher | None = None) -> None:
     # The backward pass needs every layer's output for the whole batch.
     training = weights + sum(_num_bytes(leaf) for leaf in jax.tree.leaves(teacher))
     training += config.train.batch_size // num_parts * sum(outputs)
-    evaluation = config.eval.batch_size // num_parts * max(outputs, default=0)
+    evaluation = min(config.eval.batch_size, dataset.num_train) // num_parts * max(outputs, default=0)
     for subject, needed in [
         (f"config.model: {config.model}: its weights and their optimizer state need", weights),
         (f"config.train.batch_size = {config.train.batch_size}: a training step needs at least", training),

@@ -32,7 +32,7 @@ class DataConfig:
       data_dir: the TFDS folder; empty means `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
       raw_dir: a folder with the official files; empty means `$MNIST_FLAX_RAW_DIR`.
       on_missing: if the dataset is unavailable and `source` is `auto`, `digits` falls back to the digits bundled with
-        scikit-learn; `error` stops. Populations and runs with a teacher always stop.
+        scikit-learn; `error` stops. Populations, resumed runs and runs with a teacher always stop.
       num_train: how many training rows to use, a stratified sample that includes the hold-out rows; 0 means all.
       holdout: how many of these rows to hold out for validation; 0 means none.
       holdout_rows: `spread` holds out a stratified sample from the whole file, and `last` the last rows. MNIST's rows

@@ -95,7 +95,7 @@ def scale_pixels(program: Program, images: Array) -> Array:
 
 
 def crop(program: Program, images: Array) -> Array:
-    """Cuts off the pixels that no logit depends on, `u8[B,28,28,1] -> u8[B,S,S,1]`.
+    """Cuts off the pixels that no logit depends on, `u8[B,28,28,1] -> u8[B,h,h,1]`.
 
     This saves a sixth of the arithmetic of the classic networks.
     """

@@ -5,18 +5,24 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_run
+from jax import Array
 
 from mnist_flax import memory
-from mnist_flax.config import Config, replace
+from mnist_flax.analysis import evaluation
+from mnist_flax.analysis.evaluation import make_predictor, predict_logits
+from mnist_flax.config import Config, Program, replace
 from mnist_flax.data.registry import DATASETS
 from mnist_flax.errors import ConfigError
 from mnist_flax.memory import check_memory
 from mnist_flax.models import MODELS
 from mnist_flax.models.cnn import CNNConfig
+from mnist_flax.run.checkpoint import load_run
 from mnist_flax.sections import EvalConfig
-from mnist_flax.step import Teacher
+from mnist_flax.step import Teacher, Variables, eval_variables
 from mnist_flax.train import fit
 
 pytestmark = pytest.mark.smoke
@@ -88,3 +94,23 @@ def test_ordinary_sizes_pass() -> None:
     for name in ("mnist", "emnist/byclass"):
         assert name in DATASETS
         check_memory(replace(Config(), data__name=name, train__batch_size=1024, eval__batch_size=10_000))
+
+
+def test_the_largest_evaluation_batch_of_the_default_network_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available_bytes", lambda: 16 * 2**30)  # 60,000 images; a million need 80 GiB
+    check_memory(replace(Config(), eval__batch_size=1_000_000))
+
+
+def test_a_large_evaluation_batch_is_cut_to_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = load_run(tiny_run.workdir())
+    predictor = make_predictor(replace(run.config, eval__batch_size=1_000_000), eval_variables(run.state))
+    sizes = []
+
+    def forward(program: Program, variables: Variables, batch: Array) -> Array:
+        sizes.append(len(batch))
+        return jnp.zeros((len(batch), program.num_classes))
+
+    monkeypatch.setattr(evaluation, "jit_forward", forward)
+    for examples in (3, 2_500):
+        assert predict_logits(predictor, np.zeros((examples, 28, 28, 1), np.uint8)).shape == (examples, 10)
+    assert sizes == [2_000, 2_500]

@@ -83,9 +83,13 @@ def _placed(predictor: Predictor) -> tuple[Mesh, tuple[Variables, ...]]:
 
 
 def _run(predictor: Predictor, images: np.ndarray) -> np.ndarray:
-    """Applies every member to `images` in batches; the last one is padded, so one compiled program serves every N."""
+    """Applies every member to `images` in batches; the last one is padded, so one compiled program serves every N.
+
+    A batch size above the default is cut to the number of images, because padding to it could exhaust the memory.
+    """
     mesh, members = _placed(predictor)
-    size = -(-predictor.batch_size // mesh.size) * mesh.size
+    size = min(predictor.batch_size, max(len(images), Predictor.batch_size))
+    size = -(-size // mesh.size) * mesh.size
     outputs: list[list[jax.Array]] = [[] for _ in members]
     for start in range(0, len(images), size):
         batch = images[start : start + size]

@@ -53,7 +53,7 @@ def _entropy(log_probs: np.ndarray) -> np.ndarray:
 
 
 def non_digits(test: Examples, data: DataConfig) -> dict[str, np.ndarray]:
-    """Returns pictures that are not digits, `u8[K,28,28,1]`, by kind; the same ones every time.
+    """Returns pictures that are not digits, `u8[P,28,28,1]`, by kind; the same ones every time.
 
     They include images of `test` cut in half and, for a dataset of digits, digits rotated by 90 degrees and letters.
     `data` is that of `test`, and says where to look for Fashion-MNIST; nothing is downloaded.
@@ -98,7 +98,7 @@ def _fashion(data: DataConfig) -> np.ndarray | None:
 
 
 def letters() -> np.ndarray:
-    """Draws letters in matplotlib's fonts at five angles, framed like MNIST digits, `u8[K,28,28,1]`."""
+    """Draws letters in matplotlib's fonts at five angles, framed like MNIST digits, `u8[P,28,28,1]`."""
     import matplotlib
     from PIL import Image, ImageDraw, ImageFont
 
@@ -115,7 +115,7 @@ def letters() -> np.ndarray:
 
 
 def detection_scores(digits: np.ndarray, others: np.ndarray) -> Facts:
-    """Computes how well a measure of doubt separates digits, `f64[N]`, from other pictures, `f64[K]`.
+    """Computes how well a measure of doubt separates digits, `f64[N]`, from other pictures, `f64[P]`.
 
     Returns:
       `auroc`: the chance that a digit has less doubt than another picture. `fpr95`: the share of the other pictures

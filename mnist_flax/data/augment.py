@@ -142,7 +142,9 @@ AUGMENTATIONS: dict[str, Augmentation] = {
     "rotate": Augmentation("largest angle, in degrees", 180, move=rotate),
     "scale": Augmentation("largest change of size, as a share", 1, move=scale, open_high=True),
     "shift": Augmentation("largest shift, in whole pixels", 27, move=shift, whole=True),
-    "stroke": Augmentation("largest share of a 3x3 dilation or erosion", 1, change=stroke),
+    "stroke": Augmentation(
+        "largest weight of the 3x3 maximum (thicker) or minimum (thinner), blended into the image", 1, change=stroke
+    ),
     "clutter": Augmentation(
         "side of the added pieces of strokes, in pixels, rounded up to an odd number", 28, change=clutter, whole=True
     ),

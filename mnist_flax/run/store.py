@@ -3,11 +3,9 @@
 A checkpoint is written under a temporary name, flushed to disk, and only then renamed to its step number. So a folder
 whose name is a number was complete when it was renamed, and its checksums show whether it is still intact.
 
-Orbax's `CheckpointManager` (0.12.8) was tried. Its `AnyPreservationPolicy([LatestN(n), BestN(m)])` keeps what `_prune`
-keeps, but it has no hook between writing and renaming, where checksums and fsync belong; it does not rename a
-checkpoint before deleting it, so a kill leaves a damaged folder that looks finished; it raises an error if the newest
-checkpoint is damaged, instead of restoring the previous one; and it silently stops ranking a checkpoint whose metrics
-are damaged.
+Orbax's `CheckpointManager` (0.12.8) was tried and is not used. It has no hook between writing and renaming, where
+checksums and fsync belong. It deletes a checkpoint without renaming it first, so a kill leaves a damaged folder that
+looks finished. If the newest checkpoint is damaged, it raises an error instead of restoring the previous one.
 """
 
 import concurrent.futures
