@@ -192,7 +192,7 @@ def _parse(arguments: Sequence[str], *, takes_files: bool) -> Sequence[str]:
 
 def _flag_hint(name: str) -> str:
     """Returns a hint for the user of a flag that a command does not have."""
-    if name.startswith("config."):
+    if name.startswith("config.") and "config.data.name" in FLAGS:
         return f"this command takes only the fields of the data; {nearest(name.removeprefix('config.'), DATA_FIELDS)}"
     if "override" in FLAGS:
         from mnist_flax.config import Config, dotted

@@ -15,6 +15,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from mnist_flax.checks import among, nearest, within
@@ -273,11 +274,7 @@ def result_fields(config: Config) -> dict[str, Any]:
 
 def dotted(config: Config) -> dict[str, Any]:
     """Returns the value of every field by its dotted name, such as `data.name`."""
-    return {
-        f"{section}.{name}" if name else section: value
-        for section, fields in config.to_dict().items()
-        for name, value in (fields.items() if isinstance(fields, dict) else [("", fields)])
-    }
+    return flatten_dict(config.to_dict(), sep=".")
 
 
 def _build(cls: type, values: Any, path: str) -> Any:

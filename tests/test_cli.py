@@ -40,6 +40,14 @@ def test_mistake_gets_one_message(arguments: list[str], message: str, tmp_path: 
     assert not workdir.exists()
 
 
+def test_a_config_field_for_a_command_without_any_gets_no_wrong_hint() -> None:
+    result = run("--config.data.name=mnist", "--workdir=x", "3.png", module="mnist_flax.predict")
+    assert (result.returncode, result.stderr) == (
+        2,
+        "error: --config.data.name: no such flag; --help lists the flags\n",
+    )
+
+
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_help_needs_neither_jax_nor_tensorflow(verb: str) -> None:
     code = (

@@ -128,6 +128,20 @@ def test_read_files_rejects_a_wrong_zip(tmp_path: Path, kind: str) -> None:
         read_files(shrunk("emnist/letters", 37), tmp_path)
 
 
+def test_read_idx_names_a_damaged_member_of_a_zip() -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("images", gzip.decompress(GOOD))
+    content = bytearray(buffer.getvalue())
+    content[30 + len("images")] = 0xFF  # the first byte of the deflated data: a block of an unknown type
+    with (
+        zipfile.ZipFile(io.BytesIO(content)) as archive,
+        archive.open("images") as file,
+        pytest.raises(DataError, match=r"^images: is truncated or damaged"),
+    ):
+        read_idx(file, "images", (2, 3, 4))
+
+
 # Fuzzing --------------------------------------------------------------------------------------------------------------
 
 

@@ -152,15 +152,27 @@ def test_versions_are_listed_once_for_each_change(tmp_path: pathlib.Path, monkey
     assert [entry["python"] for entry in saved["versions"]] == ["3.11.7", "3.13.1", "3.11.7"]
 
 
+LINE = '{"step": 1, "split": "test", "epoch": 1.0, "seconds": 2, "loss": 0.5, "accuracy": 0.9}'
+
+
 @pytest.mark.parametrize(
-    "damaged", ['{"step": 1}', "[]", "[" * 100_000, '{"step": "1", "split": "test", "epoch": 1, "seconds": 2}', "{"]
+    "damaged",
+    [
+        '{"step": 1}',
+        "[]",
+        "[" * 100_000,
+        "{",
+        LINE.replace("1,", '"1",', 1),
+        LINE.replace("test", "valid"),
+        LINE.replace("loss", "lost"),
+        LINE.replace("0.9", '"0.9"'),
+    ],
 )
 def test_a_log_with_a_damaged_line_is_not_read(tmp_path: pathlib.Path, damaged: str) -> None:
-    line = '{"step": 1, "split": "test", "epoch": 1.0, "seconds": 2}'
     path = tmp_path / "metrics.jsonl"
-    path.write_text(line + "\n")
+    path.write_text(LINE + "\n")
     assert len(read_log(tmp_path)) == 1
-    path.write_text(f"{line}\n{damaged}\n")
+    path.write_text(f"{LINE}\n{damaged}\n")
     assert read_log(tmp_path) == []
 
 

@@ -13,7 +13,13 @@ from matplotlib.axes import Axes
 from small_population import CONFIG
 
 from mnist_flax.analysis import comparison, evaluation, statistics
-from mnist_flax.analysis.evaluation import combine_members, evaluate, load_predictor, make_predictor
+from mnist_flax.analysis.evaluation import (
+    combine_members,
+    evaluate,
+    is_population_result,
+    load_predictor,
+    make_predictor,
+)
 from mnist_flax.analysis.report import plots
 from mnist_flax.analysis.scores import evaluate_workdir
 from mnist_flax.config import replace
@@ -255,6 +261,9 @@ def test_load_result_reads_runs_and_populations_alike(seeds: pathlib.Path, folds
         comparison.load_result(seeds / "members" / "seed-4", {"train.epochs": "9"})
 
 
+FOLD = {"name": "fold-0", "seed": 3, "fold": 0, "accuracy": 0.9, "loss": 0.1}
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -265,7 +274,9 @@ def test_load_result_reads_runs_and_populations_alike(seeds: pathlib.Path, folds
         {"kind": "other"},
         {"kind": "folds"},
         *({name: ...} for name in ("config", "mean", "sd", "interval", "committee", "agreement")),
-        {"kind": "folds", "members": [{"name": "fold-0", "seed": 3, "fold": 0, "accuracy": 0.9}]},  # no out_of_fold
+        {"kind": "folds", "members": [FOLD]},  # no out_of_fold
+        {"kind": "folds", "members": [FOLD], "out_of_fold": {}},
+        {"kind": "folds", "members": [FOLD], "out_of_fold": {"folds": [{"loss": 0.1}]}},
     ],
 )
 def test_an_incomplete_result_is_as_good_as_none(
@@ -276,6 +287,11 @@ def test_an_incomplete_result_is_as_good_as_none(
     damaged = {name: value for name, value in damaged.items() if value is not ...}
     (tmp_path / "population.json").write_text(json.dumps(damaged))
     assert statistics.load_population_result(tmp_path) is None
+
+
+def test_a_complete_result_of_folds_is_recognised(seeds: pathlib.Path) -> None:
+    complete = {"kind": "folds", "members": [FOLD], "out_of_fold": {"folds": [{"accuracy": 0.9}]}}
+    assert is_population_result(json.loads((seeds / "population.json").read_text()) | complete)
 
 
 @pytest.mark.parametrize("size", [0, 1000, -1000])

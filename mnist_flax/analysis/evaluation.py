@@ -284,8 +284,8 @@ def is_population_result(result: Mapping[str, Any]) -> bool:
         fields = {"name": str, "seed": int, "accuracy": float, "loss": float} | ({"fold": int} if is_folds else {})
         complete = all(isinstance(member[name], kind) for member in members for name, kind in fields.items())
         named = all(_MEMBER.fullmatch(member["name"]) for member in members)
-        known = {*_RESULT, *(["out_of_fold"] if is_folds else [])} <= result.keys()
-        return bool(members) and complete and named and known and result["kind"] in KINDS
+        scored = not is_folds or all(isinstance(fold["accuracy"], float) for fold in result["out_of_fold"]["folds"])
+        return bool(members) and complete and named and scored and result.keys() >= _RESULT and result["kind"] in KINDS
     except (KeyError, TypeError):
         return False
 

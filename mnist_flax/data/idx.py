@@ -55,9 +55,9 @@ def read_idx(file: IO[bytes], name: str, shape: tuple[int, ...]) -> np.ndarray:
     """
     header = struct.pack(f">4B{len(shape)}I", 0, 0, 8, len(shape), *shape)  # 8: the elements are unsigned bytes
     size = int(np.prod(shape))
-    start = file.read(2)
-    file.seek(0)
     try:
+        start = file.read(2)
+        file.seek(0)
         stream = gzip.GzipFile(fileobj=file) if start == b"\x1f\x8b" else file
         found = stream.read(len(header))
         # Try to read one byte too many: reaching the end of the file also makes gzip check its CRC.

@@ -1,12 +1,10 @@
 """A plain convolutional network that first cleans its image: it removes specks and anything wider than a stroke."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
-from jax.lax import slice_in_dim
 
 from mnist_flax.models.cnn import CNN, CNNConfig
 
@@ -42,7 +40,10 @@ def cleaned(x: Array) -> Array:
     the image minus its opening is called the white top-hat.
     """
     x = despeckled(x)
-    background = _window_extreme(_window_extreme(x, jnp.minimum, jnp.inf), jnp.maximum, -jnp.inf)
+    background = x
+    for sign in (-1, 1):  # the minimum over the window, then the maximum
+        rows = nn.max_pool(sign * background, (WINDOW, 1), padding="SAME")
+        background = sign * nn.max_pool(rows, (1, WINDOW), padding="SAME")
     ink = x - background
     ink = blurred(ink)
     return ink / jnp.maximum(ink.max((1, 2, 3), keepdims=True), MIN_PEAK)
@@ -76,16 +77,3 @@ def _sorted(a: Array, b: Array, c: Array) -> tuple[Array, Array, Array]:
     a, b = jnp.minimum(a, b), jnp.maximum(a, b)
     b, c = jnp.minimum(b, c), jnp.maximum(b, c)
     return jnp.minimum(a, b), jnp.maximum(a, b), c
-
-
-def _window_extreme(x: Array, extreme: Callable[[Array, Array], Array], padding: float) -> Array:
-    """Takes the minimum or maximum over a window around each pixel, in ceil(log2(WINDOW)) steps along each axis."""
-    for axis in (1, 2):
-        margins = [(WINDOW // 2, WINDOW // 2) if a == axis else (0, 0) for a in range(4)]
-        x, covered = jnp.pad(x, margins, constant_values=padding), 1
-        while covered < WINDOW:
-            step = min(covered, WINDOW - covered)
-            length = x.shape[axis]
-            x = extreme(slice_in_dim(x, 0, length - step, axis=axis), slice_in_dim(x, step, length, axis=axis))
-            covered += step
-    return x

@@ -15,7 +15,7 @@ from mnist_flax.config import Config
 from mnist_flax.errors import NonFiniteLossError
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.provenance import versions
-from mnist_flax.run.schema import LINE, mismatches
+from mnist_flax.run.schema import LINE, NUMBER, SPLITS, mismatches
 
 Record = dict[str, Any]  # a JSON object, such as a line of metrics.jsonl
 Sums = dict[str, float]  # summed over the examples of one or more steps: "loss", "accuracy" (number correct), ...
@@ -173,7 +173,8 @@ def read_log(workdir: pathlib.Path, until: float = math.inf) -> list[Record]:
         records = [json.loads(line) for line in lines]
     except (OSError, ValueError, RecursionError):
         return []
-    if any(mismatches(records, [LINE], "log")):
+    scored = {**LINE, "loss": NUMBER | None, "accuracy": NUMBER | None}
+    if any(mismatches(records, [scored], "log")) or any(record["split"] not in SPLITS for record in records):
         return []
     return [record for record in records if record["step"] <= until]
 

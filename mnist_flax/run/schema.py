@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 NUMBER = int | float
+SPLITS = ("train", "holdout", "test")  # in metrics.jsonl
 LINE = {"step": int, "epoch": NUMBER, "split": str, "seconds": NUMBER, "*": int | float | None}  # of metrics.jsonl
 
 

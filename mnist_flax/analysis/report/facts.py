@@ -15,6 +15,7 @@ from mnist_flax.data import batches
 from mnist_flax.data.registry import DATASETS
 from mnist_flax.data.splits import Splits
 from mnist_flax.run.provenance import provenance
+from mnist_flax.run.schema import SPLITS
 
 GALLERY = 24  # examples in each gallery
 PAIRS = 12  # pairs of confused classes
@@ -139,9 +140,7 @@ def galleries(probs: np.ndarray, label: np.ndarray, dataset: str) -> Facts:
 
 def log_curves(records: Sequence[Mapping[str, Any]]) -> Facts:
     """Groups the log records by split and adds smoothed values to those of `train`."""
-    by_split: Facts = {
-        split: [dict(r) for r in records if r["split"] == split] for split in ("train", "holdout", "test")
-    }
+    by_split: Facts = {split: [dict(r) for r in records if r["split"] == split] for split in SPLITS}
     train = by_split["train"]
     reach = len(train) // 20
     for field in ("loss", "accuracy"):

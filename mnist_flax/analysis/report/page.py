@@ -33,7 +33,7 @@ def render_page(facts: Mapping[str, Any], pictures: Mapping[str, Any]) -> str:
     `pictures` holds `plots` (SVG elements by name), `thumbnails` (URIs by test row), `sheets` (URIs by name),
     `activation_pictures` (by layer and example) and the `title`.
     """
-    template = load_template(TEMPLATE, score=calibration_value, thousands="{:,}".format, shape=shape, duration=duration)
+    template = load_template(TEMPLATE, score=calibration_value, thousands="{:,}".format, duration=duration)
     missing = {
         "curves": "loss" not in pictures["plots"],
         "trained-on": not facts["augmented"],
@@ -47,11 +47,6 @@ def render_page(facts: Mapping[str, Any], pictures: Mapping[str, Any]) -> str:
 def calibration_value(value: float, field: str) -> str:
     """Formats a calibration metric: the ECE as a percentage, the others with four decimals."""
     return percent(value) if field == "ece" else f"{value:.4f}"
-
-
-def shape(sizes: tuple[int, ...]) -> str:
-    """Formats the shape of an array, such as 26 x 26 x 32."""
-    return " × ".join(map(str, sizes))  # noqa: RUF001
 
 
 def duration(seconds: float) -> str:
