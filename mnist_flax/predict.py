@@ -39,11 +39,11 @@ def main(argv: Sequence[str]) -> None:
     if not argv[1:]:
         raise ConfigError("no picture is named: name files, folders or patterns, or - for standard input")
     workdir = cli.workdir()
-    from mnist_flax.pictures import files, pool, segment
+    from mnist_flax.pictures import files, parallel, segment
 
     found = list(files.find_files(argv[1:]))
     read = segment.read_as_is if flags.FLAGS.as_is else segment.read_digits
-    with pool.read_ahead(found, read) as outcomes:  # starts processes, so before JAX is imported
+    with parallel.read_ahead(found, read) as outcomes:  # starts processes, so before JAX is imported
         failed = print_answers(found, outcomes, workdir)
     if failed:
         raise PicturesError(f"{failed} of {len(found)} pictures could not be read")

@@ -27,7 +27,7 @@ LAYERS = [
         "run.compilation",
         "run.provenance",
         "run.processes",
-        "run.storage",
+        "run.checkpoint_files",
         "pictures",
     ],
     ["cli", "step", "run.progress", "run.weights", "run.log"],

@@ -29,7 +29,7 @@ from small_run import SMALL, run, steps
 
 from mnist_flax.config import Config, replace
 from mnist_flax.errors import WorkdirError
-from mnist_flax.run import checkpoint, storage
+from mnist_flax.run import checkpoint, checkpoint_files
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.checkpoint import load_run
 from mnist_flax.run.store import open_store
@@ -246,14 +246,14 @@ def test_a_checkpoint_that_cannot_be_read_now_is_neither_set_aside_nor_pruned(
     workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An error of the file system says nothing about the content of the files, which may be intact."""
-    restore = storage.restore_record
+    restore = checkpoint_files.restore_record
 
     def refuse(folder: pathlib.Path) -> Any:
         if folder.name == "6":
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         return restore(folder)
 
-    monkeypatch.setattr(storage, "restore_record", refuse)
+    monkeypatch.setattr(checkpoint_files, "restore_record", refuse)
     with open_store(SMALL, FINGERPRINT, workdir) as store:
         with pytest.raises(WorkdirError, match=r"checkpoint 6 cannot be read \(Permission denied\); fix that"):
             store.restore_latest()

@@ -21,7 +21,7 @@ from small_run import SMALL, steps
 
 from mnist_flax.config import replace
 from mnist_flax.errors import WorkdirError
-from mnist_flax.run import storage
+from mnist_flax.run import checkpoint_files
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.checkpoint import load_run
 from mnist_flax.run.store import open_store
@@ -75,7 +75,7 @@ def rewrite(workdir: pathlib.Path) -> Iterator[Callable[[dict[str, Any]], None]]
 
     def change(fields: dict[str, Any]) -> None:
         path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-        (newest / "files.sha256").write_text(storage.checksums(newest))
+        (newest / "files.sha256").write_text(checkpoint_files.checksums(newest))
 
     yield change
 
@@ -181,7 +181,7 @@ def test_no_checkpoint_is_written_through_a_link(
 def test_checkpoint_deleted_while_it_is_read_is_not_damage(
     workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = storage.restore_state
+    read = checkpoint_files.restore_state
     saved: list[pathlib.Path] = []
 
     def live_run(folder: pathlib.Path, target: Any) -> Any:
@@ -192,7 +192,7 @@ def test_checkpoint_deleted_while_it_is_read_is_not_damage(
                     save(store, initial_state(), step)
         return read(folder, target)
 
-    monkeypatch.setattr(storage, "restore_state", live_run)
+    monkeypatch.setattr(checkpoint_files, "restore_state", live_run)
     assert int(load_run(workdir).state.step) == 12
     saved.clear()
     gone = workdir / workdirs.CHECKPOINTS / "9"
@@ -201,7 +201,7 @@ def test_checkpoint_deleted_while_it_is_read_is_not_damage(
         shutil.rmtree(gone)
         raise OSError("gone")
 
-    monkeypatch.setattr(storage, "restore_state", prune_and_fail)
+    monkeypatch.setattr(checkpoint_files, "restore_state", prune_and_fail)
     with pytest.raises(WorkdirError, match="has no checkpoint '9'; it has these steps: 12"):
         load_run(workdir, "9")
 
@@ -216,7 +216,7 @@ def test_without_holdout_rows_there_is_no_best_checkpoint(tmp_path: pathlib.Path
 def test_failed_read_restores_the_log_level_of_absl(workdir: pathlib.Path) -> None:
     newest = workdir / workdirs.CHECKPOINTS / "6"
     (newest / "record" / "metadata").write_text("{")
-    (newest / "files.sha256").write_text(storage.checksums(newest))
+    (newest / "files.sha256").write_text(checkpoint_files.checksums(newest))
     level = logging.getLogger("absl").level
     with pytest.raises(WorkdirError, match="damaged"):
         load_run(workdir)

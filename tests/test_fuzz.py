@@ -17,7 +17,7 @@ from small_run import SMALL, outcome
 from mnist_flax import cli, preset
 from mnist_flax.config import Config, default_config_dict, replace
 from mnist_flax.errors import ConfigError, UserError, WorkdirError
-from mnist_flax.run import checkpoint, storage
+from mnist_flax.run import checkpoint, checkpoint_files
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.train import fit
 
@@ -190,7 +190,7 @@ def test_fuzzed_records_give_a_run_or_a_message(seed: int, finished: pathlib.Pat
         newest = workdir / workdirs.CHECKPOINTS / "14"
         path = newest / "record" / "metadata"
         path.write_text(json.dumps(mutate(json.loads(path.read_text()), chance)))
-        (newest / storage.CHECKSUMS).write_text(storage.checksums(newest))
+        (newest / checkpoint_files.CHECKSUMS).write_text(checkpoint_files.checksums(newest))
         (workdir / workdirs.SUMMARY).unlink()
         try:
             fit(SHORT, workdir)

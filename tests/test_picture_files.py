@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mnist_flax.pictures import files, pool
+from mnist_flax.pictures import files, parallel
 from mnist_flax.pictures.decode import PictureError
 from mnist_flax.pictures.segment import read_digits
 
@@ -20,7 +20,7 @@ def test_endless_file_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_heic_files_in_a_folder_are_reported(tmp_path: pathlib.Path) -> None:
     (tmp_path / "photo.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0")
     assert list(files.find_files([str(tmp_path)])) == [str(tmp_path / "photo.HEIC")]
-    assert "HEIC; save it as JPEG" in str(pool.read_one(str(tmp_path / "photo.HEIC"), read_digits))
+    assert "HEIC; save it as JPEG" in str(parallel.read_one(str(tmp_path / "photo.HEIC"), read_digits))
 
 
 def test_file_in_a_folder_that_cannot_be_examined_is_reported(tmp_path: pathlib.Path) -> None:
@@ -51,4 +51,4 @@ def test_picture_that_needs_too_much_memory_is_not_called_damaged(
 
     Image.fromarray(np.zeros((28, 28), np.uint8)).save(tmp_path / "1.png")
     monkeypatch.setattr("mnist_flax.pictures.decode._to_grey", fail)
-    assert "needs more memory than there is" in str(pool.read_one(str(tmp_path / "1.png"), read_digits))
+    assert "needs more memory than there is" in str(parallel.read_one(str(tmp_path / "1.png"), read_digits))

@@ -19,7 +19,7 @@ from mnist_flax import train
 from mnist_flax.config import Config
 from mnist_flax.data.embedded import embedded_digits
 from mnist_flax.metrics import log_probabilities
-from mnist_flax.pictures import files, pool, segment
+from mnist_flax.pictures import files, parallel, segment
 from mnist_flax.pictures import reading as readings_lib
 from mnist_flax.pictures.decode import PictureError
 from mnist_flax.pictures.segment import read_digits
@@ -263,8 +263,8 @@ def test_batches_span_pictures_and_keep_their_order(batch_size: int) -> None:
 def test_pool_agrees_with_one_process_and_survives_bad_pictures(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     (tmp_path / "text.png").write_text("not a picture")
     names = [str(folder / "3.png"), str(tmp_path / "text.png"), "gone.png", str(folder / "7.JPG")] * 3
-    alone = [pool.read_one(name, read_digits) for name in names]
-    with pool.read_ahead(names, read_digits, 2) as outcomes:
+    alone = [parallel.read_one(name, read_digits) for name in names]
+    with parallel.read_ahead(names, read_digits, 2) as outcomes:
         found = list(outcomes)
     for (name, outcome), wanted, given in zip(found, alone, names, strict=True):
         assert name == given
@@ -276,7 +276,10 @@ def test_pool_agrees_with_one_process_and_survives_bad_pictures(folder: pathlib.
 
 
 def test_an_error_ends_the_processes_of_the_pool(folder: pathlib.Path) -> None:
-    with pytest.raises(ZeroDivisionError), pool.read_ahead([str(folder / "3.png")] * 20, read_digits, 1) as outcomes:
+    with (
+        pytest.raises(ZeroDivisionError),
+        parallel.read_ahead([str(folder / "3.png")] * 20, read_digits, 1) as outcomes,
+    ):
         next(outcomes)
         assert multiprocessing.active_children()
         1 / 0  # noqa: B018

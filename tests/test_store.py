@@ -15,7 +15,7 @@ from small_run import SMALL, steps
 
 from mnist_flax.config import replace
 from mnist_flax.errors import WorkdirError
-from mnist_flax.run import storage
+from mnist_flax.run import checkpoint_files
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.store import Store, open_store
 
@@ -106,10 +106,10 @@ def test_reading_and_writing_at_the_same_time_leave_the_log_level_alone() -> Non
     level = absl.level
 
     def read() -> None:
-        with storage._checkpointer():
+        with checkpoint_files._checkpointer():
             entered.set()
 
-    with storage._checkpointer():
+    with checkpoint_files._checkpointer():
         thread = threading.Thread(target=read)
         thread.start()
         assert not entered.wait(0.2)  # it would take the silenced level for the one to restore
@@ -138,7 +138,7 @@ def test_a_first_checkpoint_that_cannot_be_written_promises_no_checkpoint(
     def refuse(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(storage, "write", refuse)
+    monkeypatch.setattr(checkpoint_files, "write", refuse)
     with (
         pytest.raises(WorkdirError, match=r"No space left on device\); fix that, and the same command starts again$"),
         open_store(SMALL, FINGERPRINT, tmp_path) as store,

@@ -11,7 +11,7 @@ import numpy as np
 
 from mnist_flax.config import Config, differences
 from mnist_flax.errors import ConfigError, WorkdirError, reason
-from mnist_flax.run import storage
+from mnist_flax.run import checkpoint_files
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.schema import LINE, NUMBER, mismatches
 from mnist_flax.step import TrainState, state_shapes
@@ -187,7 +187,7 @@ def _without_unused(values: dict[str, Any]) -> dict[str, Any]:
 
 def read_record(path: pathlib.Path) -> dict[str, Any]:
     """Reads and checks the record of a checkpoint; raises the same errors as `read_run`."""
-    record: dict[str, Any] = storage.restore_record(path)
+    record: dict[str, Any] = checkpoint_files.restore_record(path)
     schema = record.get("schema") if isinstance(record, dict) else None
     if type(schema) is int and schema != SCHEMA:
         age = "a newer" if schema > SCHEMA else "an older"
@@ -221,7 +221,7 @@ def _read_state(path: pathlib.Path, config: Config, record: Mapping[str, Any]) -
             )
     # Read into host memory first, because the checkpoint may have been saved from other devices.
     target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
-    state: TrainState = storage.restore_state(path, target)
+    state: TrainState = checkpoint_files.restore_state(path, target)
     if int(state.step) != record["step"]:
         raise _foreign(path, f"state.step = {int(state.step)}: must be {record['step']}")
     return jax.device_put(state)

@@ -24,7 +24,7 @@ import numpy as np
 
 from mnist_flax.config import Config
 from mnist_flax.errors import WorkdirError, reason
-from mnist_flax.run import checkpoint, processes, storage
+from mnist_flax.run import checkpoint, checkpoint_files, processes
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.step import TrainState
 
@@ -117,7 +117,7 @@ class Store:
         step = int(arrays.step)
         unfinished = self._folder / f"{step}{_UNFINISHED}"
         if not processes.is_primary():
-            storage.write(unfinished, arrays, record)
+            checkpoint_files.write(unfinished, arrays, record)
             return
         holdouts = self._holdouts
         try:
@@ -125,8 +125,8 @@ class Store:
             needed = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)) + 2**16
             if shutil.disk_usage(self._folder).free < needed:  # better to fail now than halfway
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            storage.write(unfinished, arrays, record)
-            workdirs.write_text(unfinished / storage.CHECKSUMS, storage.checksums(unfinished))
+            checkpoint_files.write(unfinished, arrays, record)
+            workdirs.write_text(unfinished / checkpoint_files.CHECKSUMS, checkpoint_files.checksums(unfinished))
             for path in (*unfinished.rglob("*"), unfinished):
                 workdirs.sync(path)
             unfinished.rename(self._folder / str(step))
