@@ -24,7 +24,7 @@ from mnist_flax.data import batches
 from mnist_flax.data.batches import Batch
 from mnist_flax.data.splits import Examples
 from mnist_flax.errors import ConfigError
-from mnist_flax.step import Teacher, TrainState, forward, init_state, train_step, train_steps
+from mnist_flax.step import METRICS, Teacher, TrainState, forward, init_state, train_step, train_steps
 
 Advance = Callable[[TrainState, int], tuple[TrainState, dict[str, np.ndarray]]]
 
@@ -121,6 +121,21 @@ def epochs_per_order(epochs: int, epochs_per_dispatch: int) -> int:
     return max(1, min(epochs_per_dispatch, epochs))
 
 
+@functools.lru_cache(maxsize=8)
+def _jit_scan(program: Program, mesh: Mesh, num_runs: int, _: Any) -> Any:
+    """Returns the jitted loop of steps; it is kept, because tracing it takes longer than a short run.
+
+    The last argument, the logged metrics, is a part of the cache's key, because the loop computes them.
+    """
+
+    def steps(state: TrainState, order: Array, key: Array, shared: Any, num_steps: Array) -> Any:
+        examples, teacher = shared
+        return train_steps(program, state, examples, order, key, num_steps, teacher)
+
+    out_shardings = _run_sharding(mesh, num_runs)
+    return jax.jit(over_runs(steps, mesh, num_runs), donate_argnums=0, out_shardings=out_shardings)
+
+
 def scan_steps(job: Job, states: TrainState) -> Advance:
     """Compiles a loop of steps on the device; each call takes its batches from one `order` of whole epochs."""
     program, num_runs = job.program, len(job.seeds)
@@ -142,14 +157,10 @@ def scan_steps(job: Job, states: TrainState) -> Advance:
         ]
         return sharding.place(jnp.stack(drawn), by_order)
 
-    def steps(state: TrainState, order: Array, key: Array, shared: Any, num_steps: Array) -> Any:
-        examples, teacher = shared
-        return train_steps(program, state, examples, order, key, num_steps, teacher)
-
     keys, shared = sharding.place(jnp.stack(root_keys), by_run), sharding.place((job.examples, job.teacher), everywhere)
     step = int(jax.device_get(states.step)[0])
     compiled = (
-        jax.jit(over_runs(steps, mesh, num_runs), donate_argnums=0, out_shardings=by_run)
+        _jit_scan(program, mesh, num_runs, tuple(METRICS.items()))
         .lower(states, orders(step // steps_per_order), keys, shared, sharding.place(np.int32(0), everywhere))
         .compile()
     )
@@ -163,6 +174,17 @@ def scan_steps(job: Job, states: TrainState) -> Advance:
     return advance
 
 
+@functools.lru_cache(maxsize=8)
+def _jit_stream(program: Program, mesh: Mesh, _: Any) -> Any:
+    """Returns the jitted step of a single run; see `_jit_scan`."""
+
+    def one_step(states: TrainState, batch: Batch, shared: Any) -> Any:
+        state, metrics = train_step(program, jax.tree.map(lambda leaf: leaf[0], states), batch, *shared)
+        return jax.tree.map(lambda leaf: leaf[None], state), metrics
+
+    return jax.jit(one_step, donate_argnums=0, out_shardings=sharding.replicated(mesh))
+
+
 def stream_steps(job: Job, states: TrainState) -> Advance:
     """Compiles one step of a single run; every step gets its batch from the host."""
     program = job.program
@@ -172,15 +194,11 @@ def stream_steps(job: Job, states: TrainState) -> Advance:
     shared = sharding.place((root, job.teacher), everywhere)
     streams: dict[int, Iterator[Batch]] = {}  # keyed by the step of their next batch
 
-    def one_step(states: TrainState, batch: Batch, shared: Any) -> Any:
-        state, metrics = train_step(program, jax.tree.map(lambda leaf: leaf[0], states), batch, *shared)
-        return jax.tree.map(lambda leaf: leaf[None], state), metrics
-
     batch = {
         name: jax.ShapeDtypeStruct((program.batch_size, *array.shape[1:]), array.dtype, sharding=by_batch)
         for name, array in job.examples._asdict().items()
     }
-    compiled = jax.jit(one_step, donate_argnums=0, out_shardings=everywhere).lower(states, batch, shared).compile()
+    compiled = _jit_stream(program, mesh, tuple(METRICS.items())).lower(states, batch, shared).compile()
 
     def advance(states: TrainState, num_steps: int) -> tuple[TrainState, dict[str, np.ndarray]]:
         step = int(jax.device_get(states.step)[0])

@@ -76,6 +76,7 @@ def test_members_trained_together_and_in_turns_agree(
     seeds: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(drivers, "runs_take_turns", lambda: False)
+    monkeypatch.setattr(drivers, "_jit_scan", drivers._jit_scan.__wrapped__)  # not the loop that another test compiled
     fit_population(CONFIG, tmp_path, seeds=3)
     for name in ("seed-3", "seed-4", "seed-5"):
         run, other = (checkpoint.load_run(folder / "members" / name) for folder in (seeds, tmp_path))
