@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import struct
 from collections.abc import Iterable, Iterator
 
 
@@ -25,9 +26,23 @@ def among(field: str, value: str, choices: Iterable[str], *, is_registry: bool =
 def within(
     field: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False, open_high: bool = False
 ) -> Iterator[str]:
-    """Checks that a number lies in an interval, which includes its endpoints unless they are declared open."""
+    """Checks that a number lies in an interval, which includes its endpoints unless they are declared open.
+
+    Floats are rounded to 32 bits, as for training, before they are compared with an open endpoint.
+    """
+    given, value = value, _rounded(value) if isinstance(value, float) and (open_low or open_high) else value
     if (low < value if open_low else low <= value) and (value < high if open_high else value <= high):
         return
     lower = f"above {low}" if open_low else f"at least {low}"
     upper = f"below {high}" if open_high else f"at most {high}"
-    yield f"config.{field} = {value!r}: must be {lower}" + (f" and {upper}" if high != math.inf else "")
+    yield f"config.{field} = {given!r}: must be {lower}" + (f" and {upper}" if high != math.inf else "")
+
+
+def _rounded(value: float) -> float:
+    """Rounds to 32 bits; what has no full precision there becomes 0, as in XLA, or infinite."""
+    if abs(value) < 2**-126:
+        return 0.0
+    try:
+        return struct.unpack("f", struct.pack("f", value))[0]
+    except OverflowError:
+        return math.copysign(math.inf, value)

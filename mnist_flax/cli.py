@@ -107,14 +107,26 @@ def data_overrides() -> dict[str, Any]:
     return {field: value for field, value in given.items() if value is not None}
 
 
-def path(flag: str) -> pathlib.Path:
+def path(value: str) -> pathlib.Path:
     """Returns the path in a flag's value; shells do not expand `~` inside `--flag=~/folder`."""
-    return pathlib.Path(os.path.expanduser(flag))
+    return pathlib.Path(os.path.expanduser(value))
+
+
+def path_of(flag: str) -> pathlib.Path | None:
+    """Returns the path in a flag, or None if the flag is not given.
+
+    Raises:
+      ConfigError: it is empty, as after `--flag=$UNSET`.
+    """
+    value = FLAGS[flag].value
+    if value == "":
+        raise ConfigError(f"--{flag}: is empty; name a path, or leave it out")
+    return None if value is None else path(value)
 
 
 def training_workdir(suffix: str = "") -> pathlib.Path:
     """Returns the folder that `--workdir` names, by default `runs/`, the preset's name and `suffix`."""
-    return path(FLAGS.workdir or os.path.join("runs", pathlib.Path(FLAGS.config).stem + suffix))
+    return path_of("workdir") or pathlib.Path("runs", pathlib.Path(FLAGS.config).stem + suffix)
 
 
 def output_folder() -> pathlib.Path | None:
@@ -123,7 +135,8 @@ def output_folder() -> pathlib.Path | None:
     Raises:
       WorkdirError: the folder cannot be created.
     """
-    return workdirs.create_output(path(FLAGS.output)) if FLAGS.output else None
+    folder = path_of("output")
+    return folder and workdirs.create_output(folder)
 
 
 def output_file() -> pathlib.Path | None:
@@ -132,9 +145,9 @@ def output_file() -> pathlib.Path | None:
     Raises:
       UserError: it is a folder, or its folder cannot be created.
     """
-    if not FLAGS.output:
+    file = path_of("output")
+    if file is None:
         return None
-    file = path(FLAGS.output)
     if file.is_dir():
         raise ConfigError(f"--output={FLAGS.output}: is a folder; name a file, such as {file / 'demo.html'}")
     return workdirs.create_output(file.parent) / file.name
@@ -142,9 +155,10 @@ def output_file() -> pathlib.Path | None:
 
 def workdir() -> pathlib.Path:
     """Returns the folder that `--workdir` names."""
-    if not FLAGS.workdir:
+    folder = path_of("workdir")
+    if folder is None:
         raise ConfigError("--workdir is missing: name the folder of a run, such as --workdir=runs/default")
-    return path(FLAGS.workdir)
+    return folder
 
 
 def run(main: Callable[[Sequence[str]], None], *, takes_files: bool = False) -> None:
@@ -193,7 +207,12 @@ def _parse(arguments: Sequence[str], *, takes_files: bool) -> Sequence[str]:
 def _flag_hint(name: str) -> str:
     """Returns a hint for the user of a flag that a command does not have."""
     if name.startswith("config.") and "config.data.name" in FLAGS:
-        return f"this command takes only the fields of the data; {nearest(name.removeprefix('config.'), DATA_FIELDS)}"
+        from mnist_flax.config import Config, dotted
+
+        field = name.removeprefix("config.")
+        if field in dotted(Config()):
+            return f"it is that of the run; this command takes only {', '.join(DATA_FIELDS)}"
+        return f"this command takes only the fields of the data; {nearest(field, DATA_FIELDS)}"
     if "override" in FLAGS:
         from mnist_flax.config import Config, dotted
 
@@ -219,7 +238,7 @@ def _with_overrides(arguments: Sequence[str]) -> list[str]:
                 raise ConfigError(f"{argument}: takes no value; write --config.{field}{value} or --noconfig.{field}")
             if value is None:
                 has_value = not is_negated and rest and not rest[0].startswith("--")
-                value = "=" + (rest.pop(0) if has_value else "false" if is_negated else "true")
+                value = f"={rest.pop(0)}" if has_value else "=false" if is_negated else ""
             argument = f"--override={field}{value}"
         result.append(argument)
     return result

@@ -2,8 +2,9 @@
 
     python -m mnist_flax.evaluate --workdir=runs/default [--split=train|holdout|test] [--checkpoint=latest|best|STEP]
 
-The scores are saved as evaluation-SPLIT-DATASET.json in the run's folder or --output. `--config.data.name=kmnist`
-evaluates on another dataset with as many classes; only data.name, source, data_dir and raw_dir can be set.
+The scores are saved as evaluation-SPLIT-DATASET.json in the run's folder or --output; the checkpoint is added to the
+name if it is not the latest. `--config.data.name=kmnist` evaluates on another dataset with as many classes; only
+data.name, source, data_dir and raw_dir can be set.
 """
 
 import json

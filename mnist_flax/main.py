@@ -34,7 +34,7 @@ def main(_: Sequence[str]) -> None:
     compilation.keep_programs()
     if FLAGS.distributed:
         processes.join(*(FLAGS[name].value for name in CLUSTER))
-    fork = cli.path(FLAGS.fork) if FLAGS.fork else None
+    fork = cli.path_of("fork")
     with processes.bound_together():
         train.fit(config, cli.training_workdir(), fork=fork)
     processes.leave()

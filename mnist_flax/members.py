@@ -122,6 +122,8 @@ def open_member(
         announce_finished(config, workdir, summary)
     writes = is_primary and not summary
     if writes:
+        if not found:  # the summary of a run whose checkpoints were deleted
+            workdirs.remove(workdir / workdirs.SUMMARY)
         workdirs.write_text(workdir / workdirs.CONFIG, config.to_json())
     log = RunLog(config, workdir, record, learning_rate=jit_schedule(config), writes=writes)
     holdout = splits.train.select(holdout_rows)

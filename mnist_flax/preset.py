@@ -130,7 +130,7 @@ def _place(path: pathlib.Path, message: str) -> str:
 
 def _override(fields: dict[str, Any], override: str) -> None:
     """Applies one override to the fields, in place."""
-    field, _, text = override.partition("=")
+    field, has_value, text = override.partition("=")
     parent, node, path = fields, fields, "config"
     for name in field.split("."):
         if not isinstance(node, dict):
@@ -140,7 +140,9 @@ def _override(fields: dict[str, Any], override: str) -> None:
         parent, node, path = node, node[name], f"{path}.{name}"
     if isinstance(node, dict):
         raise ConfigError(f"--{path}={text}: is a group of fields; name one of them, such as {path}.{min(node)}")
-    parent[name] = _convert(node, text, path)
+    if not has_value and not isinstance(node, bool):
+        raise ConfigError(f"--{path}: needs a value, such as --{path}={node or 'VALUE'}")
+    parent[name] = _convert(node, text, path) if has_value else True
 
 
 def _convert(old: Any, text: str, path: str) -> Any:

@@ -27,7 +27,7 @@ def main(_: Sequence[str]) -> None:
         workdir,
         checkpoint=FLAGS.checkpoint,
         severity=FLAGS.severity,
-        compare=cli.path(FLAGS.compare) if FLAGS.compare else None,
+        compare=cli.path_of("compare"),
         overrides=cli.data_overrides(),
     )
     print(json.dumps(outcome.facts, indent=1) if FLAGS.json else robustness.robustness_table(outcome.facts), flush=True)

@@ -41,6 +41,15 @@ from mnist_flax.step import TrainState
 
 logger = logging.getLogger(__name__)
 
+# Fields that may differ between the processes of a run.
+PATHS = {
+    "data__source": "auto",
+    "data__data_dir": "",
+    "data__raw_dir": "",
+    "data__on_missing": "digits",
+    "train__teacher": "",
+}
+
 
 def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = None) -> TrainState:
     """Starts or resumes a run, trains it to the end, and returns its final state.
@@ -68,9 +77,8 @@ def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = No
     check_memory(config, teacher and teacher.networks)  # before any data is read or anything is written
     # A student must use its teacher's dataset, and a resumed run its own: neither may fall back to a substitute.
     data = workdirs.read_json(workdir / workdirs.CONFIG).get("data")
-    if teacher or (isinstance(data, dict) and data.get("name") == config.data.name):
-        config = replace(config, data__on_missing="error")
-    splits = load_splits(config.data)
+    is_bound = teacher or (isinstance(data, dict) and data.get("name") == config.data.name)
+    splits = load_splits(replace(config, data__on_missing="error").data if is_bound else config.data)
     config = adapt_to_dataset(config, splits)
     drivers.job_mesh(config.program, 1, config.train.num_devices)  # only now: a substitute may have smaller batches
     (member,) = fit_all({workdir: config}, splits, fork=fork, teacher=teacher)
@@ -95,8 +103,9 @@ def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, fol
     configs = member_configs(config, seeds=seeds, folds=folds)
     kind = "folds" if folds else "seeds"
     statistics.check_population(workdir, kind, [config.seed for config in configs.values()])
-    if folds and config.data.holdout:
-        logger.info("config.data.holdout = %d is not used: each member holds out its fold", config.data.holdout)
+    for name in ("holdout", "folds", "fold"):
+        if folds and (value := getattr(config.data, name)):
+            logger.info("config.data.%s = %d is not used: each member holds out its own fold", name, value)
     with workdirs.claim(workdir):
         folder = workdir / workdirs.MEMBERS
         runs = {workdirs.inside(workdir, workdirs.MEMBERS, name): config for name, config in configs.items()}
@@ -129,10 +138,14 @@ def fit_all(
     """
     provenance.git_commit()  # remembered for the summary: the checkout may change while the run trains
     with stop_request(processes.stop_signals()) as request, contextlib.ExitStack() as stack, processes.bound_together():
+        alike = [replace(config, **PATHS) for config in configs.values()]
+        sources = splits.fingerprint, bool(fork), teacher and teacher.origin["digest"]
+        processes.check_same("configs, data, forks or teachers", alike, sources)
         members = [
             open_member(config, workdir, splits, fork, teacher, stack, in_population=in_population)
             for workdir, config in configs.items()
         ]
+        processes.check_same("checkpoints in --workdir", [member.step for member in members])
         unfinished = [member for member in members if not member.is_finished]
         if unfinished and processes.is_primary():
             announce(unfinished, splits)

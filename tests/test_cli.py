@@ -30,6 +30,11 @@ def run(*arguments: str, module: str = "mnist_flax.main", cwd: pathlib.Path = RO
         ([TINY, "--epochs=3"], "error: --epochs: no such flag; did you mean --config.train.epochs?"),
         ([TINY, "--zzz"], "error: --zzz: no such flag; --help lists the flags"),
         ([TINY, "stray"], "error: 'stray': is not a flag; a flag starts with two dashes"),
+        ([TINY, "--fork="], "error: --fork: is empty; name a path, or leave it out"),
+        (
+            [TINY, "--config.data.raw_dir"],
+            "error: --config.data.raw_dir: needs a value, such as --config.data.raw_dir=VALUE",
+        ),
         ([TINY, "--config.train.epochs=1e3"], "error: --config.train.epochs=1e3: must be an integer"),
     ],
 )
@@ -138,7 +143,7 @@ def test_every_spelling_of_an_override_is_understood() -> None:
         "--config=x",
         "--override=train.epochs=3",
         "--override=seed=4",
-        "--override=train.report=true",
+        "--override=train.report",
         "--override=train.tensorboard=false",
         "--override=data.raw_dir=a=b",
         "--",
@@ -177,6 +182,7 @@ def test_override_may_choose_another_family(overrides: tuple[str, ...]) -> None:
         ("=3", "config.: no such field"),
         ("model.name=rsenet", "config.model.name = 'rsenet': did you mean 'resnet'?"),
         ("train.batch_size=0", "config.train.batch_size = 0: must be at least 1"),
+        ("train.epochs", "--config.train.epochs: needs a value, such as --config.train.epochs=3"),
         ("train.report=perhaps", "--config.train.report=perhaps: must be true or false"),
         ("optimizer.learning_rate=fast", "--config.optimizer.learning_rate=fast: must be a number"),
         ("optimizer.learning_rate=nan", "config.optimizer.learning_rate = nan: must be finite"),

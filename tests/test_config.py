@@ -54,6 +54,8 @@ def test_a_changed_field_survives_json() -> None:
         ({"optimizer__learning_rate": -0.1}, r"config.optimizer.learning_rate = -0.1: must be above 0"),
         ({"optimizer__name": "adma"}, r"config.optimizer.name = 'adma': did you mean 'adam'"),
         ({"optimizer__schedule": "sawtooth"}, r"config.optimizer.schedule = 'sawtooth': choose from: constant, cosine"),
+        ({"optimizer__b1": 0.99999999999}, r"config.optimizer.b1 = 0.99999999999: must be at least 0 and below 1"),
+        ({"optimizer__eps": 1e-60}, r"config.optimizer.eps = 1e-60: must be above 0"),
         ({"optimizer__b1": 1.0}, r"config.optimizer.b1 = 1.0: must be at least 0 and below 1"),
         ({"optimizer__nesterov": True, "optimizer__momentum": 0.0}, "momentum above 0"),
         ({"optimizer__warmup_epochs": 9.0}, r"config.optimizer.warmup_epochs = 9.0: must be at least 0 and at most 5"),

@@ -164,8 +164,9 @@ def test_result_is_saved(workdir: pathlib.Path) -> None:
     result = evaluate_workdir(workdir, split="holdout", overrides={})
     scores_lib.save_evaluation(result, workdir)
     assert json.loads((workdir / "evaluation-holdout-digits.json").read_text()) == result
-    named = {"split": "test", "dataset": "emnist/letters"}
+    named = {"split": "test", "dataset": "emnist/letters", "checkpoint": "latest"}
     assert scores_lib.result_file(named) == "evaluation-test-emnist-letters.json"
+    assert scores_lib.result_file({**named, "checkpoint": "58"}) == "evaluation-test-emnist-letters-58.json"
 
 
 def test_dataset_with_other_classes_is_refused(workdir: pathlib.Path) -> None:
@@ -276,7 +277,7 @@ def test_unreadable_folder_gives_one_message(
 def test_command_prints_the_saved_json(workdir: pathlib.Path) -> None:
     done = command(f"--workdir={workdir}", "--split=holdout", "--checkpoint=best", "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == json.loads((workdir / "evaluation-holdout-digits.json").read_text())
+    assert json.loads(done.stdout) == json.loads((workdir / "evaluation-holdout-digits-best.json").read_text())
 
 
 def test_command_prints_a_table(workdir: pathlib.Path) -> None:
@@ -303,7 +304,11 @@ def test_command_writes_to_output_only(workdir: pathlib.Path, tmp_path: pathlib.
         (["--config.data.nam=kmnist"], "this command takes only the fields of the data; did you mean 'data.name'?"),
         (["--split=tset"], "train|holdout|test"),
         (["here"], "'here': is not a flag"),
-        (["--workdir="], "--workdir is missing"),
+        (
+            ["--config.data.fold=1"],
+            "it is that of the run; this command takes only data.name, data.source, data.data_dir",
+        ),
+        (["--workdir="], "--workdir: is empty"),
     ],
 )
 def test_command_refuses_with_one_line(workdir: pathlib.Path, arguments: list[str], message: str) -> None:

@@ -33,9 +33,12 @@ def free_port() -> int:
 
 
 def start_together(
-    count: int, folder: pathlib.Path, *flags: str, deaths: dict[int, int] | None = None
+    count: int, folder: pathlib.Path, *flags: str, deaths: dict[int, int] | None = None, last: str = ""
 ) -> list[subprocess.Popen[str]]:
-    """Starts the processes of a run in `folder`/run; `deaths` maps the index of a process to its last step."""
+    """Starts the processes of a run in `folder`/run.
+
+    `deaths` maps the index of a process to its last step; `last` is a flag of the last process alone.
+    """
     port = free_port()
     common = [f"--config={config_file(RUN, folder / 'config.py')}", f"--workdir={folder / 'run'}", "--distributed"]
     common += [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}", *flags]
@@ -44,7 +47,8 @@ def start_together(
     for index in range(count):
         die_at = (deaths or {}).get(index)
         program = ["-m", "mnist_flax.main"] if die_at is None else [killed, str(die_at)]
-        started.append(start(*program, *common, f"--process_index={index}"))
+        own = [last] if last and index == count - 1 else []
+        started.append(start(*program, *common, *own, f"--process_index={index}"))
     return started
 
 
@@ -95,6 +99,14 @@ def test_two_processes_equal_one_process(pair: tuple[pathlib.Path, list[Ended]],
     assert summary(workdir)["test_examples"] == 360
     assert "test accuracy" in primary.stderr
     assert "accuracy" not in other.stderr + other.stdout  # only the primary prints
+
+
+def test_processes_with_different_configs_stop_before_training(tmp_path: pathlib.Path) -> None:
+    for process in end(start_together(2, tmp_path, last="--config.seed=5")):
+        assert process.returncode == 2, process.stderr
+        assert "error: --distributed: the processes have different configs, data, forks or teachers" in process.stderr
+        assert "Traceback" not in process.stderr
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

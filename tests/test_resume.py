@@ -1,7 +1,9 @@
 """Exact resume: however often and wherever a run is stopped, its result equals an uninterrupted run's, bit for bit."""
 
+import json
 import os
 import pathlib
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -172,6 +174,22 @@ def test_a_finished_run_stays_as_it_is(tmp_path: pathlib.Path, caplog: pytest.Lo
     fit(replace(SMALL, checkpoint__keep_latest=1), tmp_path)
     assert "is finished" in caplog.text
     assert files() == before
+
+
+def test_a_new_run_does_not_take_over_the_summary_of_one_whose_checkpoints_were_deleted(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit(SMALL, tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints")
+    other = replace(SMALL, seed=SMALL.seed + 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            fit(other, tmp_path)
+    fit(other, tmp_path)
+    assert (
+        summary(tmp_path)["config"] == json.loads(other.to_json()) == json.loads((tmp_path / "config.json").read_text())
+    )
 
 
 def test_more_epochs_continue_a_run_if_its_schedule_does_not_depend_on_them(tmp_path: pathlib.Path) -> None:

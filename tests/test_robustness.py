@@ -166,19 +166,19 @@ def test_the_command_writes_facts_and_a_page_for_folds_too(tmp_path: pathlib.Pat
 
 
 def test_results_of_another_severity_or_dataset_do_not_replace_the_published_ones(tmp_path: pathlib.Path) -> None:
-    facts = {"severity": "published", "dataset": "emnist/digits", "trained_on": "emnist/digits"}
+    facts = {"severity": "published", "checkpoint": "latest", "dataset": "emnist/digits", "trained_on": "emnist/digits"}
     changes: tuple[dict[str, object], ...] = (
         {},
         {"severity": 2},
         {"trained_on": "mnist"},
-        {"severity": 2, "trained_on": "mnist"},
+        {"severity": 2, "checkpoint": "best", "trained_on": "mnist"},
     )
     for change in changes:
         outcome = robustness.Outcome(facts | change, None, None, {})  # type: ignore[arg-type]  # only the facts are read
         robustness.save_robustness(outcome, "", tmp_path)
     assert sorted(path.name for path in tmp_path.glob("*.json")) == [
         "robustness-emnist-digits.json",
-        "robustness-severity2-emnist-digits.json",
+        "robustness-severity2-best-emnist-digits.json",
         "robustness-severity2.json",
         "robustness.json",
     ]

@@ -250,6 +250,8 @@ def test_load_result_reads_runs_and_populations_alike(seeds: pathlib.Path, folds
     compared = comparison.compare_results(run, population)
     assert compared["examples"] == 360
     assert json.loads(json.dumps(compared)) == compared
+    with pytest.raises(ConfigError, match=r"config.data.name = 'kmnist': this network was trained on digits"):
+        comparison.load_result(seeds, {"data.name": "kmnist"})
     result = statistics.load_population_result(folds)
     assert result
     of_folds = comparison.load_result(folds)

@@ -9,7 +9,7 @@ import numpy as np
 
 from mnist_flax.analysis import statistics
 from mnist_flax.analysis.evaluation import Facts, evaluate, load_predictor
-from mnist_flax.analysis.run_data import load_own_data
+from mnist_flax.analysis.run_data import check_own_dataset, load_own_data
 from mnist_flax.config import Config, result_fields
 from mnist_flax.errors import ConfigError, WorkdirError
 
@@ -45,6 +45,7 @@ def load_result(workdir: pathlib.Path, overrides: Mapping[str, Any] | None = Non
     saved = statistics.load_population_result(workdir)
     if saved is None:
         return _result_of_run(workdir, overrides or {})
+    check_own_dataset(saved["dataset"], overrides or {})
     arrays = statistics.load_arrays(workdir, saved["kind"])
     if is_folds := saved["kind"] == "folds":
         labels, probs = arrays["out_of_fold_label"], arrays["out_of_fold_probs"]

@@ -1,5 +1,6 @@
 """Robustness: accuracy, loss and calibration under each corruption of MNIST-C, and doubt about what is not a digit."""
 
+import importlib
 import json
 import pathlib
 from collections.abc import Mapping
@@ -47,6 +48,8 @@ def corrupt_all(test: Examples, severity: int = 0, folder: pathlib.Path | None =
     def images(name: str) -> np.ndarray:
         return read_official(found[name], label) if name in found else corrupt(name, clean, index, severity)[..., None]
 
+    for module in ("scipy.ndimage", "scipy.sparse", "scipy.special", "scipy.stats"):
+        importlib.import_module(module)  # the threads below must not import them at the same time
     with ThreadPoolExecutor(2) as pool:
         return Corrupted(dict(zip(CORRUPTIONS, pool.map(images, CORRUPTIONS), strict=True)), label, frozenset(found))
 
@@ -157,6 +160,8 @@ def robustness_of_workdir(
     data, splits = load_data(info.config, info.fingerprint, overrides)
     if other and other[1].fingerprint != info.fingerprint:
         raise WorkdirError(f"--compare={compare}: was not trained on the same data as {workdir}; name a run that was")
+    if len(splits.test.label) < 2:
+        raise DataError(f"{splits.name}: has a single test image; an interval needs at least two")
     corrupted = corrupt_all(splits.test, severity, official_folder(data))
     logits = predict_all(predictor, splits.test, corrupted)
     non_digits = novelty.non_digits(splits.test, data)
@@ -193,13 +198,14 @@ def _held_out(data: DataConfig, info: RunInfo, splits: Splits) -> Examples | Non
 def save_robustness(outcome: Outcome, page: str, folder: pathlib.Path) -> None:
     """Writes `robustness.json` and `robustness.html` into a folder.
 
-    Results that differ in the severity or the dataset from those of the model card have these in their names.
+    Results that differ from those of the model card in severity, checkpoint or dataset have these in their names.
 
     Raises:
       WorkdirError: a file cannot be written.
     """
     facts, path = outcome.facts, folder / ROBUSTNESS
     other = [f"severity{facts['severity']}"] if facts["severity"] != PUBLISHED else []
+    other += [str(facts["checkpoint"])] if facts["checkpoint"] != "latest" else []
     other += [facts["dataset"].replace("/", "-")] if facts["dataset"] != facts["trained_on"] else []
     path = path.with_stem("-".join([path.stem, *other]))
     workdirs.write_text(path.with_suffix(".html"), page, remedy=workdirs.REMEDY_OUTPUT)

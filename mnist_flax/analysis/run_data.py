@@ -68,13 +68,18 @@ def load_own_data(config: Config, fingerprint: str, overrides: Mapping[str, Any]
     Raises:
       ConfigError, DataError: as for `load_data`; or the overrides name another dataset.
     """
-    name = overrides.get("data.name", config.data.name)
-    if name != config.data.name:
+    check_own_dataset(config.data.name, overrides)
+    return load_data(config, fingerprint, overrides)[1]
+
+
+def check_own_dataset(trained_on: str, overrides: Mapping[str, Any]) -> None:
+    """Raises a ConfigError if the overrides name another dataset than the one that a network was trained on."""
+    name = overrides.get("data.name", trained_on)
+    if name != trained_on:
         raise ConfigError(
-            f"config.data.name = {name!r}: this network was trained on {config.data.name}; leave this field"
+            f"config.data.name = {name!r}: this network was trained on {trained_on}; leave this field"
             f" out, or use {console.command('evaluate')} to evaluate the network on another dataset"
         )
-    return load_data(config, fingerprint, overrides)[1]
 
 
 def check_classes(config: Config, name: str) -> None:

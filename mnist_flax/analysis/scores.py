@@ -90,7 +90,8 @@ def evaluate_workdir(
 
 def result_file(result: Mapping[str, Any]) -> str:
     """Returns the name of the file that a result of `evaluate_workdir` is saved in."""
-    return f"evaluation-{result['split']}-{result['dataset'].replace('/', '-')}.json"
+    checkpoint = "" if result["checkpoint"] == "latest" else f"-{result['checkpoint']}"
+    return f"evaluation-{result['split']}-{result['dataset'].replace('/', '-')}{checkpoint}.json"
 
 
 def save_evaluation(result: Mapping[str, Any], folder: pathlib.Path) -> None:

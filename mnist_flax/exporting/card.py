@@ -93,7 +93,9 @@ def _scores(workdir: pathlib.Path, predictor: Predictor, info: RunInfo) -> dict[
 def _calibration(workdir: pathlib.Path, predictor: Predictor, info: RunInfo) -> dict[str, Any]:
     """Returns the test scores of these weights: from `evaluate` if it was run, else from the report, if any."""
     scores = {"ece": NUMBER, "brier": NUMBER}
-    evaluation = _read(workdir / result_file({"split": "test", "dataset": info.config.data.name}), scores)
+    evaluation = _read(
+        workdir / result_file({"split": "test", "dataset": info.config.data.name, "checkpoint": "latest"}), scores
+    )
     if _is_of(evaluation, predictor, info):
         return evaluation
     report = _read(workdir / REPORT_FOLDER / "metrics.json", {"run": {"step": int}, "test": scores})

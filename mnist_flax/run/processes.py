@@ -7,6 +7,7 @@ exit too, and the same commands, with any number of processes, resume from the n
 """
 
 import contextlib
+import hashlib
 import logging
 import re
 import signal
@@ -126,6 +127,18 @@ def agree(*numbers: int) -> tuple[int, ...]:
     from jax.experimental import multihost_utils
 
     return tuple(multihost_utils.process_allgather(np.array(numbers)).max(axis=0).tolist())
+
+
+def check_same(subject: str, *values: object) -> None:
+    """Checks that all processes have values with the same `repr`; blocks until every process has called it.
+
+    Raises:
+      ConfigError: in every process, if one has other values; the message calls them `subject`.
+    """
+    digest = int.from_bytes(hashlib.sha256(repr(values).encode()).digest()[:3])  # fits JAX's 32-bit integers
+    largest, smallest = agree(digest, -digest)
+    if largest != -smallest:
+        raise ConfigError(f"--distributed: the processes have different {subject}; give all of them the same")
 
 
 def stop_signals() -> Sequence[signal.Signals]:

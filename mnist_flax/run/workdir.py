@@ -99,7 +99,7 @@ def claim(workdir: pathlib.Path) -> Iterator[None]:
                 raise WorkdirError(
                     f"--workdir={workdir}: in use by {_owner(workdir)}; wait for it, stop it, or name another folder"
                 ) from None
-        _remove_temporary_files(workdir)
+            _remove_temporary_files(workdir)
         since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
         write_text(workdir / _OWNER, json.dumps(owner) + "\n")
