@@ -275,6 +275,10 @@ FOLD = {"name": "fold-0", "seed": 3, "fold": 0, "accuracy": 0.9, "loss": 0.1}
         {"members": [{"name": "seed-3", "seed": "3", "accuracy": 0.9}]},
         {"kind": "other"},
         {"kind": "folds"},
+        {"committee": {}},
+        {"mean": {"accuracy": 0.9}},
+        {"interval": {"accuracy": None}},
+        {"agreement": {"examples_by_members_right": [1], "none_right": []}},
         *({name: ...} for name in ("config", "mean", "sd", "interval", "committee", "agreement")),
         {"kind": "folds", "members": [FOLD]},  # no out_of_fold
         {"kind": "folds", "members": [FOLD], "out_of_fold": {}},
@@ -291,9 +295,10 @@ def test_an_incomplete_result_is_as_good_as_none(
     assert statistics.load_population_result(tmp_path) is None
 
 
-def test_a_complete_result_of_folds_is_recognised(seeds: pathlib.Path) -> None:
-    complete = {"kind": "folds", "members": [FOLD], "out_of_fold": {"folds": [{"accuracy": 0.9}]}}
-    assert is_population_result(json.loads((seeds / "population.json").read_text()) | complete)
+def test_a_complete_result_of_folds_is_recognised(folds: pathlib.Path) -> None:
+    result = json.loads((folds / "population.json").read_text())
+    assert is_population_result(result)
+    assert not is_population_result(result | {"members": [FOLD | {"fold": None}] * 3})
 
 
 @pytest.mark.parametrize("size", [0, 1000, -1000])

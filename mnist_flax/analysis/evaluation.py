@@ -21,13 +21,27 @@ from mnist_flax.drivers import jit_forward
 from mnist_flax.errors import WorkdirError
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.checkpoint import Run, load_run
+from mnist_flax.run.schema import NUMBER, mismatches
 from mnist_flax.step import Variables, eval_variables
 
 Facts = dict[str, Any]  # ready for JSON
 
 POPULATION = "population.json"
 _MEMBER = re.compile(r"(seed|fold)-\d+")  # the folder of a member
-_RESULT = {"dataset", "dataset_fingerprint", "config", "steps", "mean", "sd", "interval", "committee", "agreement"}
+_SCORES = {"accuracy": NUMBER, "loss": NUMBER}
+_SPREADS = {"mean": _SCORES, "sd": _SCORES, "interval": {"accuracy": [NUMBER]}}
+_RESULT = {  # the schema of `population.json`, as far as other commands read it
+    **{"kind": str, "dataset": str, "dataset_fingerprint": str, "config": {}, "steps": int},
+    "members": [{"name": str, "seed": int, **_SCORES}],
+    **_SPREADS,
+    "committee": {**_SCORES, "examples": int},
+    "agreement": {"examples_by_members_right": [int], "none_right": [object]},
+}
+_FOLDS = {
+    **_RESULT,
+    "members": [{"name": str, "seed": int, "fold": int, **_SCORES}],
+    "out_of_fold": {"folds": [_SCORES], "correct": int, "examples": int, **_SPREADS},
+}
 KINDS = ("seeds", "folds")  # of populations
 VIEW_SHIFTS = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))  # by how many pixels each view is shifted down and right
 # The fields of a predictor that are fitted on hold-out rows, with the values for a run that holds out none.
@@ -279,15 +293,12 @@ def example_member(workdir: pathlib.Path) -> pathlib.Path:
 
 def is_population_result(result: Mapping[str, Any]) -> bool:
     """Returns whether a JSON object has what other commands read from `population.json`."""
-    try:
-        members, is_folds = result["members"], result["kind"] == "folds"
-        fields = {"name": str, "seed": int, "accuracy": float, "loss": float} | ({"fold": int} if is_folds else {})
-        complete = all(isinstance(member[name], kind) for member in members for name, kind in fields.items())
-        named = all(_MEMBER.fullmatch(member["name"]) for member in members)
-        scored = not is_folds or all(isinstance(fold["accuracy"], float) for fold in result["out_of_fold"]["folds"])
-        return bool(members) and complete and named and scored and result.keys() >= _RESULT and result["kind"] in KINDS
-    except (KeyError, TypeError):
+    if any(mismatches(result, _FOLDS if result.get("kind") == "folds" else _RESULT, POPULATION)):
         return False
+    members = result["members"]
+    counts = result["agreement"]["examples_by_members_right"]
+    named = all(_MEMBER.fullmatch(member["name"]) for member in members)
+    return bool(members) and named and len(counts) > len(members) and result["kind"] in KINDS
 
 
 def stored_fit(result: Mapping[str, Any]) -> dict[str, float]:
