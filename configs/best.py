@@ -1,4 +1,4 @@
-"""The residual network of `accurate.py`, twice as wide: the most accurate preset.
+"""The residual network of `accurate.py`, twice as wide, with elastic distortions: the most accurate preset.
 
 Measured: 99.74 +- 0.01 % test accuracy (mean and sd, n = 5), NLL 0.0078, ECE 0.09 %;
 28 minutes of training on one CPU core. `docs/ablations.md` says what was compared on hold-out rows.
@@ -16,4 +16,5 @@ def get_config() -> ConfigDict:
     config = preset_dict("accurate")
     config.model.stem_width = 32
     config.model.widths = (64, 128, 256)
+    config.augment.elastic = 1.0
     return config

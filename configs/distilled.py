@@ -1,11 +1,9 @@
 """The network of `accurate.py`, trained on the mean probabilities of three such networks (Hinton et al., 2015).
 
-Neither it nor its teacher sees elastic distortions.
-
 Measured: 99.70 +- 0.01 % test accuracy (mean and sd, n = 5), NLL 0.0091, ECE 0.11 %; 14 minutes of training on one CPU
 core. First train the teacher, three networks:
 
-    python -m mnist_flax.population --config=configs/accurate.py --config.augment.elastic=0 --seeds=3
+    python -m mnist_flax.population --config=configs/accurate.py --seeds=3
     scripts/train --config=configs/distilled.py
 """
 
@@ -18,6 +16,5 @@ def get_config() -> ConfigDict:
     """Returns what differs from `accurate.py`."""
     config = preset_dict("accurate")
     config.seed = 10  # the teacher's networks have the seeds 0, 1, 2 ...
-    config.augment.elastic = 0.0
     config.train.teacher = "runs/accurate-seeds3"
     return config

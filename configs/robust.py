@@ -27,7 +27,6 @@ def get_config() -> ConfigDict:
     config.model.dropout = 0.4
     config.model.init = "he_normal"
     config.augment.shear = 0.0
-    config.augment.elastic = 0.0
     config.augment.clutter = 10
     config.augment.pens = 0.3
     config.train.epochs = 14

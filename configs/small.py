@@ -24,7 +24,6 @@ def get_config() -> ConfigDict:
     config.model.batch_norm = True
     config.model.dropout = 0.1
     config.model.init = "he_normal"
-    config.augment.elastic = 0.0
     config.train.epochs = 20
     config.train.augment_until = 1.0
     config.eval.batch_size = 1000
