@@ -1,6 +1,5 @@
 """Robustness: accuracy, loss and calibration under each corruption of MNIST-C, and doubt about what is not a digit."""
 
-import importlib
 import json
 import pathlib
 from collections.abc import Mapping
@@ -48,8 +47,8 @@ def corrupt_all(test: Examples, severity: int = 0, folder: pathlib.Path | None =
     def images(name: str) -> np.ndarray:
         return read_official(found[name], label) if name in found else corrupt(name, clean, index, severity)[..., None]
 
-    for module in ("scipy.ndimage", "scipy.sparse", "scipy.special", "scipy.stats"):
-        importlib.import_module(module)  # the threads below must not import them at the same time
+    from scipy import ndimage, sparse, special, stats  # noqa: F401  # two threads must not be the first to import them
+
     with ThreadPoolExecutor(2) as pool:
         return Corrupted(dict(zip(CORRUPTIONS, pool.map(images, CORRUPTIONS), strict=True)), label, frozenset(found))
 
