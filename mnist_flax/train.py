@@ -16,7 +16,7 @@ import numpy as np
 
 from mnist_flax import drivers, sharding
 from mnist_flax.analysis import statistics
-from mnist_flax.config import Config, replace
+from mnist_flax.config import Config, dotted, replace
 from mnist_flax.data.load import adapt_to_dataset, load_splits
 from mnist_flax.data.splits import Examples, Splits
 from mnist_flax.distillation import LoadedTeacher, load_teacher
@@ -42,13 +42,7 @@ from mnist_flax.step import TrainState
 logger = logging.getLogger(__name__)
 
 # Fields that may differ between the processes of a run.
-PATHS = {
-    "data__source": "auto",
-    "data__data_dir": "",
-    "data__raw_dir": "",
-    "data__on_missing": "digits",
-    "train__teacher": "",
-}
+PATHS = ("data.source", "data.data_dir", "data.raw_dir", "data.on_missing", "train.teacher")
 
 
 def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = None) -> TrainState:
@@ -80,6 +74,9 @@ def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = No
     is_bound = teacher or (isinstance(data, dict) and data.get("name") == config.data.name)
     splits = load_splits(replace(config, data__on_missing="error").data if is_bound else config.data)
     config = adapt_to_dataset(config, splits)
+    recipe = {name: value for name, value in dotted(config).items() if name not in PATHS}
+    sources = splits.fingerprint, bool(fork), teacher and teacher.origin["digest"]
+    processes.check_same("configs, data, forks or teachers", recipe, sources)
     drivers.job_mesh(config.program, 1, config.train.num_devices)  # only now: a substitute may have smaller batches
     (member,) = fit_all({workdir: config}, splits, fork=fork, teacher=teacher)
     return member.state
@@ -138,9 +135,6 @@ def fit_all(
     """
     provenance.git_commit()  # remembered for the summary: the checkout may change while the run trains
     with stop_request(processes.stop_signals()) as request, contextlib.ExitStack() as stack, processes.bound_together():
-        alike = [replace(config, **PATHS) for config in configs.values()]
-        sources = splits.fingerprint, bool(fork), teacher and teacher.origin["digest"]
-        processes.check_same("configs, data, forks or teachers", alike, sources)
         members = [
             open_member(config, workdir, splits, fork, teacher, stack, in_population=in_population)
             for workdir, config in configs.items()

@@ -2,8 +2,9 @@
 
     python scripts/score_seeds.py --runs='runs/accurate/seed-*' --committee=5 >> scripts/results/accurate.jsonl
 
-Prints one JSON line. `committees` holds the committee of all runs and, with `--committee=N`, the disjoint committees of
-N runs in the order of their names; none is selected. Runs of several presets (repeat `--runs`) have no mean.
+Prints one JSON line. `committees` holds the committee of all runs and, with `--committee=N`, disjoint committees of N
+runs each, in the order of their names; none is selected. If the runs are of several presets (repeat `--runs`), there is
+no mean.
 """
 
 import glob
@@ -45,11 +46,14 @@ def folders_of(patterns: Sequence[str]) -> list[pathlib.Path]:
 
 def main(_: Sequence[str]) -> None:
     """Scores the runs."""
-    logits, rows, configs = [], [], []
+    logits, rows, configs, fingerprints = [], [], [], set()
     for folder in tqdm(folders_of(flags.FLAGS.runs)):
         predictor, info = load_predictor(folder)
         if not info.is_final:
             raise UserError(f"{folder}: is not finished; run its training command again")
+        fingerprints.add(info.fingerprint)
+        if len(fingerprints) > 1:
+            raise UserError(f"{folder}: was trained on other data than the runs before it; score it on its own")
         test = load_data(info.config, info.fingerprint, {})[1].test
         logits.append(predict_logits(predictor, test.image))
         scores = accuracy_scores(logits[-1], test.label)

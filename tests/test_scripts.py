@@ -12,6 +12,7 @@ from types import ModuleType
 
 import forked
 import pytest
+import small_population
 from small_run import config_file
 
 from mnist_flax import preset
@@ -230,3 +231,21 @@ def test_the_accelerator_benchmark_runs_on_cpu_devices(tmp_path: pathlib.Path) -
         assert (line["scaling_efficiency"] == 1) == (line["num_devices"] == 1)
     assert (tmp_path / "picture.png").stat().st_size > 10_000
     assert list((tmp_path / "trace").rglob("*.xplane.pb"))
+
+
+def test_scored_seeds_agree_with_their_population(tmp_path: pathlib.Path) -> None:
+    members = small_population.seeds() / "members"
+    done = forked.run("scripts/score_seeds.py", f"--runs={members}/seed-*", "--committee=2")
+    assert done.returncode == 0, done.stderr
+    found, population = json.loads(done.stdout), json.loads((members.parent / "population.json").read_text())
+    assert [row["accuracy"] for row in found["runs"]] == [member["accuracy"] for member in population["members"]]
+    assert found["accuracy"]["mean"] == pytest.approx(population["mean"]["accuracy"])
+    assert [committee["members"] for committee in found["committees"]] == [
+        ["seed-3", "seed-4", "seed-5"],
+        ["seed-3", "seed-4"],
+    ]
+    (tmp_path / "seed-9").mkdir()
+    refused = forked.run("scripts/score_seeds.py", f"--runs={tmp_path}/seed-*")
+    assert (refused.returncode, "holds no checkpoints/ of a run" in refused.stderr) == (2, True)
+    refused = forked.run("scripts/score_seeds.py", f"--runs={tmp_path}/other-*")
+    assert f"--runs={tmp_path}/other-*: matches no folder" in refused.stderr
