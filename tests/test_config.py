@@ -77,6 +77,7 @@ def test_a_changed_field_survives_json() -> None:
         ({"model__kernel_sizes": (3, 3, 7)}, r"7x7 kernel of convolution 3 is larger than its 5x5 feature map"),
         ({"model__pools": (2, 2, 4)}, r"4x4 pooling of convolution 3 is larger than its 3x3 feature map"),
         ({"model__dropout": 1.0}, r"config.model.dropout = 1.0: must be at least 0 and below 1"),
+        ({"model__pixel_std": 1e-40}, r"config.model.pixel_std = 1e-40: must be above 0"),
         ({"model__pixel_std": 0.0}, r"config.model.pixel_std = 0.0: must be above 0"),
         (
             {"eval__batch_size": 1_000_000_000},

@@ -1,11 +1,13 @@
 """Folds: parts of the training rows, with equal shares of each class."""
 
+import pathlib
 from typing import Any
 
 import numpy as np
 import pytest
 from small_population import CONFIG
 
+from mnist_flax import train
 from mnist_flax.config import replace
 from mnist_flax.data import batches
 from mnist_flax.data.load import load_splits
@@ -56,3 +58,16 @@ def test_a_class_with_too_few_rows_cannot_be_divided() -> None:
         batches.fold_rows(labels, np.arange(32), 3)
     with pytest.raises(ConfigError, match=r"class 1 has only 1 of the 31 rows; use more rows"):
         batches.fold_rows(labels[:31], np.arange(31), 2)
+
+
+def test_fields_that_folds_replace_are_named(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "fit_all", lambda *_, **__: 1 / 0)  # the messages come before training
+    caplog.set_level("INFO", "mnist_flax")
+    config = replace(CONFIG, data__holdout=0, data__folds=5, data__fold=3)
+    with pytest.raises(ZeroDivisionError):
+        train.fit_population(config, tmp_path, folds=2)
+    assert "config.data.folds = 5 is not used" in caplog.text
+    assert "config.data.fold = 3 is not used" in caplog.text
+    assert "holdout" not in caplog.text

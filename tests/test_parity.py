@@ -19,7 +19,7 @@ from mnist_flax.data.splits import Examples
 from mnist_flax.drivers import Job, driver, jit_init_state, stack
 from mnist_flax.run import checkpoint
 from mnist_flax.run.log import RunLog
-from mnist_flax.step import eval_variables
+from mnist_flax.step import METRICS, eval_variables
 from mnist_flax.train import fit
 
 CONFIG = replace(
@@ -90,6 +90,16 @@ def test_several_epochs_in_a_call_give_the_same_bits_and_training_curve(
         other = checkpoint.load_run(tmp_path / str(count)).state
         for one, another in zip(jax.tree.leaves(state), jax.tree.leaves(other), strict=True):
             np.testing.assert_array_equal(one, another)
+
+
+@pytest.mark.parametrize("name", ["scan", "stream"])
+def test_a_metric_is_logged_even_if_the_same_program_ran_without_it(
+    name: str, examples: Examples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_with(name, CONFIG.program, examples, [3])
+    monkeypatch.setitem(METRICS, "largest_loss", lambda view: view.losses.max())
+    _, metrics = train_with(name, CONFIG.program, examples, [3])
+    assert metrics["largest_loss"].all()
 
 
 def test_an_order_is_no_longer_than_the_run(examples: Examples, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,6 +186,16 @@ def test_results_of_another_severity_or_dataset_do_not_replace_the_published_one
     assert len(list(tmp_path.glob("*.html"))) == len(changes)
 
 
+def test_a_single_test_image_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    population = small_population.seeds()
+    _, info = load_predictor(population)
+    splits = load_splits(info.config.data)
+    single = splits._replace(test=splits.test.select(np.array([0])))
+    monkeypatch.setattr(robustness, "load_data", lambda *_: (info.config.data, single))
+    with pytest.raises(DataError, match="digits: has a single test image"):
+        robustness.robustness_of_workdir(population, overrides={})
+
+
 def test_p_values_too_small_for_a_number_are_no_zeros() -> None:
     row = {"accuracy": 0.5, "accuracy_interval": [0.4, 0.6], "loss": 1.0, "ece": 0.1, "affine": False}
     mean = {"mean_accuracy": 0.5, "mean_accuracy_interval": [0.4, 0.6], "mean_loss": 1.0, "mean_ece": 0.1}
