@@ -1,10 +1,13 @@
-"""What a command asks of the memory allocator."""
+"""What a command asks of the memory allocator, and how it names the CPU."""
 
+import pathlib
 import platform
 import subprocess
 import sys
 
 import pytest
+
+from mnist_flax.run import machine
 
 # Another thread allocates and fills 100 MB twice, as training steps do, and prints the second time's page faults.
 PROGRAM = """
@@ -33,3 +36,15 @@ def test_a_command_keeps_the_memory_of_a_freed_array_for_the_next() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 1000  # 24,415 if its memory goes back to the system in between
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [("fpu avx avx2 fma avx512f avx512dq", "Zen, AVX-512"), ("fpu avx avx2 fma", "Zen, AVX2"), ("fpu sse2", "Zen")],
+)
+def test_a_cpu_is_named_with_its_widest_vectors(tmp_path: pathlib.Path, flags: str, name: str) -> None:
+    """Two CPUs of one model name but other vectors round sums differently, so a resumed run must tell them apart."""
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"model\t\t: 2\nmodel name\t: Zen\nflags\t\t: {flags}\n\nmodel name\t: other\n")
+    assert machine.cpu_name(cpuinfo) == name
+    assert machine.cpu_name(tmp_path / "missing")  # not Linux: the architecture

@@ -33,10 +33,17 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def cpu_name() -> str:
-    """Returns the CPU's model name, or its architecture if the name is unknown."""
+def cpu_name(cpuinfo: pathlib.Path = pathlib.Path("/proc/cpuinfo")) -> str:
+    """Returns the CPU's model name with its widest vectors, such as `AMD EPYC, AVX-512`, or at least its architecture.
+
+    The width matters: CPUs of one name can have different vectors, and sums then round differently.
+    """
+    found: dict[str, str] = {}
     with contextlib.suppress(OSError):  # not Linux
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+        for line in cpuinfo.read_text().splitlines():
+            key, _, value = line.partition(":")
+            found.setdefault(key.strip(), value.strip())
+    name = found.get("model name") or platform.processor() or platform.machine()
+    flags = found.get("flags", "").split()
+    vectors = [width for flag, width in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in flags]
+    return ", ".join([name, *vectors[:1]])
