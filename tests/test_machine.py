@@ -43,7 +43,7 @@ def test_a_command_keeps_the_memory_of_a_freed_array_for_the_next() -> None:
     [("fpu avx avx2 fma avx512f avx512dq", "Zen, AVX-512"), ("fpu avx avx2 fma", "Zen, AVX2"), ("fpu sse2", "Zen")],
 )
 def test_a_cpu_is_named_with_its_widest_vectors(tmp_path: pathlib.Path, flags: str, name: str) -> None:
-    """Two CPUs of one model name but other vectors round sums differently, so a resumed run must tell them apart."""
+    """Two CPUs of one model name but other vectors may round sums differently, so a resumed run tells them apart."""
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(f"model\t\t: 2\nmodel name\t: Zen\nflags\t\t: {flags}\n\nmodel name\t: other\n")
     assert machine.cpu_name(cpuinfo) == name

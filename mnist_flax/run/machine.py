@@ -36,7 +36,7 @@ def num_cores() -> int:
 def cpu_name(cpuinfo: pathlib.Path = pathlib.Path("/proc/cpuinfo")) -> str:
     """Returns the CPU's model name with its widest vectors, such as `AMD EPYC, AVX-512`, or at least its architecture.
 
-    The width matters: CPUs of one name can have different vectors, and sums then round differently.
+    CPUs of one name can have different vectors, and may then round sums differently.
     """
     found: dict[str, str] = {}
     with contextlib.suppress(OSError):  # not Linux
