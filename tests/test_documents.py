@@ -15,7 +15,7 @@ from mnist_flax.config import default_config_dict
 from mnist_flax.models import MODELS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("scripts/**/*.md")])
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 BLOCK = r"```{}\n(.*?)```"
 
@@ -106,9 +106,18 @@ def test_snippet_of_the_runs_page_trains_and_loads_a_network(tmp_path: pathlib.P
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_local_links_of_a_document_have_a_target(page: pathlib.Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        name, _, anchor = target.partition("#")
         if not target.startswith("http"):
-            assert (page.parent / target).exists(), target
+            file = page.parent / name if name else page
+            assert file.exists(), target
+            assert not anchor or anchor in anchors(file), target
+
+
+def anchors(page: pathlib.Path) -> set[str]:
+    """The anchors that a Markdown page gets from its headings."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
