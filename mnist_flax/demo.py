@@ -2,7 +2,8 @@
 
     python -m mnist_flax.demo --workdir=runs/default [--checkpoint=latest|best|STEP] [--output=FILE]
 
-The page contains the weights; open it in any browser. The default file is demo.html in --workdir.
+The page contains the weights; open it in any browser. The default file is demo.html in --workdir, or
+demo-CHECKPOINT.html if the checkpoint is not the latest.
 """
 
 from collections.abc import Sequence
@@ -25,5 +26,5 @@ def main(_: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.define_run(output="the file to write; default: demo.html in --workdir")
+    cli.define_run(output="the file to write; default: demo.html in --workdir, or demo-CHECKPOINT.html")
     cli.run(main)

@@ -204,14 +204,14 @@ def results(config: Config) -> Iterator[dict[str, Any]]:
     """Yields a result for each combination that the flags select."""
     import jax
 
-    rates: dict[str, float] = {}
+    rates = {dtype: best_matmul_rate(dtype) for dtype in FLAGS.dtypes}
     first: dict[Any, float] = {}  # the speed on one device, keyed by all other settings
-    counts = [int(count) for count in FLAGS.devices] or [2**i for i in range(jax.device_count().bit_length())]
+    counts = sorted(map(int, FLAGS.devices)) or [2**i for i in range(jax.device_count().bit_length())]
     kinds = [(driver, 1) for driver in FLAGS.drivers] + [("members", int(count)) for count in FLAGS.members]
     has_torch = jax.default_backend() == "gpu" and importlib.util.find_spec("torch") is not None
     for dtype, batch_size in itertools.product(FLAGS.dtypes, map(int, FLAGS.batch_sizes)):
-        rates.setdefault(dtype, best_matmul_rate(dtype))
-        chosen = replace(config, model__dtype=dtype, train__batch_size=batch_size, train__epochs=10**6)
+        chosen = replace(config, model__dtype=dtype, train__batch_size=batch_size)
+        chosen = replace(chosen, train__epochs=min(10**6, (2**31 - 1) // chosen.steps_per_epoch))
         for (kind, members), count in itertools.product(kinds, counts):
             print(f"{dtype}, batch {batch_size}, {kind}, {members} members, {count} devices ...", file=sys.stderr)
             sized = replace(chosen, train__num_devices=count)

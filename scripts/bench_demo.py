@@ -152,10 +152,10 @@ def _update_times(chromium: Any, address: str, updates: int, height: int) -> dic
             app.pad.strokes[0].push([x, y]);
             app.refresh();
           };
-          app.pad.pointer = 0; // as while a stroke goes on
         }"""
     )
-    draw = "(count) => { app.pad.set([[[60, 60]]]); return times(count, move(count)); }"
+    # A pointer, as while a stroke goes on: the page then has no transitions.
+    draw = "(count) => { app.pad.set([[[60, 60]]]); app.pad.pointer = 0; return times(count, move(count)); }"
     page.evaluate(draw, updates)  # the first updates compile the code
     started = _cpu_seconds(chromium)
     update = page.evaluate(draw, updates)

@@ -252,6 +252,8 @@ def main(argv: Sequence[str]) -> None:
     """Runs the benchmark and prints the result."""
     del argv
     config = cli.config()
+    if not flags.FLAGS.peers:
+        raise ConfigError(f"--peers: is empty; name some of {', '.join(PEERS)}")
     for name in flags.FLAGS.peers:
         if name not in PEERS:
             raise ConfigError(f"--peers={name}: {nearest(name, PEERS)}")

@@ -35,6 +35,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from mnist_flax import cli
+from mnist_flax.errors import UserError
 
 Array = np.ndarray
 
@@ -298,6 +299,8 @@ def main(argv: Sequence[str]) -> None:
             started = time.perf_counter()
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
             seconds = time.perf_counter() - started
+            if done.returncode not in (0, 1):  # 1: a picture could not be read
+                raise UserError(f"predict failed with status {done.returncode}")
             lines = [json.loads(line) for line in done.stdout.splitlines()]
             result[name] = {**score(lines, written), "seconds": round(seconds, 1)}
         print(json.dumps({name: result[name]}), file=sys.stderr)

@@ -37,7 +37,7 @@ def run_process(config: Config, **environment: str) -> tuple[dict[str, Any], flo
 
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as told:
         file, workdir = pathlib.Path(folder, "config.py"), pathlib.Path(folder, "run")
-        file.write_text(config_source(config, config.data.name))
+        file.write_text(config_source(config))
         command = [sys.executable, "-m", "mnist_flax.main", f"--config={file}", f"--workdir={workdir}"]
         began = time.perf_counter()
         process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment}, stdout=told, stderr=told)

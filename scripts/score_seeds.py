@@ -67,6 +67,8 @@ def main(_: Sequence[str]) -> None:
         if len(rows) > 1:
             result |= {name: spread_of([row[name] for row in rows]) for name in ("accuracy", "loss", "brier", "ece")}
     size = flags.FLAGS.committee or len(rows)
+    if size > len(rows):
+        raise UserError(f"--committee={size}: there are only {len(rows)} runs; choose a smaller number")
     groups = {(0, len(rows)), *((start, start + size) for start in range(0, len(rows) - size + 1, size))}
     result["committees"] = [
         {

@@ -121,8 +121,12 @@ def main(_: Sequence[str]) -> None:
     jobs, output = pathlib.Path(flags.FLAGS.jobs), pathlib.Path(flags.FLAGS.output)
     compilation.keep_programs()
     done = 0
-    while len(lines := jobs.read_text().splitlines()) > done:
-        job = json.loads(lines[done])
+    while len(lines := jobs.read_text().rpartition("\n")[0].splitlines()) > done:  # complete lines only
+        try:
+            job = json.loads(lines[done])
+        except ValueError as error:
+            message = f"--jobs={jobs}: line {done + 1} is not a JSON object; the jobs before it are done"
+            raise UserError(message) from error
         done += 1
         fields = {
             "data__holdout": 10_000,

@@ -16,6 +16,7 @@ from mnist_flax import cli, metrics
 from mnist_flax.analysis.calibration import calibration_scores, fit_temperature
 from mnist_flax.analysis.evaluation import load_predictor, predict_logits
 from mnist_flax.analysis.run_data import load_data, select_examples
+from mnist_flax.errors import UserError
 from mnist_flax.run.provenance import provenance
 
 View = tuple[float, float, float, float]  # shift down and right in pixels, rotation in degrees, scale
@@ -52,6 +53,8 @@ def main(_: Sequence[str]) -> None:
     """Scores every set."""
     workdir = cli.workdir()
     predictor, info = load_predictor(workdir)
+    if not info.config.num_holdout:
+        raise UserError(f"--workdir={workdir}: the run held out no rows; name one with config.data.holdout")
     examples = select_examples(*load_data(info.config, info.fingerprint, {}), "holdout")
     images, labels = examples.image[: flags.FLAGS.rows], examples.label[: flags.FLAGS.rows]
     single = dataclasses.replace(predictor, views=1, temperature=1.0)

@@ -277,7 +277,7 @@ def disturb(
         tally, error_of_run = hit(mode, workdir, driver, seconds, chance)
     if not error_of_run:
         status, said = Process(workdir, driver).finish()
-        error_of_run = f"status {status}: {said}" if status else ""
+        error_of_run = f"status {status}: {said}" if status or "Traceback" in said else ""
     return tally, error_of_run
 
 

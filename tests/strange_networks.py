@@ -34,3 +34,12 @@ class Numbered(nn.Module):
         first = self.param("w_1", nn.initializers.normal(), (784, 16))
         second = self.param("w_2", nn.initializers.normal(), (16, 10))
         return x.reshape(x.shape[0], -1) @ first @ second
+
+
+class Normalised(nn.Module):
+    """A weight that is computed from another, by an operation that pixels go through as well."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kernel = self.param("kernel", nn.initializers.normal(), (784, 10))
+        return (x / 2).reshape(x.shape[0], -1) @ (kernel / jnp.linalg.norm(kernel, axis=0, keepdims=True))

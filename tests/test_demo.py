@@ -20,6 +20,7 @@ from mnist_flax.data.load import load_splits
 from mnist_flax.exporting.demo import choose_examples, earlier_checkpoint, write_demo
 from mnist_flax.exporting.inference import graph_of
 from mnist_flax.exporting.textbook import textbook_order
+from mnist_flax.run.checkpoint import steps_in
 from mnist_flax.sections import DataConfig
 from mnist_flax.train import fit
 
@@ -306,6 +307,14 @@ def test_demo_verb_writes_where_it_is_told(workdir: pathlib.Path, tmp_path: path
         2,
         f"error: --output={tmp_path}: is a folder; name a file, such as {tmp_path / 'demo.html'}\n",
     )
+
+
+def test_demo_of_another_checkpoint_has_a_file_of_its_own(workdir: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    copy = shutil.copytree(workdir, tmp_path / "run")
+    before = (copy / "demo.html").read_bytes()
+    step = steps_in(copy / "checkpoints")[0]
+    assert write_demo(copy, str(step)) == copy / f"demo-{step}.html"
+    assert (copy / "demo.html").read_bytes() == before != (copy / f"demo-{step}.html").read_bytes()
 
 
 def test_demo_without_a_workdir_is_refused() -> None:

@@ -261,6 +261,25 @@ def test_demo_shows_the_outputs_of_each_member_of_a_committee(page: Any, images:
         np.testing.assert_allclose(stage["values"], wanted, atol=1e-5)
 
 
+def with_group_norm(variables: Any, images: jax.Array) -> jax.Array:
+    """A network with normalisation by group, whose means are not those of maps."""
+    x = jax.lax.conv_general_dilated(
+        images / 255, variables["kernel"], (4, 4), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    x = x - x.mean(3, keepdims=True)
+    groups = x.reshape(len(x), *x.shape[1:3], 2, -1)
+    x = (groups - groups.mean((1, 2, 4), keepdims=True)).reshape(x.shape)
+    return x.mean((1, 2)) @ variables["dense"]
+
+
+def test_demo_shows_only_means_of_maps_as_pooling(page: Any) -> None:
+    generator = np.random.default_rng(3)
+    shapes = {"kernel": (3, 3, 1, 4), "dense": (4, 10)}
+    load(page, trace(with_group_norm, {key: generator.normal(size=shape) for key, shape in shapes.items()}))
+    stages = page.evaluate("findStages(network).map(({ title, node }) => [title, node.shape])")
+    assert stages == [["Convolution 1", [1, 7, 7, 4]], ["Mean of each map", [1, 4]], ["Logits", [1, 10]]]
+
+
 def despeckled_first(variables: Any, images: jax.Array) -> jax.Array:
     """A network whose convolution sees the images without specks: rows and columns at the border are repeated."""
     x = despeckled(images / 255)

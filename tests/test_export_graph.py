@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from jax import Array, lax
-from strange_networks import Numbered, Strange
+from strange_networks import Normalised, Numbered, Strange
 from test_presets import PRESETS, load
 
 from mnist_flax import rng
@@ -116,8 +116,7 @@ def test_a_committee_is_exported(views: int, tmp_path: pathlib.Path) -> None:
     assert {f"member_{i}/Conv_0" for i in range(3)} <= layers
 
 
-def strange() -> tuple[Graph, Array]:
-    module = Strange()
+def strange(module: Any) -> tuple[Graph, Array]:
     weights: Any = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
 
     def logits(weights: Any, images: Array) -> Array:
@@ -127,10 +126,17 @@ def strange() -> tuple[Graph, Array]:
 
 
 @pytest.mark.parametrize("run", [run_program, run_onnx])
-def test_a_family_from_outside_is_exported(run: Callable[..., Any], tmp_path: pathlib.Path) -> None:
-    graph, expected = strange()
+@pytest.mark.parametrize(
+    ("module", "layers"),
+    [(Strange(), {"Conv_0", "LayerNorm_0", "MultiHeadDotProductAttention_0/query"}), (Normalised(), {""})],
+    ids=["strange", "normalised weights"],
+)
+def test_a_family_from_outside_is_exported(
+    module: Any, layers: set[str], run: Callable[..., Any], tmp_path: pathlib.Path
+) -> None:
+    graph, expected = strange(module)
     np.testing.assert_allclose(run(graph, tmp_path, IMAGES)["logits"], expected, atol=1e-5)
-    assert {"Conv_0", "LayerNorm_0", "MultiHeadDotProductAttention_0/query"} <= {node.layer for node in graph.nodes}
+    assert layers <= {node.layer for node in graph.nodes}
 
 
 OPERATIONS: dict[str, Callable[[Array], Array]] = {

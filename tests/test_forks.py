@@ -59,7 +59,9 @@ def test_non_finite_weights_are_not_saved(tmp_path: pathlib.Path, monkeypatch: p
         assert steps(tmp_path)[-1] == 7
 
 
-def test_fork_starts_with_the_weights_of_another_run(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_fork_starts_with_the_weights_of_another_run(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
     fit(SMALL, old)
     source = checkpoint.load_run(old).state
@@ -73,8 +75,12 @@ def test_fork_starts_with_the_weights_of_another_run(tmp_path: pathlib.Path, cap
     fit(config, new, fork=old)
     assert summary(new)["fork"] == origin["fork"] == {"workdir": str(old), "step": 14}
     assert summary(old)["fork"] is None
-    assert repeat_command("new/report", new, summary(new)["fork"]).endswith(" --workdir=new-again --fork=old")
-    assert repeat_command("a b", new, None) == "python -m mnist_flax.main '--config=a b/config.py' --workdir=new-again"
+    again = repeat_command(new / "report", new, summary(new)["fork"])  # outside the working directory
+    assert again.endswith(f"--config={new}/report/config.py --workdir={new}-again --fork={old}")
+    monkeypatch.chdir(tmp_path)
+    assert repeat_command(new / "report", new, summary(new)["fork"]).endswith(" --workdir=new-again --fork=old")
+    again = repeat_command(tmp_path / "a b", new, None)
+    assert again == "python -m mnist_flax.main '--config=a b/config.py' --workdir=new-again"
     assert card._recipe(*load_predictor(new))["started from"] == "the weights of `old` at step 14"
     # Resuming does not need the source any more, and a run that is no fork cannot become one.
     shutil.rmtree(old)

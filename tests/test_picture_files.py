@@ -1,6 +1,8 @@
 """Files of pictures: found, read and saved, or refused with a reason."""
 
+import os
 import pathlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +30,24 @@ def test_file_in_a_folder_that_cannot_be_examined_is_reported(tmp_path: pathlib.
     (name,) = files.find_files([str(tmp_path)])
     with pytest.raises(PictureError, match="cannot be read"):
         files.read_file(name)
+
+
+def test_folder_that_cannot_be_read_is_reported(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program run by root can read every folder, so the refusal is simulated."""
+    locked, scandir = tmp_path / "locked", os.scandir
+    locked.mkdir()
+    (tmp_path / "1.png").touch()
+
+    def refuse(folder: str) -> Any:
+        if str(folder) == str(locked):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    monkeypatch.setattr(os, "listdir", refuse)
+    assert list(files.find_files([str(tmp_path)])) == [str(tmp_path / "1.png"), str(locked)]
+    with pytest.raises(PictureError, match=r"cannot be read .*Permission denied"):
+        files.read_file(str(locked))
 
 
 def test_saved_images_have_short_names(tmp_path: pathlib.Path) -> None:

@@ -67,6 +67,7 @@ def test_entry_of_an_own_dataset_needs_three_numbers() -> None:
         ({"num_test": 0}, "at least one training row and one test row"),
         ({"class_names": ("a", "b")}, "a dataset of 3 classes needs 3 class_names, not 2"),
         ({"files": IDX_FILES[:2]}, "a dataset needs four files"),
+        ({"doubtful_test_rows": (1, 2)}, "rows of the test split, from 0 to 1"),
     ],
 )
 def test_entry_that_cannot_be_right_is_refused(wrong: dict[str, object], message: str) -> None:

@@ -140,7 +140,7 @@ def test_config_file_reproduces_the_config(report: pathlib.Path, numbers: dict[s
     again = Config.from_dict(names["get_config"]().to_dict())
     assert again.to_dict() == tiny_run.CONFIG.to_dict()
     assert numbers["config_file"] == (report / "config.py").read_text()
-    assert "run/report/config.py" in numbers["command"] and "--workdir=run-again" in numbers["command"]
+    assert f"--config={report}/config.py --workdir={report.parent}-again" in numbers["command"]
 
 
 def test_unfinished_run_can_be_reported(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,6 +171,46 @@ def test_the_largest_seed_can_be_reported() -> None:
     assert len(images) == len(rows) * (1 + pictures.VARIANTS)
 
 
+class Heads(nn.Module):
+    """A dense layer with two output axes, and weights of the network itself, which belong to no layer."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        x = nn.DenseGeneral((4, 16))(x[..., 0])
+        weights = self.param("weights", nn.initializers.normal(), (28 * 64, 10))
+        return x.reshape(x.shape[0], -1) @ weights
+
+
+class Bare(nn.Module):
+    """No layer at all."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        return x.reshape(x.shape[0], -1) @ self.param("weights", nn.initializers.normal(), (784, 10))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OddConfig(ModelConfig):
+    """The family of both."""
+
+    bare: bool = False
+
+    def module(self, num_classes: int, *, train: bool = False) -> nn.Module:
+        return Bare() if self.bare else Heads()
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_network_with_weights_outside_of_layers_is_shown(
+    bare: bool, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MODELS, "odd", OddConfig)
+    numbers, text = made_up(tmp_path / "run", "kmnist", examples=300, model=OddConfig(bare=bare))
+    Page(text)
+    assert [stage["name"] for stage in numbers["activations"]["stages"]] == ["logits"]
+    dense = [row["multiply_adds"] for row in numbers["network"] if row["name"] == "DenseGeneral_0"]
+    assert dense == ([] if bare else [28 * 28 * 64])
+
+
 class Recurrent(nn.Module):
     """Layers that the report must be able to list: called twice, with a keyword, or with several results."""
 

@@ -31,6 +31,16 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
     return forked.run("-m", "mnist_flax.robustness", *map(str, arguments))
 
 
+def test_interval_of_a_few_images_stays_between_0_and_1() -> None:
+    label = np.array([1, 1, 1, 1], np.int32)
+    images = {name: np.zeros((4, 28, 28, 1), np.uint8) for name in CORRUPTIONS}
+    logits = {name: np.eye(10, dtype=np.float32)[label] for name in ["clean", *CORRUPTIONS]}
+    for name in list(CORRUPTIONS)[:3]:
+        logits[name] = np.eye(10, dtype=np.float32)[[1, 1, 1, 2]]
+    facts = robustness.robustness_facts(logits, robustness.Corrupted(images, label, frozenset()))
+    assert 0 < facts["mean_accuracy_interval"][0] < facts["mean_accuracy_interval"][1] == 1
+
+
 def test_scores_are_those_of_scikit_learn(test: Examples) -> None:
     predictor, _ = load_predictor(small_population.seeds())
     corrupted = robustness.corrupt_all(test)

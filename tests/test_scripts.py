@@ -217,7 +217,15 @@ def test_a_preset_over_seeds_has_its_interval_and_counts_its_target(monkeypatch:
 @pytest.mark.slow
 def test_the_accelerator_benchmark_runs_on_cpu_devices(tmp_path: pathlib.Path) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "bench_accelerator.py"), "--config=configs/tiny.py"]
-    command += ["--images=64", "--batch_sizes=32", "--dtypes=float32", "--drivers=scan", "--members=2", "--repeats=1"]
+    command += [
+        "--images=64",
+        "--batch_sizes=16",
+        "--devices=2,1",
+        "--dtypes=float32",
+        "--drivers=scan",
+        "--members=2",
+        "--repeats=1",
+    ]
     command += [f"--picture={tmp_path / 'picture.png'}", f"--profile={tmp_path / 'trace'}"]
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250)
@@ -244,6 +252,8 @@ def test_scored_seeds_agree_with_their_population(tmp_path: pathlib.Path) -> Non
         ["seed-3", "seed-4", "seed-5"],
         ["seed-3", "seed-4"],
     ]
+    refused = forked.run("scripts/score_seeds.py", f"--runs={members}/seed-*", "--committee=4")
+    assert (refused.returncode, "--committee=4: there are only 3 runs" in refused.stderr) == (2, True)
     (tmp_path / "seed-9").mkdir()
     refused = forked.run("scripts/score_seeds.py", f"--runs={tmp_path}/seed-*")
     assert (refused.returncode, "holds no checkpoints/ of a run" in refused.stderr) == (2, True)

@@ -94,7 +94,8 @@ def robustness_facts(logits: Mapping[str, np.ndarray], corrupted: Corrupted) -> 
     def mean_over(names: list[str]) -> Facts:
         over_images = statistics.spread_of(np.mean([right[name] for name in names], axis=0))
         means = {f"mean_{field}": float(np.mean([rows[name][field] for name in names])) for field in ("loss", "ece")}
-        return {"mean_accuracy": over_images["mean"], "mean_accuracy_interval": over_images["interval"], **means}
+        interval = np.clip(over_images["interval"], 0, 1).tolist()  # with few images, it may extend beyond
+        return {"mean_accuracy": over_images["mean"], "mean_accuracy_interval": interval, **means}
 
     affine = [name for name, kind in CORRUPTIONS.items() if kind.affine]
     others = [name for name in CORRUPTIONS if name not in affine]

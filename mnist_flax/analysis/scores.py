@@ -118,6 +118,8 @@ def evaluation_table(result: Mapping[str, Any]) -> str:
         lines.append(
             f"before scaling with the temperature {result['temperature']:.3f}: " + _calibration(result["uncalibrated"])
         )
+        if result["split"] == "holdout" and result["dataset"] == result["trained_on"]:
+            lines.append("The temperature was fitted on these rows, so loss, Brier score and ECE are a little too low.")
     lines += ["", f"{'class':<12}{'examples':>9}  {'precision':<24}{'recall':<24}{'F1':<24}".rstrip()]
     for row in result["per_class"]:
         if row["examples"] or row["predictions"]:

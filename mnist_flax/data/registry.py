@@ -63,6 +63,8 @@ class Dataset:
             raise DataError("a dataset needs 1 to 256 classes, and at least one training row and one test row")
         if len(self.members or self.files) not in (0, 4):
             raise DataError("a dataset needs four files: training images and labels, test images and labels")
+        if not set(self.doubtful_test_rows) <= set(range(self.num_test)):
+            raise DataError(f"doubtful_test_rows must be rows of the test split, from 0 to {self.num_test - 1}")
         names = self.class_names or tuple(map(str, range(self.num_classes)))
         if len(names) != self.num_classes:
             raise DataError(

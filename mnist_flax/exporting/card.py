@@ -11,6 +11,8 @@ from mnist_flax.analysis.report.write import REPORT_FOLDER
 from mnist_flax.analysis.robustness import PUBLISHED, ROBUSTNESS
 from mnist_flax.analysis.scores import result_file
 from mnist_flax.config import Config, differences
+from mnist_flax.exporting.graph import ExportError
+from mnist_flax.exporting.inference import graph_of
 from mnist_flax.run import console
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.schema import NUMBER, mismatches
@@ -124,11 +126,18 @@ def _is_of(result: dict[str, Any], predictor: Predictor, info: RunInfo) -> bool:
 
 
 def _torch(predictor: Predictor) -> str:
-    """Returns a line of code that permutes a kernel, a convolution's if there is one, to PyTorch's axis order."""
-    leaves = jax.tree_util.tree_leaves_with_path(predictor.members[0]["params"])
-    path, leaf = max(leaves, key=lambda item: item[1].ndim)
-    member = "member_0/" * (len(predictor.members) > 1)
-    name = member + "params/" + "/".join(str(key.key) for key in path)
-    if leaf.ndim == 4:
+    """Returns a line of code that permutes a kernel, a convolution's if there is one, to PyTorch's axis order.
+
+    It is empty if the network has no kernel, or cannot be exported to `model.npz`.
+    """
+    try:
+        graph = graph_of(predictor)
+    except ExportError:
+        return ""
+    kernels = [node.inputs[1] for op in ("conv", "dense") for node in graph.nodes if node.op == op]
+    name = next((name for name in kernels if name in graph.constants), "")
+    if not name:
+        return ""
+    if graph.constants[name].ndim == 4:
         return f'kernel = weights["{name}"].permute(3, 2, 0, 1)  # rows, columns, in, out -> out, in, rows, columns'
     return f'kernel = weights["{name}"].T  # in, out -> out, in'

@@ -59,6 +59,7 @@ def write_demo(
 ) -> pathlib.Path:
     """Writes the demo page of a run, or of a population (as a committee).
 
+    The default file is `demo.html` in the workdir, or `demo-<checkpoint>.html` if the checkpoint is not the latest.
     `checkpoint` is as in `load_predictor`, and `overrides` as in `load_own_data`.
 
     Raises:
@@ -68,7 +69,8 @@ def write_demo(
     splits = load_own_data(info.config, info.fingerprint, overrides or {})
     evaluation = evaluate(predictor, splits.test)
     remedy = "name another file with --output=FILE"
-    return write_page(info.config, predictor, evaluation, splits, max(info.steps), workdir, output, remedy=remedy)
+    path = output or workdir / (FILE if checkpoint == "latest" else f"demo-{checkpoint}.html")
+    return write_page(info.config, predictor, evaluation, splits, max(info.steps), workdir, path, remedy=remedy)
 
 
 def checkpoint_of(predictor: Predictor, step: int, config: Config) -> Checkpoint:

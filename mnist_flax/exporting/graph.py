@@ -124,7 +124,7 @@ class Builder:
         array = np.asarray(value)
         if not name:
             name = f"{array.item()!r}:{array.dtype}" if array.ndim == 0 else self._unique("constant")
-        elif name in self.constants:
+        else:
             name = self._unique(name)
         self.constants[name] = array
         return name

@@ -56,7 +56,7 @@ def decode(content: bytes) -> Picture:
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 size = image.size
                 if image.format == "WEBP":
-                    limit = min(limit, _MAX_WEBP_PIXELS)
+                    limit = min(limit or _MAX_WEBP_PIXELS, _MAX_WEBP_PIXELS)
                     if image.width * image.height > limit:
                         raise Image.DecompressionBombError
                 image.draft("L", (_SIDE, _SIDE))  # JPEG only: decodes large images at half their size or less

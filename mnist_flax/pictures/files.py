@@ -39,16 +39,17 @@ def find_files(names: Sequence[str]) -> Iterator[str]:
 def _in_folder(folder: pathlib.Path) -> list[str]:
     """Returns the paths of the pictures in a folder and its subfolders, sorted, without hidden ones.
 
-    Pictures in unsupported formats are included, and files that cannot be examined, because skipping them silently
-    would look like success.
+    Pictures in unsupported formats are included, and folders and files that cannot be read, because skipping them
+    silently would look like success. Links to folders are not followed.
     """
-    return sorted(
-        str(path)
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES + FOREIGN_SUFFIXES
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and (os.path.isfile(path) or not os.path.exists(path))
-    )
+    unreadable: list[OSError] = []
+    found = []
+    for parent, folders, files in os.walk(folder, onerror=unreadable.append):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        pictures = [name for name in files if name.lower().endswith(SUFFIXES + FOREIGN_SUFFIXES)]
+        paths = [os.path.join(parent, name) for name in pictures if not name.startswith(".")]
+        found += [path for path in paths if os.path.isfile(path) or not os.path.exists(path)]
+    return sorted([*found, *(str(error.filename) for error in unreadable)])
 
 
 def read_file(name: str) -> bytes:
@@ -59,9 +60,10 @@ def read_file(name: str) -> bytes:
     """
     if name == STDIN:
         return _bounded(sys.stdin.buffer)
-    if os.path.isdir(name):
-        raise PictureError(f"is a folder without pictures ({', '.join(SUFFIXES)})")
     try:
+        if os.path.isdir(name):
+            os.listdir(name)  # says why a folder cannot be read
+            raise PictureError(f"is a folder without pictures ({', '.join(SUFFIXES)})")
         with open(name, "rb") as file:
             return _bounded(file)
     except FileNotFoundError as error:

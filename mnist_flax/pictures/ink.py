@@ -44,10 +44,8 @@ def _find_ink(grey: np.ndarray, sheet: np.ndarray | None, dark: bool) -> Ink | N
     values = grey.astype(np.float32)
     values, noise = _denoised(255 - values if dark else values)
     window = _paper_window(values)
-    paper, contrast = _contrast(values, window, dark)
+    paper, contrast = _contrast(values, window, dark, sheet)
     for _ in range(2):
-        if sheet is not None:
-            contrast *= sheet
         marks = contrast > max(_FAINTEST, 5 * noise)
         if marks.sum() < 4:
             return None
@@ -58,21 +56,25 @@ def _find_ink(grey: np.ndarray, sheet: np.ndarray | None, dark: bool) -> Ink | N
         needed = max(5, round(4 * thick_pen(mask)))
         if needed > 0.7 * window:
             break
-        paper, contrast = _contrast(values, needed, dark)
+        window = needed
+        paper, contrast = _contrast(values, window, dark, sheet)
     low = min(max(2.5 * noise, 0.1 * strong), 0.3 * strong)  # excludes JPEG ripples around strokes
     strength = np.clip((contrast - low) / (0.95 * strong - low), 0, 1).astype(np.float32)
     return Ink(strength, mask, marks, _steps(paper))
 
 
-def _contrast(values: np.ndarray, window: int, dark: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the brightness of the paper and the contrast of each pixel, corrected for shadows; ink is light."""
+def _contrast(values: np.ndarray, window: int, dark: bool, sheet: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the brightness of the paper and the contrast of each pixel, corrected for shadows; ink is light.
+
+    Outside the sheet, if one was found, the contrast is 0.
+    """
     paper = _paper(values, window)
     contrast = values - paper
     contrast = np.maximum(contrast - np.median(contrast), 0)
     if dark:  # a shadow dims paper and ink by the same factor
         light = np.maximum(255 - paper, 1)
         contrast *= np.clip(np.percentile(light[::4, ::4], 90) / light, 1, 2.5)
-    return paper, contrast
+    return paper, contrast if sheet is None else contrast * sheet
 
 
 def _paper(values: np.ndarray, window: int) -> np.ndarray:

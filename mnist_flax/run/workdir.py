@@ -172,12 +172,17 @@ def subfolder(workdir: pathlib.Path, *names: str, remedy: str = REMEDY_RESUME) -
     return folder
 
 
+def from_here(path: pathlib.Path) -> str:
+    """Returns how a command names a folder: by its path inside the working directory, or else by its absolute path."""
+    absolute, here = path.absolute(), pathlib.Path.cwd()
+    is_inside = absolute != here and absolute.is_relative_to(here)
+    return (absolute.relative_to(here) if is_inside else absolute).as_posix()
+
+
 def shown(path: pathlib.Path) -> str:
     """Returns how a page names a folder: by its path inside the working directory, or else by its last part."""
-    absolute = path.absolute()
-    if absolute != pathlib.Path.cwd() and absolute.is_relative_to(pathlib.Path.cwd()):
-        return absolute.relative_to(pathlib.Path.cwd()).as_posix()
-    return absolute.name
+    named = pathlib.PurePosixPath(from_here(path))
+    return named.name if named.is_absolute() else str(named)
 
 
 def create_output(folder: pathlib.Path) -> pathlib.Path:

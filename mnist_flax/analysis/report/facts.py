@@ -62,7 +62,7 @@ def report_facts(run: Reported, layers: Sequence[Layer]) -> Facts:
         "network": [layer._asdict() for layer in layers],
         "config": config.to_dict(),
         "config_changed": changed_fields(config),
-        "config_file": config_source(config, splits.name),
+        "config_file": config_source(config),
     }
 
 
@@ -167,11 +167,11 @@ def changed_fields(config: Config) -> Facts:
     return {name: value for name, value in dotted(config).items() if value != defaults[name]}
 
 
-def config_source(config: Config, dataset: str) -> str:
+def config_source(config: Config) -> str:
     """Returns the source of a config file that reproduces the run, even if the presets change."""
     family = config.to_dict()["model"]["name"]
     lines = "".join(f"    config.{name} = {value!r}\n" for name, value in changed_fields(config).items())
-    return f'''"""The config of a run on {dataset}, written by its report."""
+    return f'''"""The config of a run on {config.data.name}, written by its report."""
 
 from ml_collections import ConfigDict
 

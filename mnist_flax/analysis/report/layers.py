@@ -114,6 +114,14 @@ def _multiply_adds(call: _Call) -> int:
     kernel, module = call.kernel, call.module
     if kernel is None:
         return 0
+    for axes in range(
+        1, kernel.ndim
+    ):  # a dense layer contracts the last axes of its input with the first of its kernel
+        if (
+            call.x.shape[-axes:] == kernel.shape[:axes]
+            and call.output.shape[axes - kernel.ndim :] == kernel.shape[axes:]
+        ):
+            return math.prod(call.x.shape[1:-axes]) * int(kernel.size)
     sizes = list(call.output.shape[1:-1])
     padding = getattr(module, "padding", None)
     if kernel.ndim == 4 and padding in ("SAME", "VALID"):
@@ -153,7 +161,8 @@ def layer_inputs(program: Program, variables: Variables, images: np.ndarray) -> 
     unoptimised = jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
     values = [np.asarray(value, np.float32) for value in unoptimised(variables, images)]
     seen = [_unflatten(value, before) for value, before in zip(values, [*channels, 0], strict=True)]
-    return list(zip([*names, "logits"], seen, strict=True))[1:]
+    found = list(zip([*names, "logits"], seen, strict=True))
+    return found[1:] if names else found
 
 
 def _unflatten(values: np.ndarray, channels: int) -> np.ndarray:

@@ -28,24 +28,23 @@ def write_report(run: Reported, workdir: pathlib.Path, folder: pathlib.Path | No
     Raises:
       WorkdirError: the folder cannot be written.
     """
-    place = workdirs.shown(folder) if folder else f"{workdirs.shown(workdir)}/{REPORT_FOLDER}"
     remedy = workdirs.REMEDY_RESUME if run.evaluated_by == "training" else workdirs.REMEDY_OUTPUT
     folder = folder or workdirs.subfolder(workdir, REPORT_FOLDER, remedy=remedy)
     facts = facts_lib.report_facts(run, layers.layers(run.predictor.program, run.predictor.members[0]))
     # demo.html shows the network of the last step.
     has_page = folder.parent == workdir and (workdir / "demo.html").is_file() and run.step == run.summary.get("steps")
     facts["draw"] = "../demo.html" if has_page else ""
-    facts["command"] = repeat_command(place, workdir, run.fork)
+    facts["command"] = repeat_command(folder, workdir, run.fork)
     for name, content in _pieces(run, facts, title=workdirs.shown(workdir)).items():
         workdirs.write_bytes(folder / name, content, remedy=remedy)
     return folder / "index.html"
 
 
-def repeat_command(place: str, workdir: pathlib.Path, fork: Mapping[str, Any] | None) -> str:
-    """Returns the command that trains the run again, with the config in the folder `place`."""
-    arguments = [f"--config={place}/config.py", f"--workdir={workdirs.shown(workdir)}-again"]
+def repeat_command(folder: pathlib.Path, workdir: pathlib.Path, fork: Mapping[str, Any] | None) -> str:
+    """Returns the command that trains the run again, with the config in the report's folder."""
+    arguments = [f"--config={workdirs.from_here(folder)}/config.py", f"--workdir={workdirs.from_here(workdir)}-again"]
     if fork:
-        arguments.append(f"--fork={workdirs.shown(pathlib.Path(fork['workdir']))}")
+        arguments.append(f"--fork={workdirs.from_here(pathlib.Path(fork['workdir']))}")
     return f"{console.command('main')} {shlex.join(arguments)}"
 
 

@@ -19,10 +19,16 @@ function findStages(network) {
     numbers[kind] = (numbers[kind] ?? 0) + 1;
     const title = isLast && !member ? "Logits" : `${kind} ${numbers[kind]}`;
     stages.push(stageOf(title, first, own));
-    const pooling = own.find((node) => node.op in POOLS);
+    const pooling = own.find((node) => isPooling(node));
     if (pooling && !isLast) stages.push(stageOf(POOLS[pooling.op], pooling, own));
   }
   return stages;
+}
+
+// A mean is a pooling if it is over the rows and columns of maps, and not, for example, over channels to normalise them.
+function isPooling(node) {
+  if (node.op !== "reduce_mean") return node.op in POOLS;
+  return node.shape.length === 2 && String(node.attrs.axes) === "1,2";
 }
 
 function stageOf(title, first, nodes) {
