@@ -41,6 +41,11 @@ def main() -> None:
     console.program = "mnist-flax" if os.path.basename(script) == "mnist-flax" else f"python {shlex.quote(script)}"
     if verb in VERBS:
         del sys.argv[1]
+        if registered := sys.modules.get("mnist_flax.models"):
+            # The verb becomes `__main__`, but the types in a class's annotations are looked up in its module.
+            sys.modules["__script__"] = sys.modules["__main__"]
+            for family in registered.MODELS.values():
+                family.__module__ = family.__module__.replace("__main__", "__script__")
         runpy.run_module(f"mnist_flax.{verb}", run_name="__main__", alter_sys=True)
     lines = [f"usage: {console.command('VERB')} [flags]; {console.command('VERB')} --help lists the flags", ""]
     lines += [f"  {name:<12}{text}" for name, text in VERBS.items()]

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from mnist_flax.checks import among, nearest, within
 from mnist_flax.data.augment import AUGMENTATIONS, AugmentConfig
 from mnist_flax.data.registry import DATASETS, IMAGE_SIZE
-from mnist_flax.errors import ConfigError
+from mnist_flax.errors import ConfigError, reason
 from mnist_flax.losses import LOSSES
 from mnist_flax.models import MODELS
 from mnist_flax.models.base import ModelConfig
@@ -82,19 +82,31 @@ class Config:
         yield from among("data.name", self.data.name, DATASETS, is_registry=True)
         dataset = DATASETS[self.data.name]
         yield from self.data.check(dataset.num_train, dataset.num_classes)
-        if type(self.model) not in MODELS.values():
-            yield f"config.model: {_UNREGISTERED.format(type(self.model).__name__)}"
-        family, fields = type(self.model), {field.name for field in dataclasses.fields(self.model)}
-        for name, kind in inspect.get_annotations(family).items():
-            if name not in fields and "ClassVar" not in str(kind):
-                title = family.__name__
-                yield f"config.model: {title}.{name} is not a field: decorate {title} with @dataclass(frozen=True)"
-        yield from self.model.check(IMAGE_SIZE)
+        yield from self._check_family()
+        yield from self.model.check(IMAGE_SIZE) or ()
         yield from self.augment.check(dataset.class_names)
         yield from self.train.check(self.num_train)
         yield from self.optimizer.check(self.train.epochs, self.steps_per_epoch)
         yield from self.eval.check()
         yield from self.checkpoint.check()
+
+    def _check_family(self) -> Iterator[str]:
+        """Yields a message for each mistake in the class of the model section, which may come from a user's script."""
+        family, fields = type(self.model), {field.name for field in dataclasses.fields(self.model)}
+        title = family.__name__
+        if family not in MODELS.values():
+            yield f"config.model: {_UNREGISTERED.format(title)}"
+        for name, kind in inspect.get_annotations(family).items():
+            if name not in fields and "ClassVar" not in str(kind):
+                yield f"config.model: {title}.{name} is not a field: decorate {title} with @dataclass(frozen=True)"
+        hints: dict[str, Any] = typing.get_type_hints(family)
+        for name in fields:
+            if hints[name] is tuple or (typing.get_origin(hints[name]) or hints[name]) in (list, dict, set):
+                yield f"config.model: {title}.{name} is a {hints[name]}: make it a tuple of one type: tuple[int, ...]"
+        try:
+            self.model.module(self.num_classes)
+        except Exception as error:
+            yield f"config.model: {title}.module fails ({type(error).__name__}: {reason(error)})"
 
     @property
     def num_classes(self) -> int:
@@ -225,10 +237,13 @@ def default_config_dict(model: str = "cnn") -> ConfigDict:
     The ConfigDict accepts any field and value; `Config.from_dict` checks them all.
 
     Raises:
-      ConfigError: there is no such family.
+      ConfigError: there is no such family, or one of its fields has no default.
     """
     for message in among("model.name", model, MODELS, is_registry=True):
         raise ConfigError(message)
+    for field in dataclasses.fields(MODELS[model]):
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"config.model: {MODELS[model].__name__}.{field.name} has no default; give it one")
     return ConfigDict(Config(model=MODELS[model]()).to_dict(), type_safe=False)
 
 

@@ -1,6 +1,5 @@
 """Loads the teacher of a run: a finished run or population whose probabilities the run learns (`step.soft_targets`)."""
 
-import hashlib
 import os
 import pathlib
 from collections.abc import Iterator
@@ -65,10 +64,9 @@ def load_teacher(config: Config, workdir: pathlib.Path | None = None) -> LoadedT
             f" {config.data.name}; name a teacher of this dataset"
         )
     members = jax.tree.map(lambda *leaves: np.stack(leaves), *jax.device_get(predictor.members))
-    teacher, digest = Teacher(members, np.float32(predictor.temperature), predictor.program), hashlib.sha256()
-    for name, leaf in checkpoint.leaves(teacher).items():
-        digest.update(f"{name} {leaf.dtype}{leaf.shape}".encode() + leaf.tobytes())
-    origin = {"workdir": str(folder.absolute()), "networks": len(predictor.members), "digest": digest.hexdigest()}
+    teacher = Teacher(members, np.float32(predictor.temperature), predictor.program)
+    digest = checkpoint.digest(teacher)
+    origin = {"workdir": str(folder.absolute()), "networks": len(predictor.members), "digest": digest}
     return LoadedTeacher(teacher, origin, tuple(run.config.data for run in info.runs), info.fingerprint)
 
 

@@ -133,7 +133,8 @@ def open_member(
 def setup_of(config: Config, *, in_population: bool) -> dict[str, str]:
     """Returns the settings that change how sums are rounded, besides those in `provenance.versions`."""
     devices = 1 if in_population else sharding.make_mesh(config.train.num_devices).size
-    return {"driver": config.train.driver, "devices": str(devices)}
+    flags = os.environ.get("XLA_FLAGS")
+    return {"driver": config.train.driver, "devices": str(devices), **({"XLA_FLAGS": flags} if flags else {})}
 
 
 def jit_schedule(config: Config) -> Callable[[int], Array]:
@@ -187,8 +188,7 @@ def begin(config: Config, fork: pathlib.Path | None) -> tuple[TrainState, dict[s
             f"--fork={fork}: its weights do not fit this config's network:\n" + "\n".join(lines) + "\nGive config.model"
             f" the values that it has in {fork / workdirs.CONFIG}."
         )
-    # The moving average starts from that of `source`, or from its weights if it has none.
-    ema = (source.state.ema or source.state.params) if config.optimizer.ema_decay else {}
+    ema = weights["params"] if config.optimizer.ema_decay else {}
     origin["fork"] = {"workdir": str(fork.absolute()), "step": source.record["step"]}
     logger.info("starting from the weights of %s at step %d", fork, source.record["step"])
     return state.replace(**weights, ema=ema), origin
@@ -234,7 +234,8 @@ def announce(members: Sequence[Member], splits: Splits) -> None:
         logger.warning("config.model.dtype = %r is several times slower than 'float32' on a CPU", config.model.dtype)
     for message in config.unused():
         logger.warning("%s", message)
-    if members[0].state.batch_stats and NORM_MOMENTUM**config.num_steps > 0.05:
+    is_fork = bool(members[0].log.origin["fork"])  # it begins with the averages of another run
+    if members[0].state.batch_stats and NORM_MOMENTUM**config.num_steps > 0.05 and not is_fork:
         logger.warning(
             "batch norm's running averages need about 300 steps; after %d, the hold-out and test scores are too low:"
             " train for longer, or use smaller batches",

@@ -29,15 +29,20 @@ def init_variables(program: Program, key: Array) -> dict[str, Any]:
         )
         logits, variables = made
         _check_logits(program, logits, 1)
+        if others := variables.keys() - {"params", "batch_stats"}:
+            raise ConfigError(
+                f"config.model: the network of {type(program.model).__name__} keeps variables in {min(others)!r};"
+                " only 'params' and 'batch_stats' are kept from step to step"
+            )
         if not variables.get("params"):
             raise ConfigError(f"config.model: the network of {type(program.model).__name__} has no weights to train")
-        if _is_own(program):
+        if is_external(program):
             # Some mistakes, such as a missing axis, show only with several images.
             _check_logits(program, jax.eval_shape(lambda: _train_logits(program, variables, 3)), 3)
     return dict(variables)
 
 
-def _is_own(program: Program) -> bool:
+def is_external(program: Program) -> bool:
     """Returns whether the network comes from outside the package."""
     return not type(program.model).__module__.startswith("mnist_flax.")
 
@@ -71,7 +76,7 @@ def _naming_the_line(program: Program) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, UserError) or not _is_own(program):
+        if isinstance(error, UserError) or not is_external(program):
             raise
         file = type(program.model).module.__code__.co_filename
         lines = [f", line {at.lineno}" for at in traceback.extract_tb(error.__traceback__) if at.filename == file]

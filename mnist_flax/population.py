@@ -28,9 +28,10 @@ def main(_: Sequence[str]) -> None:
     workdir = cli.training_workdir(f"-seeds{FLAGS.seeds}" if FLAGS.seeds else f"-folds{FLAGS.folds}")
     from mnist_flax import train
     from mnist_flax.analysis import statistics
-    from mnist_flax.run import compilation
+    from mnist_flax.run import compilation, machine
 
     compilation.keep_programs()
+    machine.allow_many_files()
     result = train.fit_population(config, workdir, seeds=FLAGS.seeds or 0, folds=FLAGS.folds or 0)
     print(json.dumps(result, indent=1) if FLAGS.json else statistics.population_table(result))
 

@@ -7,6 +7,7 @@ and the field or the error.
 import ast
 import contextlib
 import pathlib
+import shlex
 import sys
 import traceback
 import types
@@ -141,7 +142,8 @@ def _override(fields: dict[str, Any], override: str) -> None:
     if isinstance(node, dict):
         raise ConfigError(f"--{path}={text}: is a group of fields; name one of them, such as {path}.{min(node)}")
     if not has_value and not isinstance(node, bool):
-        raise ConfigError(f"--{path}: needs a value, such as --{path}={node or 'VALUE'}")
+        example = shlex.quote(str(node).replace(" ", "")) if isinstance(node, tuple) else node or "VALUE"
+        raise ConfigError(f"--{path}: needs a value, such as --{path}={example}")
     parent[name] = _convert(node, text, path) if has_value else True
 
 

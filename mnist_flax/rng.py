@@ -12,7 +12,7 @@ from jax import Array
 
 def root_key(seed: int) -> Array:
     """Returns the key from which all others of a run with this seed are derived."""
-    return jax.random.key(seed)
+    return jax.random.key(seed, impl="threefry2x32")  # JAX's default, which an environment variable could change
 
 
 def stream(key: Array, name: str, *indices: Array | int) -> Array:

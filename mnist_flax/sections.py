@@ -68,6 +68,8 @@ class DataConfig:
             yield from within("data.folds", self.folds, 2, rows // num_classes)
             if self.holdout:
                 yield f"config.data.holdout = {self.holdout}: must be 0 with config.data.folds: a fold is held out"
+        if self.fold and not self.folds:
+            yield f"config.data.fold = {self.fold}: is used only with config.data.folds; set that, or leave it at 0"
         yield from within("data.fold", self.fold, 0, max(self.folds, 1), open_high=True)
         if self.holdout:
             yield from within("data.holdout", self.holdout, num_classes, rows, open_high=True)

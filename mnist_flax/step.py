@@ -161,6 +161,9 @@ def loss_fn(
     Also returns the logits, the losses `f32[B]` and the updated running statistics. `key` is for dropout, and `targets`
     are the `soft_targets` of a teacher. With cross-entropy, which is linear in its target, mixing the two losses is the
     same as mixing labels and probabilities (Hinton, Vinyals and Dean, 2015).
+
+    Raises:
+      ConfigError: the loss function does not return one value for each example.
     """
     is_example = batch["label"] != batches.NO_LABEL
     logits, updates = program.model.module(program.num_classes, train=True).apply(
@@ -171,6 +174,11 @@ def loss_fn(
         mutable=["batch_stats"],
     )
     losses = LOSSES[program.loss](logits, batch["label"], label_smoothing=program.label_smoothing)
+    if losses.shape != batch["label"].shape:  # it would be broadcast
+        raise ConfigError(
+            f"config.train.loss = {program.loss!r}: returns an array of shape {losses.shape} for a batch of"
+            f" {len(logits)}; return one loss for each example, of shape {batch['label'].shape}"
+        )
     if targets is not None:
         weight = program.teacher_weight
         losses = (1.0 - weight) * losses + weight * optax.softmax_cross_entropy(logits, targets)

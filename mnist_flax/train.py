@@ -31,13 +31,14 @@ from mnist_flax.members import (
     trained_member,
 )
 from mnist_flax.memory import check_memory
+from mnist_flax.network import is_external
 from mnist_flax.pacing import is_save_due, next_num_steps, next_stop
-from mnist_flax.run import console, processes, provenance
+from mnist_flax.run import checkpoint, console, processes, provenance
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.log import check_finite
 from mnist_flax.run.progress import Progress
 from mnist_flax.run.signals import Interrupted, StopRequest, stop_request
-from mnist_flax.step import TrainState
+from mnist_flax.step import TrainState, state_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = No
             f" {console.command('population')}"
         )
     teacher = load_teacher(config, workdir)
-    check_memory(config, teacher and teacher.networks)  # before any data is read or anything is written
+    check_program(config, teacher)
     # A student must use its teacher's dataset, and a resumed run its own: neither may fall back to a substitute.
     data = workdirs.read_json(workdir / workdirs.CONFIG).get("data")
     is_bound = teacher or (isinstance(data, dict) and data.get("name") == config.data.name)
@@ -80,6 +81,18 @@ def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = No
     drivers.job_mesh(config.program, 1, config.train.num_devices)  # only now: a substitute may have smaller batches
     (member,) = fit_all({workdir: config}, splits, fork=fork, teacher=teacher)
     return member.state
+
+
+def check_program(config: Config, teacher: LoadedTeacher | None) -> None:
+    """Reports mistakes that need no data, before any is read and anything is written.
+
+    Raises:
+      ConfigError: there are too few devices or too little memory, or a network from outside the package cannot be used.
+    """
+    sharding.make_mesh(config.train.num_devices)
+    if is_external(config.program):
+        state_shapes(config.program)
+    check_memory(config, teacher and teacher.networks)
 
 
 def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, folds: int = 0) -> dict[str, Any]:
@@ -94,8 +107,7 @@ def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, fol
     if workdirs.CHECKPOINTS in workdirs.names_in(workdir):
         raise WorkdirError(f"--workdir={workdir}: holds a run, not a population; name another folder")
     teacher = load_teacher(config, workdir)
-    check_memory(config, teacher and teacher.networks)
-    sharding.make_mesh(config.train.num_devices)  # raises an error if there are too few devices
+    check_program(config, teacher)
     splits = load_splits(replace(config, data__on_missing="error").data)  # its statistics are about this dataset
     configs = member_configs(config, seeds=seeds, folds=folds)
     kind = "folds" if folds else "seeds"
@@ -139,7 +151,9 @@ def fit_all(
             open_member(config, workdir, splits, fork, teacher, stack, in_population=in_population)
             for workdir, config in configs.items()
         ]
-        processes.check_same("checkpoints in --workdir", [member.step for member in members])
+        states = [checkpoint.digest(member.state) for member in members] if jax.process_count() > 1 else []
+        found = [(member.step, member.is_finished) for member in members]
+        processes.check_same("checkpoints in --workdir, or weights in --fork", found, states)
         unfinished = [member for member in members if not member.is_finished]
         if unfinished and processes.is_primary():
             announce(unfinished, splits)

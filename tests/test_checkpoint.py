@@ -57,7 +57,7 @@ def test_checkpoint_restores_the_saved_state_bit_for_bit(tmp_path: pathlib.Path)
     assert same(found.state, keys)
     assert found.record["window"] == record(5)["window"]
     assert found.record["schema"] == checkpoint.SCHEMA
-    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(found.state))
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(found.state))
     assert same(load_run(tmp_path).state, keys)
     assert load_run(tmp_path).config.to_dict() == SMALL.to_dict()
 
@@ -240,6 +240,13 @@ def test_weights_need_no_framework(tmp_path: pathlib.Path) -> None:
     assert np.array_equal(arrays["params/Conv_0/kernel"], variables["params"]["Conv_0"]["kernel"])
     assert np.array_equal(arrays["batch_stats/BatchNorm_0/var"], variables["batch_stats"]["BatchNorm_0"]["var"])
     assert len(arrays) == len(jax.tree.leaves(variables))
+
+
+def test_weights_may_be_in_lists_and_scalars(tmp_path: pathlib.Path) -> None:
+    save_weights(SMALL, tmp_path, {"params": {"mixed": [np.ones(2, np.float32), np.float32(3)]}})
+    with safe_open(tmp_path / workdirs.WEIGHTS, framework="numpy") as file:
+        assert file.get_tensor("params/mixed/0").shape == (2,)
+        assert file.get_tensor("params/mixed/1").shape == ()
 
 
 def test_a_checkpoint_that_cannot_be_read_now_is_neither_set_aside_nor_pruned(

@@ -20,8 +20,8 @@ from saved_runs import (
 from small_run import SMALL, steps
 
 from mnist_flax.config import replace
-from mnist_flax.errors import WorkdirError
-from mnist_flax.run import checkpoint_files
+from mnist_flax.errors import ConfigError, WorkdirError
+from mnist_flax.run import checkpoint, checkpoint_files
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.checkpoint import load_run
 from mnist_flax.run.store import open_store
@@ -45,11 +45,41 @@ def test_another_config_or_other_data_are_refused_field_by_field(workdir: pathli
         "  config.optimizer.learning_rate: 0.001 there, 0.5 now",
         "  config.model.dense: (8,) there, (9, 9) now",
         f"  fingerprint of the data: {'f' * 64} there, {'e' * 64} now",
-        f"name another --workdir; with --fork={workdir} it starts from that run's weights.",
+        "To start a new one, name another --workdir.",
     ):
         assert line in str(error.value)
     assert "epochs" not in str(error.value)  # a constant learning rate does not depend on the number of epochs
     assert steps(workdir) == [3, 6]
+
+
+def test_a_run_with_the_same_network_can_be_forked(workdir: pathlib.Path) -> None:
+    fork = rf"name another --workdir; with --fork={workdir} it starts from that run's weights"
+    with pytest.raises(WorkdirError, match=fork):
+        restored(workdir, replace(SMALL, seed=1))
+
+
+def test_a_mistake_in_a_network_is_not_damage(workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Any) -> None:
+        raise ConfigError("config.model: the network of My fails")
+
+    with pytest.raises(ConfigError, match="the network of My fails"), monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "state_shapes", fail)
+        restored(workdir)
+    assert restored(workdir) == (6, [])
+
+
+def test_an_intact_checkpoint_that_does_not_fit_in_memory_is_not_damage(
+    workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    message = r"6: is intact, but cannot be used \(RuntimeError: RESOURCE_EXHAUSTED.*repeat the command"
+    for read in (restored, load_run):
+        with pytest.raises(WorkdirError, match=message), monkeypatch.context() as patch:
+            patch.setattr(checkpoint_files, "restore_state", fail)
+            read(workdir)
+    assert restored(workdir) == (6, [])
 
 
 def test_epochs_may_not_change_under_a_schedule_that_depends_on_them(tmp_path: pathlib.Path) -> None:
@@ -218,7 +248,7 @@ def test_failed_read_restores_the_log_level_of_absl(workdir: pathlib.Path) -> No
     (newest / "record" / "metadata").write_text("{")
     (newest / "files.sha256").write_text(checkpoint_files.checksums(newest))
     level = logging.getLogger("absl").level
-    with pytest.raises(WorkdirError, match="damaged"):
+    with pytest.raises(WorkdirError, match=r"6: is intact, but cannot be used \(JSONDecodeError"):
         load_run(workdir)
     assert logging.getLogger("absl").level == level != logging.CRITICAL
 

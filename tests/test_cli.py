@@ -183,6 +183,8 @@ def test_override_may_choose_another_family(overrides: tuple[str, ...]) -> None:
         ("model.name=rsenet", "config.model.name = 'rsenet': did you mean 'resnet'?"),
         ("train.batch_size=0", "config.train.batch_size = 0: must be at least 1"),
         ("train.epochs", "--config.train.epochs: needs a value, such as --config.train.epochs=3"),
+        ("model.pools", "--config.model.pools: needs a value, such as --config.model.pools='(2,)'"),
+        ("data.fold=2", "config.data.fold = 2: is used only with config.data.folds; set that, or leave it at 0"),
         ("train.report=perhaps", "--config.train.report=perhaps: must be true or false"),
         ("optimizer.learning_rate=fast", "--config.optimizer.learning_rate=fast: must be a number"),
         ("optimizer.learning_rate=nan", "config.optimizer.learning_rate = nan: must be finite"),
@@ -313,3 +315,29 @@ def test_home_folder_in_a_flag_is_expanded(tmp_path: pathlib.Path, monkeypatch: 
     (tmp_path / "mine.py").write_text("from ml_collections import ConfigDict\n\nget_config = ConfigDict\n")
     done = forked.run("-m", "mnist_flax.main", "--config=~/mine.py", "--config.train.epochs=0", cwd=tmp_path)
     assert done.stderr == "error: config.train.epochs = 0: must be at least 1\n"  # the file was found
+
+
+def test_a_script_may_postpone_its_annotations(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "late.py").write_text(
+        """from __future__ import annotations
+import dataclasses
+from typing import Optional
+import flax.linen as nn
+from mnist_flax import cli, models
+from mnist_flax.models.base import ModelConfig
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Late(ModelConfig):
+    width: Optional[int] = None
+
+    def module(self, num_classes, *, train=False):
+        return nn.Dense(num_classes)
+
+models.MODELS["late"] = Late
+if __name__ == "__main__":
+    cli.main()
+"""
+    )
+    wrong = "--config.train.batch_size=0"
+    done = forked.run("late.py", "main", "--config=default", "--config.model.name=late", wrong, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, "error: config.train.batch_size = 0: must be at least 1\n")

@@ -38,6 +38,19 @@ def test_a_command_keeps_the_memory_of_a_freed_array_for_the_next() -> None:
     assert int(done.stdout) < 1000  # 24,415 if its memory goes back to the system in between
 
 
+def test_the_limit_on_open_files_is_raised() -> None:
+    program = """
+import resource
+from mnist_flax.run import machine
+most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (40, most))
+machine.allow_many_files()
+print(resource.getrlimit(resource.RLIMIT_NOFILE) == (most, most))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
+
+
 @pytest.mark.parametrize(
     ("flags", "name"),
     [("fpu avx avx2 fma avx512f avx512dq", "Zen, AVX-512"), ("fpu avx avx2 fma", "Zen, AVX2"), ("fpu sse2", "Zen")],

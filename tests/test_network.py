@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import pytest
 from jax import Array
 
-from mnist_flax.config import Config
+from mnist_flax import train
+from mnist_flax.config import Config, default_config_dict, replace
 from mnist_flax.errors import ConfigError
 from mnist_flax.models import MODELS
 from mnist_flax.models.base import ModelConfig
@@ -33,6 +34,8 @@ class Odd(nn.Module):
                 x = x * channels[:, None, :]
             case "training":
                 x = x / len(x) if not self.train else self.undefined(x)
+            case "collection":
+                self.variable("whitening", "mean", jnp.zeros, (1,))
             case "batch":
                 return nn.Dense(10)(x.mean((0, 1, 2)))[None]
             case "tuple":
@@ -49,7 +52,7 @@ class OddConfig(ModelConfig):
     mistake: str = ""
 
     def module(self, num_classes: int, *, train: bool = False) -> nn.Module:
-        return Odd(self.mistake, train)
+        return Odd(self.mistake, train) if self.mistake != "module" else 1 / 0  # type: ignore[return-value]
 
 
 class Bare(ModelConfig):
@@ -96,6 +99,41 @@ def test_an_error_in_a_network_names_its_line(mistake: str, line: str, message: 
 def test_a_network_that_returns_no_logits_is_refused(mistake: str, message: str) -> None:
     with pytest.raises(ConfigError, match=f"the network of OddConfig returns {message}"):
         state_shapes(Config(model=OddConfig(mistake=mistake)).program)
+
+
+def test_a_network_with_other_variables_is_refused() -> None:
+    with pytest.raises(ConfigError, match="the network of OddConfig keeps variables in 'whitening'; only"):
+        state_shapes(Config(model=OddConfig(mistake="collection")).program)
+
+
+def test_an_error_in_module_is_one_message() -> None:
+    with pytest.raises(ConfigError, match=r"config.model: OddConfig.module fails \(ZeroDivisionError: "):
+        Config(model=OddConfig(mistake="module"))
+
+
+def test_mistakes_that_need_no_data_are_reported_first(tmp_path: pathlib.Path) -> None:
+    nowhere = {"data__source": "raw", "data__raw_dir": str(tmp_path / "nowhere"), "data__on_missing": "error"}
+    with pytest.raises(ConfigError, match="the network of OddConfig fails"):
+        train.fit(replace(Config(model=OddConfig(mistake="training")), **nowhere), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"config.train.num_devices"):
+        train.fit(replace(Config(), train__num_devices=99, **nowhere), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("kind", "default"), [(tuple, (1, 2)), (list[int], None), (dict, None)])
+def test_a_field_that_cannot_be_saved_is_refused(kind: Any, default: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = [("sizes", kind, dataclasses.field(default=default))]
+    family = dataclasses.make_dataclass("Sized", fields, bases=(OddConfig,), frozen=True, kw_only=True)
+    monkeypatch.setitem(MODELS, "sized", family)
+    with pytest.raises(ConfigError, match=r"config.model: Sized.sizes is a .*tuple\[int, ...\]"):
+        Config(model=family())
+
+
+def test_a_field_without_a_default_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    family = dataclasses.make_dataclass("Needy", [("depth", int)], bases=(OddConfig,), frozen=True, kw_only=True)
+    monkeypatch.setitem(MODELS, "needy", family)
+    with pytest.raises(ConfigError, match=r"config.model: Needy.depth has no default; give it one"):
+        default_config_dict("needy")
 
 
 def test_a_config_class_without_its_decorator_is_refused() -> None:

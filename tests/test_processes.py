@@ -195,7 +195,7 @@ def test_primary_that_waits_for_others_ends_at_once_on_a_signal(tmp_path: pathli
     other.kill()
     other.communicate()
     assert process.stderr
-    while "waiting for 2 processes" not in (line := process.stderr.readline()):
+    while "waiting for the other processes" not in (line := process.stderr.readline()):
         assert line, "it ended before it waited"
     time.sleep(1)  # until it waits inside JAX
     process.send_signal(signal.SIGINT)
@@ -217,7 +217,22 @@ def join(port: int, process_index: int) -> Ended:
 def test_process_that_finds_no_coordinator_gives_one_message() -> None:
     ended = join(1, 1)
     expected = "error: --coordinator=127.0.0.1:1: cannot be reached (Connection refused)"
-    assert (ended.returncode, ended.stderr[: len(expected)]) == (2, expected)
+    waiting = "waiting for the other processes at 127.0.0.1:1, up to 1 s\n"
+    assert (ended.returncode, ended.stderr[: len(waiting + expected)]) == (2, waiting + expected)
+
+
+def test_a_host_that_does_not_exist_is_reported_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def fail(address: tuple[str, int], timeout: float) -> None:
+        asked.append(address)
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "create_connection", fail)
+    for coordinator in ("nowhere:1234", "[::1]:1234"):
+        with pytest.raises(ConfigError, match=r"cannot be reached \(Name or service not known\)"):
+            processes._wait_for(coordinator, is_first=False)
+    assert asked == [("nowhere", 1234), ("::1", 1234)]  # once each; an address of IPv6 without its brackets
 
 
 def test_primary_whose_port_is_taken_gives_one_message() -> None:

@@ -21,6 +21,12 @@ def test_streams_differ_by_name_and_by_every_index() -> None:
     assert len({data(stream) for stream in streams}) == len(streams)
 
 
+def test_an_environment_variable_does_not_change_the_random_numbers() -> None:
+    before = rng.root_key(3)
+    with jax.default_prng_impl("rbg"):  # as JAX_DEFAULT_PRNG_IMPL does
+        assert rng.root_key(3).dtype == before.dtype != jax.random.key(3).dtype
+
+
 def test_a_stream_is_the_same_inside_and_outside_jit() -> None:
     key = rng.root_key(3)
     inside = jax.jit(lambda key, step: rng.stream(key, "dropout", step))(key, jnp.int32(7))

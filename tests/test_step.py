@@ -17,13 +17,14 @@ from mnist_flax.data.batches import NO_LABEL, Batch
 from mnist_flax.data.splits import Examples
 from mnist_flax.drivers import jit_forward, jit_init_state
 from mnist_flax.errors import ConfigError
-from mnist_flax.losses import cross_entropy
+from mnist_flax.losses import LOSSES, cross_entropy
 from mnist_flax.step import (
     METRICS,
     Metrics,
     StepView,
     TrainState,
     eval_variables,
+    init_state,
     moving_average,
     scale_pixels,
     train_step,
@@ -284,3 +285,14 @@ def test_a_truth_value_is_logged_as_a_number(examples: Examples, monkeypatch: py
     state = jit_init_state(SMALL.program, KEY)
     _, metrics = jax.eval_shape(functools.partial(train_step, SMALL.program), state, batch_of(examples, 20), KEY)
     assert metrics["mine"].dtype == jnp.int32
+
+
+@pytest.mark.parametrize("shape", [(20, 1), ()])
+def test_a_loss_without_one_value_for_each_example_is_refused(
+    shape: tuple[int, ...], examples: Examples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A column would be broadcast against the labels, and its gradient would be too large."""
+    monkeypatch.setitem(LOSSES, "column", lambda logits, labels, label_smoothing: jnp.zeros(shape) + logits.sum())
+    program = replace(SMALL, train__loss="column").program
+    with pytest.raises(ConfigError, match=r"config.train.loss = 'column': returns .* of shape \(20,\)"):
+        jax.eval_shape(lambda: train_step(program, init_state(program, KEY), batch_of(examples, 20), KEY))

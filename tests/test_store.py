@@ -3,6 +3,7 @@
 import logging
 import pathlib
 import resource
+import shutil
 import subprocess
 import threading
 import time
@@ -129,6 +130,13 @@ def test_old_checkpoints_that_cannot_be_deleted_give_one_message(
         patch.setattr(workdirs, "remove", refuse)
         with open_store(replace(SMALL, checkpoint__keep_latest=1), FINGERPRINT, workdir) as store:
             save(store, initial_state(), 9)
+    assert restored(workdir) == (9, [])
+
+
+def test_an_old_checkpoint_that_someone_deletes_is_no_error(workdir: pathlib.Path) -> None:
+    with open_store(replace(SMALL, checkpoint__keep_latest=1), FINGERPRINT, workdir) as store:
+        shutil.rmtree(workdir / workdirs.CHECKPOINTS / "3")
+        save(store, initial_state(), 9)
     assert restored(workdir) == (9, [])
 
 

@@ -1,16 +1,18 @@
 """Reads and checks the checkpoints of a run: `checkpoints/<step>/`, as `store` writes them."""
 
+import contextlib
 import errno
+import hashlib
 import logging
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from mnist_flax.config import Config, differences
-from mnist_flax.errors import ConfigError, WorkdirError, reason
+from mnist_flax.errors import ConfigError, UserError, WorkdirError, reason
 from mnist_flax.run import checkpoint_files
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.schema import LINE, NUMBER, mismatches
@@ -69,6 +71,14 @@ def layout(state: Any) -> dict[str, str]:
     return {name: f"{leaf.dtype}{leaf.shape}" for name, leaf in leaves(state).items()}
 
 
+def digest(state: Any) -> str:
+    """Returns the SHA-256 of a tree in host memory: of the names, types and values of its leaves."""
+    found = hashlib.sha256()
+    for name, leaf in leaves(state).items():
+        found.update(f"{name} {leaf.dtype}{leaf.shape}".encode() + np.asarray(leaf).tobytes())
+    return found.hexdigest()
+
+
 def sort_key(holdout: Mapping[str, float]) -> tuple[float, float]:
     """Returns the sort key of a checkpoint, highest for the best: hold-out accuracy, then negative loss."""
     return holdout["accuracy"], -holdout["loss"]
@@ -89,7 +99,7 @@ def holdouts(folder: pathlib.Path) -> dict[int, dict[str, float] | None]:
     for step in steps_in(folder):
         try:
             found[step] = read_record(folder / str(step))["holdout"]
-        except Exception as error:  # Orbax and TensorStore raise many types for damaged files
+        except Exception as error:  # of many types
             logger.warning("%s is not compared with the others: %s", folder / str(step), flaw(error))
     return found
 
@@ -119,9 +129,9 @@ def load_run(workdir: pathlib.Path, which: str = "latest") -> Run:
         step = _choose(folder, which)
         try:
             return read_run(folder / str(step))
-        except WorkdirError:
+        except UserError:
             raise
-        except Exception as error:  # Orbax and TensorStore raise many types for damaged files
+        except Exception as error:  # of many types: its files are damaged, or cannot be read
             kept = steps_in(folder)
             others = ", ".join(str(other) for other in kept if other != step) or "none"
             if step in kept or others == "none":
@@ -160,8 +170,8 @@ def read_run(path: pathlib.Path, same_as: tuple[Config, str] | None = None) -> R
       same_as: the config of a run and the fingerprint of its data; if given, the checkpoint must belong to that run.
 
     Raises:
-      WorkdirError: another program or version wrote it, or it belongs to another run.
-      Exception: of various types, if it is damaged.
+      UserError: another program or version wrote it, it belongs to another run, or it is intact but cannot be used.
+      Exception: of various types, if its files are damaged or cannot be read.
     """
     record = read_record(path)
     workdir = path.parent.parent
@@ -174,7 +184,28 @@ def read_run(path: pathlib.Path, same_as: tuple[Config, str] | None = None) -> R
         ) from error
     if same_as:
         _check_same_run(workdir, config, record, *same_as)
-    return Run(config, _read_state(path, config, record), record)
+    with _intact(path):
+        return Run(config, _read_state(path, config, record), record)
+
+
+@contextlib.contextmanager
+def _intact(path: pathlib.Path) -> Iterator[None]:
+    """Converts errors of a checkpoint whose files are what was saved, so that it is not taken for a damaged one.
+
+    An OSError stays: a file cannot be read, or has been deleted in the meantime.
+
+    Raises:
+      WorkdirError: instead of the error.
+    """
+    try:
+        yield
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # such as too little memory
+        what = f"{type(error).__name__}: {reason(error)}"
+        raise WorkdirError(
+            f"{path}: is intact, but cannot be used ({what}); fix that, and repeat the command"
+        ) from error
 
 
 def _without_unused(values: dict[str, Any]) -> dict[str, Any]:
@@ -187,7 +218,9 @@ def _without_unused(values: dict[str, Any]) -> dict[str, Any]:
 
 def read_record(path: pathlib.Path) -> dict[str, Any]:
     """Reads and checks the record of a checkpoint; raises the same errors as `read_run`."""
-    record: dict[str, Any] = checkpoint_files.restore_record(path)
+    checkpoint_files.verify(path)
+    with _intact(path):
+        record: dict[str, Any] = checkpoint_files.restore_record(path)
     schema = record.get("schema") if isinstance(record, dict) else None
     if type(schema) is int and schema != SCHEMA:
         age = "a newer" if schema > SCHEMA else "an older"
@@ -210,7 +243,7 @@ def _foreign(path: pathlib.Path, mistake: str) -> WorkdirError:
 
 
 def _read_state(path: pathlib.Path, config: Config, record: Mapping[str, Any]) -> TrainState:
-    """Reads the arrays onto the default device."""
+    """Reads the arrays into host memory."""
     shapes = state_shapes(config.program)
     there, now = record["arrays"], layout(shapes)
     for name in now | there:
@@ -219,12 +252,11 @@ def _read_state(path: pathlib.Path, config: Config, record: Mapping[str, Any]) -
                 f"{path}: was written by another version of this program, of optax, or of your own network ({name}:"
                 f" {there.get(name)} there, {now.get(name)} now); use that version, or another --workdir"
             )
-    # Read into host memory first, because the checkpoint may have been saved from other devices.
     target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
     state: TrainState = checkpoint_files.restore_state(path, target)
     if int(state.step) != record["step"]:
         raise _foreign(path, f"state.step = {int(state.step)}: must be {record['step']}")
-    return jax.device_put(state)
+    return state
 
 
 def _check_same_run(
@@ -236,10 +268,11 @@ def _check_same_run(
     if record["fingerprint"] != fingerprint:
         lines.append(f"  fingerprint of the data: {record['fingerprint']} there, {fingerprint} now")
     if lines:
+        can_fork = workdir.parent.name != workdirs.MEMBERS and not any(name.startswith("model.") for name in changed)
         raise WorkdirError(
             f"{workdir}: holds a run that differs from this one:\n" + "\n".join(lines) + "\nTo continue that run, set"
-            " these to their old values. To start a new one, name another --workdir; with"
-            f" --fork={workdir} it starts from that run's weights."
+            " these to their old values. To start a new one, name another --workdir"
+            + (f"; with --fork={workdir} it starts from that run's weights." if can_fork else ".")
         )
     if record["step"] > config.num_steps:
         raise WorkdirError(

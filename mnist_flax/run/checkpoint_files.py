@@ -44,19 +44,27 @@ def write(folder: pathlib.Path, state: Any, record: dict[str, Any]) -> None:
         checkpointer.save(folder.absolute(), args=items)
 
 
-def restore_record(folder: pathlib.Path) -> Any:
-    """Verifies the checksums of a checkpoint and reads its record.
+def verify(folder: pathlib.Path) -> None:
+    """Checks that every file of a checkpoint is what was saved.
 
     Raises:
-      Exception: of various types, if a file differs from what was saved.
+      Exception: of various types, if one is not, or cannot be read.
     """
-    import orbax.checkpoint as ocp
-
     if not (folder / CHECKSUMS).is_file():
         raise ValueError(f"{CHECKSUMS} is missing")
     then, now = (folder / CHECKSUMS).read_text(), checksums(folder)
     for line in sorted(set(then.splitlines()) ^ set(now.splitlines())):
         raise ValueError(f"{line[66:]} is not what was saved")
+
+
+def restore_record(folder: pathlib.Path) -> Any:
+    """Reads the record of a checkpoint.
+
+    Raises:
+      Exception: of various types, if it cannot be read.
+    """
+    import orbax.checkpoint as ocp
+
     return _restore(folder, "record", ocp.args.JsonRestore())
 
 

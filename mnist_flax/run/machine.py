@@ -28,6 +28,15 @@ def keep_freed_memory() -> None:
                 mallopt(option, value)
 
 
+def allow_many_files() -> None:
+    """Raises the limit on open files as far as it goes: each member of a population keeps one open."""
+    with contextlib.suppress(ImportError, OSError, ValueError):  # not Unix, or not allowed
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def num_cores() -> int:
     """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

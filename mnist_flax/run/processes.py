@@ -52,7 +52,6 @@ def join(coordinator: str | None, num_processes: int | None, process_index: int 
         raise ConfigError(f"--process_index={process_index}: must be from 0 to {num_processes - 1}")
     if coordinator is not None:
         _wait_for(coordinator, is_first=process_index == 0)
-        logger.info("waiting for %d processes at %s, up to %d s", num_processes, coordinator, JOIN_SECONDS)
     absent = ConfigError(
         f"--distributed: some processes have not started within {JOIN_SECONDS} s; start all of them again, at about the"
         " same time"
@@ -74,6 +73,12 @@ def join(coordinator: str | None, num_processes: int | None, process_index: int 
             f"--distributed: found no cluster to join ({str(error).splitlines()[0]}); give --coordinator=HOST:PORT,"
             " --num_processes and --process_index"
         ) from error
+    except RuntimeError as error:
+        if "before" not in str(error):
+            raise
+        raise ConfigError(
+            "--distributed: the preset has used JAX's devices before the processes could join; write numbers instead"
+        ) from error
     finally:
         timer.cancel()
     logging.getLogger("mnist_flax").setLevel(logging.INFO if is_primary() else logging.WARNING)
@@ -94,14 +99,16 @@ def _wait_for(coordinator: str, *, is_first: bool) -> None:
             raise ConfigError(
                 f"--coordinator={coordinator}: cannot listen at this port ({reason(error)}); choose another"
             ) from error
+    logger.info("waiting for the other processes at %s, up to %d s", coordinator, JOIN_SECONDS)
+    if is_first:
         return
     deadline = time.monotonic() + JOIN_SECONDS
     while True:
         try:
-            socket.create_connection((host, int(port)), timeout=5).close()
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()  # brackets: an IPv6 address
             return
         except OSError as error:
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or getattr(error, "errno", 0) == socket.EAI_NONAME:
                 raise ConfigError(
                     f"--coordinator={coordinator}: cannot be reached ({reason(error)}); start the process"
                     " with --process_index=0 there"

@@ -17,18 +17,14 @@ _PACKAGES = ("mnist-flax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint",
 
 
 def versions() -> dict[str, str]:
-    """Returns what the last bits of a result depend on: the versions of Python and of packages, and on a CPU its cores.
+    """Returns what the last bits of a result depend on: the versions of Python and of packages, and the device.
 
-    Packages that are not installed are left out. XLA divides sums among the cores, which changes their rounding.
+    Packages that are not installed are left out. On a CPU, XLA divides sums among the cores, which changes their
+    rounding.
     """
-    return {**_python_and_cores(), **_packages()}
-
-
-def _python_and_cores() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    if jax.default_backend() == "cpu":
-        found["cpu"] = f"{cpu_name()}, {num_cores()} cores"
-    return found
+    backend = jax.default_backend()
+    device = f"{cpu_name()}, {num_cores()} cores" if backend == "cpu" else jax.devices()[0].device_kind
+    return {"python": platform.python_version(), backend: device, **_packages()}
 
 
 @functools.cache

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from mnist_flax.config import Config
-from mnist_flax.errors import WorkdirError, reason
+from mnist_flax.errors import UserError, WorkdirError, reason
 from mnist_flax.run import checkpoint, checkpoint_files, processes
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.step import TrainState
@@ -95,9 +95,9 @@ class Store:
         for step in reversed(checkpoint.steps_in(self._folder)):
             try:
                 return checkpoint.read_run(self._folder / str(step), (self._config, self._fingerprint)), skipped
-            except WorkdirError:
+            except UserError:
                 raise
-            except Exception as error:  # Orbax and TensorStore raise many types for damaged files
+            except Exception as error:  # of many types: its files are damaged, or cannot be read
                 flaw = f"checkpoint {step} {checkpoint.flaw(error)}"
                 if checkpoint.is_unreadable(error):
                     raise WorkdirError(f"{self._folder}: {flaw}; {workdirs.REMEDY_RESUME}") from error
@@ -156,7 +156,8 @@ class Store:
         latest = sorted(self._holdouts)[-limits.keep_latest :]
         for step in self._holdouts.keys() - {*best, *latest}:
             # Renamed first, so that a process killed during deletion leaves nothing that looks like a checkpoint.
-            workdirs.remove((self._folder / str(step)).rename(self._folder / f"{step}{_UNFINISHED}"))
+            with contextlib.suppress(FileNotFoundError):  # someone else has deleted it
+                workdirs.remove((self._folder / str(step)).rename(self._folder / f"{step}{_UNFINISHED}"))
             del self._holdouts[step]
 
 

@@ -23,5 +23,6 @@ def save_weights(config: Config, workdir: pathlib.Path, variables: Mapping[str, 
     from safetensors.numpy import save
 
     by_path = jax.tree_util.tree_leaves_with_path(jax.device_get(dict(variables)))
-    arrays = {"/".join(str(key.key) for key in path): np.ascontiguousarray(leaf) for path, leaf in by_path}
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in by_path]
+    arrays = {name: np.asarray(leaf, order="C") for name, (_, leaf) in zip(names, by_path, strict=True)}
     workdirs.write_bytes(workdir / workdirs.WEIGHTS, save(arrays, metadata={"config": json.dumps(config.to_dict())}))

@@ -142,6 +142,8 @@ def as_workdir_error(subject: object, remedy: str = REMEDY_RESUME) -> Iterator[N
         yield
     except OSError as error:
         why = _LINK if error.errno == errno.ELOOP else reason(error)
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            remedy = "allow more with `ulimit -n`, or train fewer runs together"
         raise WorkdirError(f"{subject}: cannot be written ({why}); {remedy}") from error
 
 
