@@ -99,7 +99,11 @@ class Config:
         for name, kind in inspect.get_annotations(family).items():
             if name not in fields and "ClassVar" not in str(kind):
                 yield f"config.model: {title}.{name} is not a field: decorate {title} with @dataclass(frozen=True)"
-        hints: dict[str, Any] = typing.get_type_hints(family)
+        try:
+            hints: dict[str, Any] = typing.get_type_hints(family)
+        except NameError as error:
+            yield f"config.model: the annotations of {title} cannot be resolved ({error})"
+            return
         for name in fields:
             if hints[name] is tuple or (typing.get_origin(hints[name]) or hints[name]) in (list, dict, set):
                 yield f"config.model: {title}.{name} is a {hints[name]}: make it a tuple of one type: tuple[int, ...]"

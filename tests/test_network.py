@@ -129,6 +129,15 @@ def test_a_field_that_cannot_be_saved_is_refused(kind: Any, default: Any, monkey
         Config(model=family())
 
 
+def test_an_annotation_that_cannot_be_resolved_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    family = dataclasses.make_dataclass("Late", [("depth", "Unknown", 3)], bases=(OddConfig,), frozen=True)
+    monkeypatch.setitem(MODELS, "late", family)
+    with pytest.raises(
+        ConfigError, match=r"the annotations of Late cannot be resolved \(name 'Unknown' is not defined"
+    ):
+        Config(model=family())
+
+
 def test_a_field_without_a_default_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     family = dataclasses.make_dataclass("Needy", [("depth", int)], bases=(OddConfig,), frozen=True, kw_only=True)
     monkeypatch.setitem(MODELS, "needy", family)
