@@ -82,16 +82,15 @@ class Config:
         yield from among("data.name", self.data.name, DATASETS, is_registry=True)
         dataset = DATASETS[self.data.name]
         yield from self.data.check(dataset.num_train, dataset.num_classes)
-        yield from self._check_family()
-        yield from self.model.check(IMAGE_SIZE) or ()
+        yield from self._check_model()
         yield from self.augment.check(dataset.class_names)
         yield from self.train.check(self.num_train)
         yield from self.optimizer.check(self.train.epochs, self.steps_per_epoch)
         yield from self.eval.check()
         yield from self.checkpoint.check()
 
-    def _check_family(self) -> Iterator[str]:
-        """Yields a message for each mistake in the class of the model section, which may come from a user's script."""
+    def _check_model(self) -> Iterator[str]:
+        """Yields a message for each mistake in the model section, whose class may come from a user's script."""
         family, fields = type(self.model), {field.name for field in dataclasses.fields(self.model)}
         title = family.__name__
         if family not in MODELS.values():
@@ -107,6 +106,7 @@ class Config:
         for name in fields:
             if hints[name] is tuple or (typing.get_origin(hints[name]) or hints[name]) in (list, dict, set):
                 yield f"config.model: {title}.{name} is a {hints[name]}: make it a tuple of one type: tuple[int, ...]"
+        yield from self.model.check(IMAGE_SIZE) or ()
         try:
             self.model.module(self.num_classes)
         except Exception as error:
