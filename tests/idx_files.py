@@ -76,7 +76,12 @@ def make_official(patch: pytest.MonkeyPatch, folder: Path, name: str, arrays: Ar
         files.append(DataFile(file.name, url + file.name, len(content), hashlib.sha256(content).hexdigest()))
     num_train, num_test = (len(arrays[split][1]) for split in ("train", "test"))
     entry = dataclasses.replace(
-        DATASETS[name], num_train=num_train, num_test=num_test, files=tuple(files), fingerprint=""
+        DATASETS[name],
+        num_train=num_train,
+        num_test=num_test,
+        files=tuple(files),
+        fingerprint="",
+        doubtful_test_rows=(),
     )
     patch.setitem(DATASETS, name, entry)
 

@@ -43,7 +43,7 @@ def test_folds_divide_the_rows_with_equal_shares_of_each_class(num_train: int, f
         ({"data__folds": 1}, r"config.data.folds = 1: must be at least 2 and at most 22"),
         ({"data__folds": 23}, r"config.data.folds = 23: must be at least 2 and at most 22"),
         ({"data__folds": 3, "data__fold": 3}, r"config.data.fold = 3: must be at least 0 and below 3"),
-        ({"data__fold": 1}, r"config.data.fold = 1: must be at least 0 and below 1"),
+        ({"data__fold": 1}, r"config.data.fold = 1: is used only with config.data.folds; set that"),
         ({"data__folds": 3, "data__holdout": 20}, r"config.data.holdout = 20: must be 0 with config.data.folds"),
     ],
 )
