@@ -154,7 +154,7 @@ def _update_times(chromium: Any, address: str, updates: int, height: int) -> dic
           };
         }"""
     )
-    # A pointer, as while a stroke goes on: the page then has no transitions.
+    # While a pointer is set, as during a stroke, the page has no transitions.
     draw = "(count) => { app.pad.set([[[60, 60]]]); app.pad.pointer = 0; return times(count, move(count)); }"
     page.evaluate(draw, updates)  # the first updates compile the code
     started = _cpu_seconds(chromium)

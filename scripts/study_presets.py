@@ -121,7 +121,7 @@ def main(_: Sequence[str]) -> None:
     jobs, output = pathlib.Path(flags.FLAGS.jobs), pathlib.Path(flags.FLAGS.output)
     compilation.keep_programs()
     done = 0
-    while len(lines := jobs.read_text().rpartition("\n")[0].splitlines()) > done:  # complete lines only
+    while len(lines := jobs.read_text().splitlines()) > done:
         try:
             job = json.loads(lines[done])
         except ValueError as error:

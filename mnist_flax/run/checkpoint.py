@@ -105,7 +105,9 @@ def holdouts(folder: pathlib.Path) -> dict[int, dict[str, float] | None]:
 
 
 def flaw(error: Exception) -> str:
-    """Returns what is wrong with a checkpoint that raised an error: it is damaged, or it cannot be read now."""
+    """Returns what is wrong with a checkpoint that raised an error: it is damaged, or cannot be used or read now."""
+    if isinstance(error, UserError):
+        return f"cannot be used ({error})"
     return f"{'cannot be read' if is_unreadable(error) else 'is damaged'} ({reason(error)})"
 
 

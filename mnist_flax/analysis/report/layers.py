@@ -114,14 +114,6 @@ def _multiply_adds(call: _Call) -> int:
     kernel, module = call.kernel, call.module
     if kernel is None:
         return 0
-    for axes in range(
-        1, kernel.ndim
-    ):  # a dense layer contracts the last axes of its input with the first of its kernel
-        if (
-            call.x.shape[-axes:] == kernel.shape[:axes]
-            and call.output.shape[axes - kernel.ndim :] == kernel.shape[axes:]
-        ):
-            return math.prod(call.x.shape[1:-axes]) * int(kernel.size)
     sizes = list(call.output.shape[1:-1])
     padding = getattr(module, "padding", None)
     if kernel.ndim == 4 and padding in ("SAME", "VALID"):
@@ -129,6 +121,11 @@ def _multiply_adds(call: _Call) -> int:
         strides = stride if isinstance(stride, tuple | list) else (stride, stride)
         covered = kernel.shape[:2] if padding == "VALID" else (1, 1)
         sizes = [-((k - 1 - n) // s) for n, k, s in zip(call.x.shape[1:3], covered, strides, strict=True)]
+        return math.prod(sizes) * int(kernel.size)
+    for axes in range(1, kernel.ndim):  # dense: the last axes of the input are contracted with the kernel's first
+        made = kernel.shape[axes:]
+        if call.x.shape[-axes:] == kernel.shape[:axes] and call.output.shape[-len(made) :] == made:
+            sizes = list(call.x.shape[1:-axes])
     return math.prod(sizes) * int(kernel.size)
 
 
