@@ -279,3 +279,4 @@ def test_a_damaged_best_checkpoint_is_named(tmp_path: pathlib.Path, caplog: pyte
     truncate(next((tmp_path / workdirs.CHECKPOINTS / "2" / "record").iterdir()))
     assert int(load_run(tmp_path, "best").state.step) == 3
     assert "checkpoints/2 is not compared with the others: is damaged (" in caplog.text
+    assert checkpoint.flaw(WorkdirError("2: is intact")) == "cannot be used (2: is intact)"

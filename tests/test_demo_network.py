@@ -266,9 +266,9 @@ def with_group_norm(variables: Any, images: jax.Array) -> jax.Array:
     x = jax.lax.conv_general_dilated(
         images / 255, variables["kernel"], (4, 4), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
-    x = x - x.mean(3, keepdims=True)
+    x = x - x.mean(3)[..., None]
     groups = x.reshape(len(x), *x.shape[1:3], 2, -1)
-    x = (groups - groups.mean((1, 2, 4), keepdims=True)).reshape(x.shape)
+    x = (groups - groups.mean((1, 2, 4))[:, None, None, :, None]).reshape(x.shape)
     return x.mean((1, 2)) @ variables["dense"]
 
 

@@ -287,6 +287,8 @@ def test_command_prints_a_table(workdir: pathlib.Path) -> None:
     assert f"{result['correct']} of 360 right" in done.stdout
     assert f"accuracy {result['accuracy']:.2%}" in done.stdout
     assert len(done.stdout.splitlines()) == 5 + 10  # one of the 5 shows the scores without the temperature
+    held_out = scores_lib.evaluation_table(evaluate_workdir(workdir, split="holdout", overrides={}))
+    assert "The temperature was fitted on these rows" in held_out and "fitted on these" not in done.stdout
 
 
 def test_command_writes_to_output_only(workdir: pathlib.Path, tmp_path: pathlib.Path) -> None:

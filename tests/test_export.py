@@ -169,6 +169,18 @@ def test_a_network_that_needs_the_batch_size_is_refused_with_a_reason() -> None:
         stablehlo.to_stablehlo(predictor)
 
 
+def test_the_model_card_names_no_kernel_of_a_network_without_npz(
+    workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Any) -> None:
+        raise ExportError("an operation that the graph does not have")
+
+    found = load_predictor(workdir)
+    assert "kernel = weights" in card.text(workdir, *found)
+    monkeypatch.setattr(card, "graph_of", fail)
+    assert "kernel = weights" not in card.text(workdir, *found)
+
+
 @pytest.mark.parametrize("library", ["onnxruntime", "jax", "numpy", "torch"])
 def test_a_snippet_of_the_model_card_runs(library: str, workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     format_name = {"onnxruntime": "onnx", "jax": "stablehlo"}.get(library, "npz")

@@ -72,7 +72,10 @@ def test_fork_starts_with_the_weights_of_another_run(
         assert there and all(np.array_equal(a, b) for a, b in zip(there, here, strict=True))
     assert int(state.step) == 0
     assert all(not np.asarray(leaf).any() for leaf in jax.tree.leaves(state.opt_state))
+    assert "batch norm's running averages need about 300 steps" in caplog.text
+    caplog.clear()
     fit(config, new, fork=old)
+    assert "running averages" not in caplog.text  # they begin with those of `old`
     assert summary(new)["fork"] == origin["fork"] == {"workdir": str(old), "step": 14}
     assert summary(old)["fork"] is None
     again = repeat_command(new / "report", new, summary(new)["fork"])  # outside the working directory
@@ -140,6 +143,13 @@ def test_a_resumed_run_on_another_number_of_cores_warns(
     monkeypatch.setattr(provenance, "num_cores", lambda: 1000)
     members.check_origin(origin, None, None, {}, tmp_path)
     assert re.search(r"its last bits may differ: cpu .+, \d+ cores -> .+, 1000 cores", caplog.text)
+
+
+def test_flags_of_xla_belong_to_the_setup(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    assert "XLA_FLAGS" not in members.setup_of(SMALL, in_population=True)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
+    assert members.setup_of(SMALL, in_population=True)["XLA_FLAGS"] == "--xla_gpu_deterministic_ops=true"
 
 
 def test_a_run_resumed_with_another_driver_warns(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:

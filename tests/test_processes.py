@@ -109,6 +109,15 @@ def test_processes_with_different_configs_stop_before_training(tmp_path: pathlib
     assert not (tmp_path / "run").exists()
 
 
+def test_processes_with_different_weights_to_fork_stop_before_training(tmp_path: pathlib.Path) -> None:
+    for seed in (1, 2):
+        fit(replace(RUN, seed=seed, train__epochs=1), tmp_path / f"seed-{seed}")
+    forks = [f"--fork={tmp_path / f'seed-{seed}'}" for seed in (1, 2)]
+    for process in end(start_together(2, tmp_path, forks[0], last=forks[1])):
+        assert process.returncode == 2, process.stderr
+        assert "different checkpoints in --workdir, or weights in --fork" in process.stderr
+
+
 @pytest.mark.slow
 def test_four_processes_that_stream_their_rows_equal_one_process(tmp_path: pathlib.Path, alone: pathlib.Path) -> None:
     ended = end(start_together(4, tmp_path, "--config.train.driver=stream"))

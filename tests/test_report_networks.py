@@ -16,6 +16,7 @@ from report_page import Page, made_up, made_up_split
 from mnist_flax.analysis.report import layers, pictures
 from mnist_flax.config import Config, replace
 from mnist_flax.data.load import load_splits
+from mnist_flax.data.registry import DATASETS
 from mnist_flax.drivers import jit_forward, jit_init_state
 from mnist_flax.models import MODELS
 from mnist_flax.models.base import ModelConfig
@@ -163,6 +164,15 @@ def test_first_filters_are_the_weights() -> None:
     filters = layers.first_filters(config.program, variables)
     assert filters is not None
     np.testing.assert_array_equal(filters[1], variables["params"]["Conv_0"]["kernel"][:, :, 0, 1])
+
+
+def test_doubtful_labels_of_another_dataset_cite_no_paper(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(DATASETS, "kmnist", dataclasses.replace(DATASETS["kmnist"], doubtful_test_rows=(3, 7)))
+    _, text = made_up(tmp_path / "run", "kmnist", examples=300)
+    assert "labels of these 2 test images are doubtful. They count" in " ".join(text.split())
+    assert "Northcutt" not in text
 
 
 def test_the_largest_seed_can_be_reported() -> None:
