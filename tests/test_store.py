@@ -134,11 +134,13 @@ def test_old_checkpoints_that_cannot_be_deleted_give_one_message(
 
 
 def test_an_old_checkpoint_that_someone_deletes_is_no_error(workdir: pathlib.Path) -> None:
-    with open_store(replace(SMALL, checkpoint__keep_latest=3), FINGERPRINT, workdir) as store:
+    config = replace(SMALL, checkpoint__keep_latest=2, checkpoint__keep_best=0)
+    with open_store(config, FINGERPRINT, workdir) as store:
         save(store, initial_state(), 9)
-        shutil.rmtree(workdir / workdirs.CHECKPOINTS / "3")
+        store.wait()
+        shutil.rmtree(workdir / workdirs.CHECKPOINTS / "6")
         save(store, initial_state(), 12)
-    assert steps(workdir) == [6, 9, 12]
+    assert steps(workdir) == [9, 12]
 
 
 def test_a_first_checkpoint_that_cannot_be_written_promises_no_checkpoint(
