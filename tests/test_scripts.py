@@ -18,6 +18,7 @@ from small_run import config_file
 from mnist_flax import preset
 from mnist_flax.config import Config, replace
 from mnist_flax.errors import ConfigError, UserError
+from mnist_flax.train import fit
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.py"))
@@ -154,6 +155,27 @@ def test_a_peer_that_fails_is_reported(tmp_path: pathlib.Path) -> None:
 def test_a_recipe_that_the_peers_cannot_follow_is_refused(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         script("bench_peers").check(replace(SMALL, **fields))
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("bench_peers --config=tiny --peers=", "--peers: is empty; name some of "),
+        ("bench_peers --config=tiny --peers=kerass", "--peers=kerass: did you mean 'keras'?"),
+        ("study_presets --jobs={folder}/jobs --output={folder}/results", "line 1 is not a JSON object"),
+        ("study_views --workdir={folder}/run", "the run held out no rows; name one with config.data.holdout"),
+        ("bench_predict --workdir={folder}/nowhere", "nowhere: "),
+    ],
+)
+def test_a_mistake_gets_one_message(command: str, message: str, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "jobs").write_text("not JSON\n")
+    if command.startswith("study_views"):
+        fit(replace(QUICK, data__holdout=0, train__epochs=1), tmp_path / "run")
+    name, *arguments = command.format(folder=tmp_path).split()
+    result = forked.run(f"scripts/{name}.py", *arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_the_peers_follow_any_seed() -> None:
