@@ -40,6 +40,8 @@ from mnist_flax.step import TrainState, eval_variables
 
 logger = logging.getLogger(__name__)
 
+VARIABLES = ("XLA_FLAGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")  # can change how sums are rounded
+
 
 @dataclasses.dataclass
 class Member:
@@ -133,8 +135,8 @@ def open_member(
 def setup_of(config: Config, *, in_population: bool) -> dict[str, str]:
     """Returns the settings that change how sums are rounded, besides those in `provenance.versions`."""
     devices = 1 if in_population else sharding.make_mesh(config.train.num_devices).size
-    flags = os.environ.get("XLA_FLAGS")
-    return {"driver": config.train.driver, "devices": str(devices), **({"XLA_FLAGS": flags} if flags else {})}
+    variables = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
+    return {"driver": config.train.driver, "devices": str(devices), **variables}
 
 
 def jit_schedule(config: Config) -> Callable[[int], Array]:

@@ -145,11 +145,16 @@ def test_a_resumed_run_on_another_number_of_cores_warns(
     assert re.search(r"its last bits may differ: cpu .+, \d+ cores -> .+, 1000 cores", caplog.text)
 
 
-def test_flags_of_xla_belong_to_the_setup(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("XLA_FLAGS", raising=False)
-    assert "XLA_FLAGS" not in members.setup_of(SMALL, in_population=True)
-    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
-    assert members.setup_of(SMALL, in_population=True)["XLA_FLAGS"] == "--xla_gpu_deterministic_ops=true"
+@pytest.mark.parametrize(
+    ("name", "value"), [("XLA_FLAGS", "--xla_gpu_deterministic_ops=true"), ("JAX_ENABLE_X64", "1")]
+)
+def test_variables_that_change_rounding_belong_to_the_setup(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(name, raising=False)
+    assert name not in members.setup_of(SMALL, in_population=True)
+    monkeypatch.setenv(name, value)
+    assert members.setup_of(SMALL, in_population=True)[name] == value
 
 
 def test_a_run_resumed_with_another_driver_warns(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
