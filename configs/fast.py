@@ -1,13 +1,13 @@
 """Reaches 99 % on a CPU as fast as possible: one epoch on 45,000 images, a fixed first layer.
 
-Measured: 99.09 +- 0.06 % test accuracy (mean and sd, n = 30), 1.1 s of training on two CPU cores.
+Measured: 99.10 +- 0.06 % test accuracy (mean and sd, n = 30), 0.6 to 1.0 s of training on two cores of an AMD EPYC.
 
     scripts/train --config=configs/fast.py
 
-Why it works: the cosine stem needs no gradient, and within one epoch it beats a learned one; its stride replaces a
-pooling; low Adam momenta (b1, b2) adapt to a gradient that changes quickly; label smoothing gains 0.2 points, and
-averaging over an image and its four shifts at test time 0.13. All of this was chosen on rows held out of the training
-set. The report would take longer than the training; write it with `python -m mnist_flax.report`.
+Why it works: the cosine stem needs no gradient, and within one epoch it beats a learned one. Its stride replaces a
+pooling. Low b1 and b2 let Adam follow a gradient that changes quickly. Label smoothing gains 0.2 points, and averaging
+over an image and its four shifts at test time gains 0.13 points. All of this was chosen on rows held out of the
+training set. The report would take longer than the training; write it with `python -m mnist_flax.report`.
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,6 @@
 """Reaches 99.5 % on a CPU as fast as possible: a fixed first layer, a wide second one, one-pixel shifts, 7 epochs.
 
-Measured: 99.53 +- 0.05 % test accuracy (mean and sd, n = 10), 15 s of training on two CPU cores.
+Measured: 99.54 +- 0.03 % test accuracy (mean and sd, n = 10), 10 s of training on two cores of an AMD EPYC.
 
     scripts/train --config=configs/fast_995.py
 

@@ -1,6 +1,6 @@
 """The classic single convolution with He initialisation; SGD with momentum, batch 32, 10 epochs.
 
-Measured: 98.78 +- 0.04 % test accuracy (mean and sd, n = 5), 79 s of training on two CPU cores.
+Measured: 98.80 +- 0.05 % test accuracy (mean and sd, n = 5), 26 s of training on two cores of an AMD EPYC.
 
     scripts/train --config=configs/one_conv_sgd.py
 """

@@ -203,7 +203,7 @@ def check_origin(
     setup: dict[str, str],
     workdir: pathlib.Path,
 ) -> None:
-    """Checks that a resumed run has the fork and the teacher of this command; warns if versions or setup differ.
+    """Checks that a resumed run has the teacher of this command; warns if the fork, the versions or the setup differ.
 
     Raises:
       WorkdirError: `fork` is given, but the run began without one; or its teacher and `teacher` have different weights.

@@ -19,7 +19,7 @@ class OptimizerConfig:
       learning_rate: the peak of the schedule.
       b1, b2, eps: the decay rates and epsilon of `adam`, `adamw` and `muon`.
       momentum, nesterov: for `sgd`; `muon` also reads `momentum`.
-      adam_fraction: `muon` trains all but the convolution kernels with AdamW, at this fraction of the learning rate.
+      adam_fraction: `muon` trains all but the convolution kernels with Adam, at this fraction of the learning rate.
       weight_decay: applied to kernels, not to biases or norms. L2 (added to the gradient) for `adam` and `sgd`,
         decoupled for the others. `muon` decays convolution kernels only.
       clip_norm: largest global norm of the gradient; 0 turns clipping off.
@@ -177,7 +177,7 @@ def _with_l2(config: OptimizerConfig, rule: optax.GradientTransformation) -> opt
 
 
 def _muon(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
-    """Jordan et al. (2024): orthogonalised momentum for convolution kernels, AdamW for all other weights.
+    """Jordan et al. (2024): orthogonalised momentum for convolution kernels, Adam for all other weights.
 
     A convolution kernel is treated as a matrix that maps patches to output channels. Both use Nesterov momentum.
     """

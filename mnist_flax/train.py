@@ -84,7 +84,7 @@ def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = No
 
 
 def check_program(config: Config, teacher: LoadedTeacher | None) -> None:
-    """Reports mistakes that need no data, before any is read and anything is written.
+    """Checks what can be checked without data, before data is read or anything is written.
 
     Raises:
       ConfigError: there are too few devices or too little memory, or a network from outside the package cannot be used.

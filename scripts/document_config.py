@@ -73,7 +73,7 @@ def rows(section: type, prefix: str) -> Iterator[str]:
 def model_tables() -> Iterator[str]:
     """Yields the table of the fields that all model families share, then one for each family."""
     yield "## model\n"
-    yield "`model.name` selects a family; the default is `cnn`. If you choose another family than the preset's,"
+    yield "`model.name` selects a family; the default is `cnn`. If you choose a family other than the preset's,"
     yield "all other model fields are reset to the defaults of that family. All families have these fields:\n"
     yield from (HEAD, *rows(ModelConfig, "model."))
     for name, family in MODELS.items():

@@ -136,7 +136,7 @@ def clutter(pixels: float, image: Array, key: Array) -> Array:
 # Rewrites are applied first, then all moves at once, then changes, each in the order below. Moves map output to input
 # coordinates, so their effects on the image come in the reverse order.
 AUGMENTATIONS: dict[str, Augmentation] = {
-    "pens": Augmentation("share of ones and sevens that get a flag or a bar", 1, rewrite=pens, classes=CLASSES),
+    "pens": Augmentation("share of ones and sevens rewritten with a flag or a bar", 1, rewrite=pens, classes=CLASSES),
     "elastic": Augmentation("sd of the displacement, in pixels", 10, move=elastic),
     "shear": Augmentation("largest slant, in degrees", 90, move=shear, open_high=True),
     "rotate": Augmentation("largest angle, in degrees", 180, move=rotate),

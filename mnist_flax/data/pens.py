@@ -11,7 +11,7 @@ INK = 128  # a pixel at least this bright belongs to the stroke
 
 
 def pens(share: float, image: Array, label: Array, key: Array) -> Array:
-    """Adds strokes to some ones and sevens as they are written in many other countries, `u8[H,W,1] -> u8[H,W,1]`.
+    """Adds strokes to some ones and sevens as they are written in much of Europe, `u8[H,W,1] -> u8[H,W,1]`.
 
     With probability `share`, a one gets a flag at its top and, in a third of these cases, a foot; a seven gets a bar
     through its stem. Other labels stay as they are.

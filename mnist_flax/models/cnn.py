@@ -20,8 +20,9 @@ class CNNConfig(ModelConfig):
     """Each block is a convolution, optional batch norm, an activation, pooling and optional dropout.
 
     Each of `kernel_sizes`, `strides`, `paddings` and `pools` holds one value per convolution, or one value for all.
-    The network is given only the rows and columns that some logit depends on: 26x26 of the 28x28 pixels for a 3x3
-    convolution without padding and a 2x2 pooling that leaves a row and a column over.
+    Without batch norm, the network is given only the rows and columns that some logit depends on: 26x26 of the 28x28
+    pixels for two 3x3 convolutions without padding, each with a 2x2 pooling, because the second pooling drops a row and
+    a column.
 
     Attributes:
       widths: output channels of each convolution; empty for a multilayer perceptron.

@@ -42,7 +42,7 @@ class Progress:
         return self._num_runs * (epochs * self._config.num_train + steps * self._config.train.batch_size)
 
     def update(self, step: int, seconds: float, epochs: Sequence[Scores]) -> None:
-        """Shows that all runs are at `step`, `seconds` of training after the last call.
+        """Shows that all runs have reached `step`; `seconds` is the training time since the last call.
 
         `epochs` holds each run's means over the epoch so far.
         """

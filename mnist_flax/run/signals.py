@@ -54,8 +54,8 @@ def _print(message: str) -> None:
 def listening(receive: Callable[[int], None], signals: Sequence[signal.Signals] = SIGNALS) -> Iterator[None]:
     """Calls `receive` with the number of each signal, in a thread, while the context lasts.
 
-    Python runs handlers in the main thread, between two bytecode instructions, so not while it compiles a program
-    or waits for the device. So the handlers do nothing here, and another thread reads the wakeup file descriptor, to
+    Python runs handlers in the main thread, between two bytecode instructions, and therefore not while it compiles a
+    program or waits for the device. The handlers here do nothing; another thread reads the wakeup file descriptor, to
     which the interpreter writes the number of each signal when it arrives.
 
     Only the main thread can install handlers; in other threads, this function does nothing. A signal that the parent
