@@ -1,8 +1,8 @@
 """Checks of config fields: each yields a message if the value is invalid, and nothing otherwise."""
 
+import ctypes
 import difflib
 import math
-import struct
 from collections.abc import Iterable, Iterator
 
 
@@ -40,9 +40,4 @@ def within(
 
 def _rounded(value: float) -> float:
     """Rounds to 32 bits; what has no full precision there becomes 0, as in XLA, or infinite."""
-    if abs(value) < 2**-126:
-        return 0.0
-    try:
-        return struct.unpack("f", struct.pack("f", value))[0]
-    except OverflowError:
-        return math.copysign(math.inf, value)
+    return 0.0 if abs(value) < 2**-126 else ctypes.c_float(value).value

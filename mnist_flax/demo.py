@@ -8,11 +8,7 @@ demo-CHECKPOINT.html if the checkpoint is not the latest.
 
 from collections.abc import Sequence
 
-from absl import flags
-
 from mnist_flax import cli
-
-FLAGS = flags.FLAGS
 
 
 def main(_: Sequence[str]) -> None:
@@ -22,7 +18,7 @@ def main(_: Sequence[str]) -> None:
     from mnist_flax.run import compilation
 
     compilation.keep_programs()
-    print(write_demo(workdir, FLAGS.checkpoint, output=cli.output_file(), overrides=overrides))
+    print(write_demo(workdir, cli.FLAGS.checkpoint, output=cli.output_file(), overrides=overrides))
 
 
 if __name__ == "__main__":

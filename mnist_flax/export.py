@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from absl import flags
 
 from mnist_flax import cli
+from mnist_flax.cli import FLAGS
 from mnist_flax.errors import ConfigError
-
-FLAGS = flags.FLAGS
 
 
 def main(_: Sequence[str]) -> None:

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from absl import flags
 
 from mnist_flax import cli
+from mnist_flax.cli import FLAGS
 from mnist_flax.errors import ConfigError
 
-FLAGS = flags.FLAGS
 CLUSTER = ("coordinator", "num_processes", "process_index")  # flags that need --distributed
 
 
@@ -28,7 +28,9 @@ def main(_: Sequence[str]) -> None:
     for name in CLUSTER:
         if FLAGS[name].present and not FLAGS.distributed:
             raise ConfigError(f"--{name}: is used only with --distributed; add that, or leave it out")
-    from mnist_flax import train  # imports JAX, which --help and flag errors need not wait for
+    import jax  # here, because --help and flag errors need not wait for it
+
+    from mnist_flax import train
     from mnist_flax.run import compilation, processes
 
     compilation.keep_programs()
@@ -37,7 +39,7 @@ def main(_: Sequence[str]) -> None:
     fork = cli.path_of("fork")
     with processes.bound_together():
         train.fit(config, cli.training_workdir(), fork=fork)
-    processes.leave()
+    jax.distributed.shutdown()  # does nothing in a single process
 
 
 if __name__ == "__main__":

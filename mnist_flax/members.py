@@ -7,12 +7,11 @@ import json
 import logging
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax import Array
 
 from mnist_flax import drivers, rng, sharding
 from mnist_flax.analysis.calibration import calibrate
@@ -21,7 +20,7 @@ from mnist_flax.analysis.report.facts import Reported
 from mnist_flax.analysis.report.layers import layer_table, layers
 from mnist_flax.analysis.report.write import write_report
 from mnist_flax.analysis.statistics import TrainedMember
-from mnist_flax.config import Config, replace
+from mnist_flax.config import Config, Program, replace
 from mnist_flax.data import batches
 from mnist_flax.data.splits import Examples, Splits
 from mnist_flax.distillation import LoadedTeacher, teacher_warnings
@@ -29,17 +28,19 @@ from mnist_flax.errors import WorkdirError
 from mnist_flax.exporting import demo
 from mnist_flax.exporting.graph import ExportError
 from mnist_flax.models.layers import NORM_MOMENTUM
-from mnist_flax.optimizer import SCHEDULES, OptimizerConfig, Schedule, schedule
+from mnist_flax.optimizer import schedule
 from mnist_flax.run import checkpoint, processes
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.log import RunLog
 from mnist_flax.run.provenance import provenance, versions
+from mnist_flax.run.schema import NUMBER, mismatches
 from mnist_flax.run.store import Store, open_store
 from mnist_flax.run.weights import save_weights
 from mnist_flax.step import TrainState, eval_variables
 
 logger = logging.getLogger(__name__)
 
+_SUMMARY = {"steps": int, "epochs": int, "test_accuracy": float, "train_seconds": NUMBER}
 VARIABLES = ("XLA_FLAGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")  # can change how sums are rounded
 
 
@@ -127,7 +128,7 @@ def open_member(
         if not found:  # the summary of a run whose checkpoints were deleted
             workdirs.remove(workdir / workdirs.SUMMARY)
         workdirs.write_text(workdir / workdirs.CONFIG, config.to_json())
-    log = RunLog(config, workdir, record, learning_rate=jit_schedule(config), writes=writes)
+    log = RunLog(config, workdir, record, learning_rate=jit_schedule(config.program), writes=writes)
     holdout = splits.train.select(holdout_rows)
     return Member(config, workdir, rows, holdout, store, state, log, bool(summary), teacher, in_population)
 
@@ -139,22 +140,17 @@ def setup_of(config: Config, *, in_population: bool) -> dict[str, str]:
     return {"driver": config.train.driver, "devices": str(devices), **variables}
 
 
-def jit_schedule(config: Config) -> Callable[[int], Array]:
-    """Compiles the learning-rate schedule for the log; evaluated op by op, it would take milliseconds per line."""
-    optimizer = config.optimizer
-    return _compiled_schedule(SCHEDULES[optimizer.schedule], optimizer, config.num_steps, config.steps_per_epoch)
-
-
 @functools.lru_cache(maxsize=1)
-def _compiled_schedule(_: Schedule, config: OptimizerConfig, num_steps: int, steps_per_epoch: int) -> Any:
-    return jax.jit(schedule(config, num_steps, steps_per_epoch))
+def jit_schedule(program: Program) -> Any:
+    """Compiles the learning-rate schedule for the log; evaluated op by op, it would take milliseconds per line."""
+    return jax.jit(schedule(program.optimizer, program.num_steps, program.steps_per_epoch))
 
 
 def finished_summary(config: Config, step: int, workdir: pathlib.Path) -> dict[str, Any]:
     """Returns the summary, written last, of a run that has no step left; an empty one if the run is not finished."""
     summary = workdirs.read_json(workdir / workdirs.SUMMARY)  # a damaged summary is written again
-    are_numbers = isinstance(summary.get("epochs"), int) and isinstance(summary.get("test_accuracy"), float)
-    return summary if step >= config.num_steps and summary.get("steps") == step and are_numbers else {}
+    is_whole = not any(mismatches(summary, _SUMMARY, workdirs.SUMMARY))
+    return summary if step >= config.num_steps and is_whole and summary["steps"] == step else {}
 
 
 def announce_finished(config: Config, workdir: pathlib.Path, summary: Mapping[str, Any]) -> None:

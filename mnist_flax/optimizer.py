@@ -181,13 +181,12 @@ def _muon(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransf
 
     A convolution kernel is treated as a matrix that maps patches to output channels. Both use Nesterov momentum.
     """
-    from optax.contrib import MuonDimensionNumbers, muon
 
-    def dimensions(leaf: jax.Array) -> MuonDimensionNumbers | None:
+    def dimensions(leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
         last = leaf.ndim - 1
-        return MuonDimensionNumbers(tuple(range(last)), last) if leaf.ndim > 2 else None
+        return optax.contrib.MuonDimensionNumbers(tuple(range(last)), last) if leaf.ndim > 2 else None
 
-    return muon(
+    return optax.contrib.muon(
         rate,
         beta=config.momentum,
         eps=config.eps,

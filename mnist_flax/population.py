@@ -14,9 +14,8 @@ from collections.abc import Sequence
 from absl import flags
 
 from mnist_flax import cli
+from mnist_flax.cli import FLAGS
 from mnist_flax.errors import ConfigError
-
-FLAGS = flags.FLAGS
 
 
 def main(_: Sequence[str]) -> None:
@@ -50,7 +49,10 @@ def comparison_text(folders: Sequence[str]) -> str:
     from mnist_flax.analysis import comparison
     from mnist_flax.analysis.run_data import check_overrides
 
-    overrides = {field: value for field, _, value in (override.partition("=") for override in FLAGS.override)}
+    for override in FLAGS.override:
+        if "=" not in override:
+            raise ConfigError(f"--config.{override}: needs a value, such as --config.{override}=VALUE")
+    overrides = dict(override.split("=", 1) for override in FLAGS.override)
     check_overrides(overrides)
     results = [comparison.load_result(cli.path(folder), overrides) for folder in folders]
     result = comparison.compare_results(*results)

@@ -8,11 +8,7 @@ unfinished run or another checkpoint.
 
 from collections.abc import Sequence
 
-from absl import flags
-
 from mnist_flax import cli
-
-FLAGS = flags.FLAGS
 
 
 def main(_: Sequence[str]) -> None:
@@ -22,7 +18,7 @@ def main(_: Sequence[str]) -> None:
     from mnist_flax.run import compilation
 
     compilation.keep_programs()
-    print(report_workdir(workdir, FLAGS.checkpoint, folder=cli.output_folder(), overrides=overrides))
+    print(report_workdir(workdir, cli.FLAGS.checkpoint, folder=cli.output_folder(), overrides=overrides))
 
 
 if __name__ == "__main__":

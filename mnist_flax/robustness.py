@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from mnist_flax import cli
-
-FLAGS = flags.FLAGS
+from mnist_flax.cli import FLAGS
 
 
 def main(_: Sequence[str]) -> None:

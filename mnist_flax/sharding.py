@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mnist_flax.errors import ConfigError
@@ -78,20 +79,12 @@ def own_rows(sharding: NamedSharding, batch_size: int) -> slice:
     return slice(min(start for start, _, _ in bounds), max(stop for _, stop, _ in bounds))
 
 
-def place_rows(tree: Any, sharding: NamedSharding, batch_size: int) -> Any:
+def place_rows(tree: Any, sharding: NamedSharding) -> Any:
     """Puts this process's rows (`own_rows`) on its devices; the rows of all processes together make the batch."""
-    if sharding.is_fully_addressable:
-        return jax.device_put(tree, sharding)
     with jax.transfer_guard("allow"):  # as in `_place_own_part`
-        return jax.tree.map(
-            lambda rows: jax.make_array_from_process_local_data(sharding, rows, (batch_size, *rows.shape[1:])), tree
-        )
+        return jax.make_array_from_process_local_data(sharding, tree)
 
 
 def gather(tree: Any) -> Any:
     """Copies whole arrays to the host, wherever their shards are."""
-    if all(leaf.is_fully_addressable for leaf in jax.tree.leaves(tree)):
-        return jax.device_get(tree)
-    from jax.experimental import multihost_utils
-
     return multihost_utils.process_allgather(tree, tiled=True)

@@ -5,16 +5,16 @@ from collections.abc import Callable
 from typing import Any
 
 
-def load_template(path: pathlib.Path, **filters: Callable[..., str]) -> Any:
-    """Returns a Jinja template, of HTML or Markdown, with the filter `percent` and the given `filters`."""
+def load_template(name: str, **filters: Callable[..., str]) -> Any:
+    """Returns a Jinja template of this package, HTML or Markdown, with the filter `percent` and the given `filters`."""
     import jinja2
 
     environment = jinja2.Environment(
-        autoescape=path.name.endswith(".html.jinja"), undefined=jinja2.StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, keep_trailing_newline=True,
+        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent), autoescape=name.endswith(".html.jinja"),
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     environment.filters |= {"percent": percent, **filters}
-    return environment.from_string(path.read_text(encoding="utf-8"))
+    return environment.get_template(name)
 
 
 def percent(value: float | None, digits: int = 2) -> str:

@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> None:
     arrays = statistics.load_arrays(workdir / "folds", "folds")
     joint = label_errors.confident_joint(arrays["out_of_fold_probs"], arrays["out_of_fold_label"])
     wrong = wrong[arrays["rows"]]
-    k, ranking = int(wrong.sum()), joint.ranking()
+    k, ranking = int(wrong.sum()), joint.ranking
     found = {f"of_first_{n}": int(wrong[ranking[:n]].sum()) for n in LISTED}
     precision = float(wrong[ranking[:k]].mean())
     result = {

@@ -78,13 +78,13 @@ def test_spread_rows_can_pick_none_or_all() -> None:
     assert batches.spread_rows(labels, rows, 4).tolist() == [0, 1, 2, 3]
 
 
-def test_split_rows_takes_the_holdout_out_of_num_train() -> None:
+def test_the_holdout_is_taken_out_of_num_train() -> None:
     labels = np.tile(np.arange(10, dtype=np.int32), 100)
-    train, held_out = batches.split_rows(labels, num_train=500, holdout=100)
+    train, held_out = batches.rows_of(labels, DataConfig(num_train=500, holdout=100))
     assert (len(train), len(held_out)) == (400, 100)
     assert not set(train.tolist()) & set(held_out.tolist())
     assert np.bincount(labels[held_out]).tolist() == [10] * 10
-    everything, nothing = batches.split_rows(labels, 0, 0)
+    everything, nothing = batches.rows_of(labels, DataConfig())
     assert (everything.tolist(), nothing.tolist()) == (list(range(1000)), [])
     assert everything.dtype == train.dtype == held_out.dtype == np.int32
 

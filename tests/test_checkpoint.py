@@ -253,14 +253,14 @@ def test_a_checkpoint_that_cannot_be_read_now_is_neither_set_aside_nor_pruned(
     workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An error of the file system says nothing about the content of the files, which may be intact."""
-    restore = checkpoint_files.restore_record
+    restore = checkpoint_files.restore
 
-    def refuse(folder: pathlib.Path) -> Any:
+    def refuse(folder: pathlib.Path, *item: Any) -> Any:
         if folder.name == "6":
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        return restore(folder)
+        return restore(folder, *item)
 
-    monkeypatch.setattr(checkpoint_files, "restore_record", refuse)
+    monkeypatch.setattr(checkpoint_files, "restore", refuse)
     with open_store(SMALL, FINGERPRINT, workdir) as store:
         with pytest.raises(WorkdirError, match=r"checkpoint 6 cannot be read \(Permission denied\); fix that"):
             store.restore_latest()

@@ -71,13 +71,17 @@ def test_a_mistake_in_a_network_is_not_damage(workdir: pathlib.Path, monkeypatch
 def test_an_intact_checkpoint_that_does_not_fit_in_memory_is_not_damage(
     workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any) -> None:
-        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+    restore = checkpoint_files.restore
+
+    def fail(folder: pathlib.Path, item: str, *target: Any) -> Any:
+        if item == "state":
+            raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return restore(folder, item, *target)
 
     message = r"6: is intact, but cannot be used \(RuntimeError: RESOURCE_EXHAUSTED.*repeat the command"
     for read in (restored, load_run):
         with pytest.raises(WorkdirError, match=message), monkeypatch.context() as patch:
-            patch.setattr(checkpoint_files, "restore_state", fail)
+            patch.setattr(checkpoint_files, "restore", fail)
             read(workdir)
     assert restored(workdir) == (6, [])
 
@@ -211,27 +215,29 @@ def test_no_checkpoint_is_written_through_a_link(
 def test_checkpoint_deleted_while_it_is_read_is_not_damage(
     workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = checkpoint_files.restore_state
+    restore = checkpoint_files.restore
     saved: list[pathlib.Path] = []
 
-    def live_run(folder: pathlib.Path, target: Any) -> Any:
-        if not saved:  # meanwhile a run saves two more and deletes the one that is being read
+    def live_run(folder: pathlib.Path, item: str, *target: Any) -> Any:
+        if item == "state" and not saved:  # meanwhile a run saves two more and deletes the one that is being read
             saved.append(folder)
             with open_store(replace(SMALL, checkpoint__keep_best=0), FINGERPRINT, workdir) as store:
                 for step in (9, 12):
                     save(store, initial_state(), step)
-        return read(folder, target)
+        return restore(folder, item, *target)
 
-    monkeypatch.setattr(checkpoint_files, "restore_state", live_run)
+    monkeypatch.setattr(checkpoint_files, "restore", live_run)
     assert int(load_run(workdir).state.step) == 12
     saved.clear()
     gone = workdir / workdirs.CHECKPOINTS / "9"
 
-    def prune_and_fail(*_: Any) -> None:
+    def prune_and_fail(folder: pathlib.Path, item: str, *target: Any) -> Any:
+        if item == "record":
+            return restore(folder, item)
         shutil.rmtree(gone)
         raise OSError("gone")
 
-    monkeypatch.setattr(checkpoint_files, "restore_state", prune_and_fail)
+    monkeypatch.setattr(checkpoint_files, "restore", prune_and_fail)
     with pytest.raises(WorkdirError, match="has no checkpoint '9'; it has these steps: 12"):
         load_run(workdir, "9")
 

@@ -30,10 +30,10 @@ class Failing(io.StringIO):
 
 @pytest.mark.parametrize("error", [BrokenPipeError(), OSError(28, "No space left on device"), ValueError("closed")])
 def test_lost_console_raises_nothing_and_lost_output_ends_the_program(error: Exception) -> None:
-    lost = console.Console(Failing(error))
+    lost = console.Console(Failing(error), is_output=False)
     print("text", file=lost, flush=True)
     with pytest.raises(UserError) as ended:
-        print("text", file=console.Output(Failing(error)))
+        print("text", file=console.Console(Failing(error), is_output=True))
     assert ended.value.exit_status == (141 if isinstance(error, BrokenPipeError) else 2)
     assert str(ended.value) == (
         "" if isinstance(error, BrokenPipeError) else f"standard output cannot be written ({error.args[-1]})"

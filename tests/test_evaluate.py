@@ -136,7 +136,7 @@ def test_scores_equal_scikit_learns(workdir: pathlib.Path) -> None:
 @pytest.mark.parametrize(("split", "part"), [("train", 0), ("holdout", 1)])
 def test_evaluated_splits_are_the_rows_of_the_run(workdir: pathlib.Path, split: str, part: int) -> None:
     train = load_splits(tiny_run.CONFIG.data).train
-    rows = batches.split_rows(train.label, 700, 100)[part]
+    rows = batches.rows_of(train.label, DataConfig(num_train=700, holdout=100))[part]
     predictor, _ = load_predictor(workdir)
     expected = evaluate(predictor, Examples(train.image[rows], train.label[rows]))
     result = evaluate_workdir(workdir, split=split, overrides={})

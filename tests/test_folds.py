@@ -12,6 +12,7 @@ from mnist_flax.config import replace
 from mnist_flax.data import batches
 from mnist_flax.data.load import load_splits
 from mnist_flax.errors import ConfigError
+from mnist_flax.sections import DataConfig
 
 
 @pytest.mark.parametrize(("num_train", "folds"), [(220, 3), (221, 4), (1437, 5), (0, 5)])
@@ -21,7 +22,7 @@ def test_folds_divide_the_rows_with_equal_shares_of_each_class(num_train: int, f
         replace(CONFIG, data__num_train=num_train, data__holdout=0, data__folds=folds, data__fold=k)
         for k in range(folds)
     ]
-    used, _ = batches.split_rows(label, num_train, 0)
+    used, _ = batches.rows_of(label, DataConfig(num_train=num_train))
     held_out = []
     for config in configs:
         rows, of_fold = batches.rows_of(label, config.data)

@@ -23,7 +23,7 @@ def predictions(count: int = 3000, share: float = 0.05) -> tuple[np.ndarray, np.
 
 def test_flipped_labels_come_first() -> None:
     probs, label, wrong = predictions()
-    ranking = confident_joint(probs, label).ranking()
+    ranking = confident_joint(probs, label).ranking
     assert sorted(ranking) == list(range(len(label)))
     assert wrong[ranking[: wrong.sum()]].mean() > 0.95
 
@@ -41,7 +41,7 @@ def test_the_definition_on_a_hand_made_case() -> None:
     found = confident_joint(probs, np.array([0, 0, 1, 1, 1]))  # thresholds: 0.8 and 0.48
     np.testing.assert_array_equal(found.counts, [[1, 0], [1, 2]])  # row 1 reaches neither threshold
     np.testing.assert_array_equal(found.suspect, [False, False, False, False, True])
-    assert list(found.ranking()[:2]) == [4, 3]
+    assert list(found.ranking[:2]) == [4, 3]
 
 
 def test_a_class_without_examples_gives_finite_results() -> None:

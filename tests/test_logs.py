@@ -152,7 +152,7 @@ def test_versions_are_listed_once_for_each_change(tmp_path: pathlib.Path, monkey
     assert [entry["python"] for entry in saved["versions"]] == ["3.11.7", "3.13.1", "3.11.7"]
 
 
-LINE = '{"step": 1, "split": "test", "epoch": 1.0, "seconds": 2, "loss": 0.5, "accuracy": 0.9}'
+LINE = '{"step": 1, "split": "test", "epoch": 1.0, "seconds": 2, "loss": 0.5, "accuracy": 0.9, "examples": 3}'
 
 
 @pytest.mark.parametrize(
@@ -166,6 +166,9 @@ LINE = '{"step": 1, "split": "test", "epoch": 1.0, "seconds": 2, "loss": 0.5, "a
         LINE.replace("test", "valid"),
         LINE.replace("loss", "lost"),
         LINE.replace("0.9", '"0.9"'),
+        LINE.replace("0.5", "null"),
+        LINE.replace("examples", "rows"),
+        LINE.replace("test", "train"),  # without a learning rate
     ],
 )
 def test_a_log_with_a_damaged_line_is_not_read(tmp_path: pathlib.Path, damaged: str) -> None:

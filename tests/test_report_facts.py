@@ -122,7 +122,7 @@ def test_curves_have_labelled_ticks_however_narrow_their_range(low: float, high:
         axes = figure.subplots()
         axes.set_yscale("log")
         axes.set_ylim(low, high)
-        plots.decimal_ticks(axes, "loss")
+        plots.log_axis(axes, "loss")
         labels = [label.get_text() for label in axes.get_yticklabels()]
         assert 2 <= len(labels) <= 8
         np.testing.assert_allclose([float(label) for label in labels], axes.get_yticks(), rtol=1e-5)

@@ -176,6 +176,16 @@ def test_a_finished_run_stays_as_it_is(tmp_path: pathlib.Path, caplog: pytest.Lo
     assert files() == before
 
 
+@pytest.mark.parametrize("field", ["steps", "epochs", "test_accuracy", "train_seconds"])
+def test_a_summary_without_a_field_is_written_again(field: str, tmp_path: pathlib.Path) -> None:
+    fit(SMALL, tmp_path)
+    written = summary(tmp_path)
+    damaged = {name: value for name, value in written.items() if name != field}
+    (tmp_path / "summary.json").write_text(json.dumps(damaged))
+    fit(SMALL, tmp_path)
+    assert summary(tmp_path)[field] == written[field]
+
+
 def test_a_new_run_does_not_take_over_the_summary_of_one_whose_checkpoints_were_deleted(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,6 +29,7 @@ from mnist_flax.data.splits import Examples
 from mnist_flax.errors import ConfigError, WorkdirError
 from mnist_flax.run import checkpoint
 from mnist_flax.run.log import read_log
+from mnist_flax.sections import DataConfig
 from mnist_flax.step import eval_variables
 
 
@@ -84,7 +85,7 @@ def test_out_of_fold_evaluates_every_row_with_the_member_not_trained_on_it(folds
     with np.load(folds / "population.npz") as file:
         rows, fold, probs, label = (file[name] for name in ("rows", "fold", "out_of_fold_probs", "out_of_fold_label"))
     splits = load_splits(CONFIG.data)
-    used, _ = batches.split_rows(splits.train.label, 220, 0)
+    used, _ = batches.rows_of(splits.train.label, DataConfig(num_train=220))
     np.testing.assert_array_equal(rows, used)
     np.testing.assert_array_equal(label, splits.train.label[used])
     for k in range(3):

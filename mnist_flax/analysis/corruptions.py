@@ -257,13 +257,11 @@ def _canny_edges(images: Images, draw: Draw, sigma: float) -> Floats:
     """Keeps only the edges (Canny, 1986)."""
     from skimage.feature import canny
 
-    del draw
     return np.array([canny(image / 255, sigma=sigma) for image in images]) * 255.0
 
 
 def _stripe(images: Images, draw: Draw, width: int) -> Floats:
     """Inverts a stripe at the left and one at the right."""
-    del draw
     return np.where(np.abs(np.arange(SIZE) - MIDDLE) > MIDDLE - width, 255.0 - images, images)
 
 

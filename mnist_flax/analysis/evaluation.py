@@ -82,8 +82,7 @@ def member_logits(predictor: Predictor, images: np.ndarray) -> np.ndarray:
 
     With several views, these are the logarithms of the mean probabilities.
     """
-    views = [_run(predictor, view) for view in views_of(images, predictor.views)]
-    return views[0] if len(views) == 1 else metrics.log_mean_probabilities(np.stack(views)).astype(np.float32)
+    return combine_members(np.stack([_run(predictor, view) for view in views_of(images, predictor.views)]))
 
 
 @functools.lru_cache(maxsize=1)
@@ -306,6 +305,6 @@ def stored_fit(result: Mapping[str, Any]) -> dict[str, float]:
     fitted = dict(UNFITTED)
     for name in fitted:
         value = result.get(name)
-        if isinstance(value, int | float) and 0 < value < math.inf:
+        if not any(mismatches(value, NUMBER, name)) and 0 < value < math.inf:
             fitted[name] = float(value)
     return fitted

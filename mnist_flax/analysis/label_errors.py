@@ -22,19 +22,16 @@ class ConfidentJoint(NamedTuple):
     joint: np.ndarray  # `f64[C,C]`, the estimated share of all examples by given and true label
     noise: np.ndarray  # `f64[C,C]`, the estimated probability of a given label (row) for each true label (column)
     suspect: np.ndarray  # `bool[N]`, the examples that confidently belong to a class other than their label
-    margin: np.ndarray  # `f64[N]`, the probability of the label minus that of the most probable other class
-
-    def ranking(self) -> np.ndarray:
-        """Returns all example indices, `i64[N]`, most doubtful first: suspects, then the rest, each by margin."""
-        return np.lexsort((self.margin, ~self.suspect))
+    ranking: np.ndarray  # `i64[N]`, all examples, most doubtful first: suspects, then the rest, each by margin
 
 
 def confident_joint(probs: np.ndarray, label: np.ndarray) -> ConfidentJoint:
-    """Counts which examples confidently belong to which class.
+    """Counts which examples confidently belong to which class, and ranks them by doubt.
 
     The threshold of a class is its mean probability over the examples with that label. An example confidently belongs
-    to the most probable of the classes whose threshold it reaches, if any. `probs`, `f32[N,C]`, are predicted by
-    networks that were not trained on the example.
+    to the most probable of the classes whose threshold it reaches, if any. Its margin is the probability of its label
+    minus that of the most probable other class. `probs`, `f32[N,C]`, are predicted by networks that were not trained on
+    the example.
     """
     count, num_classes = probs.shape
     each, probs = np.arange(count), probs.astype(np.float64)
@@ -49,12 +46,13 @@ def confident_joint(probs: np.ndarray, label: np.ndarray) -> ConfidentJoint:
     joint = shares * sizes[:, None] / count
     others = probs.copy()
     others[each, label] = -1.0
+    suspect, margin = is_counted & (belongs != label), probs[each, label] - others.max(axis=1)
     return ConfidentJoint(
         counts=counts,
         joint=joint,
         noise=joint / np.maximum(joint.sum(axis=0, keepdims=True), 1e-300),
-        suspect=is_counted & (belongs != label),
-        margin=probs[each, label] - others.max(axis=1),
+        suspect=suspect,
+        ranking=np.lexsort((margin, ~suspect)),
     )
 
 
@@ -67,7 +65,7 @@ def label_facts(arrays: Mapping[str, np.ndarray]) -> Facts:
     """
     probs, label = arrays["out_of_fold_probs"], arrays["out_of_fold_label"]
     found = confident_joint(probs, label)
-    ranking = found.ranking()[:NUM_LISTED]
+    ranking = found.ranking[:NUM_LISTED]
     listed = ranking[probs.argmax(axis=-1)[ranking] != label[ranking]]
     columns = {
         "row": arrays["rows"],

@@ -1,5 +1,6 @@
 """Out-of-distribution detection: how well a network's doubt tells digits from other pictures."""
 
+import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Mapping
@@ -87,13 +88,9 @@ def _fashion(data: DataConfig) -> np.ndarray | None:
     if data.name == "fashion_mnist":
         return None
     for source in ("tfds", "raw"):
-        try:
-            fashion = DataConfig(
-                name="fashion_mnist", source=source, data_dir=data.data_dir, raw_dir=data.raw_dir, on_missing="error"
-            )
-            return np.asarray(load_splits(fashion).test.image)[:COUNT]
-        except DataError:
-            continue
+        with contextlib.suppress(DataError):
+            fashion = load_splits(dataclasses.replace(data, name="fashion_mnist", source=source))
+            return np.asarray(fashion.test.image)[:COUNT]
     return None
 
 

@@ -1,6 +1,5 @@
 """The page about robustness: one digit under every corruption with the network's answer, in one HTML file."""
 
-import pathlib
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,6 @@ from mnist_flax.analysis.robustness import Outcome
 from mnist_flax.data.registry import DATASETS
 from mnist_flax.templates import load_template
 
-TEMPLATE = pathlib.Path(__file__).with_name("robustness.html.jinja")
 SEVERITIES = (1, 2, 3, 4, 5)
 NUM_NON_DIGITS = 8  # pictures shown of each kind of non-digit
 NUM_LABELS = 40  # doubtful labels shown
@@ -36,7 +34,7 @@ def draw_page(outcome: Outcome) -> str:
         {**entry, "picture": data_uri(png(splits.train.image[entry["row"], :, :, 0]))}
         for entry in facts.get("labels", {}).get("listed", [])[:NUM_LABELS]
     ]
-    return load_template(TEMPLATE).render(
+    return load_template("analysis/robustness.html.jinja").render(
         facts=facts,
         class_names=names,
         label=names[label],

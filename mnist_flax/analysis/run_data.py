@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mnist_flax.checks import nearest
 from mnist_flax.config import Config, replace
 from mnist_flax.data import batches
 from mnist_flax.data.load import load_splits
@@ -34,12 +33,11 @@ def load_data(config: Config, fingerprint: str, overrides: Mapping[str, Any]) ->
     changed: dict[str, Any] = {"data__source": "auto", "data__data_dir": "", "data__raw_dir": ""}
     changed |= {name.replace(".", "__"): value for name, value in overrides.items()} | {"data__on_missing": "error"}
     name = changed.get("data__name", config.data.name)
-    if name != config.data.name:
-        check_classes(config, name)
-        # The run neither trained on nor held out any of its rows.
+    if name != config.data.name:  # the run neither trained on nor held out any of its rows
         changed |= dict.fromkeys(("data__num_train", "data__holdout", "data__folds", "data__fold"), 0)
     # Without the other sections, because augmentation and batch size need not fit another dataset.
     used = replace(Config(data=config.data, train=TrainConfig(batch_size=1)), **changed)
+    check_classes(config, name)
     splits = load_splits(used.data)
     for split in (splits.train, splits.test):
         if split.image.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 1):
@@ -83,9 +81,7 @@ def check_own_dataset(trained_on: str, overrides: Mapping[str, Any]) -> None:
 
 
 def check_classes(config: Config, name: str) -> None:
-    """Raises a ConfigError if there is no such dataset, or a network cannot be evaluated on it."""
-    if name not in DATASETS:
-        raise ConfigError(f"config.data.name = {name!r}: {nearest(name, DATASETS)}")
+    """Raises a ConfigError if a network cannot be evaluated on a dataset."""
     num_classes = DATASETS[name].num_classes
     if num_classes != config.num_classes:
         fitting = [other for other, info in DATASETS.items() if info.num_classes == config.num_classes]

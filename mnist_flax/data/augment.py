@@ -86,7 +86,7 @@ def elastic(pixels: float, y: Array, x: Array, key: Array) -> tuple[Array, Array
     spread = _spline_spread(*y.shape)
     noise = jax.random.normal(key, (2, len(spread)))
     field = pixels * (noise @ spread).reshape(2, *y.shape)
-    y, x = _computed_once((y + field[0], x + field[1]))
+    y, x = jax.lax.optimization_barrier((y + field[0], x + field[1]))
     return y, x
 
 
@@ -246,12 +246,12 @@ def resampled(image: Array, y: Array, x: Array) -> Array:
     top, left = jnp.minimum(y.astype(jnp.int32), height), jnp.minimum(x.astype(jnp.int32), width)
     padded = jnp.pad(image[..., 0].astype(jnp.int32), 1)
     words = padded[:-1, :-1] | padded[:-1, 1:] << 8 | padded[1:, :-1] << 16 | padded[1:, 1:] << 24
-    words, index, below, right = _computed_once((words, top * (width + 1) + left, y - top, x - left))
-    word = _computed_once(words.reshape(-1).at[index].get(mode="promise_in_bounds"))
+    words, index, below, right = jax.lax.optimization_barrier((words, top * (width + 1) + left, y - top, x - left))
+    word = jax.lax.optimization_barrier(words.reshape(-1).at[index].get(mode="promise_in_bounds"))
     corners = [(word >> bits & 255).astype(jnp.float32) for bits in (0, 8, 16, 24)]
     upper = corners[0] + (corners[1] - corners[0]) * right
     lower = corners[2] + (corners[3] - corners[2]) * right
-    grey: Array = _computed_once(jnp.round(upper + (lower - upper) * below).astype(image.dtype))
+    grey: Array = jax.lax.optimization_barrier(jnp.round(upper + (lower - upper) * below).astype(image.dtype))
     return grey[..., None]
 
 
@@ -260,9 +260,6 @@ def shifted(image: Array, pixels: float, key: Array) -> Array:
     limit = int(pixels)
     padded = jnp.pad(image, ((limit, limit), (limit, limit), (0, 0)))
     return jax.lax.dynamic_slice(padded, (*(_drawn_shift(limit, key) + limit), 0), image.shape)
-
-
-_computed_once = jax.lax.optimization_barrier
 
 
 def _key(key: Array, name: str) -> Array:

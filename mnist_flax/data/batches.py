@@ -41,30 +41,21 @@ def spread_rows(labels: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
     return np.sort(by_class[places.astype(np.int64)])
 
 
-def split_rows(
-    labels: np.ndarray, num_train: int, holdout: int, holdout_rows: str = "spread"
-) -> tuple[np.ndarray, np.ndarray]:
-    """Takes `num_train` rows (0 means all) and holds out `holdout` of them: `i32[N] -> i32[R], i32[H]`.
-
-    `holdout_rows` is that of `DataConfig`.
-    """
-    rows = np.arange(len(labels), dtype=np.int32)
-    if num_train:
-        rows = spread_rows(labels, rows, num_train)
-    held_out = spread_rows(labels, rows, holdout) if holdout_rows == "spread" else rows[len(rows) - holdout :]
-    return np.setdiff1d(rows, held_out, assume_unique=True), held_out
-
-
 def rows_of(labels: np.ndarray, data: DataConfig) -> tuple[np.ndarray, np.ndarray]:
     """Returns the training rows and the hold-out rows of a config, both ascending: `i32[N] -> i32[R], i32[H]`.
 
     Raises:
       ConfigError: a class has fewer rows than there are folds.
     """
-    if not data.folds:
-        return split_rows(labels, data.num_train, data.holdout, data.holdout_rows)
-    rows, _ = split_rows(labels, data.num_train, 0)
-    held_out = fold_rows(labels, rows, data.folds)[data.fold]
+    rows = np.arange(len(labels), dtype=np.int32)
+    if data.num_train:
+        rows = spread_rows(labels, rows, data.num_train)
+    if data.folds:
+        held_out = fold_rows(labels, rows, data.folds)[data.fold]
+    elif data.holdout_rows == "spread":
+        held_out = spread_rows(labels, rows, data.holdout)
+    else:
+        held_out = rows[len(rows) - data.holdout :]
     return np.setdiff1d(rows, held_out, assume_unique=True), held_out
 
 
@@ -134,5 +125,5 @@ def stream_batches(
             label = np.where(batch_rows < 0, NO_LABEL, examples.label[batch_rows])
             batch = {"image": examples.image[np.maximum(batch_rows, 0)], "label": label}
             # JAX copies the batch while the previous step is still running, so the step does not wait for the transfer.
-            yield sharding.place_rows(batch, placement, batch_size)
+            yield sharding.place_rows(batch, placement)
         epoch, skip = epoch + 1, 0

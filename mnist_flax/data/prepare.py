@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import filelock
 import numpy as np
 
 from mnist_flax.data import tfds_copy
@@ -55,8 +56,10 @@ def prepare(name: str, data_dir: Path, raw_dir: Path | None) -> Splits:
                 shutil.rmtree(leftover, ignore_errors=True)
             downloads = own / "downloads" / name.partition("/")[0]
             files = raw_dir or (downloads if _holds(downloads, dataset) else None)
-            num_bytes = 0 if files else sum(file.size for file in dataset.files)
-            _check_space(own, num_bytes + sum(dataset.split_sizes.values()) * _BYTES_PER_ROW)
+            needed = sum(dataset.split_sizes.values()) * _BYTES_PER_ROW
+            needed += 0 if files else sum(file.size for file in dataset.files)
+            if (free := shutil.disk_usage(own).free) < needed:
+                raise OSError(f"it needs {needed / 1e6:.1f} MB, but only {free / 1e6:.1f} MB are free")
             with tempfile.TemporaryDirectory(prefix="preparing-", dir=own) as staging:
                 files = files or _downloaded(dataset, downloads, Path(staging))
                 logger.info("preparing %s in %s, which happens only once", name, own)
@@ -74,13 +77,6 @@ def prepare(name: str, data_dir: Path, raw_dir: Path | None) -> Splits:
     if splits is None:
         raise DataError(f"{name} was prepared but cannot be loaded: {'; '.join(flaws)}")
     return splits._replace(source="raw" if raw_dir else "download")
-
-
-def _check_space(folder: Path, num_bytes: int) -> None:
-    """Raises OSError if less than `num_bytes` of disk space is free in a folder."""
-    free = shutil.disk_usage(folder).free
-    if free < num_bytes:
-        raise OSError(f"it needs {num_bytes / 1e6:.1f} MB, but only {free / 1e6:.1f} MB are free")
 
 
 def _holds(folder: Path, dataset: Dataset) -> bool:
@@ -114,8 +110,6 @@ def _locked(own: Path) -> Iterator[None]:
 
     If the body fails, new folders are deleted again if they are empty.
     """
-    import filelock
-
     lock = filelock.FileLock(own / "lock")
     new: list[Path] = []
     timeout = 0

@@ -90,15 +90,9 @@ def _builder(name: str, data_dir: Path, **examples: Examples) -> Any:
 
         def _info(self) -> Any:
             info = super()._info()
-            return tfds.core.DatasetInfo(
-                builder=self,
-                description=f"{info.description.partition('Note:')[0]} {_UPRIGHT}",
-                features=info.features,
-                supervised_keys=info.supervised_keys,
-                homepage=info.homepage,
-                citation=info.citation,
-                disable_shuffling=True,
-            )
+            info.as_proto.description = f"{info.description.partition('Note:')[0]} {_UPRIGHT}"
+            info.as_proto.disable_shuffling = True
+            return info
 
         def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
             return {split: self._generate_examples(part) for split, part in examples.items()}

@@ -21,8 +21,6 @@ from mnist_flax.templates import load_template
 FILE = "MODEL_CARD.md"
 _SCORES = {"examples": int, "accuracy": NUMBER, "loss": NUMBER}
 
-TEMPLATE = pathlib.Path(__file__).with_name("card.md.jinja")
-
 
 def text(workdir: pathlib.Path, predictor: Predictor, info: RunInfo) -> str:
     """Returns the card as Markdown, with the results found in the workdir; unknown values are omitted."""
@@ -41,7 +39,7 @@ def text(workdir: pathlib.Path, predictor: Predictor, info: RunInfo) -> str:
         "Accuracy and calibration": _scores(workdir, predictor, info),
         "Robustness": _robustness(workdir, predictor, info),
     }
-    return load_template(TEMPLATE).render(
+    return load_template("exporting/card.md.jinja").render(
         dataset=config.data.name, tables=tables, classes=config.num_classes, torch=_torch(predictor)
     )
 

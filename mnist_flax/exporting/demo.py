@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from mnist_flax import metrics
@@ -108,8 +109,6 @@ def write_page(
       ExportError: the network contains an operation that the page does not know.
       WorkdirError: the file cannot be written.
     """
-    import jax
-
     path = output or workdir / FILE
     checkpoints = [checkpoint_of(predictor, step, config), *earlier_checkpoint(workdir, step)]
     classes = DATASETS[splits.name].class_names
@@ -127,7 +126,7 @@ def write_page(
         ],
         "examples": choose_examples(splits, probs),
     }
-    page = load_template(PAGE / "page.html.jinja").render(
+    page = load_template("exporting/page/page.html.jinja").render(
         title=workdir.absolute().name,
         dataset=DATASET_TITLES.get(splits.name, splits.name),
         num_members=len(predictor.members),

@@ -141,9 +141,7 @@ class Dense(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Multiplies by the kernel and adds the bias."""
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-        y = jax.lax.dot_general(
-            x.astype(self.dtype), kernel.astype(self.dtype), (((1,), (0,)), ((), ())), precision=self.precision
-        )
+        y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype), precision=self.precision)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,))[None]
         return y.astype(self.dtype)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from mnist_flax.ops.window import batch_first, rows_first, split_windows
@@ -69,10 +68,7 @@ def activate_pool(x: jax.Array, activation: Activation | None, pool: int, poolin
 
 def xla_max_pool(x: jax.Array, size: int) -> jax.Array:
     """Max-pools with XLA's own `reduce_window`."""
-    if size == 1:
-        return x
-    window = (1, size, size, 1)
-    return lax.reduce_window(x, np.array(-np.inf, x.dtype), lax.max, window, window, "VALID")
+    return x if size == 1 else nn.max_pool(x, (size, size), (size, size))
 
 
 # The gradient uses a mask, because reduce_window's own gradient (select-and-scatter) is a serial loop on XLA:CPU.

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage
+from skimage.morphology import convex_hull_image
 
 from mnist_flax.pictures.decode import PictureError
 
@@ -99,8 +100,6 @@ def _typical_height(heights: np.ndarray) -> float:
 
 def _without_bars(blobs: list[Blob], pen: float) -> list[Blob]:
     """Removes narrow strokes that are much taller than the digits beside them, such as margins drawn by hand."""
-    if not blobs:
-        return []
     boxes = np.array([blob[1:] for blob in blobs])
     widths, heights = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     middles = (boxes[:, 1] + boxes[:, 3]) / 2
@@ -117,8 +116,6 @@ def _without_bars(blobs: list[Blob], pen: float) -> list[Blob]:
 
 def _without_specks(blobs: list[Blob], labels: np.ndarray, steps: np.ndarray, pen: float) -> list[Blob]:
     """Removes specks and remains of rulings; if nothing else is there, keeps the largest, which may be a digit."""
-    if not blobs:
-        return []
     areas = np.bincount(labels.ravel())
     tallest, largest = max(blob.height for blob in blobs), max(areas[blob.labels[0]] for blob in blobs)
     height, width = labels.shape
@@ -127,36 +124,32 @@ def _without_specks(blobs: list[Blob], labels: np.ndarray, steps: np.ndarray, pe
         area = areas[blob.labels[0]]
         side = max(blob.height, blob.width)
         at_edge = blob.left == 0 or blob.top == 0 or blob.right == width or blob.bottom == height
-        return bool(
+        if (
             area < 0.03 * largest
             or side < max(0.15 * tallest, 1.2 * pen)
             or (side > 3 * pen and area < 0.4 * pen * side)  # a line much thinner than the pen
             or (at_edge and blob.width > 3 * blob.height)
             or blob.width > 6 * blob.height  # a dash, or a piece of a ruling
-            or _is_blot(labels, steps, blob)
-            or (side < 0.5 * tallest and _at_steps(labels, steps, blob))
-        )
+        ):
+            return True
+        window = np.s_[blob.top : blob.bottom, blob.left : blob.right]
+        own, shadow = labels[window] == blob.labels[0], steps[window]
+        # A small piece mostly at the edge of a shadow may be a corner of the shadow.
+        return _is_blot(own, shadow) or bool(side < 0.5 * tallest and shadow[own].mean() > 0.45)
 
     return [blob for blob in blobs if not is_speck(blob)] or [max(blobs, key=lambda blob: areas[blob.labels[0]])]
 
 
-def _at_steps(labels: np.ndarray, steps: np.ndarray, blob: Blob) -> bool:
-    """Returns whether most of a piece is at the edge of a shadow, so that it may be a corner of the shadow."""
-    window = np.s_[blob.top : blob.bottom, blob.left : blob.right]
-    return bool(steps[window][labels[window] == blob.labels[0]].mean() > 0.45)
+def _is_blot(own: np.ndarray, shadow: np.ndarray) -> bool:
+    """Returns whether a piece is about as thick as it is long: a dot or the corner of a shadow, not a stroke.
 
-
-def _is_blot(labels: np.ndarray, steps: np.ndarray, blob: Blob) -> bool:
-    """Returns whether a piece is about as thick as it is long: a dot or the corner of a shadow, not a stroke."""
-    window = np.s_[blob.top : blob.bottom, blob.left : blob.right]
-    own = labels[window] == blob.labels[0]
+    `own` and `shadow`, `bool[h,w]`, mark the piece and the edges of shadows within its box.
+    """
     factor = max(1, min(own.shape) // 30)
     small = np.pad(own[::factor, ::factor], 1)
     thickness = 2 * ndimage.distance_transform_edt(small).max()
-    if small.sum() >= (2.0 if steps[window].any() else 1.3) * thickness**2:
+    if small.sum() >= (2.0 if shadow.any() else 1.3) * thickness**2:
         return False
-    from skimage.morphology import convex_hull_image
-
     return bool(small.sum() > 0.85 * convex_hull_image(small).sum())  # unlike a 6 whose loop is filled
 
 

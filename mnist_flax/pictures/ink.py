@@ -5,6 +5,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 from scipy import ndimage
+from skimage.filters import apply_hysteresis_threshold, threshold_otsu
+from skimage.filters.rank import median
 
 _FAINTEST = 10.0  # grey levels of 255: ink differs from the paper by at least this much
 _TURNS = (22.5, 45.0, 67.5)  # degrees
@@ -39,8 +41,6 @@ def find_ink(grey: np.ndarray, sheet: np.ndarray | None = None) -> Ink | None:
 
 def _find_ink(grey: np.ndarray, sheet: np.ndarray | None, dark: bool) -> Ink | None:
     """Separates dark ink from light paper, or, if not `dark`, light ink from dark paper."""
-    from skimage.filters import apply_hysteresis_threshold, threshold_otsu
-
     values = grey.astype(np.float32)
     values, noise = _denoised(255 - values if dark else values)
     window = _paper_window(values)
@@ -116,8 +116,6 @@ def is_dark_on_light(values: np.ndarray) -> bool:
     and at their strongest? Each vote fails on some pictures: the first under a shadow, the next two on a digit without
     a margin, the last two on thick strokes.
     """
-    from skimage.filters import threshold_otsu
-
     small = np.round(shrunk(values, 64))
     flat = small - _median(small, max(3, int(min(small.shape) * 0.6) | 1))
     fine = shrunk(values, 128)
@@ -142,8 +140,6 @@ def _median(values: np.ndarray, size: int) -> np.ndarray:
 
     It uses histograms, 25 times as fast as `scipy.ndimage.median_filter` for the large window used here.
     """
-    from skimage.filters.rank import median
-
     half = size // 2
     padded = np.pad(values.astype(np.uint8), half, mode="edge")
     return np.asarray(median(padded, np.ones((size, size), np.uint8))[half:-half, half:-half])
@@ -215,8 +211,6 @@ def _noise(values: np.ndarray) -> float:
 
 def _paper_window(values: np.ndarray) -> int:
     """Returns the size of a window that always contains some paper: several times the pen width; ink is light."""
-    from skimage.filters import threshold_otsu
-
     small = shrunk(values, 200)
     factor = max(values.shape) / max(small.shape)
     widest = max(3, round(min(small.shape) / 3) | 1)

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage
+from skimage.measure import block_reduce
 
 _STRAIGHT = 0.88  # the minimum inked share of a line's length: higher in printed lines, lower in a curved 0
 _SIDE = 400  # pixels: lines are detected in an image downsampled to at most this height and width
@@ -43,8 +44,6 @@ def _lines(piece: np.ndarray, level: bool, tilt: float = 0.0) -> list[Line]:
 
     `tilt` is the slope of the perpendicular lines: the lines of a tilted grid are shorter than its bounding box.
     """
-    from skimage.measure import block_reduce
-
     factor = max(1, -(-max(piece.shape) // _SIDE))
     reduced = block_reduce(piece if level else piece.T, factor, np.any)  # a block with any ink counts as ink
     height, width = reduced.shape

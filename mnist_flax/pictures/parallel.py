@@ -33,11 +33,8 @@ def read_ahead(names: Sequence[str], read: Read, num_workers: int = 0) -> Iterat
     if not num_workers and len(names) < _FEW:
         yield ((name, read_one(name, read)) for name in names)
         return
-    reader = _Reader(names, read, num_workers or num_cores())
-    try:
+    with contextlib.closing(_Reader(names, read, num_workers or num_cores())) as reader:
         yield reader.outcomes()
-    finally:
-        reader.close()
 
 
 def read_one(name: str, read: Read) -> Outcome:

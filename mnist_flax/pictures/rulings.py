@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 from scipy import ndimage
+from skimage.transform import hough_line, hough_line_peaks
 
 from mnist_flax.pictures.ink import pen_width
 from mnist_flax.pictures.lines import without_residue
@@ -59,8 +60,6 @@ def _straight_lines(marks: np.ndarray) -> Iterator[tuple[tuple[slice, slice], np
       For each line, a window that contains it, every pixel's signed distance from the line, `f64[h,w]`, and whether it
       is nearly horizontal.
     """
-    from skimage.transform import hough_line, hough_line_peaks
-
     height, width = marks.shape
     if min(height, width) < 80:  # too small to distinguish a line from a stroke
         return

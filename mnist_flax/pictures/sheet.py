@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage
+from skimage.filters import threshold_otsu
 
 from mnist_flax.pictures.ink import shrunk
 
@@ -20,8 +21,6 @@ class Sheet(NamedTuple):
 
 def find_sheet(grey: np.ndarray) -> Sheet | None:
     """Finds a light, rectangular sheet with at least two sides in view, `u8[H,W] -> Sheet`; None if there is none."""
-    from skimage.filters import threshold_otsu
-
     if min(grey.shape) < 60:
         return None
     small = shrunk(grey.astype(np.float32), _SIDE)

@@ -222,7 +222,7 @@ def read_record(path: pathlib.Path) -> dict[str, Any]:
     """Reads and checks the record of a checkpoint; raises the same errors as `read_run`."""
     checkpoint_files.verify(path)
     with _intact(path):
-        record: dict[str, Any] = checkpoint_files.restore_record(path)
+        record: dict[str, Any] = checkpoint_files.restore(path, "record")
     schema = record.get("schema") if isinstance(record, dict) else None
     if type(schema) is int and schema != SCHEMA:
         age = "a newer" if schema > SCHEMA else "an older"
@@ -255,7 +255,7 @@ def _read_state(path: pathlib.Path, config: Config, record: Mapping[str, Any]) -
                 f" {there.get(name)} there, {now.get(name)} now); use that version, or another --workdir"
             )
     target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
-    state: TrainState = checkpoint_files.restore_state(path, target)
+    state: TrainState = checkpoint_files.restore(path, "state", target)
     if int(state.step) != record["step"]:
         raise _foreign(path, f"state.step = {int(state.step)}: must be {record['step']}")
     return state

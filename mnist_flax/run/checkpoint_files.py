@@ -57,31 +57,15 @@ def verify(folder: pathlib.Path) -> None:
         raise ValueError(f"{line[66:]} is not what was saved")
 
 
-def restore_record(folder: pathlib.Path) -> Any:
-    """Reads the record of a checkpoint.
+def restore(folder: pathlib.Path, item: str, target: Any = None) -> Any:
+    """Reads the `record` of a checkpoint, or its `state` into host memory; `target` has its tree, shapes and dtypes.
 
     Raises:
       Exception: of various types, if it cannot be read.
     """
     import orbax.checkpoint as ocp
 
-    return _restore(folder, "record", ocp.args.JsonRestore())
-
-
-def restore_state(folder: pathlib.Path, target: Any) -> Any:
-    """Reads the arrays of a checkpoint into host memory; `target` has the same tree, shapes and dtypes.
-
-    Raises:
-      Exception: of various types, if the arrays cannot be read.
-    """
-    import orbax.checkpoint as ocp
-
-    return _restore(folder, "state", ocp.args.StandardRestore(target))
-
-
-def _restore(folder: pathlib.Path, item: str, how: Any) -> Any:
-    import orbax.checkpoint as ocp
-
+    how = ocp.args.JsonRestore() if target is None else ocp.args.StandardRestore(target)
     with _checkpointer() as checkpointer:
         return checkpointer.restore(folder.absolute(), args=ocp.args.Composite(**{item: how}))[item]
 

@@ -28,11 +28,10 @@ def keep_programs() -> None:
         folder = cache_dir()
         if "://" not in folder:
             os.makedirs(folder, exist_ok=True)
+            _complete(pathlib.Path(folder))
     except OSError as error:
         logger.info("compiled programs are not kept: %s", error)
         return
-    if "://" not in folder:
-        _complete(pathlib.Path(folder))
     # A damaged entry, or a full disk, costs only time.
     warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache")
     jax.config.update("jax_compilation_cache_dir", folder)

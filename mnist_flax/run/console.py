@@ -29,10 +29,14 @@ class OutputError(UserError):
 
 
 class Console:
-    """Standard error: after a failed write, it is redirected to the null device, and the run continues without it."""
+    """Standard output or error; after a failed write, the stream is redirected to the null device.
 
-    def __init__(self, stream: Any) -> None:
+    A program that cannot write its results (`is_output`) exits; one that has lost standard error continues without it.
+    """
+
+    def __init__(self, stream: Any, *, is_output: bool) -> None:
         self._stream = stream
+        self._is_output = is_output
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -54,18 +58,8 @@ class Console:
                 null = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(null, self._stream.fileno())
                 os.close(null)
-            self.fail(error)
-
-    def fail(self, error: Exception) -> None:
-        """Ignores a failed write; subclasses may raise an error."""
-
-
-class Output(Console):
-    """Standard output: a program that cannot write its results exits."""
-
-    def fail(self, error: Exception) -> None:
-        """Raises an error that ends the program."""
-        raise OutputError(error) from error
+            if self._is_output:
+                raise OutputError(error) from error
 
 
 class _Handler(logging.Handler):
@@ -85,11 +79,11 @@ def open_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # so that no other file, such as a checkpoint, gets this number
     if sys.stdin is None:
         sys.stdin = open(0, closefd=False)  # noqa: SIM115
-    for name, descriptor, wrapper in (("stdout", 1, Output), ("stderr", 2, Console)):
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name) or open(descriptor, "w", closefd=False)  # noqa: SIM115
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # any file name can be printed in any locale
-        setattr(sys, name, stream if isinstance(stream, Console) else wrapper(stream))
+        setattr(sys, name, stream if isinstance(stream, Console) else Console(stream, is_output=name == "stdout"))
 
 
 def log_to_console() -> None:

@@ -173,8 +173,11 @@ def read_log(workdir: pathlib.Path, until: float = math.inf) -> list[Record]:
         records = [json.loads(line) for line in lines]
     except (OSError, ValueError, RecursionError):
         return []
-    scored = {**LINE, "loss": NUMBER | None, "accuracy": NUMBER | None}
-    if any(mismatches(records, [scored], "log")) or any(record["split"] not in SPLITS for record in records):
+    scored = {**LINE, "loss": NUMBER, "accuracy": NUMBER, "examples": int}
+    kinds = {split: scored for split in SPLITS} | {"train": {**scored, "learning_rate": NUMBER}}
+    if any(mismatches(records, [LINE], "log")):
+        return []
+    if any(record["split"] not in kinds or any(mismatches(record, kinds[record["split"]], "")) for record in records):
         return []
     return [record for record in records if record["step"] <= until]
 

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from mnist_flax.errors import ConfigError, LostPeerError, UserError, reason
 from mnist_flax.run import console, signals
@@ -116,12 +117,6 @@ def _wait_for(coordinator: str, *, is_first: bool) -> None:
         time.sleep(0.2)
 
 
-def leave() -> None:
-    """Disconnects this process from the others after all have finished."""
-    if jax.process_count() > 1:
-        jax.distributed.shutdown()
-
-
 def is_primary() -> bool:
     """Returns whether this process is the primary, which prints and writes files; a single process always is."""
     return jax.process_index() == 0
@@ -129,10 +124,6 @@ def is_primary() -> bool:
 
 def agree(*numbers: int) -> tuple[int, ...]:
     """Returns the maximum of each number over all processes; blocks until every process has called it."""
-    if jax.process_count() == 1:
-        return numbers
-    from jax.experimental import multihost_utils
-
     return tuple(multihost_utils.process_allgather(np.array(numbers)).max(axis=0).tolist())
 
 

@@ -1,13 +1,10 @@
 """Renders the report as one self-contained HTML page."""
 
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from mnist_flax.analysis.report.plots import MAX_CLASSES_WITH_TEXT
 from mnist_flax.templates import load_template, percent
-
-TEMPLATE = pathlib.Path(__file__).with_name("page.html.jinja")
 
 SECTIONS = {
     "curves": "Learning curves",
@@ -33,7 +30,9 @@ def render_page(facts: Mapping[str, Any], pictures: Mapping[str, Any]) -> str:
     `pictures` holds `plots` (SVG elements by name), `thumbnails` (URIs by test row), `sheets` (URIs by name),
     `activation_pictures` (by layer and example) and the `title`.
     """
-    template = load_template(TEMPLATE, score=calibration_value, thousands="{:,}".format, duration=duration)
+    template = load_template(
+        "analysis/report/page.html.jinja", score=calibration_value, thousands="{:,}".format, duration=duration
+    )
     missing = {
         "curves": "loss" not in pictures["plots"],
         "trained-on": not facts["augmented"],

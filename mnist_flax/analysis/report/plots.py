@@ -154,11 +154,8 @@ def _curve(axes: Any, curves: Mapping[str, Any], field: str) -> None:
             axes.plot(epochs, heights(curves[split]), **look)
         if split == "train" and is_smoothed:
             axes.plot(epochs, heights(train, f"smoothed_{field}"), color=BLUE, label="train, smoothed")
-    axes.set_yscale("log")
     axes.margins(y=0.09)
-    decimal_ticks(axes, field)
-    if field == "accuracy":
-        axes.invert_yaxis()
+    log_axis(axes, field)
 
 
 def population_curves(curves: Mapping[str, Any]) -> dict[str, bytes]:
@@ -190,10 +187,7 @@ def _bands(curves: Mapping[str, Any], field: str) -> str:
             epochs, mean, low, high = columns("test")
             ends = np.abs([low - mean, high - mean])
             axes.errorbar(epochs, mean, yerr=ends, fmt="*", color=GREEN, markersize=10, label="test, at the end")
-        axes.set_yscale("log")
-        decimal_ticks(axes, field)
-        if field == "accuracy":
-            axes.invert_yaxis()
+        log_axis(axes, field)
         axes.set_title(_AXIS_TITLES[field], loc="left")
         axes.set_xlabel("Epoch (lines: mean of the members; bands: their range)")
         if axes.get_legend_handles_labels()[0]:  # runs of different lengths may share no point
@@ -201,10 +195,11 @@ def _bands(curves: Mapping[str, Any], field: str) -> str:
         return to_svg(figure)
 
 
-def decimal_ticks(axes: Any, field: str) -> None:
-    """Labels a logarithmic axis with plain numbers, at 1, 2 and 5 if it is long; for accuracy it is the error rate."""
+def log_axis(axes: Any, field: str) -> None:
+    """Makes the y axis logarithmic, in loss or error rate; plain numbers label it, at 1, 2 and 5 if it is long."""
     from matplotlib.ticker import MaxNLocator
 
+    axes.set_yscale("log")
     low, high = sorted(axes.get_ylim())
     ticks = [tick for k in range(-7, 4) for m in (1, 2, 5) if low <= (tick := m * 10.0**k) <= high]
     if len(ticks) < 2:
@@ -213,6 +208,8 @@ def decimal_ticks(axes: Any, field: str) -> None:
         ticks = [tick for tick in ticks if f"{tick:e}"[0] == "1"]
     axes.set_yticks(ticks, [f"{y:.6g}" if field == "loss" else f"{100 * (1 - y):.6g} %" for y in ticks])
     axes.minorticks_off()
+    if field == "accuracy":
+        axes.invert_yaxis()
 
 
 def _dots(records: Sequence[Any]) -> str:
