@@ -109,7 +109,7 @@ def _wait_for(coordinator: str, *, is_first: bool) -> None:
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()  # brackets: an IPv6 address
             return
         except OSError as error:
-            if time.monotonic() > deadline or getattr(error, "errno", 0) == socket.EAI_NONAME:
+            if time.monotonic() > deadline or error.errno == socket.EAI_NONAME:
                 raise ConfigError(
                     f"--coordinator={coordinator}: cannot be reached ({reason(error)}); start the process"
                     " with --process_index=0 there"
