@@ -22,6 +22,7 @@ from mnist_flax.checks import among, nearest, within
 from mnist_flax.data.augment import AUGMENTATIONS, AugmentConfig
 from mnist_flax.data.registry import DATASETS, IMAGE_SIZE
 from mnist_flax.errors import ConfigError, reason
+from mnist_flax.logged import METRICS
 from mnist_flax.losses import LOSSES
 from mnist_flax.models import MODELS
 from mnist_flax.models.base import ModelConfig
@@ -37,8 +38,8 @@ class Program:
     """The part of a config that compiled code depends on: hashable, and a static argument of jitted functions.
 
     Members of a population share compiled code, unless their folds differ in size. `code` holds the network's class and
-    the optimiser, schedule, loss and augmentations that the other fields name: a notebook that replaces one gets newly
-    compiled code. Logged metrics are not part of it.
+    the optimiser, schedule, loss and augmentations that the other fields name, and the logged metrics: a notebook that
+    replaces one gets newly compiled code.
     """
 
     model: ModelConfig
@@ -73,7 +74,7 @@ class Config:
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
-        for message in self._check():
+        if message := next(self._check(), None):
             raise ConfigError(message)
 
     def _check(self) -> Iterator[str]:
@@ -84,7 +85,7 @@ class Config:
         yield from self.data.check(dataset.num_train, dataset.num_classes)
         yield from self._check_model()
         yield from self.augment.check(dataset.class_names)
-        yield from self.train.check(self.num_train)
+        yield from self.train.check(self.num_train_rows)
         yield from self.optimizer.check(self.train.epochs, self.steps_per_epoch)
         yield from self.eval.check()
         yield from self.checkpoint.check()
@@ -123,20 +124,20 @@ class Config:
         return self.data.num_train or DATASETS[self.data.name].num_train
 
     @property
-    def num_holdout(self) -> int:
+    def num_holdout_rows(self) -> int:
         """The number of rows that are held out; if the rows do not divide evenly, the first folds have one more."""
         data = self.data
         return len(range(data.fold, self.num_rows, data.folds)) if data.folds else data.holdout
 
     @property
-    def num_train(self) -> int:
+    def num_train_rows(self) -> int:
         """The number of rows that are trained on."""
-        return self.num_rows - self.num_holdout
+        return self.num_rows - self.num_holdout_rows
 
     @property
     def steps_per_epoch(self) -> int:
         """The number of updates in an epoch; the last batch may be partly filled."""
-        return -(-self.num_train // self.train.batch_size)
+        return -(-self.num_train_rows // self.train.batch_size)
 
     @property
     def num_steps(self) -> int:
@@ -169,6 +170,7 @@ class Config:
                 SCHEDULES[self.optimizer.schedule],
                 LOSSES[self.train.loss],
                 *(AUGMENTATIONS[name] for name, _ in self.augment.strengths),
+                *METRICS.items(),
             ),
         )
 
@@ -243,7 +245,7 @@ def default_config_dict(model: str = "cnn") -> ConfigDict:
     Raises:
       ConfigError: there is no such family, or one of its fields has no default.
     """
-    for message in among("model.name", model, MODELS, is_registry=True):
+    if message := next(among("model.name", model, MODELS, is_registry=True), None):
         raise ConfigError(message)
     for field in dataclasses.fields(MODELS[model]):
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
@@ -301,7 +303,7 @@ def _build(cls: type, values: Any, path: str) -> Any:
     if dataclasses.is_dataclass(values) and isinstance(values, cls):
         if isinstance(values, ModelConfig) and type(values) not in MODELS.values():
             raise ConfigError(f"{path}: {_UNREGISTERED.format(type(values).__name__)}")
-        values = _section_dict(values)
+        values = values.to_dict() if isinstance(values, Config) else _section_dict(values)
     if isinstance(values, ConfigDict):
         values = values.to_dict()
     if not isinstance(values, Mapping):
@@ -309,7 +311,7 @@ def _build(cls: type, values: Any, path: str) -> Any:
     values = dict(values)
     if cls is ModelConfig:
         name = _convert(str, values.pop("name", "cnn"), f"{path}.name")
-        for message in among("model.name", name, MODELS, is_registry=True):
+        if message := next(among("model.name", name, MODELS, is_registry=True), None):
             raise ConfigError(message)
         cls = MODELS[name]
     known = AugmentConfig.field_types() if cls is AugmentConfig else typing.get_type_hints(cls)

@@ -23,14 +23,14 @@ class LoadedTeacher(NamedTuple):
     """A teacher in host memory, and where it comes from.
 
     Attributes:
-      networks: the teacher as a training step takes it.
+      arrays: the teacher as a training step takes it.
       origin: stored with the student: the teacher's `workdir`, its number of `networks`, and the `digest` of their
         variables and temperature.
       data: the data config of each network, which determines its training rows.
       fingerprint: the fingerprint of the training data.
     """
 
-    networks: Teacher
+    arrays: Teacher
     origin: dict[str, Any]
     data: tuple[DataConfig, ...]
     fingerprint: str

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mnist_flax import rng, sharding
 from mnist_flax.config import Program
@@ -24,7 +24,7 @@ from mnist_flax.data import batches
 from mnist_flax.data.batches import Batch
 from mnist_flax.data.splits import Examples
 from mnist_flax.errors import ConfigError
-from mnist_flax.step import METRICS, Teacher, TrainState, forward, init_state, train_step, train_steps
+from mnist_flax.step import Teacher, TrainState, forward, init_state, train_step, train_steps
 
 Advance = Callable[[TrainState, int], tuple[TrainState, dict[str, np.ndarray]]]
 
@@ -50,6 +50,11 @@ class Job(NamedTuple):
     epochs_per_dispatch: int = 0
     teacher: Teacher | None = None
 
+    @property
+    def mesh(self) -> Mesh:
+        """The devices to train on; see `job_mesh`."""
+        return job_mesh(self.program, len(self.seeds), self.num_devices)
+
 
 def job_mesh(program: Program, num_runs: int, num_devices: int) -> Mesh:
     """Returns the mesh to train on: it splits the batches of a single run, or gives each device a share of the runs.
@@ -74,13 +79,12 @@ def job_mesh(program: Program, num_runs: int, num_devices: int) -> Mesh:
 
 def stack(states: Sequence[TrainState], job: Job) -> TrainState:
     """Stacks the states of M runs and places them on the job's devices."""
-    mesh = job_mesh(job.program, len(states), job.num_devices)
     # Stacked with NumPy, because JAX would compile a program for each shape.
     stacked: TrainState = jax.tree.map(lambda *leaves: np.stack(leaves), *jax.device_get(list(states)))
-    return sharding.place(stacked, _run_sharding(mesh, len(states)))
+    return sharding.place(stacked, _run_sharding(job.mesh, len(states)))
 
 
-def _run_sharding(mesh: Mesh, num_runs: int) -> Any:
+def _run_sharding(mesh: Mesh, num_runs: int) -> NamedSharding:
     return sharding.replicated(mesh) if num_runs == 1 else sharding.split(mesh)
 
 
@@ -90,7 +94,7 @@ def runs_take_turns() -> bool:
 
 
 def over_runs(steps: Callable[..., Any], mesh: Mesh, num_runs: int) -> Callable[..., Any]:
-    """Maps `steps(state, order, key, shared, num_steps)` over the leading axis M of its first three arguments.
+    """Maps `steps(state, order, key, examples, teacher, num_steps)` over the leading axis M of the first three.
 
     With `lax.map`, the results are bitwise identical to those of separate runs; with `vmap`, they agree up to rounding.
     """
@@ -105,10 +109,12 @@ def over_runs(steps: Callable[..., Any], mesh: Mesh, num_runs: int) -> Callable[
     own, whole = PartitionSpec(sharding.AXIS), PartitionSpec()
 
     # Runs do not communicate. shard_map gives each device its own runs, so XLA does not have to work out the split.
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(own, own, own, whole, whole), out_specs=own, check_vma=False)
-    def on_device(states: TrainState, orders: Array, keys: Array, shared: Any, num_steps: Array) -> Any:
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(own, own, own, whole, whole, whole), out_specs=own, check_vma=False
+    )
+    def on_device(states: TrainState, orders: Array, keys: Array, *rest: Any) -> Any:
         def one(run: tuple[TrainState, Array, Array]) -> Any:
-            return steps(*run, shared, num_steps)
+            return steps(*run, *rest)
 
         runs = (states, orders, keys)
         return jax.lax.map(one, runs) if runs_take_turns() else jax.vmap(one)(runs)
@@ -116,20 +122,18 @@ def over_runs(steps: Callable[..., Any], mesh: Mesh, num_runs: int) -> Callable[
     return on_device
 
 
-def epochs_per_order(epochs: int, epochs_per_dispatch: int) -> int:
-    """Returns the number of epochs in one `order`, which is the most that a call can train."""
-    return max(1, min(epochs_per_dispatch, epochs))
+def steps_per_order(num_steps: int, steps_per_epoch: int, epochs_per_dispatch: int) -> int:
+    """Returns the number of steps in one `order`, whole epochs, which is the most that a call can train."""
+    return min(max(1, epochs_per_dispatch) * steps_per_epoch, num_steps)
 
 
 @functools.lru_cache(maxsize=8)
-def _jit_scan(program: Program, mesh: Mesh, num_runs: int, _: Any) -> Any:
-    """Returns the jitted loop of steps; it is kept, because tracing it takes longer than a short run.
+def _jit_scan(program: Program, mesh: Mesh, num_runs: int) -> jax.stages.Wrapped:
+    """Returns the jitted loop of steps; it is kept, because tracing it takes longer than a short run."""
 
-    The last argument, the logged metrics, is a part of the cache's key, because the loop computes them.
-    """
-
-    def steps(state: TrainState, order: Array, key: Array, shared: Any, num_steps: Array) -> Any:
-        examples, teacher = shared
+    def steps(
+        state: TrainState, order: Array, key: Array, examples: Examples, teacher: Teacher | None, num_steps: Array
+    ) -> Any:
         return train_steps(program, state, examples, order, key, num_steps, teacher)
 
     out_shardings = _run_sharding(mesh, num_runs)
@@ -139,16 +143,16 @@ def _jit_scan(program: Program, mesh: Mesh, num_runs: int, _: Any) -> Any:
 def scan_steps(job: Job, states: TrainState) -> Advance:
     """Compiles a loop of steps on the device; each call takes its batches from one `order` of whole epochs."""
     program, num_runs = job.program, len(job.seeds)
-    mesh = job_mesh(program, num_runs, job.num_devices)
+    mesh = job.mesh
     everywhere, by_run = sharding.replicated(mesh), _run_sharding(mesh, num_runs)
     # Orders are [M,S,B]: a single run is split along the batch, several along the runs.
     by_order = sharding.split(mesh, axis=2) if num_runs == 1 else by_run
-    num_epochs = epochs_per_order(program.num_steps // program.steps_per_epoch, job.epochs_per_dispatch)
-    steps_per_order = num_epochs * program.steps_per_epoch
+    length = steps_per_order(program.num_steps, program.steps_per_epoch, job.epochs_per_dispatch)
+    num_epochs = length // program.steps_per_epoch
     root_keys = [rng.root_key(seed) for seed in job.seeds]
     rows = [jax.device_put(of_run) for of_run in job.rows]
 
-    @functools.lru_cache(maxsize=1)
+    @functools.lru_cache(maxsize=1)  # one order serves several calls
     def orders(part: int) -> Array:
         # Drawn on one device, then split: random values can depend on how their computation is sharded.
         drawn = [
@@ -157,29 +161,30 @@ def scan_steps(job: Job, states: TrainState) -> Advance:
         ]
         return sharding.place(jnp.stack(drawn), by_order)
 
-    keys, shared = sharding.place(jnp.stack(root_keys), by_run), sharding.place((job.examples, job.teacher), everywhere)
+    keys = sharding.place(jnp.stack(root_keys), by_run)
+    shared = sharding.place((job.examples, job.teacher), everywhere)
     step = int(jax.device_get(states.step)[0])
     compiled = (
-        _jit_scan(program, mesh, num_runs, tuple(METRICS.items()))
-        .lower(states, orders(step // steps_per_order), keys, shared, sharding.place(np.int32(0), everywhere))
+        _jit_scan(program, mesh, num_runs)
+        .lower(states, orders(step // length), keys, *shared, sharding.place(np.int32(0), everywhere))
         .compile()
     )
 
     def advance(states: TrainState, num_steps: int) -> tuple[TrainState, dict[str, np.ndarray]]:
         step = int(jax.device_get(states.step)[0])
         count = sharding.place(np.int32(num_steps), everywhere)
-        states, metrics = compiled(states, orders(step // steps_per_order), keys, shared, count)
+        states, metrics = compiled(states, orders(step // length), keys, *shared, count)
         return states, {name: column[:, :num_steps] for name, column in jax.device_get(metrics).items()}
 
     return advance
 
 
 @functools.lru_cache(maxsize=8)
-def _jit_stream(program: Program, mesh: Mesh, _: Any) -> Any:
+def _jit_stream(program: Program, mesh: Mesh) -> jax.stages.Wrapped:
     """Returns the jitted step of a single run; see `_jit_scan`."""
 
-    def one_step(states: TrainState, batch: Batch, shared: Any) -> Any:
-        state, metrics = train_step(program, jax.tree.map(lambda leaf: leaf[0], states), batch, *shared)
+    def one_step(states: TrainState, batch: Batch, key: Array, teacher: Teacher | None) -> Any:
+        state, metrics = train_step(program, jax.tree.map(lambda leaf: leaf[0], states), batch, key, teacher)
         return jax.tree.map(lambda leaf: leaf[None], state), metrics
 
     return jax.jit(one_step, donate_argnums=0, out_shardings=sharding.replicated(mesh))
@@ -188,17 +193,18 @@ def _jit_stream(program: Program, mesh: Mesh, _: Any) -> Any:
 def stream_steps(job: Job, states: TrainState) -> Advance:
     """Compiles one step of a single run; every step gets its batch from the host."""
     program = job.program
-    mesh = job_mesh(program, 1, job.num_devices)
+    mesh = job.mesh
     everywhere, by_batch = sharding.replicated(mesh), sharding.split(mesh)
     root, rows = rng.root_key(job.seeds[0]), jax.device_put(job.rows[0])
     shared = sharding.place((root, job.teacher), everywhere)
-    streams: dict[int, Iterator[Batch]] = {}  # keyed by the step of their next batch
+    # The stream of batches, by the step of its next one: consecutive calls continue it, any other step starts anew.
+    streams: dict[int, Iterator[Batch]] = {}
 
     batch = {
         name: jax.ShapeDtypeStruct((program.batch_size, *array.shape[1:]), array.dtype, sharding=by_batch)
         for name, array in job.examples._asdict().items()
     }
-    compiled = _jit_stream(program, mesh, tuple(METRICS.items())).lower(states, batch, shared).compile()
+    compiled = _jit_stream(program, mesh).lower(states, batch, *shared).compile()
 
     def advance(states: TrainState, num_steps: int) -> tuple[TrainState, dict[str, np.ndarray]]:
         step = int(jax.device_get(states.step)[0])
@@ -206,7 +212,7 @@ def stream_steps(job: Job, states: TrainState) -> Advance:
             streams[step] = batches.stream_batches(job.examples, rows, root, step, program.batch_size, by_batch)
         feed, of_steps = streams.pop(step), []
         for _ in range(num_steps):
-            states, metrics = compiled(states, next(feed), shared)
+            states, metrics = compiled(states, next(feed), *shared)
             of_steps.append(metrics)
         streams[step + num_steps] = feed
         return states, jax.tree.map(lambda *values: np.stack(values)[None], *jax.device_get(of_steps))

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -48,9 +48,9 @@ VARIABLES = ("XLA_FLAGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")  # c
 class Member:
     """A run that is open for training on `rows`, `i32[R]`; between saves, its state may lag behind `log.step`.
 
-    The batches of a single run are split over `config.train.num_devices`. A run `in_population` trains on one device,
-    so that on a CPU its result is bitwise the same however many others train. `finish` sets `test_logits`, `f32[N,C]`,
-    at temperature 1.
+    The batches of a single run are split over `num_devices`. A run in a population trains on one device, so that on a
+    CPU its result is bitwise the same however many others train. `finish` sets `test_logits`, `f32[N,C]`, at
+    temperature 1.
     """
 
     config: Config
@@ -62,7 +62,7 @@ class Member:
     log: RunLog
     is_finished: bool
     teacher: LoadedTeacher | None
-    in_population: bool
+    num_devices: int
     test_logits: np.ndarray | None = None
 
     @property
@@ -90,54 +90,56 @@ def member_configs(config: Config, *, seeds: int = 0, folds: int = 0) -> dict[st
     }
 
 
+@contextlib.contextmanager
 def open_member(
     config: Config,
     workdir: pathlib.Path,
     splits: Splits,
-    fork: pathlib.Path | None,
-    teacher: LoadedTeacher | None,
-    stack: contextlib.ExitStack,
     *,
-    in_population: bool,
-) -> Member:
+    fork: pathlib.Path | None = None,
+    teacher: LoadedTeacher | None = None,
+    in_population: bool = False,
+) -> Iterator[Member]:
     """Claims a run's folder, and restores its newest checkpoint or starts a new run.
 
     Raises:
       UserError: the folder cannot be used or holds another run, or the rows cannot be split as the config says.
     """
     rows, holdout_rows = batches.rows_of(splits.train.label, config.data)
+    num_devices = 1 if in_population else sharding.make_mesh(config.train.num_devices).size
+    setup = setup_of(config, num_devices)
     is_primary = processes.is_primary()
-    if is_primary:
-        stack.enter_context(workdirs.claim(workdir))
-    store = stack.enter_context(open_store(config, splits.fingerprint, workdir))
-    found, skipped = store.restore_latest()
-    for line in skipped:
-        logger.warning("%s: %s", workdir, line)
-    setup = setup_of(config, in_population=in_population)
-    if found:
-        check_origin(found.record["origin"], fork, teacher, setup, workdir)
-        state, record = found.state, found.record
-    else:
-        state, origin = begin(config, fork)
-        record = {"origin": origin | {"teacher": teacher.origin if teacher else None, "setup": setup}}
-    summary = finished_summary(config, record["step"], workdir) if found else {}
-    if summary:
-        announce_finished(config, workdir, summary)
-    writes = is_primary and not summary
-    if writes:
-        if not found:  # the summary of a run whose checkpoints were deleted
-            workdirs.remove(workdir / workdirs.SUMMARY)
-        workdirs.write_text(workdir / workdirs.CONFIG, config.to_json())
-    log = RunLog(config, workdir, record, learning_rate=jit_schedule(config.program), writes=writes)
-    holdout = splits.train.select(holdout_rows)
-    return Member(config, workdir, rows, holdout, store, state, log, bool(summary), teacher, in_population)
+    with contextlib.ExitStack() as stack:
+        if is_primary:
+            stack.enter_context(workdirs.claim(workdir))
+        store = stack.enter_context(open_store(config, splits.fingerprint, workdir))
+        found, skipped = store.restore_latest()
+        for line in skipped:
+            logger.warning("%s: %s", workdir, line)
+        if found:
+            check_origin(found.record["origin"], fork, teacher, setup, workdir)
+            state, record = found.state, found.record
+        else:
+            state, source = begin(config, fork)
+            origin = {"fork": source, "teacher": teacher and teacher.origin, "versions": versions(), "setup": setup}
+            record = {"origin": origin}
+        summary = finished_summary(config, record["step"], workdir) if found else {}
+        if summary:
+            announce_finished(config, workdir, summary)
+        writes = is_primary and not summary
+        if writes:
+            if not found:  # the summary of a run whose checkpoints were deleted
+                workdirs.remove(workdir / workdirs.SUMMARY)
+            workdirs.write_text(workdir / workdirs.CONFIG, config.to_json())
+        log = RunLog(config, workdir, record, learning_rate=jit_schedule(config.program), writes=writes)
+        holdout = splits.train.select(holdout_rows)
+        yield Member(config, workdir, rows, holdout, store, state, log, bool(summary), teacher, num_devices)
 
 
-def setup_of(config: Config, *, in_population: bool) -> dict[str, str]:
+def setup_of(config: Config, num_devices: int) -> dict[str, str]:
     """Returns the settings that change how sums are rounded, besides those in `provenance.versions`."""
-    devices = 1 if in_population else sharding.make_mesh(config.train.num_devices).size
     variables = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
-    return {"driver": config.train.driver, "devices": str(devices), **variables}
+    return {"driver": config.train.driver, "devices": str(num_devices), **variables}
 
 
 @functools.lru_cache(maxsize=1)
@@ -162,16 +164,15 @@ def announce_finished(config: Config, workdir: pathlib.Path, summary: Mapping[st
     )
 
 
-def begin(config: Config, fork: pathlib.Path | None) -> tuple[TrainState, dict[str, Any]]:
-    """Returns the initial state of a new run, and its `origin`, ready for JSON.
+def begin(config: Config, fork: pathlib.Path | None) -> tuple[TrainState, dict[str, Any] | None]:
+    """Returns the initial state of a new run, and which run and step its weights are from, ready for JSON.
 
     Raises:
       WorkdirError: there is no checkpoint to fork, or its weights do not fit this config's network.
     """
     state = drivers.jit_init_state(config.program, rng.root_key(config.seed))
-    origin: dict[str, Any] = {"fork": None, "versions": versions()}
     if fork is None:
-        return state, origin
+        return state, None
     try:
         source = checkpoint.load_run(fork)
     except WorkdirError as error:
@@ -187,9 +188,8 @@ def begin(config: Config, fork: pathlib.Path | None) -> tuple[TrainState, dict[s
             f" the values that it has in {fork / workdirs.CONFIG}."
         )
     ema = weights["params"] if config.optimizer.ema_decay else {}
-    origin["fork"] = {"workdir": str(fork.absolute()), "step": source.record["step"]}
     logger.info("starting from the weights of %s at step %d", fork, source.record["step"])
-    return state.replace(**weights, ema=ema), origin
+    return state.replace(**weights, ema=ema), {"workdir": str(fork.absolute()), "step": source.record["step"]}
 
 
 def check_origin(
@@ -242,11 +242,13 @@ def announce(members: Sequence[Member], splits: Splits) -> None:
     logger.info(layer_table(layers(config.program, eval_variables(members[0].state))))
     logger.info(
         "%s (%s, fingerprint %s): %d rows to train on, %d held out, %d to test",
-        splits.name, splits.source, splits.fingerprint[:12], config.num_train, config.num_holdout,
+        splits.name, splits.source, splits.fingerprint[:12], config.num_train_rows, config.num_holdout_rows,
         len(splits.test.label),
     )  # fmt: skip
-    if not config.data.folds and config.num_holdout > config.num_train:
-        logger.warning("config.data.holdout = %d holds out more rows than are left to train on", config.num_holdout)
+    if not config.data.folds and config.num_holdout_rows > config.num_train_rows:
+        logger.warning(
+            "config.data.holdout = %d holds out more rows than are left to train on", config.num_holdout_rows
+        )
     if teacher := members[0].teacher:
         logger.info("learning from %(workdir)s (networks: %(networks)d, digest: %(digest).12s)", teacher.origin)
         doubts = [doubt for member in members for doubt in teacher_warnings(teacher, member.config, splits)]
@@ -264,7 +266,7 @@ def evaluate_holdout(member: Member) -> dict[str, Any] | None:
     if not len(member.holdout.label):
         return None
     scores = evaluate(make_predictor(member.config, eval_variables(member.state)), member.holdout).scores()
-    member.log.evaluation("holdout", **scores)
+    member.log.add_evaluation("holdout", **scores)
     return scores
 
 
@@ -283,7 +285,7 @@ def finish(member: Member, splits: Splits) -> None:
     (member.test_logits,) = logits
     evaluation = evaluation_of(logits, splits.test.label, predictor.temperature)
     member.store.wait()
-    log.evaluation("test", **evaluation.scores())
+    log.add_evaluation("test", **evaluation.scores())
     if not processes.is_primary():
         return
     log.sync()
@@ -301,10 +303,10 @@ def finish(member: Member, splits: Splits) -> None:
         "test_examples": evaluation.examples,
         **fit_of(predictor),
         "train_seconds": log.seconds,
-        "images_per_second": config.num_train * config.train.epochs / log.seconds,
+        "images_per_second": config.num_train_rows * config.train.epochs / log.seconds,
         "restarts": log.restarts,
         **{name: log.origin.get(name) for name in ("fork", "teacher")},
-        "num_devices": int(setup_of(config, in_population=member.in_population)["devices"]),
+        "num_devices": member.num_devices,
         "num_processes": jax.process_count(),
         "earlier_versions": log.versions[:-1],
         **provenance(),

@@ -42,7 +42,7 @@ def check_memory(config: Config, teacher: Teacher | None = None) -> None:
     # The backward pass needs every layer's output for the whole batch.
     training = weights + sum(_num_bytes(leaf) for leaf in jax.tree.leaves(teacher))
     training += config.train.batch_size // num_parts * sum(outputs)
-    largest = max(dataset.num_test, config.num_holdout)  # batches are cut to the number of images
+    largest = max(dataset.num_test, config.num_holdout_rows)  # batches are cut to the number of images
     evaluation = min(config.eval.batch_size, largest) // num_parts * max(outputs, default=0)
     for subject, needed in [
         (f"config.model: {config.model}: its weights and their optimizer state need", weights),

@@ -18,7 +18,8 @@ def root_key(seed: int) -> Array:
 def stream(key: Array, name: str, *indices: Array | int) -> Array:
     """Returns the key for one purpose at one point of the run, independent of all other names and indices.
 
-    `key` is the run's root key; `name` the purpose, such as "dropout"; `indices` the epoch or step, in 32 bits.
+    `key` is the run's root key, or one derived from it; `name` the purpose, such as "dropout"; `indices` the epoch or
+    step, in 32 bits.
     """
     key = jax.random.fold_in(key, zlib.crc32(name.encode()))
     for index in indices:

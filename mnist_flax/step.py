@@ -1,8 +1,7 @@
 """The state of a run and the pure functions that advance it: from an image to a gradient to new weights."""
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.struct
 import jax
@@ -17,6 +16,7 @@ from mnist_flax.data.augment import augment
 from mnist_flax.data.batches import Batch
 from mnist_flax.data.splits import Examples
 from mnist_flax.errors import ConfigError
+from mnist_flax.logged import METRICS, StepView
 from mnist_flax.losses import LOSSES
 from mnist_flax.network import init_variables
 from mnist_flax.optimizer import optimizer
@@ -57,36 +57,7 @@ class Teacher(flax.struct.PyTreeNode):
     program: Program = flax.struct.field(pytree_node=False)
 
 
-class StepView(NamedTuple):
-    """What a logged metric can read: the values of one step, before the weights change.
-
-    Attributes:
-      logits: `f32[B,C]`.
-      losses: `f32[B]`, including label smoothing and distillation.
-      labels: `i32[B]`.
-      is_example: `bool[B]`, False for padding.
-      grads: the gradient of the mean loss.
-      params: the weights before the step.
-    """
-
-    logits: Array
-    losses: Array
-    labels: Array
-    is_example: Array
-    grads: Any
-    params: Any
-
-
 _RESERVED = ("step", "epoch", "split", "seconds", "learning_rate")  # the keys of a log line besides the metrics
-
-# Each entry is a sum over a batch, so that batches of unequal size can be combined. Every entry is logged.
-METRICS: dict[str, Callable[[StepView], Array]] = {
-    "loss": lambda view: jnp.sum(view.losses, where=view.is_example),
-    "accuracy": lambda view: jnp.sum(
-        jnp.argmax(view.logits, axis=-1) == view.labels, where=view.is_example, dtype=jnp.int32
-    ),
-    "examples": lambda view: jnp.sum(view.is_example, dtype=jnp.int32),
-}
 
 
 def scale_pixels(program: Program, images: Array) -> Array:
@@ -116,6 +87,7 @@ def init_state(program: Program, key: Array) -> TrainState:
         params=params,
         batch_stats=variables.get("batch_stats", {}),
         opt_state=_optimizer(program).init(params),
+        # A copy, because both are donated to the next step, and a buffer can be donated only once.
         ema=jax.tree.map(jnp.copy, params) if program.optimizer.ema_decay else {},
     )
 
@@ -173,7 +145,9 @@ def loss_fn(
         rngs={"dropout": key},
         mutable=["batch_stats"],
     )
-    losses = LOSSES[program.loss](logits, batch["label"], label_smoothing=program.label_smoothing)
+    # Padding gets the label 0: a loss that is infinite or undefined for -1 would make the whole gradient NaN.
+    labels = jnp.maximum(batch["label"], 0)
+    losses = LOSSES[program.loss](logits, labels, label_smoothing=program.label_smoothing)
     if losses.shape != batch["label"].shape:  # it would be broadcast
         raise ConfigError(
             f"config.train.loss = {program.loss!r}: returns an array of shape {losses.shape} for a batch of"

@@ -32,7 +32,7 @@ from mnist_flax.members import (
 )
 from mnist_flax.memory import check_memory
 from mnist_flax.network import is_external
-from mnist_flax.pacing import is_save_due, next_num_steps, next_stop
+from mnist_flax.pacing import is_save_due, next_call_limit, next_stop
 from mnist_flax.run import checkpoint, console, processes, provenance
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.log import check_finite
@@ -92,7 +92,7 @@ def check_program(config: Config, teacher: LoadedTeacher | None) -> None:
     sharding.make_mesh(config.train.num_devices)
     if is_external(config.program):
         state_shapes(config.program)
-    check_memory(config, teacher and teacher.networks)
+    check_memory(config, teacher and teacher.arrays)
 
 
 def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, folds: int = 0) -> dict[str, Any]:
@@ -148,12 +148,14 @@ def fit_all(
     provenance.git_commit()  # remembered for the summary: the checkout may change while the run trains
     with stop_request(processes.stop_signals()) as request, contextlib.ExitStack() as stack, processes.bound_together():
         members = [
-            open_member(config, workdir, splits, fork, teacher, stack, in_population=in_population)
+            stack.enter_context(
+                open_member(config, workdir, splits, fork=fork, teacher=teacher, in_population=in_population)
+            )
             for workdir, config in configs.items()
         ]
-        states = [checkpoint.digest(member.state) for member in members] if jax.process_count() > 1 else []
+        digests = [checkpoint.digest(member.state) for member in members] if jax.process_count() > 1 else []
         found = [(member.step, member.is_finished) for member in members]
-        processes.check_same("checkpoints in --workdir, or weights in --fork", found, states)
+        processes.check_same("checkpoints in --workdir, or weights in --fork", found, digests)
         unfinished = [member for member in members if not member.is_finished]
         if unfinished and processes.is_primary():
             announce(unfinished, splits)
@@ -194,26 +196,26 @@ def train_group(members: Sequence[Member], examples: Examples, *, until: int, re
     stop_if_requested(members, *processes.agree(request.signum))
 
     progress = Progress(config, step, num_runs=len(members), quiet=not processes.is_primary())
-    num_steps = config.num_steps if config.train.epochs_per_dispatch else 1  # the maximum for the next call
+    call_limit = config.num_steps if config.train.epochs_per_dispatch else 1  # the most steps for the next call
     last_save = mark = time.perf_counter()
     calls = itertools.count()
     with contextlib.closing(progress):
         while step < until:
             stop = min(next_stop(config, step), until)
-            target = min(step + num_steps, stop)
-            with jax.transfer_guard("disallow"):
+            target = min(step + call_limit, stop)
+            with jax.transfer_guard("disallow"):  # no hidden copy may slow the loop
                 states, metrics = advance(states, target - step)
             seconds = time.perf_counter() - mark
             for i, member in enumerate(members):  # each run counts its share of the time
-                member.log.steps({name: column[i] for name, column in metrics.items()}, seconds / len(members))
+                member.log.add_steps({name: column[i] for name, column in metrics.items()}, seconds / len(members))
             rate = (target - step) / max(seconds, 1e-9)
             step, mark = target, time.perf_counter()
-            progress.update(step, seconds, [member.log.epoch() for member in members])
+            progress.update(step, seconds, [member.log.epoch_means() for member in members])
             is_timed_save_due = 0 < config.checkpoint.every_seconds <= mark - last_save
             # Processes have different clocks and receive different signals, but must all do the same.
             preempted = processes.preemption(next(calls))
-            num_steps, timed_save, signum = processes.agree(
-                next_num_steps(config, num_steps, rate), is_timed_save_due, request.signum or preempted
+            call_limit, timed_save, signum = processes.agree(
+                next_call_limit(config, call_limit, rate), is_timed_save_due, request.signum or preempted
             )
             if step < stop and not timed_save and not signum:
                 continue
@@ -223,7 +225,7 @@ def train_group(members: Sequence[Member], examples: Examples, *, until: int, re
             scores: list[dict[str, Any] | None] = [None] * len(members)
             if step % config.steps_per_epoch == 0:
                 scores = [evaluate_holdout(member) for member in members]
-                progress.epoch_line(step, [member.log.epoch() for member in members], scores)
+                progress.epoch_line(step, [member.log.epoch_means() for member in members], scores)
             (signum,) = processes.agree(signum or request.signum)
             if is_save_due(config, step) or timed_save or signum or step == until:
                 for member, of_member in zip(members, scores, strict=True):
@@ -237,9 +239,12 @@ def compile_steps(members: Sequence[Member], examples: Examples) -> tuple[TrainS
     """Stacks the states of the runs, and compiles the driver that advances them."""
     program, train = members[0].config.program, members[0].config.train
     seeds, rows = [member.config.seed for member in members], [member.rows for member in members]
-    teacher = members[0].teacher and members[0].teacher.networks
-    num_devices = 1 if len(members) == 1 and members[0].in_population else train.num_devices
-    job = drivers.Job(program, seeds, rows, examples, num_devices, train.epochs_per_dispatch, teacher)
+    teacher = members[0].teacher and members[0].teacher.arrays
+    num_devices = members[0].num_devices if len(members) == 1 else train.num_devices
+    job = drivers.Job(
+        program, seeds, rows, examples,
+        num_devices=num_devices, epochs_per_dispatch=train.epochs_per_dispatch, teacher=teacher,
+    )  # fmt: skip
     states = drivers.stack([member.state for member in members], job)
     return states, drivers.driver(train.driver, job, states)
 

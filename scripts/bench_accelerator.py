@@ -64,9 +64,9 @@ def run_program(config: Config, num_runs: int = 1) -> Program:
     """Compiles a driver for one run, or for several spread over the devices; a call trains one epoch of each."""
     from mnist_flax import drivers, rng
 
-    rows = np.arange(config.num_train, dtype=np.int32)
+    rows = np.arange(config.num_train_rows, dtype=np.int32)
     seeds = range(config.seed, config.seed + num_runs)
-    examples = random_examples(config.num_train, config.num_classes)
+    examples = random_examples(config.num_train_rows, config.num_classes)
     job = drivers.Job(config.program, seeds, [rows] * num_runs, examples, num_devices=config.train.num_devices)
     states = drivers.stack([drivers.jit_init_state(config.program, rng.root_key(seed)) for seed in seeds], job)
     started = time.perf_counter()
@@ -76,7 +76,7 @@ def run_program(config: Config, num_runs: int = 1) -> Program:
         nonlocal states
         states, _ = advance(states, config.steps_per_epoch)
 
-    return warm(started, config.num_train * num_runs, config.steps_per_epoch, call)
+    return warm(started, config.num_train_rows * num_runs, config.steps_per_epoch, call)
 
 
 def torch_program(config: Config) -> Program:
@@ -100,9 +100,9 @@ def torch_program(config: Config) -> Program:
         features = width
     model = nn.Sequential(*layers, nn.Linear(features, config.num_classes)).cuda().to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), config.optimizer.learning_rate, fused=True, capturable=True)
-    batch_size, num_steps = config.train.batch_size, config.num_train // config.train.batch_size
+    batch_size, num_steps = config.train.batch_size, config.num_train_rows // config.train.batch_size
     images, labels = (
-        torch.from_numpy(column).cuda() for column in random_examples(config.num_train, config.num_classes)
+        torch.from_numpy(column).cuda() for column in random_examples(config.num_train_rows, config.num_classes)
     )
     images, labels = images.permute(0, 3, 1, 2), labels.long()
     rows = torch.zeros(batch_size, dtype=torch.long, device="cuda")  # the input of the captured step

@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> None:
         "seconds": {kind: [round(span, 3) for span in spans] for kind, spans in seconds.items()},
         **cli.config_facts(),
         "epochs": config.train.epochs,
-        "train_rows": config.num_train,
+        "train_rows": config.num_train_rows,
         **provenance(),
     }
     print(json.dumps(result))

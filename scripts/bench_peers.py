@@ -265,7 +265,7 @@ def main(argv: Sequence[str]) -> None:
         write_data(config, data)
         commands = {name: command(name, config, data) for name in (OURS, *flags.FLAGS.peers)}
         result = bench(config, commands, repeats=flags.FLAGS.repeats, whole=flags.FLAGS.whole)
-    made = {**cli.config_facts(), "train_rows": config.num_train}
+    made = {**cli.config_facts(), "train_rows": config.num_train_rows}
     print(json.dumps({**result, **made, **provenance()}))
 
 

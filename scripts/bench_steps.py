@@ -86,10 +86,10 @@ def timed_steps(config: Config, num_steps: int) -> Callable[[], float]:
     from mnist_flax.distillation import load_teacher
     from mnist_flax.drivers import Job, driver, jit_init_state, stack
 
-    examples = random_examples(config.num_train, config.num_classes)
+    examples = random_examples(config.num_train_rows, config.num_classes)
     teacher = load_teacher(config)
-    rows = np.arange(config.num_train, dtype=np.int32)
-    job = Job(config.program, [config.seed], [rows], examples, teacher=teacher and teacher.networks)
+    rows = np.arange(config.num_train_rows, dtype=np.int32)
+    job = Job(config.program, [config.seed], [rows], examples, teacher=teacher and teacher.arrays)
     states = stack([jit_init_state(config.program, rng.root_key(config.seed))], job)
     advance = driver(config.train.driver, job, states)
 
@@ -122,7 +122,7 @@ def bench(config: Config, repeats: int) -> dict[str, Any]:
         "batch_size": config.train.batch_size,
         "images_per_second_median": statistics.median(speeds),
         "images_per_second": speeds,
-        "epoch_seconds_median": config.num_train / statistics.median(speeds),
+        "epoch_seconds_median": config.num_train_rows / statistics.median(speeds),
         "matmul_flops_per_second_median": statistics.median(rates),
         "share_of_matmul_rate": statistics.median(
             speed * flops / rate for speed, rate in zip(speeds, rates, strict=True)

@@ -20,7 +20,7 @@ from absl import flags
 from tqdm import tqdm
 
 from mnist_flax import cli
-from mnist_flax.analysis.evaluation import combine_members, load_predictor, predict_logits
+from mnist_flax.analysis.evaluation import load_predictor, mean_logits, predict_logits
 from mnist_flax.analysis.run_data import load_data
 from mnist_flax.analysis.scores import accuracy_scores
 from mnist_flax.analysis.statistics import spread_of
@@ -73,7 +73,7 @@ def main(_: Sequence[str]) -> None:
     result["committees"] = [
         {
             "members": [row["run"] for row in rows[start:end]],
-            **accuracy_scores(combine_members(np.stack(logits[start:end])), test.label),
+            **accuracy_scores(mean_logits(np.stack(logits[start:end])), test.label),
         }
         for start, end in sorted(groups, key=lambda group: (group[0], -group[1]))
         if end - start > 1

@@ -91,10 +91,10 @@ def run(config: Config, splits: Splits, block: int | None) -> dict[str, Any]:
     rows, held = batches.rows_of(splits.train.label, config.data)
     if block is not None:
         rows, held = np.setdiff1d(np.r_[rows, held], BLOCKS[block]).astype(rows.dtype), BLOCKS[block]
-        if len(rows) != config.num_train:
+        if len(rows) != config.num_train_rows:
             raise UserError("a block of 10,000 rows needs data.holdout = 10000, and all 60,000 rows in use")
     teacher = load_teacher(config)
-    job = drivers.Job(config.program, [config.seed], [rows], splits.train, teacher=teacher and teacher.networks)
+    job = drivers.Job(config.program, [config.seed], [rows], splits.train, teacher=teacher and teacher.arrays)
     states = drivers.stack([drivers.jit_init_state(config.program, rng.root_key(config.seed))], job)
     advance = drivers.driver("scan", job, states)
     started, cpu = time.perf_counter(), time.process_time()

@@ -53,7 +53,7 @@ def main(_: Sequence[str]) -> None:
     """Scores every set."""
     workdir = cli.workdir()
     predictor, info = load_predictor(workdir)
-    if not info.config.num_holdout:
+    if not info.config.num_holdout_rows:
         raise UserError(f"--workdir={workdir}: the run held out no rows; name one with config.data.holdout")
     examples = select_examples(*load_data(info.config, info.fingerprint, {}), "holdout")
     images, labels = examples.image[: flags.FLAGS.rows], examples.label[: flags.FLAGS.rows]

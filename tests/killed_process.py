@@ -13,7 +13,7 @@ import numpy as np
 
 from mnist_flax.run.log import RunLog
 
-take_in = RunLog.steps
+take_in = RunLog.add_steps
 
 
 def steps_and_die(self: RunLog, metrics: Mapping[str, np.ndarray], seconds: float) -> None:
@@ -25,5 +25,5 @@ def steps_and_die(self: RunLog, metrics: Mapping[str, np.ndarray], seconds: floa
 
 if __name__ == "__main__":
     die_at = int(sys.argv.pop(1))
-    RunLog.steps = steps_and_die  # type: ignore[method-assign]
+    RunLog.add_steps = steps_and_die  # type: ignore[method-assign]
     runpy.run_module("mnist_flax.main", run_name="__main__", alter_sys=True)

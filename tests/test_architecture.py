@@ -15,7 +15,7 @@ RUN_BASICS = ("run.console", "run.machine", "run.schema", "run.signals")
 LAYERS = [
     ["errors"],
     ["checks", "rng", "metrics", "sharding", "templates", "ops", *RUN_BASICS],
-    ["models", "optimizer", "losses", "data.registry", "data.pens", "data.framing"],
+    ["models", "optimizer", "losses", "logged", "data.registry", "data.pens", "data.framing"],
     ["data.augment"],
     ["sections"],
     ["config"],

@@ -255,7 +255,7 @@ def test_more_epochs_are_a_difference_only_to_a_schedule_that_depends_on_them() 
 
 def test_steps_count_every_row() -> None:
     config = replace(Config(), data__num_train=1000, data__holdout=100, train__batch_size=64, train__epochs=2)
-    assert (config.num_train, config.steps_per_epoch, config.num_steps) == (900, 15, 30)
+    assert (config.num_train_rows, config.steps_per_epoch, config.num_steps) == (900, 15, 30)
 
 
 def test_classes_follow_the_dataset() -> None:

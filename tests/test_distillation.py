@@ -82,7 +82,7 @@ def test_the_target_mixes_label_and_mean_probabilities(seeds: pathlib.Path, exam
     label = np.append(examples.label[:19], NO_LABEL)
     batch: Batch = {"image": jnp.asarray(examples.image[:20]), "label": jnp.asarray(label)}
     state = jit_init_state(PLAIN.program, KEY)
-    teacher = loaded(seeds).networks.replace(temperature=np.float32(1.7))
+    teacher = loaded(seeds).arrays.replace(temperature=np.float32(1.7))
     new, sums = step_once(PLAIN.program, state, batch, KEY, teacher)
 
     images = np.asarray(augment(PLAIN.augment, batch["image"], batch["label"], rng.stream(KEY, "augment", 0)))
@@ -136,7 +136,7 @@ def test_a_run_resumes_exactly_after_its_teacher_has_moved(
 ) -> None:
     first, moved, run = tmp_path / "teacher", tmp_path / "moved", tmp_path / "run"
     shutil.copytree(seeds, first)
-    take_in = RunLog.steps
+    take_in = RunLog.add_steps
 
     def take_in_and_die(log: RunLog, *arguments: Any) -> None:
         take_in(log, *arguments)
@@ -144,7 +144,7 @@ def test_a_run_resumes_exactly_after_its_teacher_has_moved(
             raise Died
 
     with monkeypatch.context() as patch, pytest.raises(Died):
-        patch.setattr(RunLog, "steps", take_in_and_die)
+        patch.setattr(RunLog, "add_steps", take_in_and_die)
         fit(replace(student_of(first), checkpoint__every_steps=4), run)
     first.rename(moved)
     fit(student_of(moved), run)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mnist_flax import cli, losses, models, optimizer, step
+from mnist_flax import cli, logged, losses, models, optimizer
 from mnist_flax.data import augment, registry
 from mnist_flax.models.base import ModelConfig
 from mnist_flax.models.layers import BatchNorm, Conv, Dense, flatten
@@ -54,7 +54,7 @@ class Twin(nn.Module):
 
 def focal(logits, labels, *, label_smoothing):
     """Lin et al. (2017), with gamma = 1."""
-    losses_ = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
+    losses_ = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return (1 - jnp.exp(-losses_)) * losses_
 
 
@@ -73,7 +73,7 @@ optimizer.SCHEDULES["halves"] = optimizer.Schedule(
 )
 augment.AUGMENTATIONS["speckle"] = augment.Augmentation("share of blanked pixels", 1, change=speckle)
 losses.LOSSES["focal"] = focal
-step.METRICS["grad_norm"] = lambda view: optax.global_norm(view.grads) * jnp.sum(view.is_example)
+logged.METRICS["grad_norm"] = lambda view: optax.global_norm(view.grads) * jnp.sum(view.is_example)
 
 if __name__ == "__main__":
     cli.main()

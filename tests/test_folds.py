@@ -26,7 +26,7 @@ def test_folds_divide_the_rows_with_equal_shares_of_each_class(num_train: int, f
     held_out = []
     for config in configs:
         rows, of_fold = batches.rows_of(label, config.data)
-        assert (len(rows), len(of_fold)) == (config.num_train, config.num_holdout)
+        assert (len(rows), len(of_fold)) == (config.num_train_rows, config.num_holdout_rows)
         np.testing.assert_array_equal(np.sort(np.concatenate([rows, of_fold])), used)
         held_out.append(of_fold)
     np.testing.assert_array_equal(np.sort(np.concatenate(held_out)), used)

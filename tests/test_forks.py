@@ -66,7 +66,7 @@ def test_fork_starts_with_the_weights_of_another_run(
     fit(SMALL, old)
     source = checkpoint.load_run(old).state
     config = replace(SMALL, seed=3)
-    state, origin = members.begin(config, old)
+    state, started_from = members.begin(config, old)
     for name, of_source in (("params", "params"), ("batch_stats", "batch_stats"), ("ema", "params")):
         there, here = (jax.tree.leaves(part) for part in (getattr(source, of_source), getattr(state, name)))
         assert there and all(np.array_equal(a, b) for a, b in zip(there, here, strict=True))
@@ -76,7 +76,7 @@ def test_fork_starts_with_the_weights_of_another_run(
     caplog.clear()
     fit(config, new, fork=old)
     assert "running averages" not in caplog.text  # they begin with those of `old`
-    assert summary(new)["fork"] == origin["fork"] == {"workdir": str(old), "step": 14}
+    assert summary(new)["fork"] == started_from == {"workdir": str(old), "step": 14}
     assert summary(old)["fork"] is None
     again = repeat_command(new / "report", new, summary(new)["fork"])  # outside the working directory
     assert again.endswith(f"--config={new}/report/config.py --workdir={new}-again --fork={old}")
@@ -152,9 +152,9 @@ def test_variables_that_change_rounding_belong_to_the_setup(
     name: str, value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(name, raising=False)
-    assert name not in members.setup_of(SMALL, in_population=True)
+    assert name not in members.setup_of(SMALL, num_devices=1)
     monkeypatch.setenv(name, value)
-    assert members.setup_of(SMALL, in_population=True)[name] == value
+    assert members.setup_of(SMALL, num_devices=1)[name] == value
 
 
 def test_a_run_resumed_with_another_driver_warns(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:

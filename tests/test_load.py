@@ -218,7 +218,7 @@ def test_adapt_scales_the_rows(digits: Splits) -> None:
     assert (got.data.name, got.data.num_train, got.data.holdout, got.train.batch_size) == ("digits", 718, 144, 64)
     assert config.replace(got, data=wanted.to_dict()["data"]) == wanted
     assert got.seed == 3
-    assert adapt_to_dataset(Config(), digits).num_train == 1437
+    assert adapt_to_dataset(Config(), digits).num_train_rows == 1437
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -255,7 +255,7 @@ def test_adapt_keeps_the_folds(digits: Splits, num_train: int, folds: int, batch
         got = adapt_to_dataset(wanted, digits)
         assert (got.data.folds, got.data.fold) == (folds, fold)
         training, held_out = rows_of(digits.train.label, got.data)
-        assert (len(training), len(held_out)) == (got.num_train, got.num_holdout)
+        assert (len(training), len(held_out)) == (got.num_train_rows, got.num_holdout_rows)
         assert got.train.batch_size == adapt_to_dataset(config.replace(wanted, data__fold=0), digits).train.batch_size
 
 

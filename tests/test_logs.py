@@ -39,7 +39,7 @@ def sums(first: int, last: int) -> dict[str, np.ndarray]:
 def feed(log: RunLog, *cuts: int) -> None:
     """Logs the steps that follow the log's last one, up to each of the `cuts` in turn."""
     for cut in cuts:
-        log.steps(sums(log.step + 1, cut), seconds=0.25)
+        log.add_steps(sums(log.step + 1, cut), seconds=0.25)
 
 
 def test_line_averages_its_window_which_ends_with_the_epoch(tmp_path: pathlib.Path) -> None:
@@ -96,7 +96,7 @@ def test_snapshot_does_not_change_with_its_log(tmp_path: pathlib.Path) -> None:
 def test_tensorboard_shows_every_metric_of_metrics_jsonl(tmp_path: pathlib.Path) -> None:
     log = open_log(tmp_path)
     feed(log, 7)
-    log.evaluation("holdout", loss=0.5, accuracy=0.75, examples=20, brier=0.2)
+    log.add_evaluation("holdout", loss=0.5, accuracy=0.75, examples=20, brier=0.2)
     shown = [
         (line["step"], f"{line['split']}/{name}", pytest.approx(value))
         for line in lines(tmp_path)
@@ -120,10 +120,10 @@ def test_loss_that_is_not_finite_stops_the_run_and_names_its_step(tmp_path: path
     bad = sums(4, 6)
     bad["loss"][1] = value
     with pytest.raises(NonFiniteLossError, match=rf"the loss of step 5 is {value}; lower config") as error:
-        log.steps(bad, 0.1)
+        log.add_steps(bad, 0.1)
     assert error.value.exit_status == 3
     with pytest.raises(NonFiniteLossError, match="the loss on the test examples after step 4"):
-        log.evaluation("test", loss=value, accuracy=0.5, examples=10)
+        log.add_evaluation("test", loss=value, accuracy=0.5, examples=10)
     assert [line["step"] for line in lines(tmp_path)] == [3]
 
 
@@ -131,7 +131,7 @@ def test_metric_that_is_not_finite_is_null(tmp_path: pathlib.Path) -> None:
     log = open_log(tmp_path)
     odd = sums(1, 3)
     odd["grad_norm"][1] = math.inf
-    log.steps(odd, 0.1)
+    log.add_steps(odd, 0.1)
     assert json.loads((tmp_path / workdirs.METRICS).read_text())["grad_norm"] is None
     assert "train/grad_norm" not in {tag for _, tag, _ in events(tmp_path)}
 
@@ -181,7 +181,7 @@ def test_a_log_with_a_damaged_line_is_not_read(tmp_path: pathlib.Path, damaged: 
 
 def test_full_disk_gives_one_message(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = open_log(tmp_path)
-    monkeypatch.setattr(log, "_metrics", pathlib.Path("/dev/full"))
+    monkeypatch.setattr(log, "_path", pathlib.Path("/dev/full"))
     with pytest.raises(WorkdirError, match=r"/dev/full: cannot be written \(No space left on device\)"):
         feed(log, 3)
 

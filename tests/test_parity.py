@@ -17,9 +17,10 @@ from mnist_flax.data import batches
 from mnist_flax.data.load import load_splits
 from mnist_flax.data.splits import Examples
 from mnist_flax.drivers import Job, driver, jit_init_state, stack
+from mnist_flax.logged import METRICS
 from mnist_flax.run import checkpoint
 from mnist_flax.run.log import RunLog
-from mnist_flax.step import METRICS, eval_variables
+from mnist_flax.step import eval_variables
 from mnist_flax.train import fit
 
 CONFIG = replace(
@@ -68,14 +69,14 @@ def test_scan_and_stream_agree(examples: Examples, cuts: list[int]) -> None:
 def test_several_epochs_in_a_call_give_the_same_bits_and_training_curve(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, name: str, counts: tuple[int, ...]
 ) -> None:
-    calls, take_in = list[int](), RunLog.steps
+    calls, take_in = list[int](), RunLog.add_steps
     curves: dict[int, list[dict[str, Any]]] = {}
 
     def count_and_take_in(log: RunLog, metrics: dict[str, np.ndarray], seconds: float) -> None:
         calls.append(len(metrics["loss"]))
         take_in(log, metrics, seconds)
 
-    monkeypatch.setattr(RunLog, "steps", count_and_take_in)
+    monkeypatch.setattr(RunLog, "add_steps", count_and_take_in)
     for count in counts:
         config = replace(SMALL, train__driver=name, train__epochs=5, train__epochs_per_dispatch=count)
         calls.clear()

@@ -294,7 +294,7 @@ def test_a_loss_that_is_not_finite_names_its_member(tmp_path: pathlib.Path) -> N
     log = RunLog(CONFIG, tmp_path / "seed-4", {"origin": {}}, learning_rate=lambda step: 0.1, writes=False)
     metrics = {"loss": np.array([np.nan]), "accuracy": np.ones(1), "examples": np.full(1, 25)}
     with pytest.raises(NonFiniteLossError, match=r"seed-4: the loss of step 1 is nan"):
-        log.steps(metrics, 1.0)
+        log.add_steps(metrics, 1.0)
 
 
 # The command line ----------------------------------------------------------------------------------------------------

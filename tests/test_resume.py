@@ -41,7 +41,7 @@ def quiet(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
 def die_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """The steps at which the next runs die, in order; each run dies before it saves that step."""
     deaths: list[int] = []
-    take_in = RunLog.steps
+    take_in = RunLog.add_steps
 
     def steps_and_die(self: RunLog, *args: Any) -> None:
         take_in(self, *args)
@@ -49,7 +49,7 @@ def die_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
             deaths.pop(0)
             raise Died
 
-    monkeypatch.setattr(RunLog, "steps", steps_and_die)
+    monkeypatch.setattr(RunLog, "add_steps", steps_and_die)
     yield deaths
     assert not deaths
 

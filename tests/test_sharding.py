@@ -141,7 +141,7 @@ def assert_close(state: Any, other: Any) -> None:
 
 
 def train_on(count: int, name: str, examples: Examples, num_steps: int) -> tuple[TrainState, dict[str, np.ndarray]]:
-    rows = np.arange(CONFIG.num_train, dtype=np.int32)
+    rows = np.arange(CONFIG.num_train_rows, dtype=np.int32)
     job = Job(CONFIG.program, [0], [rows], examples, num_devices=count)
     state = stack([jit_init_state(CONFIG.program, KEY)], job)
     advance = driver(name, job, state)

@@ -14,11 +14,11 @@ from small_population import CONFIG
 
 from mnist_flax.analysis import comparison, evaluation, statistics
 from mnist_flax.analysis.evaluation import (
-    combine_members,
     evaluate,
     is_population_result,
     load_predictor,
     make_predictor,
+    mean_logits,
 )
 from mnist_flax.analysis.report import plots
 from mnist_flax.analysis.scores import evaluate_workdir
@@ -130,7 +130,7 @@ def test_spread_equals_values_of_a_table_and_scipy() -> None:
 def test_committee_averages_probabilities() -> None:
     # Two members lean towards class 1, one is sure of class 0: the mean probability is higher for class 0.
     probs = np.array([[[0.45, 0.55]], [[0.45, 0.55]], [[0.9, 0.1]]])
-    together = combine_members(np.log(probs).astype(np.float32))
+    together = mean_logits(np.log(probs).astype(np.float32))
     np.testing.assert_allclose(np.exp(together), [[0.6, 0.4]], rtol=1e-6)
     assert statistics.score(together[None], np.array([0])) == {
         "accuracy": 1.0,
@@ -138,7 +138,7 @@ def test_committee_averages_probabilities() -> None:
         "correct": 1,
         "examples": 1,
     }
-    assert np.isfinite(combine_members(np.array([[[0.0, -2000.0]], [[0.0, -2000.0]]]))).all()
+    assert np.isfinite(mean_logits(np.array([[[0.0, -2000.0]], [[0.0, -2000.0]]]))).all()
 
 
 def test_agreement_counts_members_that_are_right() -> None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiled import gradient, jit_train_step, jit_train_steps, step_once
+from jax import Array
 
 from mnist_flax import rng
 from mnist_flax.config import Config, replace
@@ -17,11 +18,10 @@ from mnist_flax.data.batches import NO_LABEL, Batch
 from mnist_flax.data.splits import Examples
 from mnist_flax.drivers import jit_forward, jit_init_state
 from mnist_flax.errors import ConfigError
+from mnist_flax.logged import METRICS, StepView
 from mnist_flax.losses import LOSSES, cross_entropy
 from mnist_flax.step import (
-    METRICS,
     Metrics,
-    StepView,
     TrainState,
     eval_variables,
     init_state,
@@ -292,7 +292,27 @@ def test_a_loss_without_one_value_for_each_example_is_refused(
     shape: tuple[int, ...], examples: Examples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A column would be broadcast against the labels, and its gradient would be too large."""
-    monkeypatch.setitem(LOSSES, "column", lambda logits, labels, label_smoothing: jnp.zeros(shape) + logits.sum())
+
+    def column(logits: Array, labels: Array, *, label_smoothing: float) -> Array:
+        return jnp.zeros(shape) + logits.sum()
+
+    monkeypatch.setitem(LOSSES, "column", column)
     program = replace(SMALL, train__loss="column").program
     with pytest.raises(ConfigError, match=r"config.train.loss = 'column': returns .* of shape \(20,\)"):
         jax.eval_shape(lambda: train_step(program, init_state(program, KEY), batch_of(examples, 20), KEY))
+
+
+def test_a_loss_that_is_undefined_for_padding_trains(examples: Examples, monkeypatch: pytest.MonkeyPatch) -> None:
+    def likelihood(logits: Array, labels: Array, *, label_smoothing: float) -> Array:
+        right = jnp.sum(jax.nn.softmax(logits) * jax.nn.one_hot(labels, 10), axis=-1)
+        return -jnp.log(right)  # infinite for a label that is not a class
+
+    monkeypatch.setitem(LOSSES, "likelihood", likelihood)
+    batch = batch_of(examples, 20)
+    padded: Batch = {"image": batch["image"], "label": batch["label"].at[-1].set(NO_LABEL)}
+    trained = {}
+    for loss in ("likelihood", "cross_entropy"):
+        program = replace(SMALL, train__loss=loss).program
+        trained[loss], _ = train_step(program, init_state(program, KEY), padded, KEY)
+    for mine, ours in zip(*(jax.tree.leaves(state.params) for state in trained.values()), strict=True):
+        np.testing.assert_allclose(mine, ours, atol=1e-4)

@@ -64,6 +64,12 @@ class Predictor:
     # devices to split a batch over, capped at those available; 0 means all accelerators, or one CPU
     num_devices: int = 0
 
+    @functools.cached_property
+    def placed(self) -> tuple[Mesh, tuple[Variables, ...]]:
+        """The devices and the members on them, placed once: for a single image, this takes longer than the network."""
+        mesh = sharding.make_mesh(min(self.num_devices, jax.device_count()))
+        return mesh, sharding.place(self.members, sharding.replicated(mesh))
+
 
 def make_predictor(config: Config, *members: Variables, **fitted: float) -> Predictor:
     """Returns a predictor with the program, views, batch size and devices of a config, and the `fitted` values."""
@@ -82,25 +88,15 @@ def member_logits(predictor: Predictor, images: np.ndarray) -> np.ndarray:
 
     With several views, these are the logarithms of the mean probabilities.
     """
-    return combine_members(np.stack([_run(predictor, view) for view in views_of(images, predictor.views)]))
+    return mean_logits(np.stack([_logits_of_view(predictor, view) for view in views_of(images, predictor.views)]))
 
 
-@functools.lru_cache(maxsize=1)
-def _placed(predictor: Predictor) -> tuple[Mesh, tuple[Variables, ...]]:
-    """Places the members on the devices once for many calls: for a single image, this takes longer than the network.
-
-    The last predictor's weights stay there.
-    """
-    mesh = sharding.make_mesh(min(predictor.num_devices, jax.device_count()))
-    return mesh, sharding.place(predictor.members, sharding.replicated(mesh))
-
-
-def _run(predictor: Predictor, images: np.ndarray) -> np.ndarray:
+def _logits_of_view(predictor: Predictor, images: np.ndarray) -> np.ndarray:
     """Applies every member to `images` in batches; the last one is padded, so one compiled program serves every N.
 
     A batch size above the default is cut to the number of images, because padding to it could exhaust the memory.
     """
-    mesh, members = _placed(predictor)
+    mesh, members = predictor.placed
     size = min(predictor.batch_size, max(len(images), Predictor.batch_size))
     size = -(-size // mesh.size) * mesh.size
     outputs: list[list[jax.Array]] = [[] for _ in members]
@@ -126,8 +122,8 @@ def views_of(images: Any, count: int) -> list[Any]:
 
 
 def predict_logits(predictor: Predictor, images: np.ndarray) -> np.ndarray:
-    """Computes the logits of the whole predictor, `u8[N,28,28,1] -> f32[N,C]`; see `combine_members`."""
-    return combine_members(member_logits(predictor, images), predictor.temperature)
+    """Computes the logits of the whole predictor, `u8[N,28,28,1] -> f32[N,C]`; see `mean_logits`."""
+    return mean_logits(member_logits(predictor, images), predictor.temperature)
 
 
 def fit_of(predictor: Predictor) -> dict[str, float]:
@@ -155,10 +151,10 @@ def mean_grey(images: np.ndarray) -> np.ndarray:
     return np.asarray(images.mean(axis=(1, 2, 3)) / 255)
 
 
-def combine_members(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """Combines the logits of members and divides them by the temperature: `f32[M,N,C] -> f32[N,C]`.
+def mean_logits(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    """Combines the logits of networks or views, and divides them by the temperature: `f32[K,...,C] -> f32[...,C]`.
 
-    Several members are combined to the logarithm of their mean probabilities; those of a single one do not change.
+    Several are combined to the logarithm of their mean probabilities; those of a single one do not change.
     """
     together = logits[0] if len(logits) == 1 else metrics.log_mean_probabilities(logits).astype(np.float32)
     return together if temperature == 1.0 else together / np.float32(temperature)
@@ -206,7 +202,7 @@ def evaluation_of(logits: np.ndarray, labels: np.ndarray, temperature: float = 1
     labels, num_classes = np.asarray(labels), logits.shape[-1]
     if not len(labels) or labels.min() <= NO_LABEL or labels.max() >= num_classes:
         raise ValueError(f"evaluation needs examples with labels from 0 to {num_classes - 1}")
-    logits = combine_members(logits, temperature)
+    logits = mean_logits(logits, temperature)
     return Evaluation(
         loss=float(np.mean(metrics.negative_log_likelihood(logits, labels))),
         accuracy=float(np.mean(np.argmax(logits, axis=-1) == labels)),
@@ -305,6 +301,6 @@ def stored_fit(result: Mapping[str, Any]) -> dict[str, float]:
     fitted = dict(UNFITTED)
     for name in fitted:
         value = result.get(name)
-        if not any(mismatches(value, NUMBER, name)) and 0 < value < math.inf:
+        if value is not None and not any(mismatches(value, NUMBER, name)) and 0 < value < math.inf:
             fitted[name] = float(value)
     return fitted

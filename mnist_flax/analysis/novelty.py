@@ -11,7 +11,7 @@ import numpy as np
 from mnist_flax import metrics
 from mnist_flax.analysis.calibration import FALSE_ALARMS
 from mnist_flax.analysis.corruptions import hashed_uniform
-from mnist_flax.analysis.evaluation import Facts, Predictor, combine_members, doubt, member_logits
+from mnist_flax.analysis.evaluation import Facts, Predictor, doubt, mean_logits, member_logits
 from mnist_flax.data.framing import frame
 from mnist_flax.data.load import load_splits
 from mnist_flax.data.registry import DATASETS
@@ -37,7 +37,7 @@ def doubt_scores(predictor: Predictor, images: np.ndarray) -> dict[str, np.ndarr
     logits = member_logits(predictor, images)
     # Averaging over views gives log probabilities, whose energy is always 0.
     one_view = logits if predictor.views == 1 else member_logits(dataclasses.replace(predictor, views=1), images)
-    log_probs = metrics.log_probabilities(combine_members(logits, predictor.temperature))
+    log_probs = metrics.log_probabilities(mean_logits(logits, predictor.temperature))
     scores = {
         "doubt": doubt(predictor, log_probs, images),
         "max_probability": -np.expm1(log_probs.max(axis=-1)),

@@ -16,7 +16,7 @@ from mnist_flax.errors import ConfigError
 from mnist_flax.run import workdir as workdirs
 
 
-def scores(evaluation: Evaluation, label: np.ndarray, dataset: str) -> dict[str, Any]:
+def scores_with_intervals(evaluation: Evaluation, label: np.ndarray, dataset: str) -> dict[str, Any]:
     """Computes the scores of an evaluation, with 95 % intervals; `dataset` provides the class names."""
     logits = evaluation.logits
     confusion = metrics.confusion_matrix(label, logits.argmax(axis=-1), logits.shape[-1])
@@ -35,8 +35,8 @@ def accuracy_scores(logits: np.ndarray, label: np.ndarray) -> dict[str, Any]:
     """Computes the accuracy, its 95 % interval and the calibration scores of logits `f32[N,C]` for labels `i32[N]`."""
     correct, count = int((logits.argmax(axis=-1) == label).sum()), len(label)
     interval = metrics.wilson_interval(correct, count).tolist()
-    scores = {"correct": correct, "accuracy": correct / count, "accuracy_interval": interval}
-    return scores | calibration_scores(logits, label)
+    accuracy = {"correct": correct, "accuracy": correct / count, "accuracy_interval": interval}
+    return accuracy | calibration_scores(logits, label)
 
 
 def class_rows(confusion: np.ndarray, dataset: str) -> list[dict[str, Any]]:
@@ -84,7 +84,7 @@ def evaluate_workdir(
         "members": len(predictor.members),
         "checkpoint": checkpoint,
         "step": max(info.steps),
-        **scores(evaluate(predictor, examples), examples.label, splits.name),
+        **scores_with_intervals(evaluate(predictor, examples), examples.label, splits.name),
     }
 
 

@@ -15,11 +15,11 @@ from mnist_flax.analysis import calibration, label_errors
 from mnist_flax.analysis.evaluation import (
     POPULATION,
     Facts,
-    combine_members,
     evaluation_of,
     fit_of,
     is_population_result,
     make_predictor,
+    mean_logits,
     member_logits,
     stored_fit,
 )
@@ -82,7 +82,7 @@ def agreement(logits: np.ndarray, labels: np.ndarray) -> Facts:
       and `none_right`: the examples that no member gets right.
     """
     num_right = np.sum(logits.argmax(axis=-1) == labels, axis=0)
-    prediction = combine_members(logits).argmax(axis=-1)
+    prediction = mean_logits(logits).argmax(axis=-1)
     return {
         "examples_by_members_right": np.bincount(num_right, minlength=len(logits) + 1).tolist(),
         "none_right": [

@@ -32,7 +32,7 @@ def text(workdir: pathlib.Path, predictor: Predictor, info: RunInfo) -> str:
     if info.kind == "folds":
         data["rows trained on"] = f"{config.num_rows:,}, each network without its fold"
     else:
-        data |= {"rows trained on": f"{config.num_train:,}", "rows held out": f"{config.num_holdout:,}"}
+        data |= {"rows trained on": f"{config.num_train_rows:,}", "rows held out": f"{config.num_holdout_rows:,}"}
     tables = {
         "Data": data,
         "Recipe": _recipe(predictor, info),

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -160,22 +161,17 @@ class CNN(nn.Module):
         shared: dict[str, Any] = {"kernel_init": init, "precision": config.matmul_precision}
 
         for i, block in enumerate(config.blocks()):
-            has_patterns = i == 0 and config.stem == "cosine"
+            is_fixed = i == 0 and config.stem == "cosine"
+            patterns = layers.cosine_patterns(block.kernel_size, block.width) if is_fixed else None
+            conv = partial(
+                Conv, block.width, block.kernel_size, block.stride, block.padding,
+                fixed_kernel=patterns, train=train, dtype=dtype, **shared,
+            )  # fmt: skip
             ending: dict[str, Any] = {"activation": activation, "pool": block.pool, "pooling": config.pooling}
-            x = Conv(
-                block.width,
-                block.kernel_size,
-                block.stride,
-                block.padding,
-                use_bias=not (config.batch_norm or has_patterns),
-                fixed_kernel=layers.cosine_patterns(block.kernel_size, block.width) if has_patterns else None,
-                train=train,
-                dtype=dtype,
-                **shared,
-                **({} if config.batch_norm else ending),
-            )(x)
             if config.batch_norm:
-                x = BatchNorm(train=train, **ending)(x, mask)
+                x = BatchNorm(train=train, **ending)(conv(use_bias=False)(x), mask)
+            else:
+                x = conv(use_bias=not is_fixed, **ending)(x)
             if config.conv_dropout:
                 x = Dropout(config.conv_dropout, train)(x)
 

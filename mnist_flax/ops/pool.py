@@ -49,21 +49,20 @@ def avg_pool(x: jax.Array, size: int) -> jax.Array:
 POOLINGS = {"max": max_pool, "avg": avg_pool}
 
 
-def pooled_before(activation: Activation | None, pool: int, pooling: str) -> int:
-    """Returns the size of the pooling that can come before the activation: `pool`, or 1 if the order matters."""
-    return pool if pooling == "max" and activation in NON_DECREASING else 1
+def pooling_order(activation: Activation | None, pool: int, pooling: str) -> tuple[int, int]:
+    """Returns the sizes of the pooling before the activation and of the pooling after it; one of them is 1.
+
+    Max pooling commutes with a non-decreasing activation, so it comes first: the activation then processes fewer values
+    (a quarter with 2x2 windows).
+    """
+    return (pool, 1) if pooling == "max" and activation in NON_DECREASING else (1, pool)
 
 
 def activate_pool(x: jax.Array, activation: Activation | None, pool: int, pooling: str) -> jax.Array:
-    """Computes pool(activation(x)): f32[B,H,W,C] -> f32[B,H//pool,W//pool,C], or any rank without pooling.
-
-    Max pooling commutes with a non-decreasing activation, so the activation comes after it, on fewer values (a quarter
-    with 2x2 windows).
-    """
-    apply = activation or (lambda x: x)
-    if pool == pooled_before(activation, pool, pooling):
-        return apply(max_pool(x, pool))
-    return POOLINGS[pooling](apply(x), pool)
+    """Computes pool(activation(x)): f32[B,H,W,C] -> f32[B,H//pool,W//pool,C], or any rank without pooling."""
+    before, after = pooling_order(activation, pool, pooling)
+    x = max_pool(x, before)
+    return POOLINGS[pooling](activation(x) if activation else x, after)
 
 
 def xla_max_pool(x: jax.Array, size: int) -> jax.Array:

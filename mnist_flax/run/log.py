@@ -58,9 +58,9 @@ class RunLog:
         self._records: list[Record] = list(saved.get("log", ()))
         self._window: list[Sums] = list(saved.get("window", ()))  # one per step since the last train line
         self._epoch: Sums = dict(saved.get("epoch_sums", {}))  # over the epoch so far
-        self._metrics = workdir / workdirs.METRICS if writes else None
-        if self._metrics:
-            workdirs.write_text(self._metrics, "".join(json.dumps(record) + "\n" for record in self._records))
+        self._path = workdir / workdirs.METRICS if writes else None
+        if self._path:
+            workdirs.write_text(self._path, "".join(json.dumps(record) + "\n" for record in self._records))
         self._events: Events | None = None
         if writes and config.train.tensorboard:
             self._events = Events(workdir, self._records, self.seconds)
@@ -78,7 +78,7 @@ class RunLog:
             "epoch_sums": dict(self._epoch),
         }
 
-    def steps(self, metrics: Mapping[str, np.ndarray], seconds: float) -> None:
+    def add_steps(self, metrics: Mapping[str, np.ndarray], seconds: float) -> None:
         """Adds the next n steps, and the total time that they took.
 
         Each metric is an array `[n]` of sums over the examples of a step. `loss`, `accuracy` (number correct) and
@@ -105,7 +105,7 @@ class RunLog:
                 self._write("train", means(self._window) | rate)
                 self._window = []
 
-    def evaluation(self, split: str, **scores: float) -> None:
+    def add_evaluation(self, split: str, **scores: float) -> None:
         """Logs an evaluation on `holdout` or `test` at this step: `loss`, `accuracy`, `examples` and others.
 
         Raises:
@@ -115,7 +115,7 @@ class RunLog:
         check_finite(scores["loss"], f"{self._workdir}: the loss on the {split} examples after step {self.step}")
         self._write(split, scores)
 
-    def epoch(self) -> Record:
+    def epoch_means(self) -> Record:
         """Returns the means over the epoch so far."""
         return means([self._epoch])
 
@@ -125,15 +125,15 @@ class RunLog:
         Raises:
           WorkdirError: it cannot be written.
         """
-        if self._metrics:
-            workdirs.sync(self._metrics)
+        if self._path:
+            workdirs.sync(self._path)
 
     def _write(self, split: str, values: Record) -> None:
         position = {"step": self.step, "epoch": self.step / self._config.steps_per_epoch, "split": split}
         record = position | values | {"seconds": round(self.seconds, 3)}
         self._records.append(record)
-        if self._metrics:
-            workdirs.append_bytes(self._metrics, (json.dumps(record) + "\n").encode())
+        if self._path:
+            workdirs.append_bytes(self._path, (json.dumps(record) + "\n").encode())
         if self._events:
             self._events.append(record)
 

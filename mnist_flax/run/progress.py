@@ -23,7 +23,7 @@ class Progress:
     def __init__(self, config: Config, step: int, *, num_runs: int = 1, quiet: bool = False) -> None:
         self._config = config
         self._num_runs = num_runs
-        self._total = num_runs * config.num_train * config.train.epochs
+        self._total = num_runs * config.num_train_rows * config.train.epochs
         self._first = self._done = self._images_until(step)
         self._seconds = 0.0
         self._holdouts: Sequence[Scores] = ()
@@ -39,7 +39,7 @@ class Progress:
     def _images_until(self, step: int) -> int:
         """Returns how many images all runs together have seen; the last batch of an epoch may be smaller."""
         epochs, steps = divmod(step, self._config.steps_per_epoch)
-        return self._num_runs * (epochs * self._config.num_train + steps * self._config.train.batch_size)
+        return self._num_runs * (epochs * self._config.num_train_rows + steps * self._config.train.batch_size)
 
     def update(self, step: int, seconds: float, epochs: Sequence[Scores]) -> None:
         """Shows that all runs have reached `step`; `seconds` is the training time since the last call.

@@ -9,7 +9,7 @@ from mnist_flax import metrics
 from mnist_flax.analysis.calibration import NUM_BINS, reliability_rows
 from mnist_flax.analysis.evaluation import Evaluation, Facts, Predictor
 from mnist_flax.analysis.report.layers import Layer
-from mnist_flax.analysis.scores import scores
+from mnist_flax.analysis.scores import scores_with_intervals
 from mnist_flax.config import Config, dotted
 from mnist_flax.data import batches
 from mnist_flax.data.registry import DATASETS
@@ -49,7 +49,7 @@ def report_facts(run: Reported, layers: Sequence[Layer]) -> Facts:
         "dataset_fingerprint": splits.fingerprint,
         "class_names": list(DATASETS[splits.name].class_names),
         "run": run_facts(run, layers),
-        "test": {"evaluated_by": run.evaluated_by, **scores(evaluation, label, splits.name)},
+        "test": {"evaluated_by": run.evaluated_by, **scores_with_intervals(evaluation, label, splits.name)},
         "calibration": {
             "num_bins": NUM_BINS,
             "bins": reliability_rows(evaluation.logits, label),
@@ -78,8 +78,8 @@ def run_facts(run: Reported, layers: Sequence[Layer]) -> Facts:
         "num_steps": config.num_steps,
         "epoch": step / config.steps_per_epoch,
         "epochs": config.train.epochs,
-        "num_train": config.num_train,
-        "holdout": config.num_holdout,
+        "num_train": config.num_train_rows,
+        "holdout": config.num_holdout_rows,
         "parameters": sum(layer.parameters for layer in layers),
         "multiply_adds": sum(layer.multiply_adds for layer in layers),
         "train_seconds": seconds,
