@@ -1,7 +1,7 @@
 """The network of `accurate.py`, trained on the mean probabilities of three such networks (Hinton et al., 2015).
 
-Measured: 99.70 +- 0.01 % test accuracy (mean and sd, n = 5), NLL 0.0091, ECE 0.11 %; 16 minutes of training on one CPU
-core. First train the teacher, three networks:
+Measured: 99.70 +- 0.02 % test accuracy (mean and sd, n = 5), NLL 0.0085, ECE 0.09 %; 18 minutes of training on one core
+of an AMD EPYC. First train the teacher, three networks:
 
     python -m mnist_flax.population --config=configs/accurate.py --seeds=3
     scripts/train --config=configs/distilled.py
@@ -17,4 +17,5 @@ def get_config() -> ConfigDict:
     config = preset_dict("accurate")
     config.seed = 10  # the teacher's networks have the seeds 0, 1, 2 ...
     config.train.teacher = "runs/accurate-seeds3"
+    config.train.epochs = 24
     return config

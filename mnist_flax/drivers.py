@@ -220,9 +220,7 @@ def stream_steps(job: Job, states: TrainState) -> Advance:
     return advance
 
 
-DRIVERS = {"scan": scan_steps, "stream": stream_steps}
-
-
-def driver(name: str, job: Job, states: TrainState) -> Advance:
-    """Compiles the driver called `name`, a key of `DRIVERS`; several runs always use `scan`."""
-    return DRIVERS[name if len(job.seeds) == 1 else "scan"](job, states)
+def compile_driver(name: str, job: Job, states: TrainState) -> Advance:
+    """Compiles the driver called `name`, `scan` or `stream`; several runs always use `scan`."""
+    make = stream_steps if name == "stream" and len(job.seeds) == 1 else scan_steps
+    return make(job, states)

@@ -246,7 +246,7 @@ def compile_steps(members: Sequence[Member], examples: Examples) -> tuple[TrainS
         num_devices=num_devices, epochs_per_dispatch=train.epochs_per_dispatch, teacher=teacher,
     )  # fmt: skip
     states = drivers.stack([member.state for member in members], job)
-    return states, drivers.driver(train.driver, job, states)
+    return states, drivers.compile_driver(train.driver, job, states)
 
 
 def unstack(members: Sequence[Member], states: TrainState, step: int) -> None:

@@ -70,7 +70,7 @@ def run_program(config: Config, num_runs: int = 1) -> Program:
     job = drivers.Job(config.program, seeds, [rows] * num_runs, examples, num_devices=config.train.num_devices)
     states = drivers.stack([drivers.jit_init_state(config.program, rng.root_key(seed)) for seed in seeds], job)
     started = time.perf_counter()
-    advance = drivers.driver(config.train.driver, job, states)
+    advance = drivers.compile_driver(config.train.driver, job, states)
 
     def call() -> None:
         nonlocal states

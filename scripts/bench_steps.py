@@ -84,14 +84,14 @@ def timed_steps(config: Config, num_steps: int) -> Callable[[], float]:
 
     from mnist_flax import rng
     from mnist_flax.distillation import load_teacher
-    from mnist_flax.drivers import Job, driver, jit_init_state, stack
+    from mnist_flax.drivers import Job, compile_driver, jit_init_state, stack
 
     examples = random_examples(config.num_train_rows, config.num_classes)
     teacher = load_teacher(config)
     rows = np.arange(config.num_train_rows, dtype=np.int32)
     job = Job(config.program, [config.seed], [rows], examples, teacher=teacher and teacher.arrays)
     states = stack([jit_init_state(config.program, rng.root_key(config.seed))], job)
-    advance = driver(config.train.driver, job, states)
+    advance = compile_driver(config.train.driver, job, states)
 
     def measure() -> float:
         nonlocal states

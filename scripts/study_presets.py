@@ -96,7 +96,7 @@ def run(config: Config, splits: Splits, block: int | None) -> dict[str, Any]:
     teacher = load_teacher(config)
     job = drivers.Job(config.program, [config.seed], [rows], splits.train, teacher=teacher and teacher.arrays)
     states = drivers.stack([drivers.jit_init_state(config.program, rng.root_key(config.seed))], job)
-    advance = drivers.driver("scan", job, states)
+    advance = drivers.compile_driver("scan", job, states)
     started, cpu = time.perf_counter(), time.process_time()
     for _ in range(config.train.epochs):
         states, _ = advance(states, config.steps_per_epoch)

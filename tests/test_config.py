@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mnist_flax import drivers, preset
+from mnist_flax import preset
 from mnist_flax.config import Config, default_config_dict, differences, replace
 from mnist_flax.data import load
 from mnist_flax.data.augment import AUGMENTATIONS
@@ -18,7 +18,7 @@ from mnist_flax.models import MODELS
 from mnist_flax.models.cnn import CNNConfig
 from mnist_flax.models.resnet import ResNetConfig
 from mnist_flax.optimizer import OPTIMIZERS
-from mnist_flax.sections import DRIVERS, SOURCES
+from mnist_flax.sections import SOURCES
 
 pytestmark = pytest.mark.smoke
 
@@ -152,9 +152,8 @@ def test_a_replaced_entry_of_a_registry_makes_another_program(
     assert config.program != before and hash(config.program)
 
 
-def test_every_choice_that_a_config_accepts_has_code() -> None:
+def test_every_source_that_a_config_accepts_has_code() -> None:
     assert set(SOURCES) == {"auto", *load._LOADERS}
-    assert set(DRIVERS) == set(drivers.DRIVERS)
 
 
 def test_configs_compare_every_field_but_may_share_a_program() -> None:

@@ -50,7 +50,7 @@ def test_non_finite_weights_are_not_saved(tmp_path: pathlib.Path, monkeypatch: p
 
         return advance_and_corrupt
 
-    monkeypatch.setitem(drivers.DRIVERS, "scan", corrupting)
+    monkeypatch.setattr(drivers, "scan_steps", corrupting)
     monkeypatch.setattr(jax, "transfer_guard", lambda _: pytest.MonkeyPatch.context())
     config = replace(SMALL, checkpoint__every_steps=5)
     for _ in range(2):

@@ -16,7 +16,7 @@ from mnist_flax.config import Config, Program, replace
 from mnist_flax.data import batches
 from mnist_flax.data.load import load_splits
 from mnist_flax.data.splits import Examples
-from mnist_flax.drivers import Job, driver, jit_init_state, stack
+from mnist_flax.drivers import Job, compile_driver, jit_init_state, stack
 from mnist_flax.logged import METRICS
 from mnist_flax.run import checkpoint
 from mnist_flax.run.log import RunLog
@@ -43,7 +43,7 @@ def train_with(name: str, program: Program, examples: Examples, cuts: list[int])
     job = Job(program, [0], [np.arange(96, dtype=np.int32)], examples)
     state = jit_init_state(program, KEY)
     states = stack([state.replace(step=state.step + cuts[0])], job)
-    advance, history = driver(name, job, states), []
+    advance, history = compile_driver(name, job, states), []
     for start, stop in itertools.pairwise(cuts):
         states, metrics = advance(states, stop - start)
         history.append(metrics)
@@ -115,7 +115,7 @@ def test_an_order_is_no_longer_than_the_run(examples: Examples, monkeypatch: pyt
     for asked, epochs in ((0, 1), (2, 2), (10**6, 3)):
         job = Job(CONFIG.program, [0], [rows], examples, epochs_per_dispatch=asked)
         with pytest.raises(Drawn, match=str(epochs)):
-            driver("scan", job, stack([jit_init_state(CONFIG.program, KEY)], job))
+            compile_driver("scan", job, stack([jit_init_state(CONFIG.program, KEY)], job))
 
 
 def test_call_of_several_epochs_saves_if_a_checkpoint_was_due_within_it(tmp_path: pathlib.Path) -> None:
@@ -158,7 +158,7 @@ def test_bfloat16_trains_to_within_a_tenth_of_a_point() -> None:
         for seed in range(3):
             job = Job(config.program, [seed], [rows], splits.train)
             states = stack([jit_init_state(config.program, rng.root_key(seed))], job)
-            advance = driver("scan", job, states)
+            advance = compile_driver("scan", job, states)
             for _ in range(config.train.epochs):
                 states, _ = advance(states, config.steps_per_epoch)
             state = jax.tree.map(lambda leaf: leaf[0], states)

@@ -203,7 +203,7 @@ def test_a_finished_population_is_not_trained_again_but_can_get_more_members(
     assert "is finished; to train further, raise --config.train.epochs or raise --seeds" in caplog.text
     summary = (workdir / "members" / "seed-4" / "summary.json").read_bytes()
     with monkeypatch.context() as patch:  # the new member trains alone, but with the driver of a group
-        patch.setitem(drivers.DRIVERS, "stream", None)
+        patch.setattr(drivers, "stream_steps", None)
         result = fit_population(replace(CONFIG, train__driver="stream"), workdir, seeds=4)
     assert [member["name"] for member in result["members"]] == ["seed-3", "seed-4", "seed-5", "seed-6"]
     assert result["members"][:3] == json.loads((seeds / "population.json").read_text())["members"]

@@ -20,7 +20,7 @@ from mnist_flax.analysis.evaluation import make_predictor, predict_logits
 from mnist_flax.config import Config, replace
 from mnist_flax.data.augment import AugmentConfig, augment
 from mnist_flax.data.splits import Examples
-from mnist_flax.drivers import Job, driver, jit_init_state, job_mesh, stack
+from mnist_flax.drivers import Job, compile_driver, jit_init_state, job_mesh, stack
 from mnist_flax.errors import ConfigError
 from mnist_flax.models.layers import Dropout
 from mnist_flax.run import checkpoint
@@ -144,7 +144,7 @@ def train_on(count: int, name: str, examples: Examples, num_steps: int) -> tuple
     rows = np.arange(CONFIG.num_train_rows, dtype=np.int32)
     job = Job(CONFIG.program, [0], [rows], examples, num_devices=count)
     state = stack([jit_init_state(CONFIG.program, KEY)], job)
-    advance = driver(name, job, state)
+    advance = compile_driver(name, job, state)
     history = []
     for _ in range(0, num_steps, 6):
         state, metrics = advance(state, 6)

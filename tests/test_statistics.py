@@ -15,11 +15,11 @@ from small_population import CONFIG
 from mnist_flax.analysis import comparison, evaluation, statistics
 from mnist_flax.analysis.evaluation import (
     evaluate,
-    is_population_result,
     load_predictor,
     make_predictor,
     mean_logits,
 )
+from mnist_flax.analysis.population_file import is_population_result
 from mnist_flax.analysis.report import plots
 from mnist_flax.analysis.scores import evaluate_workdir
 from mnist_flax.config import replace

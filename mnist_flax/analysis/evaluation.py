@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 import pathlib
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mnist_flax import metrics, sharding
+from mnist_flax.analysis.population_file import POPULATION, member_folders
 from mnist_flax.config import Config, Program, differences
 from mnist_flax.data.batches import NO_LABEL
 from mnist_flax.data.splits import Examples
@@ -26,23 +26,6 @@ from mnist_flax.step import Variables, eval_variables
 
 Facts = dict[str, Any]  # ready for JSON
 
-POPULATION = "population.json"
-_MEMBER = re.compile(r"(seed|fold)-\d+")  # the folder of a member
-_SCORES = {"accuracy": NUMBER, "loss": NUMBER}
-_SPREADS = {"mean": _SCORES, "sd": _SCORES, "interval": {"accuracy": [NUMBER]}}
-_RESULT = {  # the schema of `population.json`, as far as other commands read it
-    **{"kind": str, "dataset": str, "dataset_fingerprint": str, "config": {}, "steps": int},
-    "members": [{"name": str, "seed": int, **_SCORES}],
-    **_SPREADS,
-    "committee": {**_SCORES, "examples": int},
-    "agreement": {"examples_by_members_right": [int], "none_right": [object]},
-}
-_FOLDS = {
-    **_RESULT,
-    "members": [{"name": str, "seed": int, "fold": int, **_SCORES}],
-    "out_of_fold": {"folds": [_SCORES], "correct": int, "examples": int, **_SPREADS},
-}
-KINDS = ("seeds", "folds")  # of populations
 VIEW_SHIFTS = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))  # by how many pixels each view is shifted down and right
 # The fields of a predictor that are fitted on hold-out rows, with the values for a run that holds out none.
 UNFITTED = {"temperature": 1.0, "doubtful_below": 0.95, "most_ink": 1.0}
@@ -250,7 +233,7 @@ def load_predictor(workdir: pathlib.Path, checkpoint: str = "latest") -> tuple[P
     """
     is_population = workdirs.MEMBERS in workdirs.names_in(workdir)
     result = workdirs.read_json(workdir / (POPULATION if is_population else workdirs.SUMMARY))
-    folders = _member_folders(workdir, result) if is_population else [workdir]
+    folders = member_folders(workdir, result) if is_population else [workdir]
     runs = tuple(load_run(folder, checkpoint) for folder in folders)
     info = RunInfo(str(result["kind"]) if is_population else "run", runs, is_final=False)
     for folder, run in zip(folders, runs, strict=True):
@@ -264,36 +247,6 @@ def load_predictor(workdir: pathlib.Path, checkpoint: str = "latest") -> tuple[P
     variables = [eval_variables(run.state) for run in runs]
     predictor = make_predictor(info.config, *variables, **(stored_fit(result) if is_final else {}))
     return predictor, info._replace(is_final=is_final)
-
-
-def _member_folders(workdir: pathlib.Path, result: dict[str, Any]) -> list[pathlib.Path]:
-    """Returns the folders of a population's members, in the order of `population.json`.
-
-    Raises:
-      WorkdirError: the population is unfinished, or its result is damaged.
-    """
-    if not is_population_result(result):
-        raise WorkdirError(
-            f"{workdir}: holds a population without a complete {POPULATION}; repeat the training command, which"
-            f" writes it at the end, or name a single run, such as {example_member(workdir)}"
-        )
-    return [workdir / workdirs.MEMBERS / member["name"] for member in result["members"]]
-
-
-def example_member(workdir: pathlib.Path) -> pathlib.Path:
-    """Returns the folder of one member of a population, for a message."""
-    names = [name for name in workdirs.names_in(workdir / workdirs.MEMBERS) if _MEMBER.fullmatch(name)]
-    return workdir / workdirs.MEMBERS / min(names, default="seed-0")
-
-
-def is_population_result(result: Mapping[str, Any]) -> bool:
-    """Returns whether a JSON object has what other commands read from `population.json`."""
-    if any(mismatches(result, _FOLDS if result.get("kind") == "folds" else _RESULT, POPULATION)):
-        return False
-    members = result["members"]
-    counts = result["agreement"]["examples_by_members_right"]
-    named = all(_MEMBER.fullmatch(member["name"]) for member in members)
-    return bool(members) and named and len(counts) > len(members) and result["kind"] in KINDS
 
 
 def stored_fit(result: Mapping[str, Any]) -> dict[str, float]:

@@ -9,7 +9,8 @@ import numpy as np
 
 from mnist_flax import metrics
 from mnist_flax.analysis.calibration import calibration_scores
-from mnist_flax.analysis.evaluation import POPULATION, Evaluation, evaluate, load_predictor
+from mnist_flax.analysis.evaluation import Evaluation, evaluate, load_predictor
+from mnist_flax.analysis.population_file import POPULATION
 from mnist_flax.analysis.run_data import load_data, select_examples
 from mnist_flax.data.registry import DATASETS
 from mnist_flax.errors import ConfigError

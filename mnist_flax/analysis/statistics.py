@@ -13,16 +13,15 @@ import numpy as np
 from mnist_flax import metrics
 from mnist_flax.analysis import calibration, label_errors
 from mnist_flax.analysis.evaluation import (
-    POPULATION,
     Facts,
     evaluation_of,
     fit_of,
-    is_population_result,
     make_predictor,
     mean_logits,
     member_logits,
     stored_fit,
 )
+from mnist_flax.analysis.population_file import POPULATION, is_population_result
 from mnist_flax.analysis.report import plots
 from mnist_flax.config import Config
 from mnist_flax.data import batches

@@ -6,7 +6,8 @@ from typing import Any
 import jax
 
 from mnist_flax import metrics
-from mnist_flax.analysis.evaluation import POPULATION, Predictor, RunInfo
+from mnist_flax.analysis.evaluation import Predictor, RunInfo
+from mnist_flax.analysis.population_file import POPULATION
 from mnist_flax.analysis.report.write import REPORT_FOLDER
 from mnist_flax.analysis.robustness import PUBLISHED, ROBUSTNESS
 from mnist_flax.analysis.scores import result_file

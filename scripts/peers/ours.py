@@ -12,7 +12,7 @@ from mnist_flax import rng
 from mnist_flax.analysis.evaluation import evaluate, make_predictor
 from mnist_flax.config import Config
 from mnist_flax.data import splits
-from mnist_flax.drivers import Job, driver, jit_init_state, stack
+from mnist_flax.drivers import Job, compile_driver, jit_init_state, stack
 from mnist_flax.run import machine
 from mnist_flax.step import eval_variables
 from scripts.peers.harness import Examples, Recipe, serve
@@ -26,7 +26,7 @@ class Ours:
         rows = np.arange(len(train.label), dtype=np.int32)
         job = Job(config.program, [recipe.seed], [rows], splits.Examples(*train))
         self._states = stack([jit_init_state(config.program, rng.root_key(recipe.seed))], job)
-        self._advance = driver(config.train.driver, job, self._states)
+        self._advance = compile_driver(config.train.driver, job, self._states)
 
     def epoch(self) -> float:
         """Trains one epoch."""

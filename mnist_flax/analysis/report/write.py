@@ -7,7 +7,8 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from mnist_flax.analysis.evaluation import evaluate, example_member, load_predictor
+from mnist_flax.analysis.evaluation import evaluate, load_predictor
+from mnist_flax.analysis.population_file import example_member
 from mnist_flax.analysis.report import facts as facts_lib
 from mnist_flax.analysis.report import layers, page, pictures, plots
 from mnist_flax.analysis.report.facts import Reported
