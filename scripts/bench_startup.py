@@ -71,8 +71,8 @@ def probe(started: float, arguments: Sequence[str]) -> None:
 
         seconds["import"] = time.monotonic() - started
         mock.patch.object(train, "load_splits", timed("data", load_splits)).start()
-        compile_driver = timed("compile", drivers.compile_driver)
-        mock.patch.object(drivers, "driver", lambda *args: first_step(compile_driver(*args))).start()
+        compiled = timed("compile", drivers.compile_driver)
+        mock.patch.object(drivers, "compile_driver", lambda *args: first_step(compiled(*args))).start()
         keep_programs()
 
     compilation.keep_programs = after_imports
