@@ -146,6 +146,7 @@ def fit_all(
       UserError, Interrupted: as for `fit`.
     """
     provenance.git_commit()  # remembered for the summary: the checkout may change while the run trains
+    # `bound_together` is innermost: a failing process exits before the stack waits for saves that need the others.
     with stop_request(processes.stop_signals()) as request, contextlib.ExitStack() as stack, processes.bound_together():
         members = [
             stack.enter_context(

@@ -86,7 +86,7 @@ def elastic(pixels: float, y: Array, x: Array, key: Array) -> tuple[Array, Array
     spread = _spline_spread(*y.shape)
     noise = jax.random.normal(key, (2, len(spread)))
     field = pixels * (noise @ spread).reshape(2, *y.shape)
-    y, x = jax.lax.optimization_barrier((y + field[0], x + field[1]))
+    y, x = jax.lax.optimization_barrier((y + field[0], x + field[1]))  # or XLA:CPU repeats the product for each use
     return y, x
 
 
