@@ -310,9 +310,10 @@ def test_a_loss_that_is_undefined_for_padding_trains(examples: Examples, monkeyp
     monkeypatch.setitem(LOSSES, "likelihood", likelihood)
     batch = batch_of(examples, 20)
     padded: Batch = {"image": batch["image"], "label": batch["label"].at[-1].set(NO_LABEL)}
-    trained = {}
+    grads = []
     for loss in ("likelihood", "cross_entropy"):
         program = replace(SMALL, train__loss=loss).program
-        trained[loss], _ = train_step(program, init_state(program, KEY), padded, KEY)
-    for mine, ours in zip(*(jax.tree.leaves(state.params) for state in trained.values()), strict=True):
-        np.testing.assert_allclose(mine, ours, atol=1e-4)
+        state = init_state(program, KEY)
+        grads.append(gradient(program, state.params, state.batch_stats, padded, KEY)[0])
+    for mine, ours in zip(*map(jax.tree.leaves, grads), strict=True):
+        np.testing.assert_allclose(mine, ours, atol=1e-5)  # the same loss, but rounded differently
