@@ -156,6 +156,12 @@ def test_every_source_that_a_config_accepts_has_code() -> None:
     assert set(SOURCES) == {"auto", *load._LOADERS}
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_a_config_can_be_built_from_another(model: str) -> None:
+    config = replace(Config(), model__name=model, augment__shift=2)
+    assert Config.from_dict(config) == config
+
+
 def test_configs_compare_every_field_but_may_share_a_program() -> None:
     config = replace(Config(), data__folds=3)
     for fields in (
