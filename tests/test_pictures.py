@@ -5,8 +5,8 @@ import pytest
 from drawings import Array, difference, draw, encode, only
 from PIL import Image, ImageDraw
 
+from mnist_flax.pictures import blobs, lines
 from mnist_flax.pictures import decode as decode_lib
-from mnist_flax.pictures import lines
 from mnist_flax.pictures.decode import PictureError, decode
 from mnist_flax.pictures.segment import find_digits, read_digits
 
@@ -273,3 +273,13 @@ def test_a_piece_two_pixels_wide_has_no_slope() -> None:
     piece = np.zeros((31, 2), bool)
     piece[15, 1] = True  # the only column of the line lies at x = 0
     assert lines._fitted(piece, 0.0, 15) == (0.0, 15)
+
+
+def test_a_small_piece_mostly_at_the_edge_of_a_shadow_is_not_a_digit() -> None:
+    mask = np.zeros((60, 60), bool)
+    mask[10:50, 10:15] = True  # a one
+    mask[30:42, 40:43] = mask[39:42, 40:52] = True  # a corner
+    nowhere, along_it = np.zeros((60, 60), bool), np.zeros((60, 60), bool)
+    along_it[:, 40:] = True
+    found = [len(blobs.find_blobs(mask, steps, 4.0)[1]) for steps in (nowhere, along_it)]
+    assert found == [2, 1]
