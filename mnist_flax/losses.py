@@ -8,7 +8,10 @@ from jax import Array
 
 
 class Loss(Protocol):
-    """Computes a loss for each example, `f32[B,C], i32[B] -> f32[B]`; rows of padding have some label, too."""
+    """Computes a loss for each example, `f32[B,C], i32[B] -> f32[B]`.
+
+    Rows of padding have the label 0, and their losses are ignored.
+    """
 
     def __call__(self, logits: Array, labels: Array, *, label_smoothing: float) -> Array:
         """Computes the losses."""

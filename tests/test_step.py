@@ -303,7 +303,9 @@ def test_a_loss_without_one_value_for_each_example_is_refused(
         jax.eval_shape(lambda: train_step(program, init_state(program, KEY), batch_of(examples, 20), KEY))
 
 
-def test_a_loss_that_is_undefined_for_padding_trains(examples: Examples, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_is_undefined_for_padding_has_a_gradient(
+    examples: Examples, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def likelihood(logits: Array, labels: Array, *, label_smoothing: float) -> Array:
         right = jnp.sum(jax.nn.softmax(logits) * jax.nn.one_hot(labels, 10), axis=-1)
         return -jnp.log(right)  # infinite for a label that is not a class

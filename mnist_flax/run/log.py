@@ -174,10 +174,10 @@ def read_log(workdir: pathlib.Path, until: float = math.inf) -> list[Record]:
     except (OSError, ValueError, RecursionError):
         return []
     scored = {**LINE, "loss": NUMBER, "accuracy": NUMBER, "examples": int}
-    kinds = {split: scored for split in SPLITS} | {"train": {**scored, "learning_rate": NUMBER}}
+    shapes = dict.fromkeys(SPLITS, scored) | {"train": {**scored, "learning_rate": NUMBER}}
     if any(mismatches(records, [LINE], "log")):
         return []
-    if any(record["split"] not in kinds or any(mismatches(record, kinds[record["split"]], "")) for record in records):
+    if any(record["split"] not in shapes or any(mismatches(record, shapes[record["split"]], "")) for record in records):
         return []
     return [record for record in records if record["step"] <= until]
 
