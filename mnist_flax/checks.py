@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterable, Iterator
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, names: Iterable[str]) -> str:
     """Returns a hint: the known name most similar to `name`, or a list of all of them if none is similar."""
-    known = list(known)
-    match = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {match[0]!r}?" if match else f"choose from: {', '.join(sorted(known))}"
+    known = {known.casefold(): known for known in names}
+    match = difflib.get_close_matches(name.casefold(), known, n=1)
+    return f"did you mean {known[match[0]]!r}?" if match else f"choose from: {', '.join(sorted(known.values()))}"
 
 
 def among(field: str, value: str, choices: Iterable[str], *, is_registry: bool = False) -> Iterator[str]:

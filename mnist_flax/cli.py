@@ -216,7 +216,7 @@ def _flag_hint(name: str) -> str:
 
         field = name.removeprefix("config.")
         if field in dotted(Config()):
-            return f"it is that of the run; this command takes only {', '.join(DATA_FIELDS)}"
+            return f"it is fixed by the run; this command takes only {', '.join(DATA_FIELDS)}"
         return f"this command takes only the fields of the data; {nearest(field, DATA_FIELDS)}"
     if "override" in FLAGS:
         from mnist_flax.config import Config, dotted

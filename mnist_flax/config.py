@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from mnist_flax.checks import among, nearest, within
-from mnist_flax.data.augment import AUGMENTATIONS, AugmentConfig
+from mnist_flax.data.augment import AugmentConfig
 from mnist_flax.data.registry import DATASETS, IMAGE_SIZE
 from mnist_flax.errors import ConfigError, reason
 from mnist_flax.logged import METRICS
@@ -27,7 +27,7 @@ from mnist_flax.losses import LOSSES
 from mnist_flax.models import MODELS
 from mnist_flax.models.base import ModelConfig
 from mnist_flax.models.cnn import CNNConfig
-from mnist_flax.optimizer import OPTIMIZERS, SCHEDULES, OptimizerConfig
+from mnist_flax.optimizer import OPTIMIZERS, SCHEDULES, OptimizerConfig, depends_on_length
 from mnist_flax.sections import CheckpointConfig, DataConfig, EvalConfig, TrainConfig
 
 _UNREGISTERED = "{} is not in MODELS; register it under a name"
@@ -37,9 +37,9 @@ _UNREGISTERED = "{} is not in MODELS; register it under a name"
 class Program:
     """The part of a config that compiled code depends on: hashable, and a static argument of jitted functions.
 
-    Members of a population share compiled code, unless their folds differ in size. `code` holds the network's class and
-    the optimiser, schedule, loss and augmentations that the other fields name, and the logged metrics: a notebook that
-    replaces one gets newly compiled code.
+    Members of a population share compiled code, unless their folds differ in size. `code` holds the classes of the
+    network and its config; the optimiser, schedule, loss and augmentations that the other fields name; and the logged
+    metrics: a notebook that replaces one gets newly compiled code.
     """
 
     model: ModelConfig
@@ -147,7 +147,8 @@ class Config:
     @property
     def length_matters(self) -> bool:
         """Whether a step depends on how many steps the run has, so that a finished run cannot be made longer."""
-        return SCHEDULES[self.optimizer.schedule].needs_end or self.train.augment_until < 1
+        augments_partly = bool(self.augment.strengths) and self.train.augment_until < 1
+        return augments_partly or depends_on_length(self.optimizer, self.num_steps, self.steps_per_epoch)
 
     @property
     def program(self) -> Program:
@@ -165,11 +166,12 @@ class Config:
             num_steps=self.num_steps,
             num_classes=self.num_classes,
             code=(
+                type(self.model),
                 type(self.model.module(self.num_classes)),
                 OPTIMIZERS[self.optimizer.name],
                 SCHEDULES[self.optimizer.schedule],
                 LOSSES[self.train.loss],
-                *(AUGMENTATIONS[name] for name, _ in self.augment.strengths),
+                *((entry.rewrite, entry.move, entry.change) for entry in self.augment.entries()),
                 *METRICS.items(),
             ),
         )
@@ -206,18 +208,6 @@ class Config:
             for field in dataclasses.fields(self)
             for value in [getattr(self, field.name)]
         }
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Reads what `to_json` wrote.
-
-        Raises:
-          ConfigError: the text is not JSON, or not a config.
-        """
-        try:
-            return cls.from_dict(json.loads(text))
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"the saved config is not JSON: {error}") from error
 
     def to_json(self) -> str:
         """Returns the config as indented JSON."""
@@ -276,8 +266,8 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Returns the old and new value, by dotted name, of each field that differs and can change this run's results."""
     there, now = result_fields(old), result_fields(new)
     changed = {name: (there.get(name), now.get(name)) for name in there | now if there.get(name) != now.get(name)}
-    if not new.length_matters:
-        changed.pop("train.epochs", None)
+    if "train.epochs" in changed and not new.length_matters:
+        del changed["train.epochs"]
     return changed
 
 

@@ -21,7 +21,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mnist_flax import rng, sharding
 from mnist_flax.config import Program
 from mnist_flax.data import batches
-from mnist_flax.data.batches import Batch
 from mnist_flax.data.splits import Examples
 from mnist_flax.errors import ConfigError
 from mnist_flax.step import Teacher, TrainState, forward, init_state, train_step, train_steps
@@ -183,7 +182,7 @@ def scan_steps(job: Job, states: TrainState) -> Advance:
 def _jit_stream(program: Program, mesh: Mesh) -> jax.stages.Wrapped:
     """Returns the jitted step of a single run; see `_jit_scan`."""
 
-    def one_step(states: TrainState, batch: Batch, key: Array, teacher: Teacher | None) -> Any:
+    def one_step(states: TrainState, batch: Examples, key: Array, teacher: Teacher | None) -> Any:
         state, metrics = train_step(program, jax.tree.map(lambda leaf: leaf[0], states), batch, key, teacher)
         return jax.tree.map(lambda leaf: leaf[None], state), metrics
 
@@ -198,12 +197,11 @@ def stream_steps(job: Job, states: TrainState) -> Advance:
     root, rows = rng.root_key(job.seeds[0]), jax.device_put(job.rows[0])
     shared = sharding.place((root, job.teacher), everywhere)
     # The stream of batches, by the step of its next one: consecutive calls continue it, any other step starts anew.
-    streams: dict[int, Iterator[Batch]] = {}
+    streams: dict[int, Iterator[Examples]] = {}
 
-    batch = {
-        name: jax.ShapeDtypeStruct((program.batch_size, *array.shape[1:]), array.dtype, sharding=by_batch)
-        for name, array in job.examples._asdict().items()
-    }
+    batch = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct((program.batch_size, *a.shape[1:]), a.dtype, sharding=by_batch), job.examples
+    )
     compiled = _jit_stream(program, mesh).lower(states, batch, *shared).compile()
 
     def advance(states: TrainState, num_steps: int) -> tuple[TrainState, dict[str, np.ndarray]]:
@@ -221,6 +219,5 @@ def stream_steps(job: Job, states: TrainState) -> Advance:
 
 
 def compile_driver(name: str, job: Job, states: TrainState) -> Advance:
-    """Compiles the driver called `name`, `scan` or `stream`; several runs always use `scan`."""
-    make = stream_steps if name == "stream" and len(job.seeds) == 1 else scan_steps
-    return make(job, states)
+    """Compiles the driver called `name`; `stream` takes a single run."""
+    return {"scan": scan_steps, "stream": stream_steps}[name](job, states)

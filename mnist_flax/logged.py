@@ -12,7 +12,8 @@ class StepView(NamedTuple):
 
     Attributes:
       logits: `f32[B,C]`.
-      losses: `f32[B]`, including label smoothing and distillation.
+      losses: `f32[B]`, including label smoothing and distillation; 0 for padding.
+      penalty: `f32[]`, the sum of what the network has sown into the collection `losses`.
       labels: `i32[B]`.
       is_example: `bool[B]`, False for padding.
       grads: the gradient of the mean loss.
@@ -21,6 +22,7 @@ class StepView(NamedTuple):
 
     logits: Array
     losses: Array
+    penalty: Array
     labels: Array
     is_example: Array
     grads: Any
@@ -29,7 +31,7 @@ class StepView(NamedTuple):
 
 # Each entry is a sum over a batch, so that batches of unequal size can be combined. Every entry is logged.
 METRICS: dict[str, Callable[[StepView], Array]] = {
-    "loss": lambda view: jnp.sum(view.losses, where=view.is_example),
+    "loss": lambda view: jnp.sum(view.losses),
     "accuracy": lambda view: jnp.sum(
         jnp.argmax(view.logits, axis=-1) == view.labels, where=view.is_example, dtype=jnp.int32
     ),

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mnist_flax import drivers, rng, sharding
+from mnist_flax import drivers, external, rng, sharding
 from mnist_flax.analysis.calibration import calibrate
 from mnist_flax.analysis.evaluation import evaluate, evaluation_of, fit_of, make_predictor, member_logits
 from mnist_flax.analysis.report.facts import Reported
@@ -41,7 +41,7 @@ from mnist_flax.step import TrainState, eval_variables
 logger = logging.getLogger(__name__)
 
 _SUMMARY = {"steps": int, "epochs": int, "test_accuracy": float, "train_seconds": NUMBER}
-VARIABLES = ("XLA_FLAGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")  # can change how sums are rounded
+ENVIRONMENT = ("XLA_FLAGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")  # can change how sums are rounded
 
 
 @dataclasses.dataclass
@@ -120,7 +120,7 @@ def open_member(
             check_origin(found.record["origin"], fork, teacher, setup, workdir)
             state, record = found.state, found.record
         else:
-            state, source = begin(config, fork)
+            state, source = initial_state(config, fork)
             origin = {"fork": source, "teacher": teacher and teacher.origin, "versions": versions(), "setup": setup}
             record = {"origin": origin}
         summary = finished_summary(config, record["step"], workdir) if found else {}
@@ -137,9 +137,14 @@ def open_member(
 
 
 def setup_of(config: Config, num_devices: int) -> dict[str, str]:
-    """Returns the settings that change how sums are rounded, besides those in `provenance.versions`."""
-    variables = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
-    return {"driver": config.train.driver, "devices": str(num_devices), **variables}
+    """Returns what else can change a result: settings that change how sums are rounded, and the user's own code."""
+    environment = {name: os.environ[name] for name in ENVIRONMENT if os.environ.get(name)}
+    return {
+        "driver": config.train.driver,
+        "devices": str(num_devices),
+        **environment,
+        **external.digests(config.program.code),
+    }
 
 
 @functools.lru_cache(maxsize=1)
@@ -164,7 +169,7 @@ def announce_finished(config: Config, workdir: pathlib.Path, summary: Mapping[st
     )
 
 
-def begin(config: Config, fork: pathlib.Path | None) -> tuple[TrainState, dict[str, Any] | None]:
+def initial_state(config: Config, fork: pathlib.Path | None) -> tuple[TrainState, dict[str, Any] | None]:
     """Returns the initial state of a new run, and which run and step its weights are from, ready for JSON.
 
     Raises:
@@ -177,7 +182,7 @@ def begin(config: Config, fork: pathlib.Path | None) -> tuple[TrainState, dict[s
         source = checkpoint.load_run(fork)
     except WorkdirError as error:
         raise WorkdirError(f"--fork: {error}") from error
-    weights = {"params": source.state.params, "batch_stats": source.state.batch_stats}
+    weights = eval_variables(source.state)
     there = checkpoint.layout(weights)
     here = checkpoint.layout({"params": state.params, "batch_stats": state.batch_stats})
     differing = [name for name in there | here if there.get(name) != here.get(name)]
@@ -222,7 +227,7 @@ def check_origin(
     before, now = origin["versions"] | (origin.get("setup") or setup), versions() | setup
     differing = [name for name in before | now if before.get(name) != now.get(name)]
     if changed := [f"{name} {before.get(name)} -> {now.get(name)}" for name in differing]:
-        logger.warning("this run began with another setup; its last bits may differ: %s", ", ".join(changed))
+        logger.warning("this run began with another setup, so its result may differ: %s", ", ".join(changed))
 
 
 def announce(members: Sequence[Member], splits: Splits) -> None:
@@ -311,7 +316,8 @@ def finish(member: Member, splits: Splits) -> None:
         "earlier_versions": log.versions[:-1],
         **provenance(),
     }
-    logger.info("%s: test %s, after %.1f s of training", splits.name, evaluation.line(), log.seconds)
+    name = f"{workdir.name}, " if workdir.parent.name == workdirs.MEMBERS else ""
+    logger.info("%s%s: test %s, after %.1f s of training", name, splits.name, evaluation.line(), log.seconds)
     if config.train.demo:
         try:
             logger.info("draw digits: %s", demo.write_page(config, predictor, evaluation, splits, log.step, workdir))

@@ -1,19 +1,15 @@
 """Initialises the network of a program, and checks that the rest of the package can use it."""
 
-import contextlib
-import pathlib
-import traceback
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mnist_flax import rng
+from mnist_flax import external, rng
 from mnist_flax.config import Program
 from mnist_flax.data.registry import IMAGE_SIZE
-from mnist_flax.errors import ConfigError, UserError, reason
+from mnist_flax.errors import ConfigError
 
 
 def init_variables(program: Program, key: Array) -> dict[str, Any]:
@@ -23,28 +19,24 @@ def init_variables(program: Program, key: Array) -> dict[str, Any]:
       ConfigError: the network does not return one logit for each class, has no weights, or, if it comes from outside
         the package, raises an error.
     """
-    with _naming_the_line(program):
+    family = type(program.model)
+    with external.naming_the_line(f"config.model: the network of {family.__name__}", family.module, family):
         made: Any = program.model.module(program.num_classes).init_with_output(
             key, jnp.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 1))
         )
         logits, variables = made
         _check_logits(program, logits, 1)
-        if others := variables.keys() - {"params", "batch_stats"}:
+        if others := variables.keys() - {"params", "batch_stats", "losses"}:
             raise ConfigError(
-                f"config.model: the network of {type(program.model).__name__} keeps variables in {min(others)!r};"
+                f"config.model: the network of {family.__name__} keeps variables in {min(others)!r};"
                 " only 'params' and 'batch_stats' are kept from step to step"
             )
         if not variables.get("params"):
-            raise ConfigError(f"config.model: the network of {type(program.model).__name__} has no weights to train")
-        if is_external(program):
+            raise ConfigError(f"config.model: the network of {family.__name__} has no weights to train")
+        if external.is_external(family):
             # Some mistakes, such as a missing axis, show only with several images.
             _check_logits(program, jax.eval_shape(lambda: _train_logits(program, variables, 3)), 3)
     return dict(variables)
-
-
-def is_external(program: Program) -> bool:
-    """Returns whether the network comes from outside the package."""
-    return not type(program.model).__module__.startswith("mnist_flax.")
 
 
 def _train_logits(program: Program, variables: Any, count: int) -> Any:
@@ -64,23 +56,3 @@ def _check_logits(program: Program, logits: Any, count: int) -> None:
             f" {'one image' if count == 1 else f'{count} images'}; it must return one logit for each of the"
             f" {program.num_classes} classes"
         )
-
-
-@contextlib.contextmanager
-def _naming_the_line(program: Program) -> Iterator[None]:
-    """Converts an error in a network from outside the package into one message that names its line.
-
-    Raises:
-      ConfigError: instead of the error.
-    """
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, UserError) or not is_external(program):
-            raise
-        file = type(program.model).module.__code__.co_filename
-        lines = [f", line {at.lineno}" for at in traceback.extract_tb(error.__traceback__) if at.filename == file]
-        raise ConfigError(
-            f"config.model: the network of {type(program.model).__name__} fails ({pathlib.Path(file).name}"
-            f"{lines[-1] if lines else ''}: {type(error).__name__}: {reason(error)})"
-        ) from error

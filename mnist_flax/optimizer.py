@@ -1,10 +1,12 @@
 """Learning-rate schedules and optimisers: each entry builds an optax schedule or transformation from the config."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
+import numpy as np
 import optax
 
 from mnist_flax.checks import among, within
@@ -84,11 +86,13 @@ class OptimizerConfig:
         entries: list[Optimizer | Schedule] = [*OPTIMIZERS.values(), *SCHEDULES.values()]
         optional = {field for entry in entries for field in entry.fields}
         read = {*OPTIMIZERS[self.name].fields, *SCHEDULES[self.schedule].fields}
+        if SCHEDULES[self.schedule].has_warmup:
+            optional.add("warmup_epochs")
         return [name for name in sorted(optional - read) if getattr(self, name) != getattr(default, name)]
 
 
 class RunLength(NamedTuple):
-    """The length of a run in updates, without the warm-up."""
+    """The length of a run in updates, without the warm-up; at least 1."""
 
     num_steps: int
     steps_per_epoch: int
@@ -97,14 +101,17 @@ class RunLength(NamedTuple):
 class Schedule(NamedTuple):
     """A learning rate over a run, as a function of the number of finished updates.
 
-    `fields` names the fields of `OptimizerConfig` that it reads, except `learning_rate`. If they include
-    `warmup_epochs`, `schedule` puts the warm-up before it, so `make` must not read that field. `needs_end` says that it
-    depends on where the run ends, so a finished run cannot be trained further.
+    `fields` names the fields of `OptimizerConfig` that it reads besides `learning_rate`. A warm-up comes before it
+    unless it has its own (`has_warmup`).
+
+        SCHEDULES["halving"] = Schedule(
+            lambda config, run: optax.exponential_decay(config.learning_rate, run.steps_per_epoch, 0.5, staircase=True)
+        )
     """
 
     make: Callable[[OptimizerConfig, RunLength], optax.Schedule]
     fields: tuple[str, ...] = ()
-    needs_end: bool = False
+    has_warmup: bool = False
 
 
 def _one_cycle(config: OptimizerConfig, run: RunLength) -> optax.Schedule:
@@ -122,39 +129,42 @@ def _decay(config: OptimizerConfig, run: RunLength, *, staircase: bool) -> optax
 
 
 SCHEDULES: dict[str, Schedule] = {
-    "constant": Schedule(lambda config, run: optax.constant_schedule(config.learning_rate), ("warmup_epochs",)),
+    "constant": Schedule(lambda config, run: optax.constant_schedule(config.learning_rate)),
     "linear": Schedule(
         lambda config, run: optax.linear_schedule(
-            config.learning_rate, config.learning_rate * config.end_fraction, max(1, run.num_steps)
+            config.learning_rate, config.learning_rate * config.end_fraction, run.num_steps
         ),
-        ("warmup_epochs", "end_fraction"),
-        needs_end=True,
+        ("end_fraction",),
     ),
     "cosine": Schedule(  # Loshchilov and Hutter (2017), without restarts
-        lambda config, run: optax.cosine_decay_schedule(
-            config.learning_rate, max(1, run.num_steps), alpha=config.end_fraction
-        ),
-        ("warmup_epochs", "end_fraction"),
-        needs_end=True,
+        lambda config, run: optax.cosine_decay_schedule(config.learning_rate, run.num_steps, alpha=config.end_fraction),
+        ("end_fraction",),
     ),
-    "one_cycle": Schedule(_one_cycle, ("start_fraction", "peak_at", "end_fraction"), needs_end=True),
-    "exponential": Schedule(
-        lambda config, run: _decay(config, run, staircase=False), ("warmup_epochs", "decay_rate", "decay_epochs")
-    ),
-    "step": Schedule(
-        lambda config, run: _decay(config, run, staircase=True), ("warmup_epochs", "decay_rate", "decay_epochs")
-    ),
+    "one_cycle": Schedule(_one_cycle, ("start_fraction", "peak_at", "end_fraction"), has_warmup=True),
+    "exponential": Schedule(lambda config, run: _decay(config, run, staircase=False), ("decay_rate", "decay_epochs")),
+    "step": Schedule(lambda config, run: _decay(config, run, staircase=True), ("decay_rate", "decay_epochs")),
 }
 
 
 def schedule(config: OptimizerConfig, num_steps: int, steps_per_epoch: int) -> optax.Schedule:
     """Returns the learning rate as a function of the number of finished updates."""
     entry = SCHEDULES[config.schedule]
-    warmup = round(config.warmup_epochs * steps_per_epoch) if "warmup_epochs" in entry.fields else 0
-    main = entry.make(config, RunLength(num_steps - warmup, steps_per_epoch))
+    warmup = round(config.warmup_epochs * steps_per_epoch) if not entry.has_warmup else 0
+    main = entry.make(config, RunLength(max(1, num_steps - warmup), steps_per_epoch))
     if not warmup:
         return main
     return optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, warmup), main], [warmup])
+
+
+@functools.lru_cache
+def depends_on_length(config: OptimizerConfig, num_steps: int, steps_per_epoch: int) -> bool:
+    """Returns whether the learning rate would differ within this run if the run were twice as long.
+
+    Compares 33 steps from the first to the last; if they differ, a finished run cannot be trained further.
+    """
+    runs = [schedule(config, length, steps_per_epoch) for length in (num_steps, 2 * num_steps)]
+    steps = np.unique(np.linspace(0, num_steps - 1, 33).round().astype(int)).tolist()
+    return any(float(runs[0](step)) != float(runs[1](step)) for step in steps)
 
 
 def decay_mask(params: optax.Params) -> optax.Params:

@@ -44,7 +44,7 @@ def comparison_text(folders: Sequence[str]) -> str:
     for name in ("config", "seeds", "folds", "workdir"):
         if FLAGS[name].present:
             raise ConfigError(f"--{name}: cannot be combined with --compare; leave it out")
-    if len(folders) != 2:
+    if len(folders) != 2 or not all(folders):
         raise ConfigError(f"--compare={','.join(folders)}: name two folders, such as --compare=runs/a,runs/b")
     from mnist_flax.analysis import comparison
     from mnist_flax.analysis.run_data import check_overrides

@@ -38,18 +38,20 @@ def main(argv: Sequence[str]) -> None:
     """Reads the digits in the pictures given on the command line."""
     if not argv[1:]:
         raise ConfigError("no picture is named: name files, folders or patterns, or - for standard input")
-    workdir = cli.workdir()
+    workdir, save_to = cli.workdir(), cli.path_of("save_preprocessed")
     from mnist_flax.pictures import files, parallel, segment
 
     found = list(files.find_files(argv[1:]))
     read = segment.read_as_is if flags.FLAGS.as_is else segment.read_digits
     with parallel.read_ahead(found, read) as outcomes:  # starts processes, so before JAX is imported
-        failed = print_answers(found, outcomes, workdir)
+        failed = print_answers(found, outcomes, workdir, save_to)
     if failed:
         raise PicturesError(f"{failed} of {len(found)} pictures could not be read")
 
 
-def print_answers(found: Sequence[str], outcomes: Iterable[tuple[str, Any]], workdir: pathlib.Path) -> int:
+def print_answers(
+    found: Sequence[str], outcomes: Iterable[tuple[str, Any]], workdir: pathlib.Path, save_to: pathlib.Path | None
+) -> int:
     """Classifies the digits of the pictures and prints a line for each; returns how many pictures could not be read."""
     values = flags.FLAGS
     from mnist_flax.analysis.evaluation import answer, load_predictor
@@ -76,9 +78,8 @@ def print_answers(found: Sequence[str], outcomes: Iterable[tuple[str, Any]], wor
             continue
         line = reading.as_json(name, result, class_names)
         print(line if values.json else reading.as_table(name, result, width, class_names), flush=True)
-        if values.save_preprocessed:
-            images = [digit.image for digit in result]
-            files.save_images(images, cli.path(values.save_preprocessed), number, name)
+        if save_to:
+            files.save_images([digit.image for digit in result], save_to, number, name)
     return failed
 
 

@@ -39,7 +39,7 @@ def find_preset(name: str) -> pathlib.Path:
             return path
     except (OSError, ValueError) as error:
         beside = [str(file) for file in sorted(path.parent.glob("*.py"))] if path.parent.is_dir() else []
-        others = list(known) if name == path.stem else beside
+        others = [*beside, *known] if name == path.name else beside
         hint = f"; {nearest(name, others)}" if others else ""
         raise ConfigError(f"--config={name}: cannot be read ({reason(error)}){hint}") from error
     return known[name]
@@ -80,6 +80,8 @@ def run_preset(path: pathlib.Path) -> dict[str, Any]:
     Raises:
       ConfigError: the preset fails, has no `get_config()`, or returns something else.
     """
+    if path.suffix == ".json":
+        raise ConfigError(f"--config={path}: is not a Python file; to repeat a run, name its report/config.py")
     module = types.ModuleType(f"preset_{path.stem}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # dataclasses look up the types of their fields there

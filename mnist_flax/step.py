@@ -13,9 +13,10 @@ from mnist_flax import rng
 from mnist_flax.config import Program
 from mnist_flax.data import batches
 from mnist_flax.data.augment import augment
-from mnist_flax.data.batches import Batch
-from mnist_flax.data.splits import Examples
+from mnist_flax.data.registry import IMAGE_SIZE
+from mnist_flax.data.splits import Examples, check_images
 from mnist_flax.errors import ConfigError
+from mnist_flax.external import naming_the_line
 from mnist_flax.logged import METRICS, StepView
 from mnist_flax.losses import LOSSES
 from mnist_flax.network import init_variables
@@ -126,53 +127,68 @@ def soft_targets(teacher: Teacher, images: Array) -> Array:
 
 
 def loss_fn(
-    program: Program, params: Any, batch_stats: Any, batch: Batch, key: Array, targets: Array | None = None
+    program: Program, params: Any, batch_stats: Any, batch: Examples, key: Array, targets: Array | None = None
 ) -> tuple[Array, Any]:
-    """Computes the mean training loss of a batch, `f32[]`, ignoring padding (`NO_LABEL`).
+    """Computes the training loss of a batch, `f32[]`: the mean over its examples, plus the network's own penalties.
 
-    Also returns the logits, the losses `f32[B]` and the updated running statistics. `key` is for dropout, and `targets`
-    are the `soft_targets` of a teacher. With cross-entropy, which is linear in its target, mixing the two losses is the
-    same as mixing labels and probabilities (Hinton, Vinyals and Dean, 2015).
+    Also returns the logits, the losses `f32[B]` (0 for padding), the sum of the penalties, which the network sows into
+    the collection `losses`, and the updated running statistics. `key` is for dropout, and `targets` are the
+    `soft_targets` of a teacher. With cross-entropy, which is linear in its target, mixing the two losses is the same as
+    mixing labels and probabilities (Hinton, Vinyals and Dean, 2015).
 
     Raises:
-      ConfigError: the loss function does not return one value for each example.
+      ConfigError: the loss function does not return one value for each example, or a penalty is not a scalar.
     """
-    is_example = batch["label"] != batches.NO_LABEL
+    is_example = batch.label != batches.NO_LABEL
     logits, updates = program.model.module(program.num_classes, train=True).apply(
         {"params": params, "batch_stats": batch_stats},
-        scale_pixels(program, crop(program, batch["image"])),
+        scale_pixels(program, crop(program, batch.image)),
         is_example,
         rngs={"dropout": key},
-        mutable=["batch_stats"],
+        mutable=["batch_stats", "losses"],
     )
     # Padding gets the label 0: a loss that is infinite or undefined for -1 would make the whole gradient NaN.
-    labels = jnp.maximum(batch["label"], 0)
-    losses = LOSSES[program.loss](logits, labels, label_smoothing=program.label_smoothing)
-    if losses.shape != batch["label"].shape:  # it would be broadcast
+    labels = jnp.maximum(batch.label, 0)
+    loss = LOSSES[program.loss]
+    with naming_the_line(f"config.train.loss = {program.loss!r}", loss):
+        losses = loss(logits, labels, label_smoothing=program.label_smoothing)
+    if losses.shape != batch.label.shape:  # it would be broadcast
         raise ConfigError(
             f"config.train.loss = {program.loss!r}: returns an array of shape {losses.shape} for a batch of"
-            f" {len(logits)}; return one loss for each example, of shape {batch['label'].shape}"
+            f" {len(logits)}; return one loss for each example, of shape {batch.label.shape}"
         )
     if targets is not None:
         weight = program.teacher_weight
         losses = (1.0 - weight) * losses + weight * optax.softmax_cross_entropy(logits, targets)
-    total = jnp.sum(losses, where=is_example)
-    return total / jnp.sum(is_example, dtype=jnp.int32), (logits, losses, updates.get("batch_stats", {}))
+    losses = jnp.where(is_example, losses, 0)
+    mean = jnp.sum(losses) / jnp.sum(is_example, dtype=jnp.int32)
+    penalty = _sum_of_penalties(program, updates.get("losses", {}))
+    return mean + penalty, (logits, losses, penalty, updates.get("batch_stats", {}))
 
 
-def augmented_images(program: Program, batch: Batch, key: Array, step: Array) -> Array:
+def _sum_of_penalties(program: Program, sown: Any) -> Array:
+    for penalty in jax.tree.leaves(sown):
+        if jnp.shape(penalty):
+            raise ConfigError(
+                f"config.model: the network of {type(program.model).__name__} sows an array of shape"
+                f" {jnp.shape(penalty)} into 'losses'; sow a scalar, such as a mean over the rows that `mask` marks"
+            )
+    return jnp.asarray(sum(jax.tree.leaves(sown)), jnp.float32)
+
+
+def augmented_images(program: Program, batch: Examples, key: Array, step: Array) -> Array:
     """Returns the images that a step trains on, `u8[B,H,W,1]`: augmented, or the originals after `augment_until`."""
 
     def augmented() -> Array:
-        return augment(program.augment, batch["image"], batch["label"], rng.stream(key, "augment", step))
+        return augment(program.augment, batch.image, batch.label, rng.stream(key, "augment", step))
 
     if program.augment_until == 1:
         return augmented()
-    return jax.lax.cond(step < round(program.augment_until * program.num_steps), augmented, lambda: batch["image"])
+    return jax.lax.cond(step < round(program.augment_until * program.num_steps), augmented, lambda: batch.image)
 
 
 def train_step(
-    program: Program, state: TrainState, batch: Batch, key: Array, teacher: Teacher | None = None
+    program: Program, state: TrainState, batch: Examples, key: Array, teacher: Teacher | None = None
 ) -> tuple[TrainState, Metrics]:
     """Makes one update: augment, forward, loss, gradient, optimiser, moving average.
 
@@ -180,19 +196,22 @@ def train_step(
     The batch must hold at least one example. The metrics are computed with the weights before the update.
 
     Raises:
-      TypeError: the images are not of type uint8; they may be scaled already.
+      TypeError, ValueError: the images are not `u8[B,28,28,1]`.
     """
-    if batch["image"].dtype != jnp.uint8:
-        raise TypeError(f"images are of type {batch['image'].dtype}; pass grey values from 0 to 255, of type uint8")
+    check_images(batch.image)
     images = augmented_images(program, batch, key, state.step)
-    augmented: Batch = {"image": images, "label": batch["label"]}
     targets = soft_targets(teacher, images) if teacher else None
-    grads, (logits, losses, batch_stats) = jax.grad(loss_fn, argnums=1, has_aux=True)(
-        program, state.params, state.batch_stats, augmented, rng.stream(key, "dropout", state.step), targets
+    grads, (logits, losses, penalty, batch_stats) = jax.grad(loss_fn, argnums=1, has_aux=True)(
+        program,
+        state.params,
+        state.batch_stats,
+        Examples(images, batch.label),
+        rng.stream(key, "dropout", state.step),
+        targets,
     )
     updates, opt_state = _optimizer(program).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    view = StepView(logits, losses, batch["label"], batch["label"] != batches.NO_LABEL, grads, state.params)
+    view = StepView(logits, losses, penalty, batch.label, batch.label != batches.NO_LABEL, grads, state.params)
     return (
         TrainState(
             step=state.step + 1,
@@ -211,13 +230,27 @@ def _metrics(view: StepView) -> Metrics:
     Raises:
       ConfigError: a metric is not a scalar, or has the name of another entry of a log line.
     """
-    found = {name: jnp.asarray(metric(view)) for name, metric in METRICS.items()}
-    for name, value in found.items():
+    found: Metrics = {}
+    for name, metric in METRICS.items():
+        with naming_the_line(f"METRICS[{name!r}]", metric):
+            value = jnp.asarray(metric(view))
         if name in _RESERVED:
             raise ConfigError(f"METRICS[{name!r}]: every log line has this entry already; choose another name")
         if value.shape:
             raise ConfigError(f"METRICS[{name!r}]: has the shape {value.shape}; return a scalar, a sum over examples")
-    return {name: value.astype(jnp.int32) if value.dtype == bool else value for name, value in found.items()}
+        found[name] = value.astype(jnp.int32) if value.dtype == bool else value
+    return found
+
+
+def try_step(program: Program) -> None:
+    """Traces an update of three images, without computing anything, so that code from outside the package is tried.
+
+    Raises:
+      ConfigError: the network, loss, augmentations or metrics cannot be used.
+    """
+    image = jax.ShapeDtypeStruct((3, IMAGE_SIZE, IMAGE_SIZE, 1), jnp.uint8)
+    batch = Examples(image, jax.ShapeDtypeStruct((3,), jnp.int32))
+    jax.eval_shape(functools.partial(train_step, program), state_shapes(program), batch, rng.root_key(0))
 
 
 def moving_average(decay: float, ema: Any, params: Any, step: Array) -> Any:

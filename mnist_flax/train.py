@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mnist_flax import drivers, sharding
+from mnist_flax import drivers, external, sharding
 from mnist_flax.analysis import statistics
 from mnist_flax.config import Config, dotted, replace
 from mnist_flax.data.load import adapt_to_dataset, load_splits
@@ -31,14 +31,13 @@ from mnist_flax.members import (
     trained_member,
 )
 from mnist_flax.memory import check_memory
-from mnist_flax.network import is_external
 from mnist_flax.pacing import is_save_due, next_call_limit, next_stop
 from mnist_flax.run import checkpoint, console, processes, provenance
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.log import check_finite
 from mnist_flax.run.progress import Progress
 from mnist_flax.run.signals import Interrupted, StopRequest, stop_request
-from mnist_flax.step import TrainState, state_shapes
+from mnist_flax.step import TrainState, try_step
 
 logger = logging.getLogger(__name__)
 
@@ -87,11 +86,11 @@ def check_program(config: Config, teacher: LoadedTeacher | None) -> None:
     """Checks what can be checked without data, before data is read or anything is written.
 
     Raises:
-      ConfigError: there are too few devices or too little memory, or a network from outside the package cannot be used.
+      ConfigError: there are too few devices or too little memory, or code from outside the package cannot be used.
     """
     sharding.make_mesh(config.train.num_devices)
-    if is_external(config.program):
-        state_shapes(config.program)
+    if external.entries(config.program.code):
+        try_step(config.program)
     check_memory(config, teacher and teacher.arrays)
 
 
@@ -256,7 +255,8 @@ def unstack(members: Sequence[Member], states: TrainState, step: int) -> None:
     for i, member in enumerate(members):
         member.state = jax.tree.map(lambda leaf, i=i: np.array(leaf[i]), on_host)
         for leaf in jax.tree.leaves((member.state.params, member.state.batch_stats, member.state.ema)):
-            check_finite(float(np.max(np.abs(leaf))), f"{member.workdir}: the largest weight after step {step}")
+            largest = float(np.max(np.abs(leaf), initial=0))
+            check_finite(largest, f"{member.workdir}: the largest weight after step {step}")
 
 
 def stop_if_requested(members: Sequence[Member], signum: int) -> None:

@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
     write_dataset(train, splits.test, workdir / "data")
     config = replace(config, data__name=name, data__raw_dir=str(workdir / "data"), data__num_train=0, data__holdout=0)
     fit_population(config, workdir / "folds", folds=FLAGS.folds)
-    arrays = statistics.load_arrays(workdir / "folds", "folds")
+    arrays = statistics.load_arrays(workdir / "folds", "folds", FLAGS.folds)
     joint = label_errors.confident_joint(arrays["out_of_fold_probs"], arrays["out_of_fold_label"])
     wrong = wrong[arrays["rows"]]
     k, ranking = int(wrong.sum()), joint.ranking

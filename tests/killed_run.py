@@ -3,6 +3,7 @@
 python tests/killed_run.py CONFIG.json WORKDIR MOMENT
 """
 
+import json
 import os
 import pathlib
 import shutil
@@ -78,4 +79,4 @@ MOMENTS_OF_A_REPORT: dict[str, Callable[[], None]] = {
 
 if __name__ == "__main__":
     (MOMENTS | MOMENTS_OF_A_REPORT)[sys.argv[3]]()
-    train.fit(Config.from_json(pathlib.Path(sys.argv[1]).read_text()), pathlib.Path(sys.argv[2]))
+    train.fit(Config.from_dict(json.loads(pathlib.Path(sys.argv[1]).read_text())), pathlib.Path(sys.argv[2]))

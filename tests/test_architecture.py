@@ -14,7 +14,7 @@ pytestmark = pytest.mark.smoke
 RUN_BASICS = ("run.console", "run.machine", "run.schema", "run.signals")
 LAYERS = [
     ["errors"],
-    ["checks", "rng", "metrics", "sharding", "templates", "ops", *RUN_BASICS],
+    ["checks", "external", "rng", "metrics", "sharding", "templates", "ops", *RUN_BASICS],
     ["models", "optimizer", "losses", "logged", "data.registry", "data.pens", "data.framing"],
     ["data.augment"],
     ["sections"],

@@ -41,9 +41,9 @@ def test_order_is_the_same_inside_and_outside_jit() -> None:
 
 def test_take_gives_padding_no_label(examples: Examples) -> None:
     batch = batches.take(jax.device_put(examples), jnp.array([5, 2, -1]))
-    assert batch["label"].tolist() == [5, 2, NO_LABEL]
-    np.testing.assert_array_equal(batch["image"][:2], examples.image[[5, 2]])
-    assert batch["image"].dtype == jnp.uint8
+    assert batch.label.tolist() == [5, 2, NO_LABEL]
+    np.testing.assert_array_equal(batch.image[:2], examples.image[[5, 2]])
+    assert batch.image.dtype == jnp.uint8
 
 
 @pytest.mark.parametrize("start_step", [0, 3, 7, 8, 20])
@@ -55,9 +55,9 @@ def test_stream_yields_the_same_batches_as_take(examples: Examples, start_step: 
     for step, batch in zip(range(start_step, start_step + 10), stream, strict=False):
         order = batches.epoch_order(KEY, step // 8, jnp.asarray(rows), 12)
         expected = batches.take(on_device, order[step % 8])
-        np.testing.assert_array_equal(batch["label"], expected["label"])
-        is_example = np.asarray(batch["label"]) != NO_LABEL
-        np.testing.assert_array_equal(np.asarray(batch["image"])[is_example], np.asarray(expected["image"])[is_example])
+        np.testing.assert_array_equal(batch.label, expected.label)
+        is_example = np.asarray(batch.label) != NO_LABEL
+        np.testing.assert_array_equal(np.asarray(batch.image)[is_example], np.asarray(expected.image)[is_example])
 
 
 def test_spread_rows_is_stratified_and_deterministic() -> None:

@@ -12,7 +12,7 @@ from scipy.optimize import minimize
 
 from mnist_flax.analysis import calibration
 from mnist_flax.analysis.calibration import calibrate, calibration_scores, fit_temperature
-from mnist_flax.analysis.evaluation import UNFITTED, answer, evaluate, load_predictor, predict_logits, stored_fit
+from mnist_flax.analysis.evaluation import answer, default_fit, evaluate, load_predictor, predict_logits, stored_fit
 from mnist_flax.analysis.run_data import load_data, select_examples
 from mnist_flax.analysis.scores import evaluate_workdir, evaluation_table
 from mnist_flax.data.splits import Examples
@@ -95,7 +95,7 @@ def test_one_percent_of_the_hold_out_rows_are_doubted() -> None:
     logits *= 20  # the network is sure
     below = calibration.fit_doubt(logits)
     assert np.sum(np.exp(log_probabilities(logits)).max(axis=-1) < below) == 10
-    assert calibration.fit_doubt(logits[:99]) == UNFITTED["doubtful_below"]
+    assert calibration.fit_doubt(logits[:99]) is None
     assert calibration.fit_doubt(logits / 1000) == 0.5  # a network that knows nothing
 
 
@@ -110,13 +110,13 @@ def test_doubt_is_stored_with_the_run_and_loaded(tmp_path: pathlib.Path) -> None
     del summary["doubtful_below"], summary["most_ink"]  # as in a run of a version that did not store them
     (workdir / "summary.json").write_text(json.dumps(summary))
     old, _ = load_predictor(workdir)
-    assert (old.doubtful_below, old.most_ink) == (UNFITTED["doubtful_below"], 1.0)
+    assert (old.doubtful_below, old.most_ink) == (default_fit(info.config.program)["doubtful_below"], 1.0)
 
 
 @pytest.mark.parametrize("value", [None, "1", True, 0, -1.0, float("inf"), float("nan"), 10**400])
 def test_a_stored_value_that_makes_no_sense_is_ignored(value: object) -> None:
-    assert stored_fit({"temperature": value}) == UNFITTED
-    assert stored_fit({"temperature": 2}) == UNFITTED | {"temperature": 2.0}
+    assert stored_fit({"temperature": value}) == {}
+    assert stored_fit({"temperature": 2}) == {"temperature": 2.0}
 
 
 def test_more_ink_than_any_digit_is_doubtful_whatever_the_answer() -> None:

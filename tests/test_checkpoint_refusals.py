@@ -238,7 +238,7 @@ def test_checkpoint_deleted_while_it_is_read_is_not_damage(
         raise OSError("gone")
 
     monkeypatch.setattr(checkpoint_files, "restore", prune_and_fail)
-    with pytest.raises(WorkdirError, match="has no checkpoint '9'; it has these steps: 12"):
+    with pytest.raises(WorkdirError, match="has no checkpoint '9'; choose latest, best or a step: 12"):
         load_run(workdir, "9")
 
 

@@ -1,5 +1,7 @@
 """`CleanedCNN`: its cleaning equals SciPy's filters, and its parameters are those of `CNN`."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,4 +49,4 @@ def test_parameters_are_those_of_cnn_and_the_whole_image_is_seen() -> None:
 def test_config_round_trips_through_json(name: str) -> None:
     config = Config.from_dict({"model": {"name": name}})
     assert config.to_dict()["model"]["name"] == name
-    assert Config.from_json(config.to_json()) == config
+    assert Config.from_dict(json.loads(config.to_json())) == config

@@ -1,6 +1,7 @@
 """The config: what it accepts, what it rejects, and with which message."""
 
 import dataclasses
+import json
 import pathlib
 import re
 from typing import Any
@@ -26,12 +27,12 @@ pytestmark = pytest.mark.smoke
 def test_defaults_survive_the_config_dict_and_json() -> None:
     config = Config()
     assert Config.from_dict(default_config_dict().to_dict()) == config
-    assert Config.from_json(config.to_json()).to_dict() == config.to_dict()
+    assert Config.from_dict(json.loads(config.to_json())).to_dict() == config.to_dict()
 
 
 def test_a_changed_field_survives_json() -> None:
     config = replace(Config(), seed=7, model__widths=(8,), model__pools=(2,), optimizer__learning_rate=1)
-    assert Config.from_json(config.to_json()).to_dict() == config.to_dict()
+    assert Config.from_dict(json.loads(config.to_json())).to_dict() == config.to_dict()
     assert type(config.optimizer.learning_rate) is float
 
 
@@ -110,9 +111,6 @@ def test_rubbish_is_refused() -> None:
         Config.from_dict({"model": 3})
     with pytest.raises(ConfigError, match=r"config\.model\.name = .*must be of type str, not PosixPath"):
         Config.from_dict({"model": {"name": pathlib.Path("cnn")}})
-    for text in ("{", "[" * 100_000):
-        with pytest.raises(ConfigError, match="not JSON"):
-            Config.from_json(text)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +180,7 @@ def test_configs_compare_every_field_but_may_share_a_program() -> None:
 def test_a_family_of_models_brings_its_own_fields() -> None:
     config = Config.from_dict(default_config_dict("resnet"))
     assert isinstance(config.model, ResNetConfig)
-    assert Config.from_json(config.to_json()) == config
+    assert Config.from_dict(json.loads(config.to_json())) == config
     assert replace(config, model__blocks=2).model == ResNetConfig(blocks=2)
     with pytest.raises(ConfigError, match=r"config.model.kernel_sizes: no such field"):
         replace(config, model__kernel_sizes=(3,))
@@ -254,7 +252,7 @@ def test_more_epochs_are_a_difference_only_to_a_schedule_that_depends_on_them() 
     for schedule, expected in (("constant", {}), ("step", {}), ("cosine", {"train.epochs": (5, 6)})):
         config = replace(Config(), optimizer__schedule=schedule)
         assert differences(config, replace(config, train__epochs=6)) == expected
-    config = replace(Config(), train__augment_until=0.8)  # the last, unaugmented steps move
+    config = replace(Config(), augment__shift=1, train__augment_until=0.8)  # the last, unaugmented steps move
     assert differences(config, replace(config, train__epochs=6)) == {"train.epochs": (5, 6)}
 
 

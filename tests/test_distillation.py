@@ -20,7 +20,7 @@ from mnist_flax.analysis.evaluation import load_predictor, member_logits
 from mnist_flax.config import Config, replace
 from mnist_flax.data import load
 from mnist_flax.data.augment import augment
-from mnist_flax.data.batches import NO_LABEL, Batch
+from mnist_flax.data.batches import NO_LABEL
 from mnist_flax.data.download import UnavailableError
 from mnist_flax.data.load import load_splits
 from mnist_flax.data.splits import Examples
@@ -80,12 +80,12 @@ def bias(state: TrainState) -> np.ndarray:
 
 def test_the_target_mixes_label_and_mean_probabilities(seeds: pathlib.Path, examples: Examples) -> None:
     label = np.append(examples.label[:19], NO_LABEL)
-    batch: Batch = {"image": jnp.asarray(examples.image[:20]), "label": jnp.asarray(label)}
+    batch = Examples(jnp.asarray(examples.image[:20]), jnp.asarray(label))
     state = jit_init_state(PLAIN.program, KEY)
     teacher = loaded(seeds).arrays.replace(temperature=np.float32(1.7))
     new, sums = step_once(PLAIN.program, state, batch, KEY, teacher)
 
-    images = np.asarray(augment(PLAIN.augment, batch["image"], batch["label"], rng.stream(KEY, "augment", 0)))
+    images = np.asarray(augment(PLAIN.augment, batch.image, batch.label, rng.stream(KEY, "augment", 0)))
     assert (images != examples.image[:20]).any()
     predictor, _ = load_predictor(seeds)
     mean = np.mean(np.exp(metrics.log_probabilities(member_logits(predictor, images))), axis=0)
@@ -102,7 +102,7 @@ def test_the_target_mixes_label_and_mean_probabilities(seeds: pathlib.Path, exam
 def test_a_student_that_equals_its_teacher_gets_no_gradient(examples: Examples) -> None:
     program = replace(PLAIN, train__teacher_weight=1.0).program
     state = jit_init_state(program, KEY)
-    batch: Batch = {"image": jnp.asarray(examples.image[:20]), "label": jnp.asarray(examples.label[:20])}
+    batch = Examples(jnp.asarray(examples.image[:20]), jnp.asarray(examples.label[:20]))
     itself = Teacher(jax.tree.map(lambda leaf: leaf[None], eval_variables(state)), np.float32(1), program)
     # If the labels had any weight, or a gradient flowed through the teacher, the weights would change.
     new, sums = step_once(program, state, batch, KEY, itself)

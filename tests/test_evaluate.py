@@ -244,7 +244,7 @@ def test_images_of_another_shape_are_refused(monkeypatch: pytest.MonkeyPatch) ->
     ("name", "message"),
     [
         ("", r"holds no checkpoints/ of a run; name a run's folder"),
-        ("none", r"none: holds no checkpoints/ of a run; name a run's folder"),
+        ("none", r"none: no such folder; name a run's folder"),
         ("early", r"early: holds no checkpoints/ of a run; its run stopped before the first checkpoint, so repeat"),
         ("file", r"file: is a file; name a folder"),
         ("long" * 100, r"long: cannot be read \(File name too long\); name another folder"),
@@ -308,7 +308,7 @@ def test_command_writes_to_output_only(workdir: pathlib.Path, tmp_path: pathlib.
         (["here"], "'here': is not a flag"),
         (
             ["--config.data.fold=1"],
-            "it is that of the run; this command takes only data.name, data.source, data.data_dir",
+            "it is fixed by the run; this command takes only data.name, data.source, data.data_dir",
         ),
         (["--workdir="], "--workdir: is empty"),
     ],

@@ -63,7 +63,7 @@ def test_run_killed_at_its_report_writes_it_on_resume(tmp_path: pathlib.Path, mo
     killed = forked.run("tests/killed_run.py", str(config), str(workdir), moment)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (workdir / workdirs.SUMMARY).exists()  # so the run does not count as finished
-    fit(Config.from_json(config.read_text()), workdir)
+    fit(Config.from_dict(json.loads(config.read_text())), workdir)
     assert summary(workdir)["steps"] == 14
     assert (workdir / "report" / "index.html").read_text().rstrip().endswith("</html>")
     assert not list(workdir.rglob(".*.tmp"))
@@ -238,7 +238,7 @@ def test_run_continues_when_its_terminal_is_closed(tmp_path: pathlib.Path) -> No
     process = subprocess.Popen(command, env=environment(), stdin=its_end, stdout=its_end, stderr=its_end)
     os.close(its_end)
     said = b""
-    while b"img/s" not in said:
+    while b" left" not in said:
         said += os.read(terminal, 1000)
     os.close(terminal)
     assert process.wait(timeout=200) == 0

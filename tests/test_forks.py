@@ -66,8 +66,8 @@ def test_fork_starts_with_the_weights_of_another_run(
     fit(SMALL, old)
     source = checkpoint.load_run(old).state
     config = replace(SMALL, seed=3)
-    state, started_from = members.begin(config, old)
-    for name, of_source in (("params", "params"), ("batch_stats", "batch_stats"), ("ema", "params")):
+    state, started_from = members.initial_state(config, old)
+    for name, of_source in (("params", "ema"), ("batch_stats", "batch_stats"), ("ema", "ema")):
         there, here = (jax.tree.leaves(part) for part in (getattr(source, of_source), getattr(state, name)))
         assert there and all(np.array_equal(a, b) for a, b in zip(there, here, strict=True))
     assert int(state.step) == 0
@@ -99,7 +99,7 @@ def test_fork_starts_with_the_weights_of_another_run(
 
 def test_fork_that_does_not_fit_writes_nothing(tmp_path: pathlib.Path) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
-    with pytest.raises(WorkdirError, match=f"^--fork: {old}: holds no checkpoints/"):
+    with pytest.raises(WorkdirError, match=f"^--fork: {old}: no such folder"):
         fit(SMALL, new, fork=old)
     fit(SMALL, old)
     with pytest.raises(WorkdirError, match=r"Dense_1.+float32\(8, 10\) there, float32\(5, 10\) here"):
@@ -142,7 +142,7 @@ def test_a_resumed_run_on_another_number_of_cores_warns(
     assert not caplog.text
     monkeypatch.setattr(provenance, "num_cores", lambda: 1000)
     members.check_origin(origin, None, None, {}, tmp_path)
-    assert re.search(r"its last bits may differ: cpu .+, \d+ cores -> .+, 1000 cores", caplog.text)
+    assert re.search(r"its result may differ: cpu .+, \d+ cores -> .+, 1000 cores", caplog.text)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_a_run_resumed_with_another_driver_warns(tmp_path: pathlib.Path, caplog:
     fit(SMALL, tmp_path)
     assert "setup" not in caplog.text
     fit(replace(SMALL, train__epochs=SMALL.train.epochs + 1, train__driver="stream"), tmp_path)
-    assert "this run began with another setup; its last bits may differ: driver scan -> stream" in caplog.text
+    assert "this run began with another setup, so its result may differ: driver scan -> stream" in caplog.text
 
 
 def test_a_run_on_two_versions_of_python_lists_both(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,7 +52,7 @@ def test_a_class_without_examples_gives_finite_results() -> None:
 
 
 def test_the_facts_of_a_population_list_suspects_first() -> None:
-    facts = label_facts(load_arrays(small_population.folds(), "folds"))
+    facts = label_facts(load_arrays(small_population.folds(), "folds", 3))
     assert facts["examples"] == 220
     assert 0 < len(facts["listed"]) <= 100
     assert all(entry["prediction"] != entry["label"] for entry in facts["listed"])

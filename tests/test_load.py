@@ -212,10 +212,10 @@ def test_adapt_keeps_the_config_of_the_dataset_asked_for(digits: Splits) -> None
     assert adapt_to_dataset(same, digits) is same
 
 
-def test_adapt_scales_the_rows(digits: Splits) -> None:
+def test_adapt_keeps_num_train_and_scales_the_hold_out_rows(digits: Splits) -> None:
     wanted = config.replace(Config(), seed=3, data__num_train=30_000, data__holdout=6_000, train__batch_size=64)
     got = adapt_to_dataset(wanted, digits)
-    assert (got.data.name, got.data.num_train, got.data.holdout, got.train.batch_size) == ("digits", 718, 144, 64)
+    assert (got.data.name, got.data.num_train, got.data.holdout, got.train.batch_size) == ("digits", 1437, 287, 64)
     assert config.replace(got, data=wanted.to_dict()["data"]) == wanted
     assert got.seed == 3
     assert adapt_to_dataset(Config(), digits).num_train_rows == 1437

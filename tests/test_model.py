@@ -16,7 +16,6 @@ from jax import Array
 
 from mnist_flax import rng
 from mnist_flax.config import Config, replace
-from mnist_flax.data.batches import Batch
 from mnist_flax.data.splits import Examples
 from mnist_flax.drivers import jit_forward, jit_init_state
 from mnist_flax.errors import ConfigError
@@ -230,7 +229,7 @@ def test_a_cosine_stem_has_no_weights_and_is_not_trained(examples: Examples) -> 
 def products(config: Config) -> list[tuple[str, ...]]:
     """The operand types of all convolutions and matrix products in a training step, in program order."""
     state = jit_init_state(config.program, rng.root_key(0))
-    batch: Batch = {"image": jnp.zeros((4, 28, 28, 1), jnp.uint8), "label": jnp.zeros(4, jnp.int32)}
+    batch = Examples(jnp.zeros((4, 28, 28, 1), jnp.uint8), jnp.zeros(4, jnp.int32))
     closed = jax.make_jaxpr(train_step, static_argnums=0)(config.program, state, batch, rng.root_key(0))
     found: list[tuple[str, ...]] = []
 
@@ -257,12 +256,12 @@ def test_bfloat16_is_used_for_all_products_but_the_last_layer() -> None:
 
 def test_weights_statistics_and_logits_stay_float32_with_bfloat16_products(examples: Examples) -> None:
     config = replace(SMALL, model__dtype="bfloat16", model__batch_norm=True, optimizer__ema_decay=0.9)
-    batch: Batch = {"image": jnp.asarray(examples.image[:8]), "label": jnp.asarray(examples.label[:8])}
+    batch = Examples(jnp.asarray(examples.image[:8]), jnp.asarray(examples.label[:8]))
     state, sums = jit_train_step(
         config.program, jit_init_state(config.program, rng.root_key(0)), batch, rng.root_key(0)
     )
     assert {str(leaf.dtype) for leaf in jax.tree.leaves((state, sums))} == {"float32", "int32"}
-    assert jit_forward(config.program, eval_variables(state), batch["image"]).dtype == jnp.float32
+    assert jit_forward(config.program, eval_variables(state), batch.image).dtype == jnp.float32
 
 
 @pytest.mark.parametrize("fields", [{}, {"model__batch_norm": True}, {"model__pooling": "avg"}])

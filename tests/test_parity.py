@@ -63,14 +63,6 @@ def test_scan_and_stream_agree(examples: Examples, cuts: list[int]) -> None:
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=2e-4)
 
 
-def test_several_runs_always_use_scan(examples: Examples) -> None:
-    seeds, rows = [0, 1], np.arange(96, dtype=np.int32)
-    job = Job(CONFIG.program, seeds, [rows, rows], examples)
-    states = stack([jit_init_state(CONFIG.program, rng.root_key(seed)) for seed in seeds], job)
-    _, metrics = compile_driver("stream", job, states)(states, 3)
-    assert metrics["loss"].shape == (2, 3)
-
-
 @pytest.mark.parametrize(
     ("name", "counts"), [("scan", (0, 1, 2)), pytest.param("stream", (0, 2), marks=pytest.mark.slow)]
 )

@@ -1,6 +1,7 @@
 """Every file in configs/ loads, has a complete docstring, equals its golden text, and trains."""
 
 import ast
+import json
 import os
 import pathlib
 from typing import Any
@@ -13,7 +14,7 @@ from compiled import jit_train_step
 
 from mnist_flax import preset, rng
 from mnist_flax.config import Config, replace
-from mnist_flax.data.batches import Batch
+from mnist_flax.data.splits import Examples
 from mnist_flax.drivers import jit_init_state
 from mnist_flax.models.cnn import CNNConfig
 
@@ -46,7 +47,7 @@ def test_the_presets_are_all_there() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_equals_its_golden_text(name: str) -> None:
     config, _ = load(name)
-    assert Config.from_json(config.to_json()).to_dict() == config.to_dict()
+    assert Config.from_dict(json.loads(config.to_json())).to_dict() == config.to_dict()
     golden = GOLDEN / f"{name}.json"
     if os.environ.get("UPDATE_GOLDEN"):
         golden.write_text(config.to_json())
@@ -76,7 +77,7 @@ def test_a_preset_trains(name: str) -> None:
     state = jit_init_state(config.program, key)
     before = jax.device_get(state.params)
     images = jax.random.randint(key, (8, 28, 28, 1), 0, 256).astype(jnp.uint8)
-    batch: Batch = {"image": images, "label": jnp.arange(8)}
+    batch = Examples(images, jnp.arange(8))
     for _ in range(2):
         state, sums = jit_train_step(config.program, state, batch, key)
         assert np.isfinite(sums["loss"])

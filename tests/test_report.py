@@ -221,7 +221,7 @@ def test_command_writes_into_the_run_or_the_output_folder(tmp_path: pathlib.Path
         done = command(f"--workdir={workdir}", f"--checkpoint={which}")
         assert ("../demo.html" in (workdir / "report" / "index.html").read_text()) == is_shown
     for arguments, message in (
-        (["--workdir=nowhere"], "nowhere: holds no checkpoints"),
+        (["--workdir=nowhere"], "nowhere: no such folder"),
         ([f"--workdir={workdir}", "--checkpoint=7"], "has no checkpoint '7'"),
     ):
         done = command(*arguments)

@@ -103,8 +103,8 @@ def test_the_form_for_accelerators_exchanges_only_sums_between_devices(
     everywhere, split = sharding.replicated(mesh), sharding.split(mesh)
     config = replace(CONFIG, model__widths=(4, 6), model__pools=(2, 1))
     state, key = sharding.place((jit_init_state(config.program, KEY), KEY), everywhere)
-    batch = sharding.place({"image": examples.image[:16], "label": examples.label[:16]}, split)
-    logits = jax.jit(forward, static_argnums=0)(config.program, eval_variables(state), batch["image"])
+    batch = sharding.place(Examples(examples.image[:16], examples.label[:16]), split)
+    logits = jax.jit(forward, static_argnums=0)(config.program, eval_variables(state), batch.image)
     assert {shard.data.shape for shard in logits.addressable_shards} == {(2, 10)}  # each device computes its own
     step = jax.jit(train_step, static_argnums=0, out_shardings=everywhere)
     program = str(step.lower(config.program, state, batch, key).compile().as_text())

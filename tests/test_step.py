@@ -14,7 +14,7 @@ from jax import Array
 from mnist_flax import rng
 from mnist_flax.config import Config, replace
 from mnist_flax.data import batches
-from mnist_flax.data.batches import NO_LABEL, Batch
+from mnist_flax.data.batches import NO_LABEL
 from mnist_flax.data.splits import Examples
 from mnist_flax.drivers import jit_forward, jit_init_state
 from mnist_flax.errors import ConfigError
@@ -55,8 +55,8 @@ RICH = replace(
 )
 
 
-def batch_of(examples: Examples, count: int) -> Batch:
-    return {"image": jnp.asarray(examples.image[:count]), "label": jnp.asarray(examples.label[:count])}
+def batch_of(examples: Examples, count: int) -> Examples:
+    return Examples(jnp.asarray(examples.image[:count]), jnp.asarray(examples.label[:count]))
 
 
 def assert_equal(one: Any, other: Any) -> None:
@@ -103,7 +103,7 @@ def test_only_pixels_that_no_logit_depends_on_are_cropped(fields: dict[str, Any]
 
 def test_images_that_are_scaled_already_are_refused(examples: Examples) -> None:
     batch = batch_of(examples, 20)
-    scaled: Batch = {"image": batch["image"] / 255, "label": batch["label"]}
+    scaled = Examples(batch.image / 255, batch.label)
     with pytest.raises(TypeError, match="images are of type float32; pass grey values from 0 to 255, of type uint8"):
         jax.eval_shape(functools.partial(train_step, SMALL.program), jit_init_state(SMALL.program, KEY), scaled, KEY)
 
@@ -112,16 +112,16 @@ def test_images_that_are_scaled_already_are_refused(examples: Examples) -> None:
 def test_the_crop_changes_no_gradient(examples: Examples, batch_norm: bool) -> None:
     config = replace(SMALL, model__batch_norm=batch_norm)
     state, batch = jit_init_state(config.program, KEY), batch_of(examples, 20)
-    grads, (_, _, statistics) = gradient(config.program, state.params, state.batch_stats, batch, KEY)
+    grads, (_, _, _, statistics) = gradient(config.program, state.params, state.batch_stats, batch, KEY)
 
     @jax.jit
     @functools.partial(jax.grad, has_aux=True)
     def of_whole_images(params: Any) -> tuple[jax.Array, Any]:
         variables = {"params": params, "batch_stats": state.batch_stats}
         network = config.model.module(config.num_classes, train=True)
-        images = scale_pixels(config.program, batch["image"])
+        images = scale_pixels(config.program, batch.image)
         logits, updates = network.apply(variables, images, mutable=["batch_stats"])
-        return jnp.mean(cross_entropy(logits, batch["label"])), updates.get("batch_stats", {})
+        return jnp.mean(cross_entropy(logits, batch.label)), updates.get("batch_stats", {})
 
     for one, other in zip(
         jax.tree.leaves((grads, statistics)), jax.tree.leaves(of_whole_images(state.params)), strict=True
@@ -140,7 +140,7 @@ def test_a_batch_is_memorised(examples: Examples, fields: dict[str, Any]) -> Non
         losses.append(float(sums["loss"]) / 20)
     assert losses[0] > 2
     assert losses[-1] < 0.1
-    assert (np.argmax(jit_forward(config.program, eval_variables(state), batch["image"]), -1) == batch["label"]).all()
+    assert (np.argmax(jit_forward(config.program, eval_variables(state), batch.image), -1) == batch.label).all()
 
 
 @pytest.mark.parametrize("config", [SMALL, RICH])
@@ -153,10 +153,10 @@ def test_every_parameter_gets_a_gradient(config: Config, examples: Examples) -> 
 
 def test_the_metrics_are_those_of_the_weights_before_the_step(examples: Examples) -> None:
     state, batch = jit_init_state(SMALL.program, KEY), batch_of(examples, 20)
-    logits = jit_forward(SMALL.program, eval_variables(state), batch["image"])
+    logits = jit_forward(SMALL.program, eval_variables(state), batch.image)
     _, sums = step_once(SMALL.program, state, batch, KEY)
-    assert float(sums["loss"]) == pytest.approx(float(cross_entropy(logits, batch["label"]).sum()), rel=1e-5)
-    assert int(sums["accuracy"]) == int((jnp.argmax(logits, -1) == batch["label"]).sum())
+    assert float(sums["loss"]) == pytest.approx(float(cross_entropy(logits, batch.label).sum()), rel=1e-5)
+    assert int(sums["accuracy"]) == int((jnp.argmax(logits, -1) == batch.label).sum())
     assert int(sums["examples"]) == 20
 
 
@@ -164,10 +164,10 @@ def test_the_metrics_are_those_of_the_weights_before_the_step(examples: Examples
 def test_padding_changes_no_result(config: Config, examples: Examples) -> None:
     state = jit_init_state(config.program, KEY)
     alone = batch_of(examples, 12)
-    padded: Batch = {
-        "image": jnp.concatenate([alone["image"], jnp.full((8, 28, 28, 1), 200, jnp.uint8)]),
-        "label": jnp.concatenate([alone["label"], jnp.full(8, NO_LABEL)]),
-    }
+    padded = Examples(
+        jnp.concatenate([alone.image, jnp.full((8, 28, 28, 1), 200, jnp.uint8)]),
+        jnp.concatenate([alone.label, jnp.full(8, NO_LABEL)]),
+    )
     new, sums = step_once(config.program, state, alone, KEY)
     new_padded, sums_padded = step_once(config.program, state, padded, KEY)
     assert int(sums_padded["examples"]) == 12
@@ -312,7 +312,7 @@ def test_a_loss_that_is_undefined_for_padding_has_a_gradient(
 
     monkeypatch.setitem(LOSSES, "likelihood", likelihood)
     batch = batch_of(examples, 20)
-    padded: Batch = {"image": batch["image"], "label": batch["label"].at[-1].set(NO_LABEL)}
+    padded = Examples(batch.image, batch.label.at[-1].set(NO_LABEL))
     grads = []
     for loss in ("likelihood", "cross_entropy"):
         program = replace(SMALL, train__loss=loss).program

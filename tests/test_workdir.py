@@ -238,11 +238,16 @@ def test_claim_follows_no_link(tmp_path: pathlib.Path) -> None:
     (run / "report").symlink_to(outside)
     (run / workdirs.CONFIG).write_text(Config().to_json())
     (run / ".mnist_flax.owner.json").symlink_to(outside / "owner")
-    (run / ".summary.json.0000.tmp").symlink_to(outside / ".precious.tmp")
+    link = run / ".summary.json.0000.tmp"
+    link.symlink_to(outside / ".precious.tmp")
+    with workdirs.claim(run):
+        pass
+    assert link.is_symlink()  # too new: another process may be writing it
+    os.utime(link, (0, 0), follow_symlinks=False)
     with workdirs.claim(run):
         pass
     assert [path.name for path in outside.iterdir()] == [".precious.tmp"]
-    assert not (run / ".summary.json.0000.tmp").is_symlink()
+    assert not link.is_symlink()
     (run / ".mnist_flax.lock").unlink(missing_ok=True)
     (run / ".mnist_flax.lock").symlink_to(outside / ".precious.tmp")
     with pytest.raises(WorkdirError, match="a symbolic link"), workdirs.claim(run):

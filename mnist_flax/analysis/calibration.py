@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from mnist_flax import metrics
-from mnist_flax.analysis.evaluation import UNFITTED, Predictor, mean_grey, predict_logits
+from mnist_flax.analysis.evaluation import Predictor, default_fit, mean_grey, predict_logits
 from mnist_flax.data.splits import Examples
 
 LIMIT = 20.0  # temperatures are searched from 1 / LIMIT to LIMIT
@@ -34,16 +34,18 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
 def calibrate(predictor: Predictor, holdout: Examples) -> Predictor:
     """Returns the predictor with temperature and doubt fitted on hold-out rows; with none, they are the defaults."""
-    raw: Predictor = dataclasses.replace(predictor, **UNFITTED)  # type: ignore[arg-type]  # they are floats
+    default = default_fit(predictor.program)
+    raw: Predictor = dataclasses.replace(predictor, **default)  # type: ignore[arg-type]  # they are floats
     if not len(holdout.label):
         return raw
     logits = predict_logits(raw, holdout.image)
     temperature = fit_temperature(logits, holdout.label)
-    below, most_ink = fit_doubt(logits / temperature), INK_MARGIN * float(mean_grey(holdout.image).max())
+    below = fit_doubt(logits / temperature) or default["doubtful_below"]
+    most_ink = INK_MARGIN * float(mean_grey(holdout.image).max())
     return dataclasses.replace(raw, temperature=temperature, doubtful_below=below, most_ink=most_ink)
 
 
-def fit_doubt(logits: np.ndarray) -> float:
+def fit_doubt(logits: np.ndarray) -> float | None:
     """Finds the probability below which a share `FALSE_ALARMS` of the answers lies: the false alarms.
 
     It is at least one half, because an answer with a smaller probability is more likely wrong than right.
@@ -52,10 +54,10 @@ def fit_doubt(logits: np.ndarray) -> float:
       logits: `f32[N,C]`, of digits that were not trained on, divided by the temperature.
 
     Returns:
-      The probability; the default if there are too few examples for a single false alarm.
+      The probability; None if there are too few examples for a single false alarm.
     """
     if len(logits) * FALSE_ALARMS < 1:
-        return UNFITTED["doubtful_below"]
+        return None
     return max(0.5, float(np.quantile(metrics.probabilities(logits).max(axis=-1), FALSE_ALARMS)))
 
 

@@ -46,7 +46,7 @@ def load_result(workdir: pathlib.Path, overrides: Mapping[str, Any] | None = Non
     if saved is None:
         return _result_of_run(workdir, overrides or {})
     check_own_dataset(saved["dataset"], overrides or {})
-    arrays = statistics.load_arrays(workdir, saved["kind"])
+    arrays = statistics.load_arrays(workdir, saved["kind"], len(saved["members"]))
     if is_folds := saved["kind"] == "folds":
         labels, probs = arrays["out_of_fold_label"], arrays["out_of_fold_probs"]
     else:

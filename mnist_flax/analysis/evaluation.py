@@ -16,7 +16,7 @@ from mnist_flax import metrics, sharding
 from mnist_flax.analysis.population_file import POPULATION, member_folders
 from mnist_flax.config import Config, Program, differences
 from mnist_flax.data.batches import NO_LABEL
-from mnist_flax.data.splits import Examples
+from mnist_flax.data.splits import Examples, check_images
 from mnist_flax.drivers import jit_forward
 from mnist_flax.errors import WorkdirError
 from mnist_flax.run import workdir as workdirs
@@ -27,8 +27,7 @@ from mnist_flax.step import Variables, eval_variables
 Facts = dict[str, Any]  # ready for JSON
 
 VIEW_SHIFTS = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))  # by how many pixels each view is shifted down and right
-# The fields of a predictor that are fitted on hold-out rows, with the values for a run that holds out none.
-UNFITTED = {"temperature": 1.0, "doubtful_below": 0.95, "most_ink": 1.0}
+FITTED = ("temperature", "doubtful_below", "most_ink")  # the fields of a predictor that are fitted on hold-out rows
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,9 +39,9 @@ class Predictor:
     members: tuple[Variables, ...]
     # 1, or 5 to average the probabilities of an image and its shifts by one pixel up, down, left and right
     views: int = 1
-    temperature: float = UNFITTED["temperature"]  # what the logits are divided by, after averaging
-    doubtful_below: float = UNFITTED["doubtful_below"]  # an answer with a smaller probability is doubtful
-    most_ink: float = UNFITTED["most_ink"]  # an image with a larger `mean_grey` is doubtful, whatever the answer
+    temperature: float = 1.0  # what the logits are divided by, after averaging
+    doubtful_below: float = 0.95  # an answer with a smaller probability is doubtful
+    most_ink: float = 1.0  # an image with a larger `mean_grey` is doubtful, whatever the answer
     batch_size: int = 2000  # images per call, rounded up to a multiple of the number of devices
     # devices to split a batch over, capped at those available; 0 means all accelerators, or one CPU
     num_devices: int = 0
@@ -55,22 +54,38 @@ class Predictor:
 
 
 def make_predictor(config: Config, *members: Variables, **fitted: float) -> Predictor:
-    """Returns a predictor with the program, views, batch size and devices of a config, and the `fitted` values."""
+    """Returns a predictor with the program, views, batch size and devices of a config, and the `fitted` values.
+
+    The others have their defaults; see `default_fit`.
+    """
     return Predictor(
         program=config.program,
         members=members,
         views=config.eval.views,
         batch_size=config.eval.batch_size,
         num_devices=config.train.num_devices,
-        **fitted,
+        **(default_fit(config.program) | fitted),
     )
+
+
+def default_fit(program: Program) -> dict[str, float]:
+    """Returns the values of the `FITTED` fields for a run that holds out no rows.
+
+    An answer is doubtful below 0.95 of the probability that label smoothing asks for.
+    """
+    wanted = 1 - program.label_smoothing * (1 - 1 / program.num_classes)
+    return {"temperature": 1.0, "doubtful_below": 0.95 * wanted, "most_ink": 1.0}
 
 
 def member_logits(predictor: Predictor, images: np.ndarray) -> np.ndarray:
     """Computes the logits of each member at temperature 1: `u8[N,28,28,1] -> f32[M,N,C]`.
 
     With several views, these are the logarithms of the mean probabilities.
+
+    Raises:
+      TypeError, ValueError: the images have another type or shape.
     """
+    check_images(images)
     return mean_logits(np.stack([_logits_of_view(predictor, view) for view in views_of(images, predictor.views)]))
 
 
@@ -111,7 +126,7 @@ def predict_logits(predictor: Predictor, images: np.ndarray) -> np.ndarray:
 
 def fit_of(predictor: Predictor) -> dict[str, float]:
     """Returns the fitted values by name, to be stored with the run."""
-    return {name: getattr(predictor, name) for name in UNFITTED}
+    return {name: getattr(predictor, name) for name in FITTED}
 
 
 def doubt(predictor: Predictor, log_probs: np.ndarray, images: np.ndarray) -> np.ndarray:
@@ -250,9 +265,9 @@ def load_predictor(workdir: pathlib.Path, checkpoint: str = "latest") -> tuple[P
 
 
 def stored_fit(result: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the fitted values in a summary or `population.json`, with defaults for those missing or invalid."""
-    fitted = dict(UNFITTED)
-    for name in fitted:
+    """Returns the fitted values in a summary or `population.json`, without those that are missing or invalid."""
+    fitted = {}
+    for name in FITTED:
         value = result.get(name)
         if value is not None and not any(mismatches(value, NUMBER, name)) and 0 < value < math.inf:
             fitted[name] = float(value)

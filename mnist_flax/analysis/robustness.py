@@ -60,12 +60,18 @@ def read_official(folder: pathlib.Path, label: np.ndarray) -> np.ndarray:
       DataError: the files are missing or damaged, or belong to a test set with other labels.
     """
     try:
-        images, labels = (np.load(folder / f"test_{kind}.npy", allow_pickle=False) for kind in ("images", "labels"))
+        images, labels = (_read_npy(folder / f"test_{kind}.npy") for kind in ("images", "labels"))
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{folder}: cannot be read ({error}); restore it, or remove the folder") from error
     if images.shape != (len(label), 28, 28, 1) or images.dtype != np.uint8 or not np.array_equal(labels, label):
         raise DataError(f"{folder}: does not match the test set; restore it, or remove the folder")
     return np.asarray(images)
+
+
+def _read_npy(path: pathlib.Path) -> np.ndarray:
+    """Reads one array; `np.load` would also accept an archive of several."""
+    with path.open("rb") as file:
+        return np.asarray(np.lib.format.read_array(file, allow_pickle=False))
 
 
 def official_folder(data: DataConfig) -> pathlib.Path | None:
@@ -180,7 +186,7 @@ def robustness_of_workdir(
         "no_digit": novelty.novelty_facts(predictor, splits.test, _held_out(data, info, splits), non_digits),
     }
     if info.kind == "folds" and splits.name == info.config.data.name:
-        facts["labels"] = label_errors.label_facts(statistics.load_arrays(workdir, info.kind))
+        facts["labels"] = label_errors.label_facts(statistics.load_arrays(workdir, info.kind, len(info.runs)))
     if compare and other:
         theirs = predict_all(other[0], splits.test, corrupted)
         facts["compare"] = {"with": workdirs.shown(compare), **compare_robustness(logits, theirs, corrupted.label)}

@@ -132,7 +132,7 @@ def population_result(
     summaries = [workdirs.read_json(folder / name / workdirs.SUMMARY) for name in members]
     rows = []
     for name, config, summary, of_member in zip(members, configs, summaries, logits, strict=True):
-        temperature = stored_fit(summary)["temperature"]
+        temperature = stored_fit(summary).get("temperature", 1.0)
         fold = {"fold": config.data.fold} if is_folds else {}
         scores = score(of_member[None], label, temperature)
         rows.append({"name": name, "seed": config.seed, **fold, **scores, "temperature": temperature})
@@ -215,16 +215,19 @@ def check_population(workdir: pathlib.Path, kind: str, seeds: Sequence[int]) -> 
         )
 
 
-def load_arrays(workdir: pathlib.Path, kind: str) -> dict[str, np.ndarray]:
+def load_arrays(workdir: pathlib.Path, kind: str, num_members: int) -> dict[str, np.ndarray]:
     """Reads the arrays of a population; `kind` is one of `KINDS`.
 
     Raises:
-      WorkdirError: the file is missing or damaged, or is of another kind.
+      WorkdirError: the file is missing or damaged, or is of another kind or number of members.
     """
     path = workdir / ARRAYS
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in ARRAY_NAMES[kind]}
+            found = {name: arrays[name] for name in ARRAY_NAMES[kind]}
+        if len(found["test_probs"]) != num_members:  # the process was killed between the two files
+            raise ValueError(f"{len(found['test_probs'])} members instead of {num_members}")
+        return found
     except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise WorkdirError(
             f"{path}: cannot be read ({error}); remove {POPULATION}, and the command that trained this population"
@@ -241,8 +244,15 @@ def population_table(result: Mapping[str, Any]) -> str:
         f"{member['name']:<12}{member['seed']:>6}  {member['accuracy']:>13.2%}  {member['loss']:>8.4f}"
         for member in members
     ]
+    lines.append("")
+    if out_of_fold := result.get("out_of_fold"):  # what to choose a recipe by, so it comes first
+        lines += [
+            f"out of fold, {out_of_fold['correct']} of {out_of_fold['examples']} training rows right:",
+            _spread_line(out_of_fold, count),
+        ]
+        if labels := out_of_fold.get("labels"):  # results of earlier versions have none
+            lines.append(f"  {label_errors.label_table(labels)}")
     lines += [
-        "",
         f"{result['dataset']}, test set of {committee['examples']}:",
         _spread_line(result, count),
         f"  committee     accuracy {committee['accuracy']:.2%}   loss {committee['loss']:.4f}"
@@ -250,13 +260,6 @@ def population_table(result: Mapping[str, Any]) -> str:
         f"  agreement     all {count} members are right on {agreement['examples_by_members_right'][count]}"
         f" examples, none on {len(agreement['none_right'])}",
     ]
-    if out_of_fold := result.get("out_of_fold"):
-        lines += [
-            f"out of fold, {out_of_fold['correct']} of {out_of_fold['examples']} training rows right:",
-            _spread_line(out_of_fold, count),
-        ]
-        if labels := out_of_fold.get("labels"):  # results of earlier versions have none
-            lines.append(f"  {label_errors.label_table(labels)}")
     return "\n".join(lines)
 
 

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from mnist_flax import rng
 from mnist_flax.checks import within
 from mnist_flax.data.pens import CLASSES, pens
+from mnist_flax.errors import ConfigError
+from mnist_flax.external import naming_the_line
 
 MAX_PIECES = 2  # the most pieces that `clutter` adds to an image
 MAX_SHIFT = 12  # the largest shift of a piece along each axis, in pixels
@@ -178,6 +180,10 @@ class AugmentConfig:
         on = dict(self.strengths)
         return {name: on.get(name, kind(0)) for name, kind in self.field_types().items()}
 
+    def entries(self) -> tuple[Augmentation, ...]:
+        """Returns the enabled operations."""
+        return tuple(AUGMENTATIONS[name] for name, _ in self.strengths)
+
     @staticmethod
     def field_types() -> dict[str, type]:
         """Returns the type of each field."""
@@ -212,7 +218,7 @@ def distort(strengths: dict[str, float], image: Array, label: Array, key: Array)
     """Applies the operations with these strengths to one image, `u8[H,W,1], i32[] -> u8[H,W,1]`."""
     for name, strength in strengths.items():
         if rewrite := AUGMENTATIONS[name].rewrite:
-            image = rewrite(strength, image, label, _key(key, name))
+            image = _changed(name, rewrite, strength, image, label, _key(key, name))
     moves = {name for name in strengths if AUGMENTATIONS[name].move}
     if moves == {"shift"}:
         image = shifted(image, strengths["shift"], _key(key, "shift"))
@@ -220,8 +226,19 @@ def distort(strengths: dict[str, float], image: Array, label: Array, key: Array)
         image = resampled(image, *source(strengths, (image.shape[0], image.shape[1]), key))
     for name, strength in strengths.items():
         if change := AUGMENTATIONS[name].change:
-            image = change(strength, image, _key(key, name))
+            image = _changed(name, change, strength, image, _key(key, name))
     return image
+
+
+def _changed(name: str, operation: Callable[..., Array], strength: float, image: Array, *arguments: Array) -> Array:
+    with naming_the_line(f"config.augment.{name}", operation):
+        changed = operation(strength, image, *arguments)
+    if (changed.shape, changed.dtype) != (image.shape, image.dtype):
+        raise ConfigError(
+            f"config.augment.{name}: returns {changed.dtype}{list(changed.shape)} for an image of"
+            f" {image.dtype}{list(image.shape)}; shape and type must stay the same"
+        )
+    return changed
 
 
 def source(strengths: dict[str, float], shape: tuple[int, int], key: Array) -> tuple[Array, Array]:
@@ -230,7 +247,8 @@ def source(strengths: dict[str, float], shape: tuple[int, int], key: Array) -> t
     y, x = jnp.meshgrid(*(jnp.arange(n) - m for n, m in zip(shape, middle, strict=True)), indexing="ij")
     for name, strength in strengths.items():
         if move := AUGMENTATIONS[name].move:
-            y, x = move(strength, y, x, _key(key, name))
+            with naming_the_line(f"config.augment.{name}", move):
+                y, x = move(strength, y, x, _key(key, name))
     return y + middle[0], x + middle[1]
 
 

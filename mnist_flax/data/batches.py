@@ -6,7 +6,6 @@ label -1, which the loss and the metrics ignore.
 """
 
 from collections.abc import Iterator
-from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +20,6 @@ from mnist_flax.sections import DataConfig
 
 NO_LABEL = -1  # the label of padding in a batch
 FOLDS_SEED = 0  # seeds the shuffle before rows are split into folds, so that all runs have the same folds
-
-
-class Batch(TypedDict):
-    """Images `u8[B,28,28,1]` and labels `i32[B]`, `NO_LABEL` where there is no example."""
-
-    image: Array
-    label: Array
 
 
 def spread_rows(labels: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
@@ -103,16 +95,16 @@ def consecutive_orders(key: Array, first_epoch: int, num_epochs: int, rows: Arra
     return jnp.concatenate(orders)
 
 
-def take(examples: Examples, rows: Array) -> Batch:
+def take(examples: Examples, rows: Array) -> Examples:
     """Gathers a batch on the device: `i32[B] -> u8[B,28,28,1], i32[B]`; row -1 is padding."""
     image = jnp.take(examples.image, rows, axis=0, mode="clip")
     label = jnp.take(examples.label, rows, axis=0, mode="clip")
-    return {"image": image, "label": jnp.where(rows < 0, NO_LABEL, label)}
+    return Examples(image, jnp.where(rows < 0, NO_LABEL, label))
 
 
 def stream_batches(
     examples: Examples, rows: Array, key: Array, start_step: int, batch_size: int, placement: NamedSharding
-) -> Iterator[Batch]:
+) -> Iterator[Examples]:
     """Yields the same batches as `epoch_order` and `take`, without end, starting after `start_step` updates.
 
     The examples are on the host. Only the rows that `placement` assigns to this process are read.
@@ -123,7 +115,7 @@ def stream_batches(
         index = jax.device_put(np.int32(epoch))
         for batch_rows in jax.device_get(jit_epoch_order(key, index, rows, batch_size))[skip:, own]:
             label = np.where(batch_rows < 0, NO_LABEL, examples.label[batch_rows])
-            batch = {"image": examples.image[np.maximum(batch_rows, 0)], "label": label}
+            batch = Examples(examples.image[np.maximum(batch_rows, 0)], label)
             # JAX copies the batch while the previous step is still running, so the step does not wait for the transfer.
             yield sharding.place_rows(batch, placement)
         epoch, skip = epoch + 1, 0

@@ -30,7 +30,9 @@ def _check_file(path: Path, file: DataFile) -> None:
     remedy = f"; fetch it from {file.url}" if file.url else ""
     try:
         if not path.is_file():
-            raise DataError(f"{path}: no such file{remedy}")
+            is_unpacked = path.with_suffix("").is_file()
+            hint = f" ({path.stem} is there, but only the checksum of the gzipped file is known)" if is_unpacked else ""
+            raise DataError(f"{path}: no such file{hint}{remedy}")
         size = path.stat().st_size
         if file.size and size != file.size:
             raise DataError(f"{path}: {size} bytes instead of {file.size}{_owner(size)}{remedy}")

@@ -123,20 +123,20 @@ def _data_dir(data: DataConfig) -> Path:
 def adapt_to_dataset(config: Config, splits: Splits) -> Config:
     """Returns the config adapted to the dataset that was loaded.
 
-    For a substitute dataset, the numbers of rows shrink in proportion to its size. At least one training row remains
-    and, if the config holds out rows, one hold-out row per class; with folds, a row per class and fold. The batch is no
-    larger than the training set, or the smallest training set of all folds.
+    A substitute dataset is smaller: `num_train` is at most its size, and `holdout` shrinks in proportion to the rows in
+    use. At least one training row remains and, if the config holds out rows, one hold-out row per class; with folds, a
+    row per class and fold. The batch is no larger than the training set, or the smallest training set of all folds.
     """
     data = config.data
     if splits.name == data.name:
         return config
     new, old = DATASETS[splits.name], DATASETS[data.name]
-    fraction = min(1.0, new.num_train / old.num_train)
     fewest = new.num_classes + 1 if data.holdout else 1
     if data.folds:  # every class, even the rarest, has a row in each fold
         fewest = -(-data.folds * new.num_train // int(np.bincount(splits.train.label).min()))
-    num_train = min(max(fewest, round(data.num_train * fraction)), new.num_train) if data.num_train else 0
+    num_train = min(max(fewest, data.num_train), new.num_train) if data.num_train else 0
     rows = num_train or new.num_train
+    fraction = min(1.0, rows / (data.num_train or old.num_train))
     holdout = min(max(new.num_classes, round(data.holdout * fraction)), rows - 1) if data.holdout else 0
     held_out = -(-rows // data.folds) if data.folds else holdout  # the first fold is the largest
     batch_size = min(config.train.batch_size, rows - held_out)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mnist_flax.data.registry import IMAGE_SIZE
 from mnist_flax.errors import DataError
 
 
@@ -17,6 +18,18 @@ class Examples(NamedTuple):
     def select(self, rows: Any) -> "Examples":
         """Returns the examples in these rows, `i32[R]`."""
         return Examples(self.image[rows], self.label[rows])
+
+
+def check_images(images: Any) -> None:
+    """Checks that images are `u8[N,28,28,1]`.
+
+    Raises:
+      TypeError, ValueError: they have another type, as after scaling, or another shape.
+    """
+    if images.dtype != np.uint8:
+        raise TypeError(f"images are of type {images.dtype}; pass grey values from 0 to 255, of type uint8")
+    if images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 1):
+        raise ValueError(f"images are of shape {images.shape}; pass an array of [N,{IMAGE_SIZE},{IMAGE_SIZE},1]")
 
 
 class Splits(NamedTuple):

@@ -121,11 +121,12 @@ class Builder:
 
     def constant(self, value: Any, name: str = "") -> str:
         """Adds an array and returns its name; an unnamed scalar is named after its value, so equal ones are shared."""
-        array = np.asarray(value)
-        if not name:
+        is_key = jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key)
+        array = value if is_key else np.asarray(value)
+        if not name and not is_key:
             name = f"{array.item()!r}:{array.dtype}" if array.ndim == 0 else self._unique("constant")
         else:
-            name = self._unique(name)
+            name = self._unique(name or "key")
         self.constants[name] = array
         return name
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
@@ -36,10 +37,8 @@ def logits_of(predictor: Predictor, members: Sequence[Variables], images: Array)
             outputs.append(logits.reshape(images.shape[0], predictor.views, logits.shape[-1]))
     if len(outputs) == predictor.views == 1:
         return outputs[0][:, 0] / predictor.temperature
-    # The log of the mean probabilities, without underflow.
     log_probs = jax.nn.log_softmax(jnp.concatenate(outputs, 1))
-    top = log_probs.max(1, keepdims=True)
-    return (top + jnp.log(jnp.exp(log_probs - top).mean(1, keepdims=True)))[:, 0] / predictor.temperature
+    return (jax.nn.logsumexp(log_probs, axis=1) - math.log(log_probs.shape[1])) / predictor.temperature
 
 
 def graph_of(predictor: Predictor) -> Graph:

@@ -92,5 +92,5 @@ def _compute(builder: Builder, eqn: Any, inputs: tuple[str, ...]) -> list[str]:
     """Evaluates an equation whose inputs are all constants."""
     results = eqn.primitive.bind(*(jax.numpy.asarray(builder.constants[name]) for name in inputs), **eqn.params)
     label = "/".join(filter(None, (builder.layer, builder.function, eqn.primitive.name)))
-    arrays = map(np.asarray, results if eqn.primitive.multiple_results else [results])
+    arrays = results if eqn.primitive.multiple_results else [results]
     return [builder.constant(array, label if array.ndim else "") for array in arrays]

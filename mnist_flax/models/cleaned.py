@@ -1,5 +1,6 @@
 """A plain convolutional network that first cleans its image: it removes specks and anything wider than a stroke."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import flax.linen as nn
@@ -19,6 +20,12 @@ class CleanedCNNConfig(CNNConfig):
     def seen_size(self, size: int) -> int:
         """Returns the full size: the cleaning reads the whole image."""
         return size
+
+    def check(self, size: int) -> Iterator[str]:
+        """Yields a message for each invalid value."""
+        yield from super().check(size)
+        if self.pixel_mean:
+            yield f"config.model.pixel_mean = {self.pixel_mean}: must be 0: the background is subtracted"
 
     def module(self, num_classes: int, *, train: bool = False) -> nn.Module:
         """Builds the network."""

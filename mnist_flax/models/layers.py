@@ -121,8 +121,8 @@ class BatchNorm(nn.Module):
         if not self.train:
             y = normalize(x, scale, bias, mean.value, var.value, eps=self.eps)
             return activate_pool(y, self.activation, self.pool, self.pooling)
-        form: dict[str, Any] = {"activation": self.activation, "pool": self.pool, "pooling": self.pooling}
-        y, batch_mean, batch_var = norm_activate_pool(x, scale, bias, mask, eps=self.eps, **form)
+        after: dict[str, Any] = {"activation": self.activation, "pool": self.pool, "pooling": self.pooling}
+        y, batch_mean, batch_var = norm_activate_pool(x, scale, bias, mask, eps=self.eps, **after)
         mean.value = self.momentum * mean.value + (1 - self.momentum) * batch_mean
         var.value = self.momentum * var.value + (1 - self.momentum) * batch_var
         return y
@@ -172,7 +172,7 @@ class Dropout(nn.Module):
 
 
 def flatten(x: Array) -> Array:
-    """Joins all axes but the first, `f32[B,...] -> f32[B,D]`; D is computed explicitly, so that B may be symbolic."""
+    """Joins all axes but the first, `f32[B,...] -> f32[B,D]`; B may be 0."""
     return x.reshape(x.shape[0], int(np.prod(x.shape[1:])))
 
 

@@ -2,7 +2,6 @@
 
 import io
 import warnings
-from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +14,6 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff")
 FOREIGN_SUFFIXES = (".heic", ".heif", ".avif")  # also pictures, but Pillow cannot read them without plugins
 
 _SIDE = 1000  # pixels: larger pictures are averaged down to this longest side, enough for a page of digits
-_STRIP = 4_000_000  # pixels converted at a time, to limit memory use
 _MAX_WEBP_PIXELS = 50_000_000  # Pillow decodes WEBP whole, and needs 16 bytes per pixel
 
 
@@ -74,7 +72,7 @@ def decode(content: bytes) -> Picture:
         except MemoryError:  # `read_one` reports it
             raise
         except Exception as error:  # decoders raise almost anything for a damaged file
-            raise PictureError(f"is damaged or incomplete ({reason(error)})") from error
+            raise PictureError(f"cannot be decoded; it may be damaged ({reason(error)})") from error
     if (shrink := max(grey.size) / _SIDE) > 1:
         width, height = (max(1, round(side / shrink)) for side in grey.size)
         grey = grey.resize((width, height), Image.Resampling.BOX)
@@ -92,13 +90,14 @@ def _upright(grey: Image.Image, image: Image.Image) -> Image.Image:
 
 def _to_grey(image: Image.Image) -> Image.Image:
     """Converts an image of any mode to 8-bit greyscale, and downsamples it if it is large."""
+    factor = max(1, max(image.size) // _SIDE)
     if image.mode in ("F", "I") or image.mode.startswith("I;16"):
-        return _converted(image, _deep_to_bytes(image))
+        return _deep_to_bytes(image).reduce(factor)
     if not image.has_transparency_data:
-        return _converted(image, lambda strip: strip.convert("L"))
-    grey = _converted(image, lambda strip: _over(strip, "white"))
+        return image.convert("L").reduce(factor)
+    grey = _over(image, "white").reduce(factor)
     if _contrast(grey) < 32:  # perhaps light ink on a transparent background
-        grey = max(grey, _converted(image, lambda strip: _over(strip, "black")), key=_contrast)
+        grey = max(grey, _over(image, "black").reduce(factor), key=_contrast)
     return grey
 
 
@@ -107,42 +106,22 @@ def _contrast(grey: Image.Image) -> int:
     return int(np.ptp(np.asarray(grey)))
 
 
-def _converted(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    """Applies `convert` strip by strip, and downsamples by an integer factor to less than twice `_SIDE`."""
-    factor = max(1, max(image.size) // _SIDE)
-    return Image.fromarray(np.concatenate([np.asarray(convert(s).reduce(factor)) for s in _strips(image, factor)]))
-
-
-def _strips(image: Image.Image, factor: int = 1) -> Iterator[Image.Image]:
-    """Yields horizontal strips of an image. Each has a multiple of `factor` rows, except perhaps the last one."""
-    rows = max(1, _STRIP // image.width // factor) * factor
-    for top in range(0, image.height, rows):
-        yield image.crop((0, top, image.width, min(top + rows, image.height)))
-
-
 def _over(layers: Image.Image, colour: str) -> Image.Image:
     """Composites an image with transparency over a solid colour."""
     layers = layers.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", layers.size, colour), layers).convert("L")
 
 
-def _deep_to_bytes(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
-    """Returns a function that scales pixels of more than 8 bits to 8 bits.
+def _deep_to_bytes(image: Image.Image) -> Image.Image:
+    """Scales pixels of more than 8 bits to 8 bits.
 
     If no value is negative and the largest is above 1, black is 0 and white is the highest number with the bits in use.
     Otherwise, black is 0 or the lowest negative value, and white is the largest value.
     """
-    low, high = 0.0, 0.0
-    for strip in _strips(image):
-        values = np.asarray(strip)
-        if not np.isfinite(values).all():
-            raise ValueError("its pixels are not all finite")
-        low, high = min(low, float(values.min())), max(high, float(values.max()))
+    values = np.asarray(image).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("its pixels are not all finite")
+    low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
     if low >= 0 and high > 1:
         high = 2.0 ** max(8, int(high).bit_length()) - 1  # 255, 1023, 4095, ..., 65535
-
-    def convert(strip: Image.Image) -> Image.Image:
-        values = (np.asarray(strip).astype(np.float64) - low) * (255 / max(high - low, 1e-9))
-        return Image.fromarray(np.round(values).astype(np.uint8))
-
-    return convert
+    return Image.fromarray(np.round((values - low) * (255 / max(high - low, 1e-9))).astype(np.uint8))

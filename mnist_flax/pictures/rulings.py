@@ -68,7 +68,7 @@ def _straight_lines(marks: np.ndarray) -> Iterator[tuple[tuple[slice, slice], np
     turns = np.deg2rad(np.arange(-10, 10.01, 0.25))
     for upright in (0.0, np.pi / 2):
         votes, angles, distances = hough_line(half, upright + turns)
-        reach = _chord(angles[None, :], distances[:, None], half.shape)
+        reach, _, _ = hough_line(np.ones_like(half), upright + turns)  # the number of pixels of each line
         share = np.where(reach > 0.5 * half.shape[1 if upright else 0], votes / np.maximum(reach, 1), 0)
         share = ndimage.gaussian_filter(np.minimum(share, 1.0), (1, 2))  # moves the peak to the middle of a plateau
         apart = max(3, min(half.shape) // 40)
@@ -88,15 +88,3 @@ def _distances(shape: tuple[int, ...], angle: float, distance: float) -> tuple[t
     window = (part, slice(0, shape[1])) if axis == 0 else (slice(0, shape[0]), part)
     y, x = (np.arange(side, dtype=np.float32)[range_] for side, range_ in zip(shape, window, strict=True))
     return window, x * cos + y[:, None] * sin - distance
-
-
-def _chord(angle: np.ndarray, distance: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Returns the length of the line x cos(angle) + y sin(angle) = distance inside an image, in pixels."""
-    cos, sin = np.cos(angle), np.sin(angle)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        # The points of the line are (distance cos - t sin, distance sin + t cos).
-        xs = np.sort(np.stack([(distance * cos - edge) / sin for edge in (0, shape[1])]), axis=0)
-        ys = np.sort(np.stack([(edge - distance * sin) / cos for edge in (0, shape[0])]), axis=0)
-    low = np.fmax(np.where(np.abs(sin) > 1e-9, xs[0], -np.inf), np.where(np.abs(cos) > 1e-9, ys[0], -np.inf))
-    high = np.fmin(np.where(np.abs(sin) > 1e-9, xs[1], np.inf), np.where(np.abs(cos) > 1e-9, ys[1], np.inf))
-    return np.maximum(0, high - low)

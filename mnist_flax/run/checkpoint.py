@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from mnist_flax import external
 from mnist_flax.config import Config, differences
 from mnist_flax.errors import ConfigError, UserError, WorkdirError, reason
 from mnist_flax.run import checkpoint_files
@@ -130,7 +131,9 @@ def load_run(workdir: pathlib.Path, which: str = "latest") -> Run:
     while True:
         step = _choose(folder, which)
         try:
-            return read_run(folder / str(step))
+            run = read_run(folder / str(step))
+            _warn_of_changed_code(workdir, run)
+            return run
         except UserError:
             raise
         except Exception as error:  # of many types: its files are damaged, or cannot be read
@@ -143,8 +146,13 @@ def load_run(workdir: pathlib.Path, which: str = "latest") -> Run:
 
 def _choose(folder: pathlib.Path, which: str) -> int:
     steps = steps_in(folder)
+    if not steps and not folder.parent.exists():
+        raise WorkdirError(f"{folder.parent}: no such folder; name a run's folder")
     if not steps:
         remedy = "name a run's folder"
+        inside = [folder.parent / name for name in sorted(workdirs.names_in(folder.parent))]
+        if runs := [path for path in inside if workdirs.holds_run(path)]:
+            remedy += f", such as {runs[0]}"
         if (folder.parent / workdirs.CONFIG).is_file():
             remedy = "its run stopped before the first checkpoint, so repeat the command that started it"
         raise WorkdirError(f"{folder.parent}: holds no {folder.name}/ of a run; {remedy}")
@@ -160,8 +168,16 @@ def _choose(folder: pathlib.Path, which: str) -> int:
         return max(ranked, key=lambda step: (ranked[step], step))
     kept = [str(step) for step in steps]
     if which not in kept:
-        raise WorkdirError(f"{folder.parent}: has no checkpoint {which!r}; it has these steps: {', '.join(kept)}")
+        raise WorkdirError(
+            f"{folder.parent}: has no checkpoint {which!r}; choose latest, best or a step: {', '.join(kept)}"
+        )
     return int(which)
+
+
+def _warn_of_changed_code(workdir: pathlib.Path, run: Run) -> None:
+    then, now = run.record["origin"].get("setup") or {}, external.digests(run.config.program.code)
+    if changed := [name for name in now if then.get(name, now[name]) != now[name]]:
+        logger.warning("%s: %s has changed since this run began, and may compute something else", workdir, *changed[:1])
 
 
 def read_run(path: pathlib.Path, same_as: tuple[Config, str] | None = None) -> Run:

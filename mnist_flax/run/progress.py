@@ -32,8 +32,9 @@ class Progress:
         self._line_due = time.monotonic() + PLAIN_LINE_SECONDS
         hidden = quiet or not is_terminal
         self._bar = tqdm(
-            total=self._total, initial=self._done, unit="img", unit_scale=True, disable=hidden, dynamic_ncols=True
-        )
+            total=self._total, initial=self._done, disable=hidden, dynamic_ncols=True, leave=False,
+            bar_format="{desc} {percentage:3.0f}%|{bar}|{postfix}",
+        )  # fmt: skip
         self.close = self._bar.close
 
     def _images_until(self, step: int) -> int:
@@ -51,10 +52,16 @@ class Progress:
         number = -(-step // self._config.steps_per_epoch)
         loss, accuracy = (sum(epoch[name] for epoch in epochs) / len(epochs) for name in ("loss", "accuracy"))
         self._bar.set_description(f"epoch {number}/{self._config.train.epochs}", refresh=False)
-        self._bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2%}", refresh=False)
+        self._bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2%}, {self._left()} left", refresh=False)
         self._bar.update(self._done - before)
         if self._prints_between_epochs and time.monotonic() >= self._line_due:
             self._line(step, epochs)
+
+    def _rate(self) -> float:
+        return (self._done - self._first) / max(self._seconds, 1e-9)
+
+    def _left(self) -> str:
+        return str(tqdm.format_interval((self._total - self._done) / max(self._rate(), 1e-9)))
 
     def epoch_line(self, step: int, epochs: Sequence[Scores], holdouts: Sequence[Scores | None]) -> None:
         """Prints a line at the end of an epoch; `holdouts` holds each run's scores on its held-out rows, if any."""
@@ -62,8 +69,6 @@ class Progress:
         self._line(step, epochs)
 
     def _line(self, step: int, epochs: Sequence[Scores]) -> None:
-        rate = (self._done - self._first) / max(self._seconds, 1e-9)
-        left = tqdm.format_interval((self._total - self._done) / max(rate, 1e-9))
         position = f"epoch {step / self._config.steps_per_epoch:.4g}/{self._config.train.epochs}"
         held_out = [holdout["accuracy"] for holdout in self._holdouts]
         text = f"  hold-out {sum(held_out) / len(held_out):.2%}" if held_out else ""
@@ -72,5 +77,5 @@ class Progress:
             text += f" ({min(held_out):.2%} to {max(held_out):.2%})" if held_out else ""
         else:
             position += f"  loss {epochs[0]['loss']:.4f}  accuracy {epochs[0]['accuracy']:.2%}"
-        logger.info("%s%s  %s images/s  %s left", position, text, f"{rate:,.0f}", left)
+        logger.info("%s%s  %s images/s  %s left", position, text, f"{self._rate():,.0f}", self._left())
         self._line_due = time.monotonic() + PLAIN_LINE_SECONDS

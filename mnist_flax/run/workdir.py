@@ -15,6 +15,7 @@ import pathlib
 import secrets
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,7 +37,8 @@ _LOCK = ".mnist_flax.lock"
 _OWNER = ".mnist_flax.owner.json"
 _CONFIG_FIELDS = {"seed", "data", "model", "optimizer", "checkpoint"}  # of a run's config, in all versions
 _LINK = "a symbolic link, which is not followed inside a run's folder"
-_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
+_IN_USE_SECONDS = 60  # no file takes longer to write
 
 
 def check(workdir: pathlib.Path) -> None:
@@ -52,11 +54,11 @@ def check(workdir: pathlib.Path) -> None:
         raise WorkdirError(f"--workdir={workdir}: checkpoints cannot be written to this path; {remedy}") from error
     names = names_in(workdir, f"--workdir={workdir}")
     members = [workdir / MEMBERS / name for name in names_in(workdir / MEMBERS)] if MEMBERS in names else []
-    if names and not any(map(_holds_run, [workdir, *members])):
+    if names and not any(map(holds_run, [workdir, *members])):
         raise WorkdirError(f"--workdir={workdir}: holds {min(names)!r} but no {CONFIG} of a run; name another folder")
 
 
-def _holds_run(folder: pathlib.Path) -> bool:
+def holds_run(folder: pathlib.Path) -> bool:
     """Returns whether a folder was claimed, or holds the config of a run; a copy may have lost the hidden file."""
     return os.path.lexists(folder / _LOCK) or read_json(folder / CONFIG).keys() >= _CONFIG_FIELDS
 
@@ -124,11 +126,12 @@ def _owner(workdir: pathlib.Path) -> str:
 
 
 def _remove_temporary_files(workdir: pathlib.Path) -> None:
-    """Deletes temporary files that `write_bytes` left when a process was killed."""
+    """Deletes temporary files that `write_bytes` left when a process was killed; newer ones may be in use."""
     folders = [workdir, *(path for path in workdir.iterdir() if path.is_dir() and not path.is_symlink())]
     for path in (path for folder in folders for path in folder.glob(".*.tmp")):
         with contextlib.suppress(OSError):
-            path.unlink()
+            if time.time() - path.lstat().st_mtime > _IN_USE_SECONDS:
+                path.unlink()
 
 
 @contextlib.contextmanager

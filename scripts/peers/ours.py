@@ -4,6 +4,7 @@ python -m scripts.peers.ours ...
 """
 
 import argparse
+import json
 
 import jax
 import numpy as np
@@ -22,7 +23,7 @@ class Ours:
     """Training in this project."""
 
     def __init__(self, given: argparse.Namespace, recipe: Recipe, train: Examples) -> None:
-        config = self._config = Config.from_json(given.config)
+        config = self._config = Config.from_dict(json.loads(given.config))
         rows = np.arange(len(train.label), dtype=np.int32)
         job = Job(config.program, [recipe.seed], [rows], splits.Examples(*train))
         self._states = stack([jit_init_state(config.program, rng.root_key(recipe.seed))], job)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import numpy as np
+from flax.core.tracers import current_trace
 from jax import Array
 
 from mnist_flax.config import Program
@@ -64,7 +65,9 @@ def _observed(
         own = {name: leaf for name, leaf in own.items() if hasattr(leaf, "shape")}
         kernel = own.get("kernel", getattr(module, "fixed_kernel", None))
         # A layer may take keywords, or return several arrays, such as a recurrent cell.
-        inputs, outputs = jax.tree.leaves((args, kwargs)), jax.tree.leaves(output)
+        inputs, outputs = (
+            [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, Array)] for tree in ((args, kwargs), output)
+        )
         if context.method_name == "__call__" and (own or kernel is not None) and inputs and outputs:
             note(_Call(module, own, kernel, inputs[0], outputs[0]))
         return output
@@ -140,11 +143,11 @@ def layer_inputs(program: Program, variables: Variables, images: np.ndarray) -> 
 
     def run(traced: Variables, images: Array) -> list[Array]:
         inputs: list[Array] = []
-        last = 0
+        last, outside = 0, current_trace()
 
         def note(call: _Call) -> None:
             nonlocal last
-            if call.kernel is not None:
+            if call.kernel is not None and current_trace() == outside:  # inside nn.remat or nn.scan, x would leak
                 if not any(call.x is other for other in inputs):
                     inputs.append(call.x)
                     names.append(call.name)

@@ -18,7 +18,7 @@ ROLES = {INK: "ink", MUTED: "muted", GRID: "grid", ON_FILL: "on-fill", BLUE: "bl
 WIDTH = 5.2  # inches (of 72 SVG units); about as wide as a phone, so that the text is not scaled down there
 MAX_CLASSES_WITH_TEXT = 12  # with more, the cells of the confusion matrix show no numbers
 
-_AXIS_TITLES = {"loss": "Loss (cross-entropy, nats)", "accuracy": "Accuracy"}
+_AXIS_TITLES = {"loss": "Loss (hold-out and test: cross-entropy in nats)", "accuracy": "Accuracy"}
 TITLES = {
     "loss": "Loss over the epochs, with the learning rate below",
     "accuracy": "Accuracy over the epochs, with the learning rate below",
@@ -201,11 +201,12 @@ def log_axis(axes: Any, field: str) -> None:
 
     axes.set_yscale("log")
     low, high = sorted(axes.get_ylim())
-    ticks = [tick for k in range(-7, 4) for m in (1, 2, 5) if low <= (tick := m * 10.0**k) <= high]
+    ticks = [tick for k in range(-7, 39) for m in (1, 2, 5) if low <= (tick := m * 10.0**k) <= high]
     if len(ticks) < 2:
         ticks = [tick for tick in MaxNLocator(5).tick_values(low, high) if low <= tick <= high]
     elif len(ticks) > 8:
         ticks = [tick for tick in ticks if f"{tick:e}"[0] == "1"]
+        ticks = ticks[:: -(-len(ticks) // 8)]
     axes.set_yticks(ticks, [f"{y:.6g}" if field == "loss" else f"{100 * (1 - y):.6g} %" for y in ticks])
     axes.minorticks_off()
     if field == "accuracy":
@@ -305,6 +306,9 @@ def reliability_diagram(calibration: Mapping[str, Any]) -> str:
         top.set(ylabel="Accuracy", xlim=(0, 1), ylim=(0, 1.03))
         below.bar(middles, [row["examples"] for row in bins], width=0.9 / num_bins, color=BLUE)
         below.set_yscale("log")
+        below.set_ylim(bottom=0.8)  # so that at least 1 is labelled
+        below.yaxis.set_major_formatter("{x:,.0f}")  # matplotlib's own needs `text.parse_math`
+        below.yaxis.set_minor_formatter("")
         below.set(xlabel="Confidence (probability of the prediction)", ylabel="Examples")
         figure.align_ylabels()
         return to_svg(figure)
