@@ -255,8 +255,7 @@ def unstack(members: Sequence[Member], states: TrainState, step: int) -> None:
     for i, member in enumerate(members):
         member.state = jax.tree.map(lambda leaf, i=i: np.array(leaf[i]), on_host)
         for leaf in jax.tree.leaves((member.state.params, member.state.batch_stats, member.state.ema)):
-            largest = float(np.max(np.abs(leaf), initial=0))
-            check_finite(largest, f"{member.workdir}: the largest weight after step {step}")
+            check_finite(float(np.max(np.abs(leaf))), f"{member.workdir}: the largest weight after step {step}")
 
 
 def stop_if_requested(members: Sequence[Member], signum: int) -> None:

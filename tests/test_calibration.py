@@ -12,9 +12,18 @@ from scipy.optimize import minimize
 
 from mnist_flax.analysis import calibration
 from mnist_flax.analysis.calibration import calibrate, calibration_scores, fit_temperature
-from mnist_flax.analysis.evaluation import answer, default_fit, evaluate, load_predictor, predict_logits, stored_fit
+from mnist_flax.analysis.evaluation import (
+    answer,
+    default_fit,
+    evaluate,
+    load_predictor,
+    make_predictor,
+    predict_logits,
+    stored_fit,
+)
 from mnist_flax.analysis.run_data import load_data, select_examples
 from mnist_flax.analysis.scores import evaluate_workdir, evaluation_table
+from mnist_flax.config import Config, replace
 from mnist_flax.data.splits import Examples
 from mnist_flax.metrics import log_probabilities, negative_log_likelihood
 
@@ -97,6 +106,14 @@ def test_one_percent_of_the_hold_out_rows_are_doubted() -> None:
     assert np.sum(np.exp(log_probabilities(logits)).max(axis=-1) < below) == 10
     assert calibration.fit_doubt(logits[:99]) is None
     assert calibration.fit_doubt(logits / 1000) == 0.5  # a network that knows nothing
+
+
+def test_doubt_without_hold_out_rows_allows_for_label_smoothing() -> None:
+    config = Config()  # ten classes
+    assert make_predictor(config).doubtful_below == 0.95
+    smoothed = make_predictor(replace(config, train__label_smoothing=0.1))
+    assert smoothed.doubtful_below == pytest.approx(0.95 * 0.91)  # training asks for 0.91
+    assert make_predictor(config, doubtful_below=0.7).doubtful_below == 0.7
 
 
 def test_doubt_is_stored_with_the_run_and_loaded(tmp_path: pathlib.Path) -> None:

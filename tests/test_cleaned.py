@@ -8,12 +8,18 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from mnist_flax.config import Config
+from mnist_flax.config import Config, replace
 from mnist_flax.data.embedded import embedded_digits
+from mnist_flax.errors import ConfigError
 from mnist_flax.models.cleaned import CleanedCNNConfig, cleaned, despeckled
 from mnist_flax.models.cnn import CNNConfig
 
 jit_cleaned, jit_despeckled = jax.jit(cleaned), jax.jit(despeckled)
+
+
+def test_a_pixel_mean_is_refused_because_it_would_have_no_effect() -> None:
+    with pytest.raises(ConfigError, match=r"config.model.pixel_mean = 0.5: must be 0"):
+        replace(Config(), model__name="cleaned_cnn", model__pixel_mean=0.5)
 
 
 def test_cleaning_is_a_rank_filter_and_a_top_hat() -> None:

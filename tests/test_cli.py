@@ -86,9 +86,9 @@ def test_only_verbs_that_exist_are_offered() -> None:
     assert {"main", "evaluate", "report", "predict", "population"} <= cli.VERBS.keys() <= modules
 
 
-def test_verb_does_what_python_m_does(tmp_path: pathlib.Path) -> None:
-    code = "import sys; from mnist_flax import cli; sys.argv[0] = 'mnist-flax'; cli.main()"
-    command = [sys.executable, "-c", code, "main", "--config=tiny", "stray"]
+@pytest.mark.parametrize("how", [("-m", "mnist_flax"), ("-c", "from mnist_flax import cli; cli.main()")])
+def test_verb_does_what_python_m_does(how: tuple[str, str], tmp_path: pathlib.Path) -> None:
+    command = [sys.executable, *how, "main", "--config=tiny", "stray"]
     done = subprocess.run(
         command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120
     )
@@ -181,6 +181,7 @@ def test_override_may_choose_another_family(overrides: tuple[str, ...]) -> None:
         ("train=3", "--config.train=3: is a group of fields; name one of them"),
         ("=3", "config.: no such field"),
         ("model.name=rsenet", "config.model.name = 'rsenet': did you mean 'resnet'?"),
+        ("model.name=CNN", "config.model.name = 'CNN': did you mean 'cnn'?"),
         ("train.batch_size=0", "config.train.batch_size = 0: must be at least 1"),
         ("train.epochs", "--config.train.epochs: needs a value, such as --config.train.epochs=3"),
         ("model.pools", "--config.model.pools: needs a value, such as --config.model.pools='(2,)'"),
@@ -297,6 +298,13 @@ def test_preset_is_found_by_name_or_path(tmp_path: pathlib.Path, monkeypatch: py
     assert preset.find_preset("tiny") == pathlib.Path("tiny")
     with pytest.raises(ConfigError, match=r"--config=defautl: cannot be read \(No such file.+; did you mean 'default'"):
         preset.find_preset("defautl")
+    with pytest.raises(ConfigError, match="; did you mean 'fast'"):
+        preset.find_preset("fast.py")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(
+        ConfigError, match=r"config.json: is not a Python file; to repeat a run, name its report/config"
+    ):
+        preset.load_config(tmp_path / "config.json")
     (tmp_path / "mine.py").touch()
     with pytest.raises(ConfigError, match=rf"; did you mean '{tmp_path}/mine.py'"):
         preset.find_preset(f"{tmp_path}/mien.py")

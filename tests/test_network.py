@@ -38,6 +38,8 @@ class Odd(nn.Module):
                 self.variable("whitening", "mean", jnp.zeros, (1,))
             case "batch":
                 return nn.Dense(10)(x.mean((0, 1, 2)))[None]
+            case "empty":
+                self.param("nothing", nn.initializers.zeros, (0,))
             case "tuple":
                 return x, x
             case "sizes":
@@ -104,6 +106,11 @@ def test_a_network_that_returns_no_logits_is_refused(mistake: str, message: str)
 def test_a_network_with_other_variables_is_refused() -> None:
     with pytest.raises(ConfigError, match="the network of OddConfig keeps variables in 'whitening'; only"):
         state_shapes(Config(model=OddConfig(mistake="collection")).program)
+
+
+def test_a_network_with_an_empty_weight_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"has a variable without values: \['params'\]\['nothing'\]"):
+        state_shapes(Config(model=OddConfig(mistake="empty")).program)
 
 
 def test_an_error_in_module_is_one_message() -> None:

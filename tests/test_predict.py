@@ -173,6 +173,7 @@ def test_pattern_and_stdin_are_read_with_a_chosen_checkpoint(model: Model, folde
         (["--workdir=WORKDIR/nowhere", "a.png"], "nowhere"),
         (["--workdir=WORKDIR", "--checkpoint=999999", "a.png"], "999999"),
         (["--workdir=WORKDIR", "--save_preprocessed=WORKDIR/config.json", "PICTURE"], "name another folder"),
+        (["--workdir=WORKDIR", "--save_preprocessed=", "PICTURE"], "--save_preprocessed: is empty"),
     ],
 )
 def test_mistakes_get_a_message_and_status_2(

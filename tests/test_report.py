@@ -171,6 +171,9 @@ def test_plots_take_their_colors_from_the_page(report: pathlib.Path) -> None:
     assert len(svgs) == 6
     for svg in svgs:
         assert not re.search(r"#[0-9a-f]{6}\b", svg), "a colour that dark mode does not know"
+        assert "$" not in svg, "mathematics, which is not typeset"
+        places = re.findall(r'<text [^>]* x="([^"]+)"', svg)
+        assert places and all(float(x) > 0 for x in places), "a label outside the figure"
         assert set(re.findall(r"var\(--([a-z-]+)\)", svg)) <= set(plots.ROLES.values())
     for role in plots.ROLES.values():
         assert len(re.findall(rf"--{role}: #", text)) == 2  # in light and in dark

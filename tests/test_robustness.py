@@ -72,6 +72,10 @@ def test_published_arrays_are_used_if_they_are_there(test: Examples, tmp_path: p
     np.save(tmp_path / "fog" / "test_labels.npy", test.label[::-1])
     with pytest.raises(DataError, match="does not match the test set"):
         robustness.corrupt_all(test, folder=tmp_path)
+    with (tmp_path / "fog" / "test_labels.npy").open("wb") as file:
+        np.savez(file, labels=test.label)  # an archive of arrays is no array
+    with pytest.raises(DataError, match="cannot be read"):
+        robustness.corrupt_all(test, folder=tmp_path)
     (tmp_path / "fog" / "test_labels.npy").unlink()
     with pytest.raises(DataError, match="cannot be read"):
         robustness.corrupt_all(test, folder=tmp_path)

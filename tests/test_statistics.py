@@ -314,7 +314,12 @@ def test_damaged_arrays_are_named(size: int, seeds: pathlib.Path, tmp_path: path
 
 def test_arrays_of_seeds_have_no_folds(seeds: pathlib.Path) -> None:
     with pytest.raises(WorkdirError, match=r"population.npz: cannot be read .*rows"):
-        statistics.load_arrays(seeds, "folds", 2)
+        statistics.load_arrays(seeds, "folds", 3)
+
+
+def test_arrays_of_another_number_of_members_are_refused(seeds: pathlib.Path) -> None:
+    with pytest.raises(WorkdirError, match=r"population.npz: cannot be read \(3 members instead of 2\); remove"):
+        statistics.load_arrays(seeds, "seeds", 2)
 
 
 def test_printed_interval_of_two_members_stays_between_0_and_100_percent() -> None:
