@@ -12,6 +12,7 @@ from compiled import gradient, jit_train_step, jit_train_steps, step_once
 from jax import Array
 
 from mnist_flax import rng
+from mnist_flax.analysis.evaluation import make_predictor, predict_logits
 from mnist_flax.config import Config, replace
 from mnist_flax.data import batches
 from mnist_flax.data.batches import NO_LABEL
@@ -99,6 +100,13 @@ def test_only_pixels_that_no_logit_depends_on_are_cropped(fields: dict[str, Any]
             other[index] ^= 255
             changes = np.any(network(variables, other) != whole)
             assert changes == (line < size and "batch_norm" not in fields)
+
+
+def test_a_predictor_refuses_scaled_and_flat_images() -> None:
+    predictor = make_predictor(SMALL, eval_variables(jit_init_state(SMALL.program, KEY)))
+    for images, kind in ((np.zeros((3, 28, 28, 1)), TypeError), (np.zeros((3, 28, 28), np.uint8), ValueError)):
+        with pytest.raises(kind, match="pass"):
+            predict_logits(predictor, images)
 
 
 def test_images_that_are_scaled_already_are_refused(examples: Examples) -> None:
