@@ -7,8 +7,8 @@ or - for standard input. A picture may contain several digits; they are read lin
 question mark marks a doubtful digit: its probability is below one half, or lower than that of 99 % of the hold-out rows
 (so 1 % of such digits are false alarms); it has much more ink than any hold-out digit; the edge of the picture cuts it
 off; or it overlaps a printed line. With fewer than 100 hold-out rows, and at a checkpoint before the end of training, a
-digit is doubtful below a probability of 0.95 (less with label smoothing). The exit status is 1 if any picture could not
-be read.
+digit is doubtful below a probability of 0.95 (0.5 after training with label smoothing). The exit status is 1 if any
+picture could not be read.
 
 With --as_is, each picture is classified as it is: for 28x28 images that are not digits, such as Fashion-MNIST's.
 """

@@ -301,9 +301,7 @@ def test_preset_is_found_by_name_or_path(tmp_path: pathlib.Path, monkeypatch: py
     with pytest.raises(ConfigError, match="; did you mean 'fast'"):
         preset.find_preset("fast.py")
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(
-        ConfigError, match="is not a Python file; to repeat a run, name its report"
-    ):
+    with pytest.raises(ConfigError, match="is not a Python file; to repeat a run, name its report"):
         preset.load_config(tmp_path / "config.json")
     (tmp_path / "mine.py").touch()
     with pytest.raises(ConfigError, match=rf"; did you mean '{tmp_path}/mine.py'"):

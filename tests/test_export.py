@@ -21,7 +21,7 @@ from mnist_flax import metrics, rng
 from mnist_flax.analysis.evaluation import load_predictor, make_predictor, predict_logits
 from mnist_flax.config import replace
 from mnist_flax.errors import DataError, UserError
-from mnist_flax.exporting import card, formats, stablehlo
+from mnist_flax.exporting import card, formats, inference, stablehlo
 from mnist_flax.exporting.formats import FORMATS, export_workdir
 from mnist_flax.exporting.graph import ExportError
 from mnist_flax.models.base import ModelConfig
@@ -169,16 +169,15 @@ def test_a_network_that_needs_the_batch_size_is_refused_with_a_reason() -> None:
         stablehlo.to_stablehlo(predictor)
 
 
-def test_the_model_card_names_no_kernel_of_a_network_without_npz(
+def test_any_error_while_a_network_is_traced_is_an_export_error(
     workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(_: Any) -> None:
-        raise ExportError("an operation that the graph does not have")
+    def fail(*_: Any) -> None:
+        raise NotImplementedError("of a kind that nobody expects")
 
-    found = load_predictor(workdir)
-    assert "kernel = weights" in card.text(workdir, *found)
-    monkeypatch.setattr(card, "graph_of", fail)
-    assert "kernel = weights" not in card.text(workdir, *found)
+    monkeypatch.setattr(inference, "trace", fail)
+    with pytest.raises(ExportError, match=r"cannot be exported \(NotImplementedError: of a kind that nobody expects\)"):
+        inference.graph_of(load_predictor(workdir)[0])
 
 
 @pytest.mark.parametrize("library", ["onnxruntime", "jax", "numpy", "torch"])
@@ -194,7 +193,8 @@ def test_a_snippet_of_the_model_card_runs(library: str, workdir: pathlib.Path, m
     exec(snippets[["onnxruntime", "jax", "numpy", "torch"].index(library)], space)
     sys.modules.pop("model", None)
     if library == "torch":
-        assert tuple(space["kernel"].shape) == (4, 1, 3, 3)
+        kernel = next(array for array in space["weights"].values() if array.ndim == 4)
+        assert tuple(kernel.permute(3, 2, 0, 1).shape) == (4, 1, 3, 3)
         return
     logits = predict_logits(load_predictor(workdir)[0], np.zeros((2, 28, 28, 1), np.uint8))
     np.testing.assert_allclose(space["probabilities"], np.exp(metrics.log_probabilities(logits)), atol=1e-5)

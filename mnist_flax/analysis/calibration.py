@@ -10,7 +10,7 @@ from mnist_flax.analysis.evaluation import Predictor, default_fit, mean_grey, pr
 from mnist_flax.data.splits import Examples
 
 LIMIT = 20.0  # temperatures are searched from 1 / LIMIT to LIMIT
-FALSE_ALARMS = 0.01  # the share of the hold-out digits that are called doubtful
+FALSE_ALARM_RATE = 0.01  # the fraction of the hold-out digits that are called doubtful
 INK_MARGIN = 1.2  # an image is doubtful if its ink exceeds this many times the largest of the hold-out digits
 NUM_BINS = 15  # bins of the reliability diagram (as in Guo et al., 2017)
 
@@ -46,7 +46,7 @@ def calibrate(predictor: Predictor, holdout: Examples) -> Predictor:
 
 
 def fit_doubt(logits: np.ndarray) -> float | None:
-    """Finds the probability below which a share `FALSE_ALARMS` of the answers lies: the false alarms.
+    """Finds the probability below which the fraction `FALSE_ALARM_RATE` of the answers lies.
 
     It is at least one half, because an answer with a smaller probability is more likely wrong than right.
 
@@ -56,9 +56,9 @@ def fit_doubt(logits: np.ndarray) -> float | None:
     Returns:
       The probability; None if there are too few examples for a single false alarm.
     """
-    if len(logits) * FALSE_ALARMS < 1:
+    if len(logits) * FALSE_ALARM_RATE < 1:
         return None
-    return max(0.5, float(np.quantile(metrics.probabilities(logits).max(axis=-1), FALSE_ALARMS)))
+    return max(0.5, float(np.quantile(metrics.probabilities(logits).max(axis=-1), FALSE_ALARM_RATE)))
 
 
 def calibration_scores(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:

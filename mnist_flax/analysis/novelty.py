@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mnist_flax import metrics
-from mnist_flax.analysis.calibration import FALSE_ALARMS
+from mnist_flax.analysis.calibration import FALSE_ALARM_RATE
 from mnist_flax.analysis.corruptions import hashed_uniform
 from mnist_flax.analysis.evaluation import Facts, Predictor, doubt, mean_logits, member_logits
 from mnist_flax.data.framing import frame
@@ -144,7 +144,7 @@ def novelty_facts(
     scores: Facts = {}
     for measure, of_digits in digits.items():
         found = {kind: detection_scores(of_digits, of_kind[measure]) for kind, of_kind in kinds.items()}
-        threshold = float(np.quantile(chosen_on[measure], 1 - FALSE_ALARMS)) if chosen_on else None
+        threshold = float(np.quantile(chosen_on[measure], 1 - FALSE_ALARM_RATE)) if chosen_on else None
         scores[measure] = {
             "kinds": found,
             "mean_auroc": float(np.mean([of_kind["auroc"] for of_kind in found.values()])),
@@ -169,7 +169,7 @@ def novelty_table(facts: Mapping[str, Any]) -> str:
     for measure in measures:
         if (threshold := facts["scores"][measure]["threshold"]) is not None:
             lines.append(
-                f"{measure}: the threshold {threshold:.4g} is exceeded by {FALSE_ALARMS:.0%} of the hold-out digits and"
+                f"{measure}: the threshold {threshold:.4g} is exceeded by {FALSE_ALARM_RATE:.0%} of the hold-out digits and"
                 f" {facts['scores'][measure]['false_alarms']:.2%} of the test digits"
             )
     return "\n".join(lines)

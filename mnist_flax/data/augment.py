@@ -85,9 +85,9 @@ def shear(degrees: float, y: Array, x: Array, key: Array) -> tuple[Array, Array]
 
 def elastic(pixels: float, y: Array, x: Array, key: Array) -> tuple[Array, Array]:
     """Displaces pixels by grid noise interpolated with B-splines (elastic: Simard, Steinkraus and Platt, 2003)."""
-    spread = _spline_spread(*y.shape)
-    noise = jax.random.normal(key, (2, len(spread)))
-    field = pixels * (noise @ spread).reshape(2, *y.shape)
+    basis = _spline_basis(*y.shape)
+    noise = jax.random.normal(key, (2, len(basis)))
+    field = pixels * (noise @ basis).reshape(2, *y.shape)
     y, x = jax.lax.optimization_barrier((y + field[0], x + field[1]))  # or XLA:CPU repeats the product for each use
     return y, x
 
@@ -295,7 +295,7 @@ def _symmetric(key: Array, limit: float) -> Array:
 
 
 @functools.cache
-def _spline_spread(height: int, width: int, spacing: float = 9.0) -> NDArray[np.float32]:
+def _spline_basis(height: int, width: int, spacing: float = 9.0) -> NDArray[np.float32]:
     """Returns the weight of each grid point at each pixel, `f32[G,H*W]`, scaled to keep the variance of the noise."""
 
     def weights(size: int) -> NDArray[np.float64]:
@@ -305,5 +305,5 @@ def _spline_spread(height: int, width: int, spacing: float = 9.0) -> NDArray[np.
         return spline / np.linalg.norm(spline, axis=1, keepdims=True)
 
     rows, columns = weights(height), weights(width)
-    spread = np.einsum("yg,xk->gkyx", rows, columns).reshape(rows.shape[1] * columns.shape[1], -1)
-    return spread.astype(np.float32)
+    basis = np.einsum("yg,xk->gkyx", rows, columns).reshape(rows.shape[1] * columns.shape[1], -1)
+    return basis.astype(np.float32)

@@ -12,8 +12,6 @@ from mnist_flax.analysis.report.write import REPORT_FOLDER
 from mnist_flax.analysis.robustness import PUBLISHED, ROBUSTNESS
 from mnist_flax.analysis.scores import result_file
 from mnist_flax.config import Config, differences
-from mnist_flax.exporting.graph import ExportError
-from mnist_flax.exporting.inference import graph_of
 from mnist_flax.run import console
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.schema import NUMBER, mismatches
@@ -41,7 +39,7 @@ def text(workdir: pathlib.Path, predictor: Predictor, info: RunInfo) -> str:
         "Robustness": _robustness(workdir, predictor, info),
     }
     return load_template("exporting/card.md.jinja").render(
-        dataset=config.data.name, tables=tables, classes=config.num_classes, torch=_torch(predictor)
+        dataset=config.data.name, tables=tables, classes=config.num_classes
     )
 
 
@@ -122,21 +120,3 @@ def _is_of(result: dict[str, Any], predictor: Predictor, info: RunInfo) -> bool:
     """Returns whether a result was measured with these weights, on the test set of the training data."""
     wanted = {"dataset": info.config.data.name, "members": len(predictor.members), "step": max(info.steps)}
     return wanted.items() <= result.items()
-
-
-def _torch(predictor: Predictor) -> str:
-    """Returns a line of code that permutes a kernel, a convolution's if there is one, to PyTorch's axis order.
-
-    It is empty if the network has no kernel, or cannot be exported to `model.npz`.
-    """
-    try:
-        graph = graph_of(predictor)
-    except ExportError:
-        return ""
-    kernels = [node.inputs[1] for op in ("conv", "dense") for node in graph.nodes if node.op == op]
-    name = next((name for name in kernels if name in graph.constants), "")
-    if not name:
-        return ""
-    if graph.constants[name].ndim == 4:
-        return f'kernel = weights["{name}"].permute(3, 2, 0, 1)  # rows, columns, in, out -> out, in, rows, columns'
-    return f'kernel = weights["{name}"].T  # in, out -> out, in'

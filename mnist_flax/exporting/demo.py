@@ -6,7 +6,7 @@ import itertools
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,7 +20,6 @@ from mnist_flax.config import Config
 from mnist_flax.data.registry import DATASETS
 from mnist_flax.data.splits import Splits
 from mnist_flax.errors import WorkdirError
-from mnist_flax.exporting.graph import Graph
 from mnist_flax.exporting.inference import graph_of
 from mnist_flax.exporting.textbook import textbook_order
 from mnist_flax.run import workdir as workdirs
@@ -41,14 +40,6 @@ DATASET_TITLES = {
     "kmnist": "KMNIST",
     "digits": "scikit-learn's digits",
 }
-
-
-class Checkpoint(NamedTuple):
-    """A network on the page: its title there, its graph, and the probability below which its answer is a guess."""
-
-    title: str
-    graph: Graph
-    doubtful_below: float
 
 
 def write_demo(
@@ -74,13 +65,18 @@ def write_demo(
     return write_page(info.config, predictor, evaluation, splits, max(info.steps), workdir, path, remedy=remedy)
 
 
-def checkpoint_of(predictor: Predictor, step: int, config: Config) -> Checkpoint:
-    """Returns a predictor as the page shows it."""
-    title = f"step {step:,}" + (" (end)" if step == config.num_steps else "")
-    return Checkpoint(title, textbook_order(graph_of(predictor)), predictor.doubtful_below)
+def checkpoint_of(predictor: Predictor, step: int, config: Config) -> dict[str, Any]:
+    """Returns a predictor as the page reads it; answers below the probability `doubtful_below` are called guesses."""
+    graph = textbook_order(graph_of(predictor))
+    return {
+        "title": f"step {step:,}" + (" (end)" if step == config.num_steps else ""),
+        "doubtful_below": predictor.doubtful_below,
+        "graph": json.loads(graph.to_json()),
+        "weights": _base64(graph.weights()),
+    }
 
 
-def earlier_checkpoint(workdir: pathlib.Path, step: int) -> list[Checkpoint]:
+def earlier_checkpoint(workdir: pathlib.Path, step: int) -> list[dict[str, Any]]:
     """Returns a run's earliest intact checkpoint before `step`, to compare with; an empty list if there is none."""
     for earlier in steps_in(workdir / workdirs.CHECKPOINTS):
         if earlier < step:
@@ -115,15 +111,7 @@ def write_page(
     probs = metrics.probabilities(evaluation.logits)
     data = {
         "classes": list(classes),
-        "checkpoints": [
-            {
-                "title": title,
-                "doubtful_below": doubtful_below,
-                "graph": json.loads(graph.to_json()),
-                "weights": _base64(graph.weights()),
-            }
-            for title, graph, doubtful_below in checkpoints
-        ],
+        "checkpoints": checkpoints,
         "examples": choose_examples(splits, probs),
     }
     page = load_template("exporting/page/page.html.jinja").render(

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from mnist_flax.analysis.evaluation import Predictor, views_of
-from mnist_flax.exporting.graph import Graph, trace
+from mnist_flax.errors import UserError, reason
+from mnist_flax.exporting.graph import ExportError, Graph, trace
 from mnist_flax.step import Variables, forward
 
 
@@ -45,10 +46,16 @@ def graph_of(predictor: Predictor) -> Graph:
     """Returns the graph of a predictor.
 
     Raises:
-      ExportError: the network contains an operation that the graph does not support.
+      ExportError: the network contains an operation that the graph does not support, or cannot be traced.
     """
     exact = in_float32(predictor)
-    if len(exact.members) == 1:
-        return trace(lambda variables, images: logits_of(exact, [variables], images), exact.members[0])
-    members = {f"member_{i}": variables for i, variables in enumerate(exact.members)}
-    return trace(lambda named, images: logits_of(exact, [named[name] for name in members], images), members)
+    names = [f"member_{i}" for i in range(len(exact.members))]
+    try:
+        if len(names) == 1:
+            return trace(lambda variables, images: logits_of(exact, [variables], images), exact.members[0])
+        members = dict(zip(names, exact.members, strict=True))
+        return trace(lambda named, images: logits_of(exact, [named[name] for name in names], images), members)
+    except UserError:
+        raise
+    except Exception as error:  # from a network of the user's own; an export must not end its training
+        raise ExportError(f"the network cannot be exported ({type(error).__name__}: {reason(error)})") from error

@@ -141,5 +141,5 @@ def _alike(lines: list[Line], thickest: float) -> list[Line]:
     if len(lines) < 3:
         return lines
     thickness = float(np.median([line.last - line.first for line in lines]))
-    slope = float(np.median([line.slope for line in lines]))
+    slope = median_slope(lines)
     return [line for line in lines if line.last - line.first <= 1.7 * thickness + 2 and abs(line.slope - slope) < 0.1]
