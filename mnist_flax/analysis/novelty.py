@@ -169,7 +169,7 @@ def novelty_table(facts: Mapping[str, Any]) -> str:
     for measure in measures:
         if (threshold := facts["scores"][measure]["threshold"]) is not None:
             lines.append(
-                f"{measure}: the threshold {threshold:.4g} is exceeded by {FALSE_ALARM_RATE:.0%} of the hold-out digits and"
-                f" {facts['scores'][measure]['false_alarms']:.2%} of the test digits"
+                f"{measure}: the threshold {threshold:.4g} is exceeded by {FALSE_ALARM_RATE:.0%} of the hold-out digits"
+                f" and {facts['scores'][measure]['false_alarms']:.2%} of the test digits"
             )
     return "\n".join(lines)
