@@ -57,13 +57,13 @@ def write_files(folder: Path, name: str, arrays: Arrays) -> None:
         for pair in arrays.values()
         for array in pair
     ]
-    if not dataset.members:
+    if not dataset.archive_members:
         for file, content in zip(dataset.files, files, strict=True):
             (folder / file.name).write_bytes(content)
         return
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        for member, content in zip(dataset.members, files, strict=True):
+        for member, content in zip(dataset.archive_members, files, strict=True):
             archive.writestr(member, content)
     (folder / dataset.files[0].name).write_bytes(buffer.getvalue())
 

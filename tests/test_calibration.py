@@ -84,11 +84,11 @@ def test_temperature_is_stored_with_a_run_and_used_for_its_last_step(tmp_path: p
     assert load_predictor(workdir)[0].temperature == 2.5
     first = min(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal())
     assert load_predictor(workdir, str(first))[0].temperature == 1.0  # other weights
-    result = evaluate_workdir(workdir, overrides={})
+    result = evaluate_workdir(workdir)
     assert result["temperature"] == 2.5
     assert "before scaling with the temperature 2.500" in evaluation_table(result)
     (workdir / "summary.json").unlink()
-    assert result["uncalibrated"]["loss"] == pytest.approx(evaluate_workdir(workdir, overrides={})["loss"], rel=1e-5)
+    assert result["uncalibrated"]["loss"] == pytest.approx(evaluate_workdir(workdir)["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("value", ["2.5", 0, -1, float("nan"), float("inf"), None, True, [1.5]])

@@ -109,7 +109,7 @@ def test_evaluate_refuses_no_examples_and_unknown_labels() -> None:
 
 def test_evaluate_workdir_equals_the_summary_of_training(workdir: pathlib.Path) -> None:
     summary = json.loads((workdir / "summary.json").read_text())
-    result = evaluate_workdir(workdir, overrides={})
+    result = evaluate_workdir(workdir)
     assert (result["accuracy"], result["loss"]) == (summary["test_accuracy"], summary["test_loss"])
     assert result["examples"] == summary["test_examples"] == 360
     assert result["step"] == summary["steps"]
@@ -120,7 +120,7 @@ def test_scores_equal_scikit_learns(workdir: pathlib.Path) -> None:
     test = load_splits(tiny_run.CONFIG.data).test
     predictor, _ = load_predictor(workdir)
     predictions = predict_logits(predictor, test.image).argmax(axis=-1)
-    result = evaluate_workdir(workdir, overrides={})
+    result = evaluate_workdir(workdir)
     assert result["correct"] == np.sum(predictions == test.label)
     precision, recall, f1, examples = precision_recall_fscore_support(test.label, predictions, zero_division=np.nan)
     for k, row in enumerate(result["per_class"]):
@@ -139,7 +139,7 @@ def test_evaluated_splits_are_the_rows_of_the_run(workdir: pathlib.Path, split: 
     rows = batches.rows_of(train.label, DataConfig(num_train=700, holdout=100))[part]
     predictor, _ = load_predictor(workdir)
     expected = evaluate(predictor, Examples(train.image[rows], train.label[rows]))
-    result = evaluate_workdir(workdir, split=split, overrides={})
+    result = evaluate_workdir(workdir, split=split)
     assert result["examples"] == len(rows) == (600, 100)[part]
     assert (result["accuracy"], result["loss"]) == (expected.accuracy, expected.loss)
     assert result["split"] == split
@@ -151,17 +151,17 @@ def test_evaluated_splits_are_the_rows_of_the_run(workdir: pathlib.Path, split: 
 def test_checkpoint_can_be_chosen(workdir: pathlib.Path) -> None:
     steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal())
     assert len(steps) >= 2
-    first = evaluate_workdir(workdir, checkpoint=str(steps[0]), overrides={})
-    last = evaluate_workdir(workdir, checkpoint="latest", overrides={})
+    first = evaluate_workdir(workdir, checkpoint=str(steps[0]))
+    last = evaluate_workdir(workdir, checkpoint="latest")
     assert (first["step"], last["step"]) == (steps[0], steps[-1])
     assert first["loss"] != last["loss"]
-    assert evaluate_workdir(workdir, checkpoint="best", overrides={})["checkpoint"] == "best"
+    assert evaluate_workdir(workdir, checkpoint="best")["checkpoint"] == "best"
     with pytest.raises(WorkdirError, match="has no checkpoint '12345'"):
-        evaluate_workdir(workdir, checkpoint="12345", overrides={})
+        evaluate_workdir(workdir, checkpoint="12345")
 
 
 def test_result_is_saved(workdir: pathlib.Path) -> None:
-    result = evaluate_workdir(workdir, split="holdout", overrides={})
+    result = evaluate_workdir(workdir, split="holdout")
     scores_lib.save_evaluation(result, workdir)
     assert json.loads((workdir / "evaluation-holdout-digits.json").read_text()) == result
     named = {"split": "test", "dataset": "emnist/letters", "checkpoint": "latest"}
@@ -255,7 +255,7 @@ def test_folder_without_a_run_is_refused(tmp_path: pathlib.Path, name: str, mess
     (tmp_path / "early").mkdir()
     (tmp_path / "early" / "config.json").touch()
     with pytest.raises(WorkdirError, match=message):
-        evaluate_workdir(tmp_path / name, overrides={})
+        evaluate_workdir(tmp_path / name)
 
 
 @pytest.mark.parametrize("hidden", ["", "checkpoints"])
@@ -271,7 +271,7 @@ def test_unreadable_folder_gives_one_message(
 
     monkeypatch.setattr(os, "listdir", denied)
     with pytest.raises(WorkdirError, match=rf"{hidden}: cannot be read \(Permission denied\); name another folder"):
-        evaluate_workdir(workdir, overrides={})
+        evaluate_workdir(workdir)
 
 
 def test_command_prints_the_saved_json(workdir: pathlib.Path) -> None:
@@ -287,7 +287,7 @@ def test_command_prints_a_table(workdir: pathlib.Path) -> None:
     assert f"{result['correct']} of 360 right" in done.stdout
     assert f"accuracy {result['accuracy']:.2%}" in done.stdout
     assert len(done.stdout.splitlines()) == 5 + 10  # one of the 5 shows the scores without the temperature
-    held_out = scores_lib.evaluation_table(evaluate_workdir(workdir, split="holdout", overrides={}))
+    held_out = scores_lib.evaluation_table(evaluate_workdir(workdir, split="holdout"))
     assert "The temperature was fitted on these rows" in held_out and "fitted on these" not in done.stdout
 
 

@@ -52,7 +52,7 @@ def population(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 @pytest.mark.parametrize("format_name", FORMATS)
 def test_a_run_is_exported_and_agrees_with_its_network(format_name: str, workdir: pathlib.Path) -> None:
     needs(format_name)
-    exported = export_workdir(workdir, format_name, overrides={})
+    exported = export_workdir(workdir, format_name)
     assert exported.paths[0] == workdir / "export" / f"model.{format_name}"
     assert exported.difference < 5e-5
     assert "over 360 test images of digits" in exported.line()
@@ -68,7 +68,7 @@ def test_a_population_is_exported_as_a_committee(
     format_name: str, population: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     needs(format_name)
-    exported = export_workdir(population, format_name, folder=tmp_path, overrides={})
+    exported = export_workdir(population, format_name, folder=tmp_path)
     assert [path.parent for path in exported.paths] == [tmp_path] * len(exported.paths)
     outputs = FORMATS[format_name].load(exported.paths[0])(IMAGES)
     predictor, _ = load_predictor(population)
@@ -79,7 +79,7 @@ def test_a_population_is_exported_as_a_committee(
 def test_an_onnx_file_says_what_it_is(workdir: pathlib.Path) -> None:
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
-    path = export_workdir(workdir, "onnx", overrides={}).paths[0]
+    path = export_workdir(workdir, "onnx").paths[0]
     model = onnx.load(path)
     onnx.checker.check_model(model, full_check=True)
     properties = {entry.key: entry.value for entry in model.metadata_props}
@@ -101,7 +101,7 @@ def test_a_file_that_differs_is_refused(error: float, workdir: pathlib.Path, mon
 
     monkeypatch.setitem(FORMATS, "npz", right._replace(load=load))
     with pytest.raises(ExportError, match=r"differs from the network by .*, more than the 1e-04 allowed"):
-        export_workdir(workdir, "npz", overrides={})
+        export_workdir(workdir, "npz")
     assert not list((workdir / "export").glob("*"))
 
 
@@ -114,7 +114,7 @@ def test_probabilities_that_are_not_numbers_are_refused(workdir: pathlib.Path, m
 
     monkeypatch.setitem(FORMATS, "npz", right._replace(load=load))
     with pytest.raises(ExportError, match="differs from the network by nan"):
-        export_workdir(workdir, "npz", overrides={})
+        export_workdir(workdir, "npz")
 
 
 def test_what_a_library_does_not_support_gives_one_message(
@@ -128,7 +128,7 @@ def test_what_a_library_does_not_support_gives_one_message(
     for broken in (right._replace(write=refuse), right._replace(load=refuse)):  # type: ignore[arg-type]
         monkeypatch.setitem(FORMATS, "npz", broken)
         with pytest.raises(ExportError, match=message):
-            export_workdir(workdir, "npz", overrides={})
+            export_workdir(workdir, "npz")
         assert not list((workdir / "export").glob("*"))
 
 
@@ -139,7 +139,7 @@ def test_an_export_is_verified_on_other_digits_without_the_runs_data(
         raise DataError("no data")
 
     monkeypatch.setattr(formats, "load_data", load_data)
-    exported = export_workdir(workdir, "npz", overrides={})
+    exported = export_workdir(workdir, "npz")
     assert "over 1,000 of scikit-learn's digits, because digits cannot be loaded here" in exported.line()
     assert "no data" in caplog.messages  # why
     with pytest.raises(DataError, match="no data"):  # not for data that the user has named
@@ -149,7 +149,7 @@ def test_an_export_is_verified_on_other_digits_without_the_runs_data(
 def test_a_missing_package_is_named(workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"--format=onnx: .*pip install onnx onnxruntime"):
-        export_workdir(workdir, "onnx", overrides={})
+        export_workdir(workdir, "onnx")
 
 
 def test_a_network_that_needs_the_batch_size_is_refused_with_a_reason() -> None:
@@ -185,7 +185,7 @@ def test_a_snippet_of_the_model_card_runs(library: str, workdir: pathlib.Path, m
     format_name = {"onnxruntime": "onnx", "jax": "stablehlo"}.get(library, "npz")
     needs(format_name)
     pytest.importorskip(library)
-    folder = export_workdir(workdir, format_name, overrides={}).paths[0].parent
+    folder = export_workdir(workdir, format_name).paths[0].parent
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))
     snippets = re.findall(r"```python\n(.*?)```", (folder / "MODEL_CARD.md").read_text(), re.DOTALL)
@@ -201,7 +201,7 @@ def test_a_snippet_of_the_model_card_runs(library: str, workdir: pathlib.Path, m
 
 
 def test_the_model_card_tells_what_is_known(workdir: pathlib.Path) -> None:
-    export_workdir(workdir, "npz", overrides={})
+    export_workdir(workdir, "npz")
     text = (workdir / "export" / "MODEL_CARD.md").read_text()
     accuracy = json.loads((workdir / "summary.json").read_text())["test_accuracy"]
     assert f"| test accuracy | {accuracy:.2%} of 360 images (95 % interval " in text

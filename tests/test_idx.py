@@ -78,7 +78,7 @@ def shrunk(name: str, num_classes: int) -> Dataset:
         num_train=70,
         num_test=50,
         files=known.files,
-        members=known.members,
+        archive_members=known.archive_members,
         transposed=known.transposed,
     )
 

@@ -207,7 +207,7 @@ def test_a_single_test_image_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     single = splits._replace(test=splits.test.select(np.array([0])))
     monkeypatch.setattr(robustness, "load_data", lambda *_: (info.config.data, single))
     with pytest.raises(DataError, match="digits: has a single test image"):
-        robustness.robustness_of_workdir(population, overrides={})
+        robustness.robustness_of_workdir(population)
 
 
 def test_p_values_too_small_for_a_number_are_no_zeros() -> None:
@@ -239,4 +239,4 @@ def test_the_command_refuses_what_makes_no_sense(tmp_path: pathlib.Path) -> None
 
 def test_folder_without_a_run_is_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(WorkdirError):
-        robustness.robustness_of_workdir(tmp_path, overrides={})
+        robustness.robustness_of_workdir(tmp_path)

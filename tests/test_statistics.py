@@ -186,11 +186,11 @@ def test_population_is_evaluated_as_one_network(seeds: pathlib.Path) -> None:
     assert saved
     predictor, info = load_predictor(seeds)
     assert (len(predictor.members), info.kind, predictor.temperature) == (3, "seeds", saved["temperature"])
-    result = evaluate_workdir(seeds, overrides={})
+    result = evaluate_workdir(seeds)
     for name in ("accuracy", "loss", "correct", "examples"):
         assert result[name] == saved["committee"][name], name
     assert result["members"] == 3
-    holdout = evaluate_workdir(seeds, split="holdout", overrides={})
+    holdout = evaluate_workdir(seeds, split="holdout")
     assert holdout["examples"] == 20
     assert holdout["loss"] <= holdout.get("uncalibrated", holdout)["loss"]  # the temperature was fitted on these rows
 
@@ -198,10 +198,10 @@ def test_population_is_evaluated_as_one_network(seeds: pathlib.Path) -> None:
 def test_folds_are_evaluated_on_the_test_set_only(folds: pathlib.Path) -> None:
     saved = statistics.load_population_result(folds)
     assert saved
-    assert evaluate_workdir(folds, overrides={})["loss"] == saved["committee"]["loss"]
+    assert evaluate_workdir(folds)["loss"] == saved["committee"]["loss"]
     for split in ("train", "holdout"):
         with pytest.raises(ConfigError, match=f"--split={split}: other folds were trained on these rows"):
-            evaluate_workdir(folds, split=split, overrides={})
+            evaluate_workdir(folds, split=split)
 
 
 def test_members_of_different_populations_are_refused(

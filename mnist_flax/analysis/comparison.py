@@ -9,7 +9,7 @@ import numpy as np
 
 from mnist_flax.analysis import statistics
 from mnist_flax.analysis.evaluation import Facts, evaluate, load_predictor
-from mnist_flax.analysis.run_data import check_own_dataset, load_own_data
+from mnist_flax.analysis.run_data import DEFAULT_DATA, check_own_dataset, load_own_data
 from mnist_flax.config import Config, result_fields
 from mnist_flax.errors import ConfigError, WorkdirError
 
@@ -34,7 +34,7 @@ class Result(NamedTuple):
     predictions: np.ndarray  # `i32[N]`, those of the run, of the committee (seeds), or out of fold (folds)
 
 
-def load_result(workdir: pathlib.Path, overrides: Mapping[str, Any] | None = None) -> Result:
+def load_result(workdir: pathlib.Path, overrides: Mapping[str, Any] = DEFAULT_DATA) -> Result:
     """Reads a finished population, or evaluates a run's latest checkpoint on the test set.
 
     `overrides` say where the data of a run are, as for `load_own_data`.
@@ -44,8 +44,8 @@ def load_result(workdir: pathlib.Path, overrides: Mapping[str, Any] | None = Non
     """
     saved = statistics.load_population_result(workdir)
     if saved is None:
-        return _result_of_run(workdir, overrides or {})
-    check_own_dataset(saved["dataset"], overrides or {})
+        return _result_of_run(workdir, overrides)
+    check_own_dataset(saved["dataset"], overrides)
     arrays = statistics.load_arrays(workdir, saved["kind"], len(saved["members"]))
     if is_folds := saved["kind"] == "folds":
         labels, probs = arrays["out_of_fold_label"], arrays["out_of_fold_probs"]

@@ -12,7 +12,7 @@ from mnist_flax.analysis import label_errors, novelty, statistics
 from mnist_flax.analysis.comparison import mcnemar, p_value
 from mnist_flax.analysis.corruptions import CORRUPTIONS, corrupt
 from mnist_flax.analysis.evaluation import Facts, Predictor, RunInfo, load_predictor, predict_logits
-from mnist_flax.analysis.run_data import load_data
+from mnist_flax.analysis.run_data import DEFAULT_DATA, load_data
 from mnist_flax.analysis.scores import accuracy_scores
 from mnist_flax.data import batches
 from mnist_flax.data.load import raw_folder
@@ -149,7 +149,7 @@ def robustness_of_workdir(
     checkpoint: str = "latest",
     severity: int = 0,
     compare: pathlib.Path | None = None,
-    overrides: Mapping[str, Any],
+    overrides: Mapping[str, Any] = DEFAULT_DATA,
 ) -> Outcome:
     """Evaluates a run, or a population as a committee, on corrupted digits and on pictures that are not digits.
 

@@ -1,5 +1,6 @@
 """The data that a trained network is evaluated on: its own dataset, or another compatible one."""
 
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,8 +13,12 @@ from mnist_flax.errors import ConfigError, DataError
 from mnist_flax.run import console
 from mnist_flax.sections import DataConfig, TrainConfig
 
+DEFAULT_DATA: Mapping[str, Any] = types.MappingProxyType({})  # no overrides: the data that the run's config names
 
-def load_data(config: Config, fingerprint: str, overrides: Mapping[str, Any]) -> tuple[DataConfig, Splits]:
+
+def load_data(
+    config: Config, fingerprint: str, overrides: Mapping[str, Any] = DEFAULT_DATA
+) -> tuple[DataConfig, Splits]:
     """Loads the dataset of a run, or another one to evaluate it on.
 
     The paths recorded in the run are ignored, because the run may come from someone else or another machine.
@@ -60,7 +65,7 @@ def check_overrides(overrides: Mapping[str, Any]) -> None:
             )
 
 
-def load_own_data(config: Config, fingerprint: str, overrides: Mapping[str, Any]) -> Splits:
+def load_own_data(config: Config, fingerprint: str, overrides: Mapping[str, Any] = DEFAULT_DATA) -> Splits:
     """Loads the dataset of a run, for a command that is about this run; see `load_data`.
 
     Raises:

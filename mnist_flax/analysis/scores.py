@@ -11,7 +11,7 @@ from mnist_flax import metrics
 from mnist_flax.analysis.calibration import calibration_scores
 from mnist_flax.analysis.evaluation import Evaluation, evaluate, load_predictor
 from mnist_flax.analysis.population_file import POPULATION
-from mnist_flax.analysis.run_data import load_data, select_examples
+from mnist_flax.analysis.run_data import DEFAULT_DATA, load_data, select_examples
 from mnist_flax.data.registry import DATASETS
 from mnist_flax.errors import ConfigError
 from mnist_flax.run import workdir as workdirs
@@ -60,7 +60,11 @@ def class_rows(confusion: np.ndarray, dataset: str) -> list[dict[str, Any]]:
 
 
 def evaluate_workdir(
-    workdir: pathlib.Path, *, checkpoint: str = "latest", split: str = "test", overrides: Mapping[str, Any]
+    workdir: pathlib.Path,
+    *,
+    checkpoint: str = "latest",
+    split: str = "test",
+    overrides: Mapping[str, Any] = DEFAULT_DATA,
 ) -> dict[str, Any]:
     """Evaluates a run, or a population as a committee, on the split `train`, `holdout` or `test`.
 

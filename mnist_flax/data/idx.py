@@ -22,10 +22,10 @@ def read_files(dataset: Dataset, folder: Path) -> tuple[Examples, Examples]:
       DataError: a file is missing, damaged, or does not contain what the dataset's entry says.
     """
     shapes = [shape for rows in dataset.split_sizes.values() for shape in ((rows, IMAGE_SIZE, IMAGE_SIZE), (rows,))]
-    names = dataset.members or [str(folder / file.name) for file in dataset.files]
+    names = dataset.archive_members or [str(folder / file.name) for file in dataset.files]
     with contextlib.ExitStack() as stack:
         try:
-            if dataset.members:
+            if dataset.archive_members:
                 archive = stack.enter_context(zipfile.ZipFile(folder / dataset.files[0].name))
                 files = [stack.enter_context(archive.open(name)) for name in names]
             else:

@@ -41,7 +41,7 @@ class Dataset:
       fingerprint: SHA-256 of the decoded dataset, as `splits.fingerprint` computes it; not checked if empty.
       files: training images, training labels, test images and test labels; or one zip archive that contains them; or
         empty for the digits dataset that ships with scikit-learn.
-      members: the four files inside the archive, in the same order, if `files` is an archive.
+      archive_members: the four files inside the archive, in the same order, if `files` is an archive.
       transposed: the files store each image with rows and columns swapped.
       tfds_version: the version of the TFDS dataset of the same name. If empty, the dataset is read directly from its
         files, without a prepared copy.
@@ -54,14 +54,14 @@ class Dataset:
     doubtful_test_rows: tuple[int, ...] = ()
     fingerprint: str = ""
     files: tuple[DataFile, ...] = IDX_FILES
-    members: tuple[str, ...] = ()
+    archive_members: tuple[str, ...] = ()
     transposed: bool = False
     tfds_version: str = ""
 
     def __post_init__(self) -> None:
         if min(self.num_classes, self.num_train, self.num_test) < 1 or self.num_classes > 256:
             raise DataError("a dataset needs 1 to 256 classes, and at least one training row and one test row")
-        if len(self.members or self.files) not in (0, 4):
+        if len(self.archive_members or self.files) not in (0, 4):
             raise DataError("a dataset needs four files: training images and labels, test images and labels")
         if not set(self.doubtful_test_rows) <= set(range(self.num_test)):
             raise DataError(f"doubtful_test_rows must be rows of the test split, from 0 to {self.num_test - 1}")
@@ -99,7 +99,7 @@ def _emnist(config: str, num_classes: int, num_train: int, num_test: int, class_
         num_test=num_test,
         class_names=class_names,
         files=(DataFile("gzip.zip", url, 561_753_746, sha256),),
-        members=tuple(f"gzip/emnist-{config}-{kind}-ubyte.gz" for kind in kinds),
+        archive_members=tuple(f"gzip/emnist-{config}-{kind}-ubyte.gz" for kind in kinds),
         transposed=True,
         tfds_version="3.1.0",
     )

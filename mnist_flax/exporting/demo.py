@@ -15,7 +15,7 @@ from mnist_flax import metrics
 from mnist_flax.analysis.corruptions import corrupt
 from mnist_flax.analysis.evaluation import Evaluation, Predictor, evaluate, load_predictor
 from mnist_flax.analysis.report import facts
-from mnist_flax.analysis.run_data import load_own_data
+from mnist_flax.analysis.run_data import DEFAULT_DATA, load_own_data
 from mnist_flax.config import Config
 from mnist_flax.data.registry import DATASETS
 from mnist_flax.data.splits import Splits
@@ -47,7 +47,7 @@ def write_demo(
     checkpoint: str = "latest",
     *,
     output: pathlib.Path | None = None,
-    overrides: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] = DEFAULT_DATA,
 ) -> pathlib.Path:
     """Writes the demo page of a run, or of a population (as a committee).
 
@@ -58,7 +58,7 @@ def write_demo(
       UserError: the run or its data cannot be read, its network cannot be exported, or the page cannot be written.
     """
     predictor, info = load_predictor(workdir, checkpoint)
-    splits = load_own_data(info.config, info.fingerprint, overrides or {})
+    splits = load_own_data(info.config, info.fingerprint, overrides)
     evaluation = evaluate(predictor, splits.test)
     remedy = "name another file with --output=FILE"
     path = output or workdir / (FILE if checkpoint == "latest" else f"demo-{checkpoint}.html")

@@ -13,7 +13,7 @@ import numpy as np
 
 from mnist_flax import metrics
 from mnist_flax.analysis.evaluation import Predictor, RunInfo, load_predictor, predict_logits
-from mnist_flax.analysis.run_data import load_data
+from mnist_flax.analysis.run_data import DEFAULT_DATA, load_data
 from mnist_flax.data.load import load_splits
 from mnist_flax.data.registry import DATASETS
 from mnist_flax.errors import DataError, UserError, reason
@@ -79,7 +79,7 @@ def export_workdir(
     *,
     checkpoint: str = "latest",
     folder: pathlib.Path | None = None,
-    overrides: Mapping[str, Any],
+    overrides: Mapping[str, Any] = DEFAULT_DATA,
 ) -> Exported:
     """Exports a run, or a population as a committee, to one format, and writes a model card beside it.
 

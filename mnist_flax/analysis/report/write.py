@@ -12,7 +12,7 @@ from mnist_flax.analysis.population_file import example_member
 from mnist_flax.analysis.report import facts as facts_lib
 from mnist_flax.analysis.report import layers, page, pictures, plots
 from mnist_flax.analysis.report.facts import Reported
-from mnist_flax.analysis.run_data import load_own_data
+from mnist_flax.analysis.run_data import DEFAULT_DATA, load_own_data
 from mnist_flax.errors import WorkdirError
 from mnist_flax.run import console
 from mnist_flax.run import workdir as workdirs
@@ -81,7 +81,7 @@ def report_workdir(
     checkpoint: str = "latest",
     *,
     folder: pathlib.Path | None = None,
-    overrides: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] = DEFAULT_DATA,
 ) -> pathlib.Path:
     """Writes the report of a finished or unfinished run at one of its checkpoints; returns the page's path.
 
@@ -96,7 +96,7 @@ def report_workdir(
             f" {example_member(workdir)}, or evaluate it as one network with {console.command('evaluate')}"
         )
     predictor, info = load_predictor(workdir, checkpoint)
-    splits = load_own_data(info.config, info.fingerprint, overrides or {})
+    splits = load_own_data(info.config, info.fingerprint, overrides)
     (step,) = info.steps
     records = read_log(workdir, step) or info.runs[0].record["log"]
     evaluation, summary = evaluate(predictor, splits.test), workdirs.read_json(workdir / workdirs.SUMMARY)
