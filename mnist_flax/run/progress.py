@@ -33,7 +33,7 @@ class Progress:
         hidden = quiet or not is_terminal
         self._bar = tqdm(
             total=self._total, initial=self._done, disable=hidden, dynamic_ncols=True, leave=False,
-            bar_format="{desc} {percentage:3.0f}%|{bar}|{postfix}",
+            bar_format="{desc} {percentage:3.0f}%|{bar}|",
         )  # fmt: skip
         self.close = self._bar.close
 
@@ -51,8 +51,9 @@ class Progress:
         self._seconds += seconds
         number = -(-step // self._config.steps_per_epoch)
         loss, accuracy = (sum(epoch[name] for epoch in epochs) / len(epochs) for name in ("loss", "accuracy"))
-        self._bar.set_description(f"epoch {number}/{self._config.train.epochs}", refresh=False)
-        self._bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2%}, {self._left()} left", refresh=False)
+        position = f"epoch {number}/{self._config.train.epochs}"
+        scores = f"loss {loss:.4f}  accuracy {accuracy:.2%}"
+        self._bar.set_description_str(f"{position}  {scores}  {self._left()} left", refresh=False)
         self._bar.update(self._done - before)
         if self._prints_between_epochs and time.monotonic() >= self._line_due:
             self._line(step, epochs)
