@@ -139,7 +139,9 @@ def _override(fields: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise ConfigError(f"{path}.{name}: no such field; {path} is a value and has none")
         if name not in node:
-            raise ConfigError(f"{path}.{name}: no such field; {nearest(name, node)}")
+            groups = [section for section, values in fields.items() if isinstance(values, dict) and name in values]
+            hint = f"did you mean {path}.{groups[0]}.{name}?" if groups and node is fields else nearest(name, node)
+            raise ConfigError(f"{path}.{name}: no such field; {hint}")
         parent, node, path = node, node[name], f"{path}.{name}"
     if isinstance(node, dict):
         raise ConfigError(f"--{path}={text}: is a group of fields; name one of them, such as {path}.{min(node)}")

@@ -176,6 +176,7 @@ def test_override_may_choose_another_family(overrides: tuple[str, ...]) -> None:
     ("override", "message"),
     [
         ("optimzer.name=sgd", "config.optimzer: no such field; did you mean 'optimizer'?"),
+        ("epochs=3", "config.epochs: no such field; did you mean config.train.epochs?"),
         ("optimizer.nam=sgd", "config.optimizer.nam: no such field; did you mean 'name'?"),
         ("train.epochs.x=1", "config.train.epochs.x: no such field; config.train.epochs is a value and has none"),
         ("train=3", "--config.train=3: is a group of fields; name one of them"),
