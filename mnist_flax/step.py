@@ -201,13 +201,9 @@ def train_step(
     check_images(batch.image)
     images = augmented_images(program, batch, key, state.step)
     targets = soft_targets(teacher, images) if teacher else None
+    augmented, dropout_key = Examples(images, batch.label), rng.stream(key, "dropout", state.step)
     grads, (logits, losses, penalty, batch_stats) = jax.grad(loss_fn, argnums=1, has_aux=True)(
-        program,
-        state.params,
-        state.batch_stats,
-        Examples(images, batch.label),
-        rng.stream(key, "dropout", state.step),
-        targets,
+        program, state.params, state.batch_stats, augmented, dropout_key, targets
     )
     updates, opt_state = _optimizer(program).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
