@@ -18,6 +18,7 @@ from absl import logging as absl_logging
 from mnist_flax.checks import nearest
 from mnist_flax.data.registry import DATA_FIELDS
 from mnist_flax.errors import ConfigError, UserError
+from mnist_flax.external import SCRIPT
 from mnist_flax.run import console, machine, signals
 from mnist_flax.run import workdir as workdirs
 
@@ -38,14 +39,15 @@ VERBS = {
 def main() -> None:
     """Runs `mnist-flax VERB [flags]`, exactly like `python -m mnist_flax.VERB [flags]`; a script can call it too."""
     script, verb = sys.argv[0], sys.argv[1] if len(sys.argv) > 1 else ""
-    console.program = "mnist-flax" if os.path.basename(script) == "mnist-flax" else f"python {shlex.quote(script)}"
+    commands = {"mnist-flax": "mnist-flax", "__main__.py": "python -m mnist_flax"}
+    console.program = commands.get(os.path.basename(script), f"python {shlex.quote(script)}")
     if verb in VERBS:
         del sys.argv[1]
+        sys.modules[SCRIPT] = sys.modules["__main__"]
         if registered := sys.modules.get("mnist_flax.models"):
             # The verb becomes `__main__`, but the types in a class's annotations are looked up in its module.
-            sys.modules["__script__"] = sys.modules["__main__"]
             for family in registered.MODELS.values():
-                family.__module__ = family.__module__.replace("__main__", "__script__")
+                family.__module__ = family.__module__.replace("__main__", SCRIPT)
         runpy.run_module(f"mnist_flax.{verb}", run_name="__main__", alter_sys=True)
     lines = [f"usage: {console.command('VERB')} [flags]; {console.command('VERB')} --help lists the flags", ""]
     lines += [f"  {name:<12}{text}" for name, text in VERBS.items()]

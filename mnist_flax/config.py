@@ -266,7 +266,7 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Returns the old and new value, by dotted name, of each field that differs and can change this run's results."""
     there, now = result_fields(old), result_fields(new)
     changed = {name: (there.get(name), now.get(name)) for name in there | now if there.get(name) != now.get(name)}
-    if "train.epochs" in changed and not new.length_matters:
+    if "train.epochs" in changed and not (old.length_matters or new.length_matters):
         del changed["train.epochs"]
     return changed
 

@@ -5,16 +5,16 @@ import functools
 import hashlib
 import inspect
 import pathlib
+import sys
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
-
 from mnist_flax.errors import ConfigError, UserError, reason
 
 NOTEBOOK = "the notebook"  # or another place without a file
+SCRIPT = "__script__"  # the module that a user's script becomes when a verb takes its place as `__main__`
 
 
 def is_external(entry: Any) -> bool:
@@ -24,19 +24,24 @@ def is_external(entry: Any) -> bool:
 
 def entries(code: Any) -> list[Callable[..., Any]]:
     """Returns the classes and functions from outside the package in a tree, such as `Program.code`."""
+    import jax  # late, because `cli` imports this module
+
     return [leaf for leaf in jax.tree.leaves(code) if callable(leaf) and is_external(leaf)]
 
 
 def digests(code: Any) -> dict[str, str]:
-    """Returns a digest of the source of each file that the entries in a tree come from, keyed by its name."""
+    """Returns a digest of the source of each file that the entries in a tree come from, keyed by its name.
+
+    A class that is defined in a notebook has no source, so it is left out.
+    """
     sources = defaultdict(set)
     for entry in map(_unwrapped, entries(code)):
-        module = inspect.getmodule(entry)
+        name = getattr(entry, "__module__", None) or ""
+        module = sys.modules.get(SCRIPT if name == "__main__" and SCRIPT in sys.modules else name)
+        file = getattr(module, "__file__", None)
         with contextlib.suppress(OSError, TypeError):  # there is no source
-            if file := getattr(module, "__file__", None):
-                sources[pathlib.Path(file).name].add(pathlib.Path(file).read_text(errors="replace"))
-            else:
-                sources[NOTEBOOK].add(inspect.getsource(entry))
+            source = pathlib.Path(file).read_text(errors="replace") if file else inspect.getsource(entry)
+            sources[pathlib.Path(file).name if file else NOTEBOOK].add(source)
     return {name: hashlib.sha256("".join(sorted(texts)).encode()).hexdigest()[:12] for name, texts in sources.items()}
 
 

@@ -16,8 +16,8 @@ def init_variables(program: Program, key: Array) -> dict[str, Any]:
     """Draws the initial variables of the network.
 
     Raises:
-      ConfigError: the network does not return one logit for each class, has no weights, or, if it comes from outside
-        the package, raises an error.
+      ConfigError: the network does not return one logit for each class, has no weights, empty ones, or variables in
+        other collections, or, if it comes from outside the package, raises an error.
     """
     family = type(program.model)
     with external.naming_the_line(f"config.model: the network of {family.__name__}", family.module, family):
@@ -26,7 +26,8 @@ def init_variables(program: Program, key: Array) -> dict[str, Any]:
         )
         logits, variables = made
         _check_logits(program, logits, 1)
-        if others := variables.keys() - {"params", "batch_stats", "losses"}:
+        variables = {name: tree for name, tree in variables.items() if name != "losses"}  # penalties are no variables
+        if others := variables.keys() - {"params", "batch_stats"}:
             raise ConfigError(
                 f"config.model: the network of {family.__name__} keeps variables in {min(others)!r};"
                 " only 'params' and 'batch_stats' are kept from step to step"
@@ -40,7 +41,7 @@ def init_variables(program: Program, key: Array) -> dict[str, Any]:
         if external.is_external(family):
             # Some mistakes, such as a missing axis, show only with several images.
             _check_logits(program, jax.eval_shape(lambda: _train_logits(program, variables, 3)), 3)
-    return dict(variables)
+    return variables
 
 
 def _train_logits(program: Program, variables: Any, count: int) -> Any:

@@ -1,7 +1,6 @@
 """Learning-rate schedules and optimisers: each entry builds an optax schedule or transformation from the config."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -10,6 +9,7 @@ import numpy as np
 import optax
 
 from mnist_flax.checks import among, within
+from mnist_flax.external import naming_the_line
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ class OptimizerConfig:
         entries: list[Optimizer | Schedule] = [*OPTIMIZERS.values(), *SCHEDULES.values()]
         optional = {field for entry in entries for field in entry.fields}
         read = {*OPTIMIZERS[self.name].fields, *SCHEDULES[self.schedule].fields}
-        if SCHEDULES[self.schedule].has_warmup:
+        if SCHEDULES[self.schedule].own_warmup:
             optional.add("warmup_epochs")
         return [name for name in sorted(optional - read) if getattr(self, name) != getattr(default, name)]
 
@@ -101,8 +101,8 @@ class RunLength(NamedTuple):
 class Schedule(NamedTuple):
     """A learning rate over a run, as a function of the number of finished updates.
 
-    `fields` names the fields of `OptimizerConfig` that it reads besides `learning_rate`. A warm-up comes before it
-    unless it has its own (`has_warmup`).
+    `fields` names the fields of `OptimizerConfig` that it reads besides `learning_rate`. A linear
+    warm-up (`warmup_epochs`) precedes it, unless it has a warm-up of its own (`own_warmup`).
 
         SCHEDULES["halving"] = Schedule(
             lambda config, run: optax.exponential_decay(config.learning_rate, run.steps_per_epoch, 0.5, staircase=True)
@@ -111,7 +111,7 @@ class Schedule(NamedTuple):
 
     make: Callable[[OptimizerConfig, RunLength], optax.Schedule]
     fields: tuple[str, ...] = ()
-    has_warmup: bool = False
+    own_warmup: bool = False
 
 
 def _one_cycle(config: OptimizerConfig, run: RunLength) -> optax.Schedule:
@@ -140,7 +140,7 @@ SCHEDULES: dict[str, Schedule] = {
         lambda config, run: optax.cosine_decay_schedule(config.learning_rate, run.num_steps, alpha=config.end_fraction),
         ("end_fraction",),
     ),
-    "one_cycle": Schedule(_one_cycle, ("start_fraction", "peak_at", "end_fraction"), has_warmup=True),
+    "one_cycle": Schedule(_one_cycle, ("start_fraction", "peak_at", "end_fraction"), own_warmup=True),
     "exponential": Schedule(lambda config, run: _decay(config, run, staircase=False), ("decay_rate", "decay_epochs")),
     "step": Schedule(lambda config, run: _decay(config, run, staircase=True), ("decay_rate", "decay_epochs")),
 }
@@ -149,14 +149,14 @@ SCHEDULES: dict[str, Schedule] = {
 def schedule(config: OptimizerConfig, num_steps: int, steps_per_epoch: int) -> optax.Schedule:
     """Returns the learning rate as a function of the number of finished updates."""
     entry = SCHEDULES[config.schedule]
-    warmup = round(config.warmup_epochs * steps_per_epoch) if not entry.has_warmup else 0
-    main = entry.make(config, RunLength(max(1, num_steps - warmup), steps_per_epoch))
+    warmup = 0 if entry.own_warmup else round(config.warmup_epochs * steps_per_epoch)
+    with naming_the_line(f"config.optimizer.schedule = {config.schedule!r}", entry.make):
+        main = entry.make(config, RunLength(max(1, num_steps - warmup), steps_per_epoch))
     if not warmup:
         return main
     return optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, warmup), main], [warmup])
 
 
-@functools.lru_cache
 def depends_on_length(config: OptimizerConfig, num_steps: int, steps_per_epoch: int) -> bool:
     """Returns whether the learning rate would differ within this run if the run were twice as long.
 
@@ -230,5 +230,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
 
 def optimizer(config: OptimizerConfig, num_steps: int, steps_per_epoch: int) -> optax.GradientTransformation:
     """Returns the whole chain: gradient clipping, then the update rule at the scheduled learning rate."""
-    rule = OPTIMIZERS[config.name].make(config, schedule(config, num_steps, steps_per_epoch))
+    make, rate = OPTIMIZERS[config.name].make, schedule(config, num_steps, steps_per_epoch)
+    with naming_the_line(f"config.optimizer.name = {config.name!r}", make):
+        rule = make(config, rate)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule) if config.clip_norm else rule

@@ -152,11 +152,11 @@ def loss_fn(
     loss = LOSSES[program.loss]
     with naming_the_line(f"config.train.loss = {program.loss!r}", loss):
         losses = loss(logits, labels, label_smoothing=program.label_smoothing)
-    if losses.shape != batch.label.shape:  # it would be broadcast
-        raise ConfigError(
-            f"config.train.loss = {program.loss!r}: returns an array of shape {losses.shape} for a batch of"
-            f" {len(logits)}; return one loss for each example, of shape {batch.label.shape}"
-        )
+        if losses.shape != batch.label.shape:  # it would be broadcast
+            raise ConfigError(
+                f"config.train.loss = {program.loss!r}: returns an array of shape {losses.shape} for a batch of"
+                f" {len(logits)}; return one loss for each example, of shape {batch.label.shape}"
+            )
     if targets is not None:
         weight = program.teacher_weight
         losses = (1.0 - weight) * losses + weight * optax.softmax_cross_entropy(logits, targets)

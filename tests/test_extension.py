@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mnist_flax.run.checkpoint_files import restore
+
 LAB = '''
 """A laboratory outside the package: seven entries, and every verb knows them."""
 
@@ -147,7 +149,12 @@ def test_entries_from_outside_work_in_train_report_evaluate_and_predict(lab: pat
     page = (lab / "run" / "report" / "index.html").read_text()
     assert "Conv_1" in page and "BatchNorm_0" in page
     assert "lab.py main --config=run/report/config.py" in page  # how to repeat the run
-    use(lab, "report", "--workdir=run", "--config.data.raw_dir=raw")
+    setup = restore(lab / "run" / "checkpoints" / "20", "record")["origin"]["setup"]
+    assert setup.keys() - {"XLA_FLAGS"} == {"driver", "devices", "lab.py"}
+    with (lab / "lab.py").open("a") as script:
+        script.write("# changed\n")
+    said = use(lab, "report", "--workdir=run", "--config.data.raw_dir=raw")
+    assert said.count("this code has changed since the run began: lab.py") == 1
     assert "bars, test: " in use(lab, "evaluate", "--workdir=run", "--config.data.raw_dir=raw")
     (line,) = (
         line for line in use(lab, "predict", "--workdir=run", "--json", "seven.png").splitlines() if "digits" in line

@@ -27,7 +27,7 @@ from mnist_flax.logged import METRICS
 from mnist_flax.losses import LOSSES
 from mnist_flax.models import MODELS
 from mnist_flax.models.base import ModelConfig
-from mnist_flax.optimizer import SCHEDULES, Schedule, schedule
+from mnist_flax.optimizer import OPTIMIZERS, SCHEDULES, Optimizer, Schedule, schedule
 from mnist_flax.step import init_state, loss_fn, train_step, try_step
 from mnist_flax.train import fit
 
@@ -145,6 +145,9 @@ def scaled(share: float, image: Array, key: Array) -> Array:
             r"METRICS\['own'\] fails \(test_external.py, line \d+: AttributeError: ",
         ),
         (AUGMENTATIONS, broken_change, {"augment__own": 1}, r"config.augment.own fails \(test_external.py, line \d+: "),
+        (AUGMENTATIONS, lambda share, image, key: None, {"augment__own": 1}, r"config.augment.own fails \(.*Attribute"),
+        (LOSSES, lambda *_, **__: None, {"train__loss": "own"}, r"config.train.loss = 'own' fails \(.*AttributeError"),
+        (OPTIMIZERS, Optimizer(lambda config, rate: 1 / 0, ()), {"optimizer__name": "own"}, r"name = 'own' fails"),
         (AUGMENTATIONS, grown, {"augment__own": 1}, r"config.augment.own: returns uint8\[30, 28, 1\] for an image of"),
         (AUGMENTATIONS, scaled, {"augment__own": 1}, r"config.augment.own: returns float32\[28, 28, 1\] for an image"),
     ],
@@ -198,7 +201,7 @@ def test_a_change_of_own_code_is_noticed(
     caplog.clear()
     load_predictor(tmp_path / "run")
     (line,) = caplog.messages
-    assert "own_loss.py has changed since this run began" in line
+    assert "this code has changed since the run began: own_loss.py" in line
 
 
 def stable_decay(config: Any, run: Any) -> optax.Schedule:
@@ -216,13 +219,26 @@ def test_an_own_schedule_that_depends_on_the_length_is_recognised(monkeypatch: p
 
 def test_an_own_schedule_gets_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SCHEDULES, "own", Schedule(lambda config, run: optax.constant_schedule(config.learning_rate)))
-    for has_warmup, first in ((False, 0.0), (True, 1e-3)):
-        monkeypatch.setitem(SCHEDULES, "own", SCHEDULES["own"]._replace(has_warmup=has_warmup))
+    for own_warmup, first in ((False, 0.0), (True, 1e-3)):
+        monkeypatch.setitem(SCHEDULES, "own", SCHEDULES["own"]._replace(own_warmup=own_warmup))
         optimizer = replace(TINY, optimizer__schedule="own", optimizer__warmup_epochs=1.0).optimizer
         assert float(schedule(optimizer, 4, 2)(0)) == pytest.approx(first)
-        assert optimizer.unused() == (["warmup_epochs"] if has_warmup else [])
+        assert optimizer.unused() == (["warmup_epochs"] if own_warmup else [])
 
 
 def test_a_partial_is_named_by_its_function() -> None:
     assert external.is_external(functools.partial(broken_loss, labels=KEY))
     assert not external.is_external(functools.partial(init_state, key=KEY))
+
+
+def short_warm_up(config: Any, run: Any) -> optax.Schedule:
+    return optax.linear_schedule(0.0, config.learning_rate, min(6, run.num_steps // 2))
+
+
+def test_a_schedule_that_depends_on_the_length_of_short_runs_only_is_recognised(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(SCHEDULES, "own", Schedule(short_warm_up, own_warmup=True))
+    short, long = (replace(TINY, optimizer__schedule="own", train__epochs=epochs) for epochs in (3, 12))
+    assert not long.length_matters  # 24 steps: the warm-up has 6, as in all longer runs
+    assert differences(short, long) == {"train.epochs": (3, 12)}

@@ -56,7 +56,7 @@ class Predictor:
 def make_predictor(config: Config, *members: Variables, **fitted: float) -> Predictor:
     """Returns a predictor with the program, views, batch size and devices of a config, and the `fitted` values.
 
-    The others have their defaults; see `default_fit`.
+    Fitted values that are not given are those of `default_fit`.
     """
     return Predictor(
         program=config.program,

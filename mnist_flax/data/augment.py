@@ -233,11 +233,11 @@ def distort(strengths: dict[str, float], image: Array, label: Array, key: Array)
 def _changed(name: str, operation: Callable[..., Array], strength: float, image: Array, *arguments: Array) -> Array:
     with naming_the_line(f"config.augment.{name}", operation):
         changed = operation(strength, image, *arguments)
-    if (changed.shape, changed.dtype) != (image.shape, image.dtype):
-        raise ConfigError(
-            f"config.augment.{name}: returns {changed.dtype}{list(changed.shape)} for an image of"
-            f" {image.dtype}{list(image.shape)}; shape and type must stay the same"
-        )
+        if (changed.shape, changed.dtype) != (image.shape, image.dtype):
+            raise ConfigError(
+                f"config.augment.{name}: returns {changed.dtype}{list(changed.shape)} for an image of"
+                f" {image.dtype}{list(image.shape)}; shape and type must stay the same"
+            )
     return changed
 
 
@@ -249,6 +249,8 @@ def source(strengths: dict[str, float], shape: tuple[int, int], key: Array) -> t
         if move := AUGMENTATIONS[name].move:
             with naming_the_line(f"config.augment.{name}", move):
                 y, x = move(strength, y, x, _key(key, name))
+                if not y.shape == x.shape == shape:
+                    raise ConfigError(f"config.augment.{name}: returns coordinates of shapes {y.shape} and {x.shape}")
     return y + middle[0], x + middle[1]
 
 

@@ -26,8 +26,9 @@ def check_images(images: Any) -> None:
     Raises:
       TypeError, ValueError: they have another type, as after scaling, or another shape.
     """
-    if images.dtype != np.uint8:
-        raise TypeError(f"images are of type {images.dtype}; pass grey values from 0 to 255, of type uint8")
+    kind = getattr(images, "dtype", type(images).__name__)
+    if kind != np.uint8:
+        raise TypeError(f"images are of type {kind}; pass grey values from 0 to 255, of type uint8")
     if images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 1):
         raise ValueError(f"images are of shape {images.shape}; pass an array of [N,{IMAGE_SIZE},{IMAGE_SIZE},1]")
 

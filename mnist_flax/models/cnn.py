@@ -175,7 +175,7 @@ class CNN(nn.Module):
             if config.conv_dropout:
                 x = Dropout(config.conv_dropout, train)(x)
 
-        x = x.reshape(x.shape[0], -1)
+        x = layers.flatten(x)
         for width in config.dense:
             x = Dense(width, use_bias=not config.batch_norm, dtype=dtype, **shared)(x)
             x = BatchNorm(activation=activation, train=train)(x, mask) if config.batch_norm else activation(x)

@@ -118,10 +118,12 @@ def _deep_to_bytes(image: Image.Image) -> Image.Image:
     If no value is negative and the largest is above 1, black is 0 and white is the highest number with the bits in use.
     Otherwise, black is 0 or the lowest negative value, and white is the largest value.
     """
-    values = np.asarray(image).astype(np.float64)
+    values = np.asarray(image)
     if not np.isfinite(values).all():
         raise ValueError("its pixels are not all finite")
     low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
     if low >= 0 and high > 1:
         high = 2.0 ** max(8, int(high).bit_length()) - 1  # 255, 1023, 4095, ..., 65535
-    return Image.fromarray(np.round((values - low) * (255 / max(high - low, 1e-9))).astype(np.uint8))
+    scaled = np.subtract(values, low, dtype=np.float32)  # float64 would need twice the memory
+    scaled *= 255 / max(high - low, 1e-9)
+    return Image.fromarray(np.round(scaled, out=scaled).astype(np.uint8))

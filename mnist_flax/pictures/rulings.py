@@ -70,7 +70,7 @@ def _straight_lines(marks: np.ndarray) -> Iterator[tuple[tuple[slice, slice], np
         votes, angles, distances = hough_line(half, upright + turns)
         reach, _, _ = hough_line(np.ones_like(half), upright + turns)  # the number of pixels of each line
         share = np.where(reach > 0.5 * half.shape[1 if upright else 0], votes / np.maximum(reach, 1), 0)
-        share = ndimage.gaussian_filter(np.minimum(share, 1.0), (1, 2))  # moves the peak to the middle of a plateau
+        share = ndimage.gaussian_filter(share, (1, 2))  # moves the peak to the middle of a plateau
         apart = max(3, min(half.shape) // 40)
         for _, angle, distance in zip(
             *hough_line_peaks(share, angles, distances, min_distance=apart, min_angle=len(turns), threshold=0.6),

@@ -132,8 +132,7 @@ def load_run(workdir: pathlib.Path, which: str = "latest") -> Run:
         step = _choose(folder, which)
         try:
             run = read_run(folder / str(step))
-            _warn_of_changed_code(workdir, run)
-            return run
+            break
         except UserError:
             raise
         except Exception as error:  # of many types: its files are damaged, or cannot be read
@@ -142,6 +141,8 @@ def load_run(workdir: pathlib.Path, which: str = "latest") -> Run:
             if step in kept or others == "none":
                 raise WorkdirError(f"{workdir}: checkpoint {step} {flaw(error)}; the others are: {others}") from error
         # A running process has just deleted this checkpoint, after saving newer ones: choose again.
+    _warn_of_changed_code(workdir, run)
+    return run
 
 
 def _choose(folder: pathlib.Path, which: str) -> int:
@@ -177,7 +178,7 @@ def _choose(folder: pathlib.Path, which: str) -> int:
 def _warn_of_changed_code(workdir: pathlib.Path, run: Run) -> None:
     then, now = run.record["origin"].get("setup") or {}, external.digests(run.config.program.code)
     if changed := [name for name in now if then.get(name, now[name]) != now[name]]:
-        logger.warning("%s: %s has changed since this run began, and may compute something else", workdir, *changed[:1])
+        logger.warning("%s: this code has changed since the run began: %s", workdir, ", ".join(changed))
 
 
 def read_run(path: pathlib.Path, same_as: tuple[Config, str] | None = None) -> Run:

@@ -126,7 +126,7 @@ def _owner(workdir: pathlib.Path) -> str:
 
 
 def _remove_temporary_files(workdir: pathlib.Path) -> None:
-    """Deletes temporary files that `write_bytes` left when a process was killed; newer ones may be in use."""
+    """Deletes temporary files that `write_bytes` left when a process was killed, but none younger than a minute."""
     folders = [workdir, *(path for path in workdir.iterdir() if path.is_dir() and not path.is_symlink())]
     for path in (path for folder in folders for path in folder.glob(".*.tmp")):
         with contextlib.suppress(OSError):
