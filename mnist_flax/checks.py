@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """Returns a hint: the known name most similar to `name`, or a list of all of them if none is similar."""
-    known = {known.casefold(): known for known in names}
+    known = {entry.casefold(): entry for entry in names}
     match = difflib.get_close_matches(name.casefold(), known, n=1)
     return f"did you mean {known[match[0]]!r}?" if match else f"choose from: {', '.join(sorted(known.values()))}"
 

@@ -36,8 +36,8 @@ def init_variables(program: Program, key: Array) -> dict[str, Any]:
             raise ConfigError(f"config.model: the network of {family.__name__} has no weights to train")
         for path, leaf in jax.tree.leaves_with_path(variables):
             if not leaf.size:
-                what = f"{family.__name__} has a variable without values: {jax.tree_util.keystr(path)}"
-                raise ConfigError(f"config.model: the network of {what}")
+                name = jax.tree_util.keystr(path)
+                raise ConfigError(f"config.model: the network of {family.__name__} has an empty variable: {name}")
         if external.is_external(family):
             # Some mistakes, such as a missing axis, show only with several images.
             _check_logits(program, jax.eval_shape(lambda: _train_logits(program, variables, 3)), 3)

@@ -101,8 +101,8 @@ class RunLength(NamedTuple):
 class Schedule(NamedTuple):
     """A learning rate over a run, as a function of the number of finished updates.
 
-    `fields` names the fields of `OptimizerConfig` that it reads besides `learning_rate`. A linear
-    warm-up (`warmup_epochs`) precedes it, unless it has a warm-up of its own (`own_warmup`).
+    `fields` names the fields of `OptimizerConfig` that it reads besides `learning_rate`. A linear warm-up
+    (`warmup_epochs`) precedes it, unless it has a warm-up of its own (`own_warmup`).
 
         SCHEDULES["halving"] = Schedule(
             lambda config, run: optax.exponential_decay(config.learning_rate, run.steps_per_epoch, 0.5, staircase=True)

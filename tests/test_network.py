@@ -109,7 +109,7 @@ def test_a_network_with_other_variables_is_refused() -> None:
 
 
 def test_a_network_with_an_empty_weight_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"has a variable without values: \['params'\]\['nothing'\]"):
+    with pytest.raises(ConfigError, match=r"has an empty variable: \['params'\]\['nothing'\]"):
         state_shapes(Config(model=OddConfig(mistake="empty")).program)
 
 
