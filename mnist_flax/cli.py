@@ -83,7 +83,7 @@ def config() -> Any:
         raise ConfigError("--config is missing: name a preset or a file, such as --config=configs/default.py")
     from mnist_flax import preset  # imports JAX, which --help and flag errors need not wait for
 
-    return preset.load_config(preset.find_preset(os.path.expanduser(FLAGS.config)), FLAGS.override)
+    return preset.load_config(os.path.expanduser(FLAGS.config), FLAGS.override)
 
 
 def define_run(subject: str = "the folder of a run or a population", output: str | None = None) -> None:

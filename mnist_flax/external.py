@@ -14,6 +14,10 @@ from typing import Any
 from mnist_flax.errors import ConfigError, UserError, reason
 
 NOTEBOOK = "the notebook"  # or another place without a file
+_REMEDIES = {  # by the name of an error of JAX, because `cli` imports this module before JAX
+    "TracerBoolConversionError": "; use jnp.where instead of if",
+    "TracerArrayConversionError": "; use jax.numpy instead of numpy",
+}
 SCRIPT = "__script__"  # the module that a user's script becomes when a verb takes its place as `__main__`
 
 
@@ -62,7 +66,8 @@ def naming_the_line(what: str, function: Any, owner: Any = None) -> Iterator[Non
         file = getattr(getattr(_unwrapped(function), "__code__", None), "co_filename", "")
         lines = [f", line {at.lineno}" for at in traceback.extract_tb(error.__traceback__) if at.filename == file]
         where = f"{pathlib.Path(file).name}{lines[-1] if lines else ''}: " if file else ""
-        raise ConfigError(f"{what} fails ({where}{type(error).__name__}: {reason(error)})") from error
+        remedy = _REMEDIES.get(type(error).__name__, "")
+        raise ConfigError(f"{what} fails ({where}{type(error).__name__}: {reason(error)}){remedy}") from error
 
 
 def _unwrapped(entry: Any) -> Any:

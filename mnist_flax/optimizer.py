@@ -1,8 +1,9 @@
 """Learning-rate schedules and optimisers: each entry builds an optax schedule or transformation from the config."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -150,11 +151,20 @@ def schedule(config: OptimizerConfig, num_steps: int, steps_per_epoch: int) -> o
     """Returns the learning rate as a function of the number of finished updates."""
     entry = SCHEDULES[config.schedule]
     warmup = 0 if entry.own_warmup else round(config.warmup_epochs * steps_per_epoch)
-    with naming_the_line(f"config.optimizer.schedule = {config.schedule!r}", entry.make):
+    naming = functools.partial(naming_the_line, f"config.optimizer.schedule = {config.schedule!r}", entry.make)
+    with naming():
         main = entry.make(config, RunLength(max(1, num_steps - warmup), steps_per_epoch))
+
+    @naming()
+    def rate(step: Any) -> Any:
+        value = main(step)
+        if np.shape(value):
+            raise ValueError(f"the rate has the shape {np.shape(value)}; return a scalar")
+        return value
+
     if not warmup:
-        return main
-    return optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, warmup), main], [warmup])
+        return rate
+    return optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, warmup), rate], [warmup])
 
 
 def depends_on_length(config: OptimizerConfig, num_steps: int, steps_per_epoch: int) -> bool:
@@ -231,6 +241,8 @@ OPTIMIZERS: dict[str, Optimizer] = {
 def optimizer(config: OptimizerConfig, num_steps: int, steps_per_epoch: int) -> optax.GradientTransformation:
     """Returns the whole chain: gradient clipping, then the update rule at the scheduled learning rate."""
     make, rate = OPTIMIZERS[config.name].make, schedule(config, num_steps, steps_per_epoch)
-    with naming_the_line(f"config.optimizer.name = {config.name!r}", make):
+    naming = functools.partial(naming_the_line, f"config.optimizer.name = {config.name!r}", make)
+    with naming():
         rule = make(config, rate)
+        rule = rule._replace(init=naming()(rule.init), update=naming()(rule.update))
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule) if config.clip_norm else rule

@@ -54,12 +54,13 @@ def preset_dict(name: str) -> ConfigDict:
     return ConfigDict(run_preset(FOLDER / f"{name}.py"), type_safe=False)
 
 
-def load_config(path: pathlib.Path, overrides: Iterable[str] = ()) -> Config:
-    """Runs a preset and returns its Config, after applying overrides such as `train.epochs=3`.
+def load_config(name: str | pathlib.Path, overrides: Iterable[str] = ()) -> Config:
+    """Runs the preset that `name` names (see `find_preset`), and applies overrides such as `train.epochs=3`.
 
     Raises:
-      ConfigError: the preset fails, or one of its fields or overrides is wrong.
+      ConfigError: there is no such preset, it fails, or one of its fields or overrides is wrong.
     """
+    path = find_preset(str(name))
     values = run_preset(path)
     try:
         config = Config.from_dict(values)

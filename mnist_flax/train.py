@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 PATHS = ("data.source", "data.data_dir", "data.raw_dir", "data.on_missing", "train.teacher")
 
 
-def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = None) -> TrainState:
+def fit(config: Config, workdir: workdirs.Folder, *, fork: workdirs.Folder | None = None) -> TrainState:
     """Starts or resumes a run, trains it to the end, and returns its final state.
 
     Args:
@@ -61,6 +61,7 @@ def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = No
     In a multi-process run, every process calls this with the same arguments after `processes.join`; only the primary
     claims the folder, prints, and writes logs and results.
     """
+    workdir = pathlib.Path(workdir)
     workdirs.check(workdir)
     if workdirs.MEMBERS in workdirs.names_in(workdir):
         raise WorkdirError(
@@ -78,7 +79,7 @@ def fit(config: Config, workdir: pathlib.Path, *, fork: pathlib.Path | None = No
     sources = splits.fingerprint, bool(fork), teacher and teacher.origin["digest"]
     processes.check_same("configs, data, forks or teachers", recipe, sources)
     drivers.job_mesh(config.program, 1, config.train.num_devices)  # only now: a substitute may have smaller batches
-    (member,) = fit_all({workdir: config}, splits, fork=fork, teacher=teacher)
+    (member,) = fit_all({workdir: config}, splits, fork=pathlib.Path(fork) if fork else None, teacher=teacher)
     return member.state
 
 
@@ -94,7 +95,7 @@ def check_program(config: Config, teacher: LoadedTeacher | None) -> None:
     check_memory(config, teacher and teacher.arrays)
 
 
-def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, folds: int = 0) -> dict[str, Any]:
+def fit_population(config: Config, workdir: workdirs.Folder, *, seeds: int = 0, folds: int = 0) -> dict[str, Any]:
     """Starts or resumes M seeds or K folds, trains them to the end, and returns the contents of `population.json`.
 
     Raises:
@@ -102,6 +103,7 @@ def fit_population(config: Config, workdir: pathlib.Path, *, seeds: int = 0, fol
     """
     if bool(seeds) == bool(folds):
         raise ConfigError(f"give {'only one of' if seeds else 'either'} --seeds=M or --folds=K, such as --seeds=10")
+    workdir = pathlib.Path(workdir)
     workdirs.check(workdir)
     if workdirs.CHECKPOINTS in workdirs.names_in(workdir):
         raise WorkdirError(f"--workdir={workdir}: holds a run, not a population; name another folder")

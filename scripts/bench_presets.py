@@ -35,7 +35,7 @@ def bench(name: str, seeds: Sequence[int], target: float = 0.0) -> dict[str, Any
     from mnist_flax.train import fit
 
     summaries = []
-    config = preset.load_config(preset.find_preset(name))
+    config = preset.load_config(name)
     for seed in seeds:
         with tempfile.TemporaryDirectory() as folder:
             off = {"train__tensorboard": False, "train__report": False, "train__demo": False}

@@ -133,7 +133,7 @@ def main(_: Sequence[str]) -> None:
             "data__on_missing": "error",
             **{name: value for name, value in job.items() if name not in ("preset", "block")},
         }
-        config = replace(preset.load_config(preset.find_preset(job["preset"])), **fields)
+        config = replace(preset.load_config(job["preset"]), **fields)
         made = provenance()
         result = {**job, **run(config, load_splits(config.data), job.get("block")), **made}
         with output.open("a") as file:

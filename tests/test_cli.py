@@ -159,7 +159,7 @@ def test_negated_override_takes_no_value() -> None:
 def test_override_gets_the_type_of_its_field() -> None:
     overrides = ["train.epochs=3", "model.widths=(3, 4)", "model.dense=5", "train.report=false", "seed=7"]
     overrides += ["optimizer.learning_rate=1e-2", "data.raw_dir=/a=b", "model.paddings=('SAME',)"]
-    config = preset.load_config(preset.find_preset("tiny"), overrides)
+    config = preset.load_config("tiny", overrides)
     model = config.to_dict()["model"]
     assert (config.train.epochs, model["widths"], model["dense"]) == (3, (3, 4), (5,))
     assert (config.train.report, config.seed, config.optimizer.learning_rate) == (False, 7, 0.01)
@@ -168,7 +168,7 @@ def test_override_gets_the_type_of_its_field() -> None:
 
 @pytest.mark.parametrize("overrides", [*itertools.permutations(["model.name=resnet", "model.dropout=0.5"])])
 def test_override_may_choose_another_family(overrides: tuple[str, ...]) -> None:
-    config = preset.load_config(preset.find_preset("tiny"), overrides)
+    config = preset.load_config("tiny", overrides)
     assert config.to_dict()["model"] == default_config_dict("resnet").model.to_dict() | {"dropout": 0.5}
 
 
@@ -199,7 +199,7 @@ def test_override_may_choose_another_family(overrides: tuple[str, ...]) -> None:
 )
 def test_wrong_override_gets_one_message(override: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        preset.load_config(preset.find_preset("tiny"), [override])
+        preset.load_config("tiny", [override])
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 

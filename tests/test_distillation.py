@@ -253,7 +253,7 @@ def test_summary_card_and_report_name_the_teacher(
 
 
 def test_the_preset_has_the_network_of_its_teacher() -> None:
-    student, teacher = (preset.load_config(preset.find_preset(name)) for name in ("distilled", "accurate"))
+    student, teacher = (preset.load_config(name) for name in ("distilled", "accurate"))
     assert dataclasses.astuple(student.model) == dataclasses.astuple(teacher.model)
     assert student.train.teacher == "runs/accurate-seeds3"
     assert student.seed not in range(10)

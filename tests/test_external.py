@@ -129,6 +129,10 @@ def scaled(share: float, image: Array, key: Array) -> Array:
     return image / 255
 
 
+def broken_rule(config: Any, rate: Any) -> optax.GradientTransformation:
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), lambda grads, *_: grads["none"])
+
+
 @pytest.mark.parametrize(
     ("registry", "entry", "fields", "message"),
     [
@@ -148,6 +152,19 @@ def scaled(share: float, image: Array, key: Array) -> Array:
         (AUGMENTATIONS, lambda share, image, key: None, {"augment__own": 1}, r"config.augment.own fails \(.*Attribute"),
         (LOSSES, lambda *_, **__: None, {"train__loss": "own"}, r"config.train.loss = 'own' fails \(.*AttributeError"),
         (OPTIMIZERS, Optimizer(lambda config, rate: 1 / 0, ()), {"optimizer__name": "own"}, r"name = 'own' fails"),
+        (OPTIMIZERS, Optimizer(broken_rule, ()), {"optimizer__name": "own"}, r"name = 'own' fails \(.*: KeyError: "),
+        (
+            SCHEDULES,
+            Schedule(lambda config, run: lambda step: 0.1 if step < 9 else 0.01),
+            {"optimizer__schedule": "own"},
+            r"schedule = 'own' fails \(.*, line \d+: TracerBool.*\); use jnp.where instead of if",
+        ),
+        (
+            SCHEDULES,
+            Schedule(lambda config, run: lambda step: jnp.ones(2)),
+            {"optimizer__schedule": "own"},
+            r"schedule = 'own' fails \(.*the rate has the shape \(2,\); return a scalar",
+        ),
         (AUGMENTATIONS, grown, {"augment__own": 1}, r"config.augment.own: returns uint8\[30, 28, 1\] for an image of"),
         (AUGMENTATIONS, scaled, {"augment__own": 1}, r"config.augment.own: returns float32\[28, 28, 1\] for an image"),
     ],

@@ -235,7 +235,7 @@ class RunInfo(NamedTuple):
         return tuple(int(run.state.step) for run in self.runs)
 
 
-def load_predictor(workdir: pathlib.Path, checkpoint: str = "latest") -> tuple[Predictor, RunInfo]:
+def load_predictor(workdir: workdirs.Folder, checkpoint: str = "latest") -> tuple[Predictor, RunInfo]:
     """Loads a checkpoint of a run, or of all members of a population: `latest`, `best` (on hold-out rows) or a step.
 
     The temperature and the thresholds of doubt are those fitted at the end of training if this is the last checkpoint,
@@ -245,6 +245,7 @@ def load_predictor(workdir: pathlib.Path, checkpoint: str = "latest") -> tuple[P
       WorkdirError: the folder cannot be read, there is no such checkpoint, it is damaged, or the members differ in
         config or data.
     """
+    workdir = pathlib.Path(workdir)
     is_population = workdirs.MEMBERS in workdirs.names_in(workdir)
     result = workdirs.read_json(workdir / (POPULATION if is_population else workdirs.SUMMARY))
     folders = member_folders(workdir, result) if is_population else [workdir]

@@ -60,7 +60,7 @@ def class_rows(confusion: np.ndarray, dataset: str) -> list[dict[str, Any]]:
 
 
 def evaluate_workdir(
-    workdir: pathlib.Path,
+    workdir: workdirs.Folder,
     *,
     checkpoint: str = "latest",
     split: str = "test",
@@ -78,7 +78,7 @@ def evaluate_workdir(
     if info.kind == "folds" and split != "test" and splits.name == info.config.data.name:
         raise ConfigError(
             f"--split={split}: other folds were trained on these rows; choose test, or see out_of_fold in"
-            f" {workdir / POPULATION}"
+            f" {pathlib.Path(workdir, POPULATION)}"
         )
     examples = select_examples(data, splits, split)
     return {

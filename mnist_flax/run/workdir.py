@@ -23,6 +23,8 @@ import filelock
 
 from mnist_flax.errors import WorkdirError, reason
 
+Folder = str | os.PathLike[str]  # what a caller from outside may pass
+
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
