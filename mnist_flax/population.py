@@ -2,7 +2,7 @@
 
     python -m mnist_flax.population --config=configs/tiny.py --seeds=10
     python -m mnist_flax.population --config=configs/one_conv_sgd.py --folds=5
-    python -m mnist_flax.population --compare=runs/tiny-seeds10,runs/fast-seeds10
+    python -m mnist_flax.population --compare=runs/tiny-seeds10,runs/fast-seeds10 --split=holdout
 
 Each member is a run with its own folder in members/. Repeating the command resumes. A larger --seeds adds members if
 --workdir names the same folder.
@@ -23,6 +23,8 @@ def main(_: Sequence[str]) -> None:
     if FLAGS["compare"].present:
         print(comparison_text(FLAGS.compare))
         return
+    if FLAGS["split"].present:
+        raise ConfigError("--split: is used only with --compare; leave it out")
     config = cli.config()
     workdir = cli.training_workdir(f"-seeds{FLAGS.seeds}" if FLAGS.seeds else f"-folds{FLAGS.folds}")
     from mnist_flax import train
@@ -54,7 +56,7 @@ def comparison_text(folders: Sequence[str]) -> str:
             raise ConfigError(f"--config.{override}: needs a value, such as --config.{override}=VALUE")
     overrides = dict(override.split("=", 1) for override in FLAGS.override)
     check_overrides(overrides)
-    results = [comparison.load_result(cli.path(folder), overrides) for folder in folders]
+    results = [comparison.load_result(cli.path(folder), overrides, FLAGS.split) for folder in folders]
     result = comparison.compare_results(*results)
     return json.dumps(result, indent=1) if FLAGS.json else comparison.comparison_table(result)
 
@@ -65,5 +67,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("seeds", None, "train M members, with consecutive seeds from the config's on", 2, 10_000)
     flags.DEFINE_integer("folds", None, "split the training rows in K parts; each member holds out one", lower_bound=2)
     flags.DEFINE_list("compare", None, "A,B: two folders of runs or populations; tests which is better")
+    flags.DEFINE_enum("split", "test", ("test", "holdout"), "the rows on which --compare evaluates runs and seeds")
     flags.DEFINE_boolean("json", False, "print the result as JSON instead of a table")
     cli.run(main)

@@ -65,6 +65,7 @@ def result_of(predictions: Any, accuracies: tuple[float, ...], **fields: Any) ->
         "dataset": "mnist",
         "fingerprint": "f" * 64,
         "pairing": tuple(range(len(accuracies))),
+        "split": "test",
         "labels": labels,
     }
     return Result(**(values | {"predictions": np.asarray(predictions), "accuracies": accuracies} | fields))
@@ -102,6 +103,7 @@ def test_the_table_says_what_differs_and_what_was_compared() -> None:
         recipe={"train.epochs": 3, "train.loss": "mine"}
     )
     assert "recipe" not in table(recipe={})
+    assert table().startswith("mnist, 2 test examples\n")
     assert "examples (network A, committee B): only B is right on 0" in table(kind="seeds")
     assert "B  x (a run, not finished): accuracy" in table(is_finished=False)
     certain = comparison.compare_results(result_of([1] * 2000, (0.0,)), result_of([0] * 2000, (1.0,)))
@@ -114,6 +116,8 @@ def test_results_on_different_examples_are_not_compared() -> None:
     one = result_of([0, 0], (1.0,))
     with pytest.raises(WorkdirError, match=r"was evaluated on mnist .* on kmnist .*only results on the same data"):
         comparison.compare_results(one, result_of([0, 0], (1.0,), fingerprint="0" * 64, dataset="kmnist"))
+    with pytest.raises(WorkdirError, match="was evaluated on 2 test rows, x on 2 hold-out rows"):
+        comparison.compare_results(one, result_of([0, 0], (1.0,), split="holdout"))
     of_folds = result_of([0, 0], (1.0, 1.0), kind="folds")
     with pytest.raises(WorkdirError, match="was evaluated on 2 test rows, x on 2 training rows in 2 folds"):
         comparison.compare_results(one, of_folds)

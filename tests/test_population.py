@@ -307,6 +307,7 @@ def test_a_loss_that_is_not_finite_names_its_member(tmp_path: pathlib.Path) -> N
         (["--config=configs/tiny.py"], 2, "give either --seeds=M or --folds=K"),
         (["--config=configs/tiny.py", "--seeds=2", "--folds=2"], 2, "give only one of --seeds=M or --folds=K"),
         (["--config=configs/tiny.py", "--seeds=1"], 2, "--seeds=1"),
+        (["--config=configs/tiny.py", "--seeds=2", "--split=test"], 2, "--split: is used only with --compare"),
         (["--compare=runs/a"], 2, "--compare=runs/a: name two folders"),
         (["--compare=runs/a,"], 2, "--compare=runs/a,: name two folders"),
         (["--compare=runs/a,runs/b", "--seeds=3"], 2, "--seeds: cannot be combined with --compare"),

@@ -255,8 +255,16 @@ def test_load_result_reads_runs_and_populations_alike(seeds: pathlib.Path, folds
     assert json.loads(json.dumps(compared)) == compared
     with pytest.raises(ConfigError, match=r"config.data.name = 'kmnist': this network was trained on digits"):
         comparison.load_result(seeds, {"data.name": "kmnist"})
+    held_out = comparison.load_result(seeds, split="holdout")
+    runs = [checkpoint.load_run(seeds / "members" / f"seed-{seed}") for seed in (3, 4, 5)]
+    assert held_out.accuracies == tuple(run.record["holdout"]["accuracy"] for run in runs)
+    assert (len(held_out.labels), held_out.pairing, held_out.kind) == (20, (3, 4, 5), "seeds")
+    assert "digits, 20 hold-out examples" in comparison.comparison_table(
+        comparison.compare_results(held_out, comparison.load_result(seeds / "members" / "seed-4", split="holdout"))
+    )
     result = statistics.load_population_result(folds)
     assert result
+    assert comparison.load_result(folds, split="holdout").split == "holdout"
     of_folds = comparison.load_result(folds)
     assert of_folds.accuracies == tuple(fold["accuracy"] for fold in result["out_of_fold"]["folds"])
     assert np.mean(of_folds.predictions == of_folds.labels) == pytest.approx(result["out_of_fold"]["accuracy"])

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mnist_flax.analysis import statistics
-from mnist_flax.analysis.evaluation import Facts, evaluate, load_predictor
-from mnist_flax.analysis.run_data import DEFAULT_DATA, check_own_dataset, load_own_data
+from mnist_flax.analysis.evaluation import Facts, load_predictor, mean_logits, member_logits
+from mnist_flax.analysis.run_data import DEFAULT_DATA, check_own_dataset, load_own_data, select_examples
 from mnist_flax.config import Config, result_fields
 from mnist_flax.errors import ConfigError, WorkdirError
 
 ROWS = ("seed", "data.holdout", "data.folds", "data.fold")  # fields that are not part of a recipe
 SIGNIFICANCE = 0.05  # a difference is significant if its p-value is below this
+_ROWS_OF = {"test": "test", "holdout": "hold-out"}
 ROUNDING = 1e-12  # a smaller difference of two accuracies is a rounding error
 
 
@@ -28,23 +29,24 @@ class Result(NamedTuple):
     dataset: str  # the name of the dataset
     fingerprint: str  # that of the dataset
     pairing: tuple[int, ...]  # the seed or the fold of each member; two populations are paired if these are equal
-    # the accuracy of each member: on its held-out rows for folds, otherwise on the test set
-    accuracies: tuple[float, ...]
+    split: str  # what the members were evaluated on: `test`, or `holdout` as folds are
+    accuracies: tuple[float, ...]  # of each member
     labels: np.ndarray  # `i32[N]`, the labels of the examples
     predictions: np.ndarray  # `i32[N]`, those of the run, of the committee (seeds), or out of fold (folds)
 
 
-def load_result(workdir: pathlib.Path, overrides: Mapping[str, Any] = DEFAULT_DATA) -> Result:
-    """Reads a finished population, or evaluates a run's latest checkpoint on the test set.
+def load_result(workdir: pathlib.Path, overrides: Mapping[str, Any] = DEFAULT_DATA, split: str = "test") -> Result:
+    """Reads a finished population, or evaluates the latest checkpoints of a run or a population.
 
-    `overrides` say where the data of a run are, as for `load_own_data`.
+    `overrides` say where the data are, as for `load_own_data`. `split` is `test` or `holdout`; folds are always
+    compared on the rows that they hold out.
 
     Raises:
-      UserError: the folder holds neither, or the data cannot be loaded.
+      UserError: the folder holds neither, no rows were held out, or the data cannot be loaded.
     """
     saved = statistics.load_population_result(workdir)
-    if saved is None:
-        return _result_of_run(workdir, overrides)
+    if saved is None or (saved["kind"] == "seeds" and split == "holdout"):  # hold-out scores are not in the file
+        return _evaluated(workdir, overrides, split)
     check_own_dataset(saved["dataset"], overrides)
     arrays = statistics.load_arrays(workdir, saved["kind"], len(saved["members"]))
     if is_folds := saved["kind"] == "folds":
@@ -59,6 +61,7 @@ def load_result(workdir: pathlib.Path, overrides: Mapping[str, Any] = DEFAULT_DA
         dataset=saved["dataset"],
         fingerprint=saved["dataset_fingerprint"],
         pairing=tuple(member["fold" if is_folds else "seed"] for member in saved["members"]),
+        split="holdout" if is_folds else "test",
         accuracies=tuple(of["accuracy"] for of in (saved["out_of_fold"]["folds"] if is_folds else saved["members"])),
         labels=labels,
         predictions=probs.argmax(axis=-1),
@@ -73,21 +76,23 @@ def _recipe(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in ROWS}
 
 
-def _result_of_run(workdir: pathlib.Path, overrides: Mapping[str, Any]) -> Result:
+def _evaluated(workdir: pathlib.Path, overrides: Mapping[str, Any], split: str) -> Result:
     predictor, info = load_predictor(workdir)
     splits = load_own_data(info.config, info.fingerprint, overrides)
-    evaluation = evaluate(predictor, splits.test)
+    examples = select_examples(info.config.data, splits, split)
+    logits = member_logits(predictor, examples.image)
     return Result(
         name=str(workdir),
         kind=info.kind,
         recipe=_recipe(info.config.to_dict()),
-        is_finished=info.steps[0] == info.config.num_steps,
+        is_finished=all(step == info.config.num_steps for step in info.steps),
         dataset=splits.name,
         fingerprint=splits.fingerprint,
-        pairing=(info.config.seed,),
-        accuracies=(evaluation.accuracy,),
-        labels=splits.test.label,
-        predictions=evaluation.logits.argmax(axis=-1),
+        pairing=tuple(run.config.seed for run in info.runs),
+        split=split,
+        accuracies=tuple(float(np.mean(of_member.argmax(axis=-1) == examples.label)) for of_member in logits),
+        labels=examples.label,
+        predictions=mean_logits(logits).argmax(axis=-1),
     )
 
 
@@ -112,6 +117,7 @@ def compare_results(a: Result, b: Result) -> Facts:
         "b": _facts(b),
         "dataset": a.dataset,
         "dataset_fingerprint": a.fingerprint,
+        "split": a.split,
         "examples": len(a.labels),
         "recipe": _changes(a.recipe, b.recipe),
         "mcnemar": by_example,
@@ -145,15 +151,15 @@ def check_same_examples(a: Result, b: Result) -> None:
             f"--compare: {a.name} was evaluated on {a.dataset} (fingerprint {a.fingerprint[:12]}), {b.name} on"
             f" {b.dataset} ({b.fingerprint[:12]}); only results on the same data can be compared"
         )
-    held_out = [result.pairing if result.kind == "folds" else None for result in (a, b)]
+    held_out = [(result.split, result.pairing if result.kind == "folds" else None) for result in (a, b)]
     if held_out[0] != held_out[1] or not np.array_equal(a.labels, b.labels):
         what_a, what_b = (
-            f"{len(result.labels)} " + (f"training rows in {len(folds)} folds" if folds else "test rows")
-            for result, folds in zip((a, b), held_out, strict=True)
+            f"{len(result.labels)} " + (f"training rows in {len(folds)} folds" if folds else f"{_ROWS_OF[split]} rows")
+            for result, (split, folds) in zip((a, b), held_out, strict=True)
         )
         raise WorkdirError(
             f"--compare: {a.name} was evaluated on {what_a}, {b.name} on {what_b}; compare folds with as many folds of"
-            " the same rows, and seeds or runs with each other"
+            " the same rows, and seeds or runs with each other, on the same rows"
         )
 
 
@@ -208,7 +214,7 @@ def t_test(a: Sequence[float], b: Sequence[float], *, paired: bool) -> Facts:
 def comparison_table(comparison: Mapping[str, Any]) -> str:
     """Formats a comparison as a text table that ends with the verdict."""
     a, b, examples, members = (comparison[name] for name in ("a", "b", "mcnemar", "t"))
-    lines = [f"{comparison['dataset']}, {comparison['examples']} examples"]
+    lines = [f"{comparison['dataset']}, {comparison['examples']} {_ROWS_OF[comparison['split']]} examples"]
     for letter, result in (("A", a), ("B", b)):
         what = {"run": "a run", "seeds": f"{result['members']} seeds", "folds": f"{result['members']} folds"}
         committee = f", committee {result['accuracy']:.2%}" if result["kind"] == "seeds" else ""

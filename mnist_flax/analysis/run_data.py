@@ -109,5 +109,5 @@ def select_examples(data: DataConfig, splits: Splits, split: str) -> Examples:
     train, held_out = batches.rows_of(splits.train.label, data)
     rows = {"train": train, "holdout": held_out}[split]
     if not len(rows):
-        raise ConfigError(f"--split={split}: the run held out no rows of {splits.name}; choose train or test")
+        raise ConfigError(f"--split={split}: the run held out no rows of {splits.name}; choose another split")
     return splits.train.select(rows)
