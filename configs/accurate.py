@@ -1,7 +1,7 @@
 """An accurate network that trains in minutes: a residual network, distorted images, five views.
 
 Measured: 99.70 +- 0.03 % test accuracy (mean and sd, n = 13), NLL 0.0089, ECE 0.10 %;
-3 minutes of training on two cores of an AMD EPYC.
+3 minutes of training on two cores of an AMD EPYC with AVX-512.
 
     scripts/train --config=configs/accurate.py
 """

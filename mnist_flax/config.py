@@ -39,7 +39,7 @@ class Program:
 
     Members of a population share compiled code, unless their folds differ in size. `code` holds the classes of the
     network and its config; the optimiser, schedule, loss and augmentations that the other fields name; and the logged
-    metrics: a notebook that replaces one gets newly compiled code.
+    metrics. If a notebook replaces any of these, its code is compiled again.
     """
 
     model: ModelConfig

@@ -122,7 +122,7 @@ def over_runs(steps: Callable[..., Any], mesh: Mesh, num_runs: int) -> Callable[
 
 
 def steps_per_order(num_steps: int, steps_per_epoch: int, epochs_per_dispatch: int) -> int:
-    """Returns the number of steps in one `order`, whole epochs, which is the most that a call can train."""
+    """Returns the number of steps in one `order`: it holds whole epochs, and a call trains at most one order."""
     return min(max(1, epochs_per_dispatch) * steps_per_epoch, num_steps)
 
 

@@ -222,7 +222,7 @@ def check_origin(
     if len({one and one["digest"] for one in teachers}) > 1:
         raise WorkdirError(
             f"{workdir}: holds a run with a different teacher: {old} then, {new} now; to continue that run, set"
-            " config.train.teacher to where its teacher is, or to '' for none; or name another --workdir"
+            " config.train.teacher to the folder of its teacher ('' for none); or name another --workdir"
         )
     before, now = origin["versions"] | (origin.get("setup") or setup), versions() | setup
     differing = [name for name in before | now if before.get(name) != now.get(name)]

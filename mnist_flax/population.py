@@ -2,7 +2,7 @@
 
     python -m mnist_flax.population --config=configs/tiny.py --seeds=10
     python -m mnist_flax.population --config=configs/one_conv_sgd.py --folds=5
-    python -m mnist_flax.population --compare=runs/tiny-seeds10,runs/fast-seeds10 --split=holdout
+    python -m mnist_flax.population --compare=runs/a,runs/b
 
 Each member is a run with its own folder in members/. Repeating the command resumes. A larger --seeds adds members if
 --workdir names the same folder.
@@ -64,7 +64,7 @@ def comparison_text(folders: Sequence[str]) -> str:
 if __name__ == "__main__":
     cli.define_config()
     flags.DEFINE_string("workdir", None, "the population's folder; default: runs/<config>-seeds<M> or -folds<K>")
-    flags.DEFINE_integer("seeds", None, "train M members, with consecutive seeds from the config's on", 2, 10_000)
+    flags.DEFINE_integer("seeds", None, "train M members, with consecutive seeds starting at config.seed", 2, 10_000)
     flags.DEFINE_integer("folds", None, "split the training rows in K parts; each member holds out one", lower_bound=2)
     flags.DEFINE_list("compare", None, "A,B: two folders of runs or populations; tests which is better")
     flags.DEFINE_enum("split", "test", ("test", "holdout"), "the rows on which --compare evaluates runs and seeds")

@@ -76,7 +76,7 @@ def test_verdict_follows_the_members_if_there_are_any() -> None:
     runs = comparison.compare_results(result_of(bad, (0.5,)), result_of(good, (1.0,)))
     assert (runs["verdict"], runs["t"]) == ("b", None)
     assert "B is better than A" in comparison.comparison_table(runs)
-    assert "50.000 points of accuracy, p = 0.002" in comparison.sentence(runs)
+    assert "50.000 points of accuracy on these examples (p = 0.002)" in comparison.sentence(runs)
     assert comparison.compare_results(result_of(good, (1.0,)), result_of(bad, (0.5,)))["verdict"] == "a"
     # For populations the members decide: here the committees differ, but the members do not.
     populations = comparison.compare_results(result_of(bad, (0.5, 0.9)), result_of(good, (0.9, 0.5)))
@@ -108,7 +108,7 @@ def test_the_table_says_what_differs_and_what_was_compared() -> None:
     assert "B  x (a run, not finished): accuracy" in table(is_finished=False)
     certain = comparison.compare_results(result_of([1] * 2000, (0.0,)), result_of([0] * 2000, (1.0,)))
     assert comparison.comparison_table(certain).endswith(
-        "B is better than A on these examples: by 100.000 points of accuracy, p < 1e-300."
+        "B is better than A by 100.000 points of accuracy on these examples (p < 1e-300)."
     )
 
 

@@ -71,4 +71,4 @@ def test_rows_that_are_predicted_right_are_not_listed() -> None:
     arrays = {"out_of_fold_probs": probs, "out_of_fold_label": label, "rows": rows, "fold": rows % 3}
     facts = label_facts(arrays)
     assert (facts["suspects"], facts["listed"]) == (0, [])
-    assert label_table(facts) == "labels: 0 of 300 may be wrong (0.00% estimated)"
+    assert label_table(facts) == "suspect labels: 0 of 300, estimated share of wrong ones 0.00%"

@@ -119,7 +119,7 @@ def test_loss_that_is_not_finite_stops_the_run_and_names_its_step(tmp_path: path
     feed(log, 3)
     bad = sums(4, 6)
     bad["loss"][1] = value
-    with pytest.raises(NonFiniteLossError, match=rf"the loss of step 5 is {value}; lower config") as error:
+    with pytest.raises(NonFiniteLossError, match=rf"the loss of step 5 is {value}; start again in another") as error:
         log.add_steps(bad, 0.1)
     assert error.value.exit_status == 3
     with pytest.raises(NonFiniteLossError, match="the loss on the test examples after step 4"):

@@ -109,10 +109,11 @@ def test_out_of_fold_evaluates_every_row_with_the_member_not_trained_on_it(folds
         assert example["prediction"] == probs[place].argmax()
         assert example["probability_of_label"] == pytest.approx(probs[place, label[place]])
     table = statistics.population_table(result)
-    assert "may be wrong" in table
+    assert "suspect labels" in table
+    assert f"{out_of_fold['folds'][2]['accuracy']:.2%}" in table.splitlines()[3]
     assert table.index("out of fold") < table.index("test set of")  # what a recipe is chosen by comes first
     del out_of_fold["labels"]  # as written by an earlier version
-    without = [line for line in table.splitlines() if "may be wrong" not in line]
+    without = [line for line in table.splitlines() if "suspect labels" not in line]
     assert statistics.population_table(result).splitlines() == without
 
 
@@ -210,7 +211,7 @@ def test_members_of_different_populations_are_refused(
     workdir = shutil.copytree(seeds, tmp_path / "copy")
     shutil.rmtree(workdir / "members" / "seed-4")
     shutil.copytree(folds / "members" / "fold-1", workdir / "members" / "seed-4")
-    with pytest.raises(WorkdirError, match=r"seed-4: was trained with another config .* data from .*seed-3"):
+    with pytest.raises(WorkdirError, match=r"seed-4: its config or data differ from those of .*seed-3"):
         load_predictor(workdir)
 
 
@@ -223,7 +224,7 @@ def test_member_that_was_trained_further_is_refused(seeds: pathlib.Path, monkeyp
         return run._replace(config=replace(run.config, train__epochs=epochs))
 
     monkeypatch.setattr(evaluation, "load_run", load_longer)
-    with pytest.raises(WorkdirError, match=r"seed-4: was trained with another config"):
+    with pytest.raises(WorkdirError, match=r"seed-4: its config or data differ"):
         load_predictor(seeds)
 
 

@@ -254,9 +254,9 @@ def p_value(test: Mapping[str, Any]) -> str:
 def sentence(comparison: Mapping[str, Any]) -> str:
     """Formats the verdict as a sentence, with the numbers behind it."""
     decisive = comparison["t"] or comparison["mcnemar"]
-    by = f"{100 * abs(decisive['difference']):.3f} points of accuracy, {p_value(decisive)}"
+    basis = "mean accuracy" if comparison["t"] else "accuracy on these examples"
+    by = f"{100 * abs(decisive['difference']):.3f} points of {basis} ({p_value(decisive)})"
     if comparison["verdict"] is None:
         return f"No significant difference: {by}."
     better, worse = ("B", "A") if comparison["verdict"] == "b" else ("A", "B")
-    basis = "over the members" if comparison["t"] else "on these examples"
-    return f"{better} is better than {worse} {basis}: by {by}."
+    return f"{better} is better than {worse} by {by}."

@@ -255,7 +255,7 @@ def load_predictor(workdir: workdirs.Folder, checkpoint: str = "latest") -> tupl
         changed = differences(info.config, run.config).keys() - {"seed", "data.fold"}
         same_length = run.config.train.epochs == info.config.train.epochs
         if changed or not same_length or run.record["fingerprint"] != info.fingerprint:
-            raise WorkdirError(f"{folder}: was trained with another config or on different data from {folders[0]}")
+            raise WorkdirError(f"{folder}: its config or data differ from those of {folders[0]}")
     # Each member has its own number of steps if the folds differ in size.
     ends = [workdirs.read_json(folder / workdirs.SUMMARY).get("steps") for folder in folders]
     is_final = info.steps == (result.get("steps"), *ends[1:])

@@ -88,6 +88,7 @@ def label_facts(arrays: Mapping[str, np.ndarray]) -> Facts:
 
 def label_table(facts: Mapping[str, Any]) -> str:
     """Formats the facts as text."""
-    text = f"labels: {facts['suspects']} of {facts['examples']} may be wrong ({facts['estimated_wrong']:.2%} estimated)"
+    wrong = f"estimated share of wrong ones {facts['estimated_wrong']:.2%}"
+    text = f"suspect labels: {facts['suspects']} of {facts['examples']}, {wrong}"
     worst = ", ".join(f"{entry['row']} ({entry['label']}? {entry['prediction']})" for entry in facts["listed"][:8])
     return text + (f"; most doubtful, as row (label? prediction): {worst}" if worst else "")

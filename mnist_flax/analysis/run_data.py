@@ -76,7 +76,7 @@ def load_own_data(config: Config, fingerprint: str, overrides: Mapping[str, Any]
 
 
 def check_own_dataset(trained_on: str, overrides: Mapping[str, Any]) -> None:
-    """Raises a ConfigError if the overrides name another dataset than the one that a network was trained on."""
+    """Raises a ConfigError if the overrides name a dataset other than the one that a network was trained on."""
     name = overrides.get("data.name", trained_on)
     if name != trained_on:
         raise ConfigError(

@@ -239,13 +239,15 @@ def population_table(result: Mapping[str, Any]) -> str:
     """Formats a result as a text table."""
     members, committee, agreement = result["members"], result["committee"], result["agreement"]
     count = len(members)
-    lines = [f"{'member':<12}{'seed':>6}  {'test accuracy':>13}  {'loss':>8}"]
+    out_of_fold = result.get("out_of_fold")
+    split, scores = ("out of fold", out_of_fold["folds"]) if out_of_fold else ("test set", members)
+    lines = [f"{'member':<12}{'seed':>6}  {'accuracy':>10}  {'loss':>8}   ({split})"]
     lines += [
-        f"{member['name']:<12}{member['seed']:>6}  {member['accuracy']:>13.2%}  {member['loss']:>8.4f}"
-        for member in members
+        f"{member['name']:<12}{member['seed']:>6}  {of['accuracy']:>10.2%}  {of['loss']:>8.4f}"
+        for member, of in zip(members, scores, strict=True)
     ]
     lines.append("")
-    if out_of_fold := result.get("out_of_fold"):  # what to choose a recipe by, so it comes first
+    if out_of_fold:  # what to choose a recipe by, so it comes first
         lines += [
             f"out of fold, {out_of_fold['correct']} of {out_of_fold['examples']} training rows right:",
             _spread_line(out_of_fold, count),

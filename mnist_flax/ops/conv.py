@@ -21,7 +21,7 @@ from mnist_flax.ops.patches import patches
 from mnist_flax.ops.pool import POOLINGS, Activation, pooling_order, xla_max_pool
 from mnist_flax.ops.window import Pair, Window
 
-SMALL_BATCH = 32  # from this size on, the CPU forms are faster in inference too (measured with batch norm and without)
+SMALL_BATCH = 32  # from this size on, inference uses the forms of training: faster for most networks (docs/speed.md)
 
 
 def conv_block(

@@ -209,7 +209,7 @@ def read_run(path: pathlib.Path, same_as: tuple[Config, str] | None = None) -> R
 
 @contextlib.contextmanager
 def _intact(path: pathlib.Path) -> Iterator[None]:
-    """Converts errors of a checkpoint whose files are what was saved, so that it is not taken for a damaged one.
+    """Converts errors in reading an intact checkpoint, so that it is not treated as damaged.
 
     An OSError stays: a file cannot be read, or has been deleted in the meantime.
 

@@ -41,7 +41,7 @@ def keep_programs() -> None:
 
 
 def _complete(folder: pathlib.Path) -> None:
-    """Gives each program a time of last use: a killed process can leave one without, and JAX 0.10 then adds no more."""
+    """Gives each program a time of last use. A killed process leaves some without; JAX 0.10 then stores no more."""
     for program in folder.glob("*-cache"):
         time_of_use = program.with_name(program.name.removesuffix("-cache") + "-atime")
         if not time_of_use.exists():

@@ -146,8 +146,8 @@ def check_finite(value: float, subject: str) -> None:
     """
     if not math.isfinite(value):
         raise NonFiniteLossError(
-            f"{subject} is {value}; lower config.optimizer.learning_rate, or set config.optimizer.clip_norm, in another"
-            " --workdir"
+            f"{subject} is {value}; start again in another --workdir, with a lower config.optimizer.learning_rate or"
+            " with config.optimizer.clip_norm set"
         )
 
 

@@ -78,7 +78,7 @@ def join(coordinator: str | None, num_processes: int | None, process_index: int 
         if "before" not in str(error):
             raise
         raise ConfigError(
-            "--distributed: the preset has used JAX's devices before the processes could join; write numbers instead"
+            "--distributed: the preset computes with JAX before the processes have joined; replace that with constants"
         ) from error
     finally:
         timer.cancel()

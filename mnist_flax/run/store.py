@@ -113,7 +113,7 @@ class Store:
         return target
 
     def _write(self, arrays: TrainState, record: dict[str, Any]) -> None:
-        """Writes a checkpoint, then prunes old ones; all but the primary only write their part of the arrays."""
+        """Writes a checkpoint, then prunes old ones; all but the primary only take part in Orbax's collective save."""
         step = int(arrays.step)
         unfinished = self._folder / f"{step}{_UNFINISHED}"
         if not processes.is_primary():
