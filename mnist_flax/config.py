@@ -96,6 +96,7 @@ class Config:
         title = family.__name__
         if family not in MODELS.values():
             yield f"config.model: {_UNREGISTERED.format(title)}"
+        yield from _missing_defaults(family)
         for name, kind in inspect.get_annotations(family).items():
             if name not in fields and "ClassVar" not in str(kind):
                 yield f"config.model: {title}.{name} is not a field: decorate {title} with @dataclass(frozen=True)"
@@ -227,6 +228,13 @@ def family_of(cls: type) -> str | None:
     return next((name for name, family in MODELS.items() if family is cls), None)
 
 
+def _missing_defaults(family: type[ModelConfig]) -> Iterator[str]:
+    """Yields a message for each field without a default: reports show which fields differ from theirs."""
+    for field in dataclasses.fields(family):
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            yield f"config.model: {family.__name__}.{field.name} has no default; give it one"
+
+
 def default_config_dict(model: str = "cnn") -> ConfigDict:
     """Returns all defaults of a model family as a ConfigDict, for a `get_config()` to start from.
 
@@ -237,9 +245,8 @@ def default_config_dict(model: str = "cnn") -> ConfigDict:
     """
     if message := next(among("model.name", model, MODELS, is_registry=True), None):
         raise ConfigError(message)
-    for field in dataclasses.fields(MODELS[model]):
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise ConfigError(f"config.model: {MODELS[model].__name__}.{field.name} has no default; give it one")
+    if message := next(_missing_defaults(MODELS[model]), None):
+        raise ConfigError(message)
     return ConfigDict(Config(model=MODELS[model]()).to_dict(), type_safe=False)
 
 

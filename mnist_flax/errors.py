@@ -4,6 +4,9 @@ A message says what is wrong (the field, file or flag), its value, and the remed
 between has to catch these errors.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 
 def reason(error: BaseException) -> str:
     """Returns a one-line reason for a failed operation."""
@@ -15,6 +18,22 @@ class UserError(Exception):
     """An error that the user can fix."""
 
     exit_status = 2
+
+
+@contextlib.contextmanager
+def failures_as(
+    kind: type[UserError], before: str, after: str = "", *, unchanged: type[Exception] = UserError
+) -> Iterator[None]:
+    """Converts errors into `kind`, with the message `BEFORE (TYPE: REASON)AFTER`; a UserError stays as it is.
+
+    So does an error of the type `unchanged`.
+    """
+    try:
+        yield
+    except (UserError, unchanged):
+        raise
+    except Exception as error:
+        raise kind(f"{before} ({type(error).__name__}: {reason(error)}){after}") from error
 
 
 class ConfigError(UserError):

@@ -24,15 +24,9 @@ from typing import Any
 from absl import flags
 
 from mnist_flax import cli
-from mnist_flax.errors import ConfigError, UserError
+from mnist_flax.errors import ConfigError
 
 _BATCH_SIZE = 128  # fixed, so that one compiled program serves any number of pictures
-
-
-class PicturesError(UserError):
-    """Some pictures could not be read; all others were."""
-
-    exit_status = 1
 
 
 def main(argv: Sequence[str]) -> None:
@@ -40,14 +34,14 @@ def main(argv: Sequence[str]) -> None:
     if not argv[1:]:
         raise ConfigError("no picture is named: name files, folders or patterns, or - for standard input")
     workdir, save_to = cli.workdir(), cli.path_of("save_preprocessed")
-    from mnist_flax.pictures import files, parallel, segment
+    from mnist_flax.pictures import decode, files, parallel, segment
 
     found = list(files.find_files(argv[1:]))
     read = segment.read_as_is if flags.FLAGS.as_is else segment.read_digits
     with parallel.read_ahead(found, read) as outcomes:  # starts processes, so before JAX is imported
         failed = print_answers(found, outcomes, workdir, save_to)
     if failed:
-        raise PicturesError(f"{failed} of {len(found)} pictures could not be read")
+        raise decode.PictureError(f"{failed} of {len(found)} pictures could not be read")
 
 
 def print_answers(

@@ -21,15 +21,7 @@ from mnist_flax.data.load import adapt_to_dataset, load_splits
 from mnist_flax.data.splits import Examples, Splits
 from mnist_flax.distillation import LoadedTeacher, load_teacher
 from mnist_flax.errors import ConfigError, WorkdirError
-from mnist_flax.members import (
-    Member,
-    announce,
-    evaluate_holdout,
-    finish,
-    member_configs,
-    open_member,
-    trained_member,
-)
+from mnist_flax.members import Member, announce, evaluate_holdout, finish, member_configs, open_member, trained_member
 from mnist_flax.memory import check_memory
 from mnist_flax.pacing import is_save_due, next_call_limit, next_stop
 from mnist_flax.run import checkpoint, console, processes, provenance

@@ -150,6 +150,8 @@ def test_a_field_without_a_default_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(MODELS, "needy", family)
     with pytest.raises(ConfigError, match=r"config.model: Needy.depth has no default; give it one"):
         default_config_dict("needy")
+    with pytest.raises(ConfigError, match=r"config.model: Needy.depth has no default; give it one"):
+        Config(model=family(depth=3))
 
 
 def test_a_config_class_without_its_decorator_is_refused() -> None:

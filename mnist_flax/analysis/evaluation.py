@@ -96,17 +96,15 @@ def _logits_of_view(predictor: Predictor, images: np.ndarray) -> np.ndarray:
     mesh, members = predictor.placed
     size = min(predictor.batch_size, max(len(images), Predictor.batch_size))
     size = -(-size // mesh.size) * mesh.size
-    outputs: list[list[jax.Array]] = [[] for _ in members]
+    outputs = []
     for start in range(0, len(images), size):
         batch = images[start : start + size]
         if len(batch) < size:
             batch = np.pad(batch, [(0, size - len(batch)), *[(0, 0)] * 3])
         batch = sharding.place(batch, sharding.split(mesh))
-        for logits, variables in zip(outputs, members, strict=True):
-            logits.append(jit_forward(predictor.program, variables, batch))
-    if not len(images):
-        return np.zeros((len(members), 0, predictor.program.num_classes), np.float32)
-    return np.stack([np.concatenate(sharding.gather(logits))[: len(images)] for logits in outputs])
+        outputs.append([jit_forward(predictor.program, variables, batch) for variables in members])
+    none = np.zeros((len(members), 0, predictor.program.num_classes), np.float32)  # there may be no images
+    return np.concatenate([none, *sharding.gather(outputs)], axis=1)[:, : len(images)]
 
 
 def views_of(images: Any, count: int) -> list[Any]:

@@ -1,12 +1,12 @@
 """The export formats, one entry each, and the check that every file must pass before it is saved."""
 
-import contextlib
 import importlib.util
 import json
 import logging
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from mnist_flax.analysis.evaluation import Predictor, RunInfo, load_predictor, p
 from mnist_flax.analysis.run_data import DEFAULT_DATA, load_data
 from mnist_flax.data.load import load_splits
 from mnist_flax.data.registry import DATASETS
-from mnist_flax.errors import DataError, UserError, reason
+from mnist_flax.errors import DataError, failures_as
 from mnist_flax.exporting import card, numpy_program, onnx, stablehlo
 from mnist_flax.exporting.graph import ExportError
 from mnist_flax.exporting.inference import graph_of, in_float32
@@ -110,18 +110,9 @@ def export_workdir(
     return Exported(paths, difference, len(images), source)
 
 
-@contextlib.contextmanager
-def _as_export_error(format_name: str) -> Iterator[None]:
+def _as_export_error(format_name: str) -> AbstractContextManager[None]:
     """Converts what the libraries of a format raise for networks that they do not support."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # of many types
-        raise ExportError(
-            f"--format={format_name}: does not support this network ({type(error).__name__}: {reason(error)});"
-            " try another format"
-        ) from error
+    return failures_as(ExportError, f"--format={format_name}: does not support this network", "; try another format")
 
 
 def images_to_compare(info: RunInfo, overrides: Mapping[str, Any]) -> tuple[np.ndarray, str]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from mnist_flax.analysis.evaluation import Predictor, views_of
-from mnist_flax.errors import UserError, reason
+from mnist_flax.errors import failures_as
 from mnist_flax.exporting.graph import ExportError, Graph, trace
 from mnist_flax.step import Variables, forward
 
@@ -50,12 +50,8 @@ def graph_of(predictor: Predictor) -> Graph:
     """
     exact = in_float32(predictor)
     names = [f"member_{i}" for i in range(len(exact.members))]
-    try:
+    with failures_as(ExportError, "the network cannot be exported"):  # an export must not end the user's training
         if len(names) == 1:
             return trace(lambda variables, images: logits_of(exact, [variables], images), exact.members[0])
         members = dict(zip(names, exact.members, strict=True))
         return trace(lambda named, images: logits_of(exact, [named[name] for name in names], images), members)
-    except UserError:
-        raise
-    except Exception as error:  # from a network of the user's own; an export must not end its training
-        raise ExportError(f"the network cannot be exported ({type(error).__name__}: {reason(error)})") from error

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from mnist_flax.errors import UserError, reason
+from mnist_flax.pictures.ink import shrunk
 
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff")
@@ -73,10 +74,7 @@ def decode(content: bytes) -> Picture:
             raise
         except Exception as error:  # decoders raise almost anything for a damaged file
             raise PictureError(f"cannot be decoded; it may be damaged ({reason(error)})") from error
-    if (shrink := max(grey.size) / _SIDE) > 1:
-        width, height = (max(1, round(side / shrink)) for side in grey.size)
-        grey = grey.resize((width, height), Image.Resampling.BOX)
-    return Picture(np.asarray(grey), size)
+    return Picture(shrunk(np.asarray(grey), _SIDE), size)
 
 
 def _upright(grey: Image.Image, image: Image.Image) -> Image.Image:

@@ -5,7 +5,7 @@ import errno
 import hashlib
 import logging
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ import numpy as np
 
 from mnist_flax import external
 from mnist_flax.config import Config, differences
-from mnist_flax.errors import ConfigError, UserError, WorkdirError, reason
+from mnist_flax.errors import ConfigError, UserError, WorkdirError, failures_as, reason
 from mnist_flax.run import checkpoint_files
 from mnist_flax.run import workdir as workdirs
 from mnist_flax.run.schema import LINE, NUMBER, mismatches
@@ -141,7 +141,9 @@ def load_run(workdir: pathlib.Path, which: str = "latest") -> Run:
             if step in kept or others == "none":
                 raise WorkdirError(f"{workdir}: checkpoint {step} {flaw(error)}; the others are: {others}") from error
         # A running process has just deleted this checkpoint, after saving newer ones: choose again.
-    _warn_of_changed_code(workdir, run)
+    then, now = run.record["origin"].get("setup") or {}, external.digests(run.config.program.code)
+    if changed := [name for name in now if then.get(name, now[name]) != now[name]]:
+        logger.warning("%s: this code has changed since the run began: %s", workdir, ", ".join(changed))
     return run
 
 
@@ -175,12 +177,6 @@ def _choose(folder: pathlib.Path, which: str) -> int:
     return int(which)
 
 
-def _warn_of_changed_code(workdir: pathlib.Path, run: Run) -> None:
-    then, now = run.record["origin"].get("setup") or {}, external.digests(run.config.program.code)
-    if changed := [name for name in now if then.get(name, now[name]) != now[name]]:
-        logger.warning("%s: this code has changed since the run began: %s", workdir, ", ".join(changed))
-
-
 def read_run(path: pathlib.Path, same_as: tuple[Config, str] | None = None) -> Run:
     """Reads the checkpoint in a folder.
 
@@ -207,24 +203,13 @@ def read_run(path: pathlib.Path, same_as: tuple[Config, str] | None = None) -> R
         return Run(config, _read_state(path, config, record), record)
 
 
-@contextlib.contextmanager
-def _intact(path: pathlib.Path) -> Iterator[None]:
+def _intact(path: pathlib.Path) -> contextlib.AbstractContextManager[None]:
     """Converts errors in reading an intact checkpoint, so that it is not treated as damaged.
 
     An OSError stays: a file cannot be read, or has been deleted in the meantime.
-
-    Raises:
-      WorkdirError: instead of the error.
     """
-    try:
-        yield
-    except (UserError, OSError):
-        raise
-    except Exception as error:  # such as too little memory
-        what = f"{type(error).__name__}: {reason(error)}"
-        raise WorkdirError(
-            f"{path}: is intact, but cannot be used ({what}); fix that, and repeat the command"
-        ) from error
+    before = f"{path}: is intact, but cannot be used"  # for example because of too little memory
+    return failures_as(WorkdirError, before, "; fix that, and repeat the command", unchanged=OSError)
 
 
 def _without_unused(values: dict[str, Any]) -> dict[str, Any]:
