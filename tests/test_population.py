@@ -320,3 +320,9 @@ def test_command_line_gives_a_status_and_a_message(arguments: list[str], status:
     assert done.returncode == status
     assert message in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_command_compares_seeds_on_their_hold_out_rows(seeds: pathlib.Path) -> None:
+    member = seeds / "members" / "seed-4"
+    done = forked.run("-m", "mnist_flax.population", f"--compare={seeds},{member}", "--split=holdout")
+    assert done.stdout.startswith("digits, 20 hold-out examples\n"), done.stderr
