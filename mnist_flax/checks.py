@@ -3,7 +3,8 @@
 import ctypes
 import difflib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -21,6 +22,13 @@ def among(field: str, value: str, choices: Iterable[str], *, is_registry: bool =
         if is_registry and hint.startswith("choose"):
             hint += ", or run the script that adds it"
         yield f"config.{field} = {value!r}: {hint}"
+
+
+def of_type(registry: str, entries: Mapping[str, Any], kind: type) -> Iterator[str]:
+    """Checks that all entries of a registry, which a script can extend, have their type."""
+    for name, entry in entries.items():
+        if not isinstance(entry, kind):
+            yield f"{registry}[{name!r}] is a {type(entry).__name__}; make it {kind.__name__}(...)"
 
 
 def within(

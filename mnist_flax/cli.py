@@ -47,7 +47,8 @@ def main() -> None:
         if registered := sys.modules.get("mnist_flax.models"):
             # The verb becomes `__main__`, but the types in a class's annotations are looked up in its module.
             for family in registered.MODELS.values():
-                family.__module__ = family.__module__.replace("__main__", SCRIPT)
+                if isinstance(family, type):  # `config` refuses anything else
+                    family.__module__ = family.__module__.replace("__main__", SCRIPT)
         runpy.run_module(f"mnist_flax.{verb}", run_name="__main__", alter_sys=True)
     lines = [f"usage: {console.command('VERB')} [flags]; {console.command('VERB')} --help lists the flags", ""]
     lines += [f"  {name:<12}{text}" for name, text in VERBS.items()]

@@ -228,6 +228,15 @@ def family_of(cls: type) -> str | None:
     return next((name for name, family in MODELS.items() if family is cls), None)
 
 
+def _family(name: str) -> type[ModelConfig]:
+    for message in among("model.name", name, MODELS, is_registry=True):
+        raise ConfigError(message)
+    family = MODELS[name]
+    if not (isinstance(family, type) and issubclass(family, ModelConfig)):
+        raise ConfigError(f"MODELS[{name!r}]: must be a config, a subclass of ModelConfig, not {family!r:.60}")
+    return family
+
+
 def _missing_defaults(family: type[ModelConfig]) -> Iterator[str]:
     """Yields a message for each field without a default: reports show which fields differ from theirs."""
     for field in dataclasses.fields(family):
@@ -243,15 +252,13 @@ def default_config_dict(model: str = "cnn") -> ConfigDict:
     Raises:
       ConfigError: there is no such family, or one of its fields has no default.
     """
-    if message := next(among("model.name", model, MODELS, is_registry=True), None):
-        raise ConfigError(message)
-    if message := next(_missing_defaults(MODELS[model]), None):
+    for message in _missing_defaults(_family(model)):
         raise ConfigError(message)
     return ConfigDict(Config(model=MODELS[model]()).to_dict(), type_safe=False)
 
 
 def replace(config: Config, **fields: Any) -> Config:
-    """Returns a config with some fields changed; `train__epochs=3` sets `train.epochs`.
+    """Returns a config with some fields changed; `train__epochs=3` or `**{"train.epochs": 3}` sets `train.epochs`.
 
     With another family (`model__name`), all other model fields start from the defaults of that family.
 
@@ -262,7 +269,7 @@ def replace(config: Config, **fields: Any) -> Config:
     if fields.get("model__name", values["model"].get("name")) != values["model"].get("name"):
         values["model"] = {}
     for name, value in fields.items():
-        section, _, field = name.rpartition("__")
+        section, _, field = name.replace(".", "__").rpartition("__")
         if section and not isinstance(values.get(section), dict):
             values[section] = {}  # no such section, which `from_dict` reports
         (values[section] if section else values)[field] = value
@@ -307,10 +314,7 @@ def _build(cls: type, values: Any, path: str) -> Any:
         raise ConfigError(f"{path} = {values!r}: must be a group of fields, not of type {type(values).__name__}")
     values = dict(values)
     if cls is ModelConfig:
-        name = _convert(str, values.pop("name", "cnn"), f"{path}.name")
-        if message := next(among("model.name", name, MODELS, is_registry=True), None):
-            raise ConfigError(message)
-        cls = MODELS[name]
+        cls = _family(_convert(str, values.pop("name", "cnn"), f"{path}.name"))
     known = AugmentConfig.field_types() if cls is AugmentConfig else typing.get_type_hints(cls)
     for name in values:
         if name not in known:

@@ -61,3 +61,8 @@ def _check_logits(program: Program, logits: Any, count: int) -> None:
             f" {'one image' if count == 1 else f'{count} images'}; it must return one logit for each of the"
             f" {program.num_classes} classes"
         )
+    if not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise ConfigError(
+            f"config.model: the network of {type(program.model).__name__} returns logits of type {logits.dtype};"
+            " return floats"
+        )

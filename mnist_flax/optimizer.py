@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import optax
 
-from mnist_flax.checks import among, within
+from mnist_flax.checks import among, of_type, within
 from mnist_flax.external import naming_the_line
 
 
@@ -58,6 +58,8 @@ class OptimizerConfig:
     def check(self, epochs: int, steps_per_epoch: int) -> Iterator[str]:
         """Yields a message for each value that is out of range, given the length of the run."""
         known = {field.name for field in dataclasses.fields(self)}
+        yield from of_type("OPTIMIZERS", OPTIMIZERS, Optimizer)
+        yield from of_type("SCHEDULES", SCHEDULES, Schedule)
         for registry, entries in (("OPTIMIZERS", OPTIMIZERS), ("SCHEDULES", SCHEDULES)):
             for name, entry in entries.items():
                 if not known.issuperset(entry.fields):

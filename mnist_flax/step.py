@@ -16,7 +16,7 @@ from mnist_flax.data.augment import augment
 from mnist_flax.data.registry import IMAGE_SIZE
 from mnist_flax.data.splits import Examples, check_images
 from mnist_flax.errors import ConfigError
-from mnist_flax.external import naming_the_line
+from mnist_flax.external import is_external, naming_the_line
 from mnist_flax.logged import METRICS, StepView
 from mnist_flax.losses import LOSSES
 from mnist_flax.network import init_variables
@@ -59,6 +59,7 @@ class Teacher(flax.struct.PyTreeNode):
 
 
 _RESERVED = ("step", "epoch", "split", "seconds", "learning_rate")  # the keys of a log line besides the metrics
+_OWN = ("loss", "accuracy", "examples")  # the metrics that the rest of the package reads
 
 
 def scale_pixels(program: Program, images: Array) -> Array:
@@ -230,7 +231,7 @@ def _metrics(view: StepView) -> Metrics:
     for name, metric in METRICS.items():
         with naming_the_line(f"METRICS[{name!r}]", metric):
             value = jnp.asarray(metric(view))
-        if name in _RESERVED:
+        if name in _RESERVED or (name in _OWN and is_external(metric)):
             raise ConfigError(f"METRICS[{name!r}]: every log line has this entry already; choose another name")
         if value.shape:
             raise ConfigError(f"METRICS[{name!r}]: has the shape {value.shape}; return a scalar, a sum over examples")
@@ -242,11 +243,15 @@ def try_step(program: Program) -> None:
     """Traces an update of three images, without computing anything, so that code from outside the package is tried.
 
     Raises:
-      ConfigError: the network, loss, augmentations or metrics cannot be used.
+      ConfigError: the network, loss, augmentations, optimiser or metrics cannot be used.
     """
+    shapes = state_shapes(program)
+    if any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(shapes)):
+        name = program.optimizer.name
+        raise ConfigError(f"config.optimizer.name = {name!r}: keeps a random key; use a rule that does not")
     image = jax.ShapeDtypeStruct((3, IMAGE_SIZE, IMAGE_SIZE, 1), jnp.uint8)
     batch = Examples(image, jax.ShapeDtypeStruct((3,), jnp.int32))
-    jax.eval_shape(functools.partial(train_step, program), state_shapes(program), batch, rng.root_key(0))
+    jax.eval_shape(functools.partial(train_step, program), shapes, batch, rng.root_key(0))
 
 
 def moving_average(decay: float, ema: Any, params: Any, step: Array) -> Any:

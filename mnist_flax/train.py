@@ -53,7 +53,7 @@ def fit(config: Config, workdir: workdirs.Folder, *, fork: workdirs.Folder | Non
     In a multi-process run, every process calls this with the same arguments after `processes.join`; only the primary
     claims the folder, prints, and writes logs and results.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = pathlib.Path(workdir).expanduser()
     workdirs.check(workdir)
     if workdirs.MEMBERS in workdirs.names_in(workdir):
         raise WorkdirError(
@@ -71,7 +71,8 @@ def fit(config: Config, workdir: workdirs.Folder, *, fork: workdirs.Folder | Non
     sources = splits.fingerprint, bool(fork), teacher and teacher.origin["digest"]
     processes.check_same("configs, data, forks or teachers", recipe, sources)
     drivers.job_mesh(config.program, 1, config.train.num_devices)  # only now: a substitute may have smaller batches
-    (member,) = fit_all({workdir: config}, splits, fork=pathlib.Path(fork) if fork else None, teacher=teacher)
+    source = pathlib.Path(fork).expanduser() if fork else None
+    (member,) = fit_all({workdir: config}, splits, fork=source, teacher=teacher)
     return member.state
 
 
@@ -95,7 +96,7 @@ def fit_population(config: Config, workdir: workdirs.Folder, *, seeds: int = 0, 
     """
     if bool(seeds) == bool(folds):
         raise ConfigError(f"give {'only one of' if seeds else 'either'} --seeds=M or --folds=K, such as --seeds=10")
-    workdir = pathlib.Path(workdir)
+    workdir = pathlib.Path(workdir).expanduser()
     workdirs.check(workdir)
     if workdirs.CHECKPOINTS in workdirs.names_in(workdir):
         raise WorkdirError(f"--workdir={workdir}: holds a run, not a population; name another folder")

@@ -133,6 +133,10 @@ def broken_rule(config: Any, rate: Any) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), lambda grads, *_: grads["none"])
 
 
+def with_a_key(config: Any, rate: Any) -> optax.GradientTransformation:
+    return optax.noisy_sgd(rate, key=jax.random.key(0))
+
+
 @pytest.mark.parametrize(
     ("registry", "entry", "fields", "message"),
     [
@@ -153,6 +157,9 @@ def broken_rule(config: Any, rate: Any) -> optax.GradientTransformation:
         (LOSSES, lambda *_, **__: None, {"train__loss": "own"}, r"config.train.loss = 'own' fails \(.*AttributeError"),
         (OPTIMIZERS, Optimizer(lambda config, rate: 1 / 0, ()), {"optimizer__name": "own"}, r"name = 'own' fails"),
         (OPTIMIZERS, Optimizer(broken_rule, ()), {"optimizer__name": "own"}, r"name = 'own' fails \(.*: KeyError: "),
+        (OPTIMIZERS, broken_rule, {}, r"OPTIMIZERS\['own'\] is a function; make it Optimizer\(...\)"),
+        (SCHEDULES, broken_rule, {}, r"SCHEDULES\['own'\] is a function; make it Schedule\(...\)"),
+        (OPTIMIZERS, Optimizer(with_a_key, ()), {"optimizer__name": "own"}, r"name = 'own': keeps a random key"),
         (
             SCHEDULES,
             Schedule(lambda config, run: lambda step: 0.1 if step < 9 else 0.01),
@@ -182,6 +189,19 @@ def test_a_mistake_in_an_entry_gets_one_message_before_anything_is_written(
     with pytest.raises(ConfigError, match=message):
         fit(replace(TINY, **fields), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_an_entry_without_its_type_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(AUGMENTATIONS, "own", scaled)
+    with pytest.raises(ConfigError, match=r"AUGMENTATIONS\['own'\] is a function; make it Augmentation\(...\)"):
+        Config.from_dict({"augment": {"shift": 1}})
+
+
+@pytest.mark.parametrize("name", ["loss", "accuracy", "examples"])
+def test_a_metric_cannot_replace_one_that_the_package_reads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METRICS, name, lambda view: view.is_example.sum())
+    with pytest.raises(ConfigError, match=rf"METRICS\['{name}'\]: every log line has this entry already"):
+        try_step(TINY.program)
 
 
 def test_entries_of_the_package_are_not_external() -> None:

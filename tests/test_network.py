@@ -42,6 +42,8 @@ class Odd(nn.Module):
                 self.param("nothing", nn.initializers.zeros, (0,))
             case "tuple":
                 return x, x
+            case "integers":
+                return nn.Dense(10)(x.mean((1, 2))).astype(jnp.int32)
             case "sizes":
                 return jnp.dot(x.reshape(len(x), -1), jnp.zeros((3, 10)))
         return nn.Dense(10)(x.mean((1, 2)))
@@ -96,7 +98,11 @@ def test_an_error_in_a_network_names_its_line(mistake: str, line: str, message: 
 
 @pytest.mark.parametrize(
     ("mistake", "message"),
-    [("batch", r"an array of shape \(1, 10\) for 3 images; it must return one"), ("tuple", "a tuple for one image")],
+    [
+        ("batch", r"an array of shape \(1, 10\) for 3 images; it must return one"),
+        ("tuple", "a tuple for one image"),
+        ("integers", "logits of type int32; return floats"),
+    ],
 )
 def test_a_network_that_returns_no_logits_is_refused(mistake: str, message: str) -> None:
     with pytest.raises(ConfigError, match=f"the network of OddConfig returns {message}"):
@@ -157,3 +163,10 @@ def test_a_field_without_a_default_is_refused(monkeypatch: pytest.MonkeyPatch) -
 def test_a_config_class_without_its_decorator_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"config.model: Bare.width is not a field: decorate Bare with @dataclass"):
         Config(model=Bare())
+
+
+@pytest.mark.parametrize("entry", [OddConfig(), nn.Dense, dict])
+def test_a_family_that_is_not_a_config_is_refused(entry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODELS, "wrong", entry)
+    with pytest.raises(ConfigError, match=r"MODELS\['wrong'\]: must be a config, a subclass of ModelConfig, not"):
+        Config.from_dict({"model": {"name": "wrong"}})

@@ -1,6 +1,7 @@
 """A user's own datasets: IDX files and a registry entry."""
 
 import dataclasses
+import gzip
 import hashlib
 import itertools
 from pathlib import Path
@@ -42,6 +43,18 @@ def test_own_dataset_needs_only_files_and_an_entry(tmp_path: Path, letters: Arra
         check_arrays(splits, letters)
         assert splits.fingerprint == fingerprint(splits.train, splits.test)
     assert not data_messages
+
+
+def test_files_of_an_own_dataset_may_be_unpacked(tmp_path: Path, letters: Arrays) -> None:
+    write_files(tmp_path, "letters", letters)
+    packed = sorted(tmp_path.glob("*.gz"))
+    for path in packed[1:]:  # the others stay as they are
+        path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
+        path.unlink()
+    check_arrays(load_letters(tmp_path), letters)
+    packed[0].unlink()
+    with pytest.raises(DataError, match=r"t10k-images-idx3-ubyte\.gz: no such file"):
+        load_letters(tmp_path)
 
 
 def test_own_dataset_may_have_other_file_names_and_checksums(

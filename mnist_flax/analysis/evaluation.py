@@ -233,7 +233,7 @@ class RunInfo(NamedTuple):
         return tuple(int(run.state.step) for run in self.runs)
 
 
-def load_predictor(workdir: workdirs.Folder, checkpoint: str = "latest") -> tuple[Predictor, RunInfo]:
+def load_predictor(workdir: workdirs.Folder, checkpoint: str | int = "latest") -> tuple[Predictor, RunInfo]:
     """Loads a checkpoint of a run, or of all members of a population: `latest`, `best` (on hold-out rows) or a step.
 
     The temperature and the thresholds of doubt are those fitted at the end of training if this is the last checkpoint,
@@ -243,11 +243,11 @@ def load_predictor(workdir: workdirs.Folder, checkpoint: str = "latest") -> tupl
       WorkdirError: the folder cannot be read, there is no such checkpoint, it is damaged, or the members differ in
         config or data.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = pathlib.Path(workdir).expanduser()
     is_population = workdirs.MEMBERS in workdirs.names_in(workdir)
     result = workdirs.read_json(workdir / (POPULATION if is_population else workdirs.SUMMARY))
     folders = member_folders(workdir, result) if is_population else [workdir]
-    runs = tuple(load_run(folder, checkpoint) for folder in folders)
+    runs = tuple(load_run(folder, str(checkpoint)) for folder in folders)
     info = RunInfo(str(result["kind"]) if is_population else "run", runs, is_final=False)
     for folder, run in zip(folders, runs, strict=True):
         changed = differences(info.config, run.config).keys() - {"seed", "data.fold"}

@@ -258,7 +258,7 @@ def population_table(result: Mapping[str, Any]) -> str:
         f"{result['dataset']}, test set of {committee['examples']}:",
         _spread_line(result, count),
         f"  committee     accuracy {committee['accuracy']:.2%}   loss {committee['loss']:.4f}"
-        "   (mean of the members' probabilities)",
+        f"   (mean of the members' probabilities, temperature {result['temperature']:.2f}; members have their own)",
         f"  agreement     all {count} members are right on {agreement['examples_by_members_right'][count]}"
         f" examples, none on {len(agreement['none_right'])}",
     ]

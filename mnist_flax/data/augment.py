@@ -14,7 +14,7 @@ from jax import Array
 from numpy.typing import NDArray
 
 from mnist_flax import rng
-from mnist_flax.checks import within
+from mnist_flax.checks import of_type, within
 from mnist_flax.data.pens import CLASSES, pens
 from mnist_flax.errors import ConfigError
 from mnist_flax.external import naming_the_line
@@ -186,7 +186,13 @@ class AugmentConfig:
 
     @staticmethod
     def field_types() -> dict[str, type]:
-        """Returns the type of each field."""
+        """Returns the type of each field.
+
+        Raises:
+          ConfigError: an entry is not an `Augmentation`.
+        """
+        for message in of_type("AUGMENTATIONS", AUGMENTATIONS, Augmentation):
+            raise ConfigError(message)
         return {name: int if entry.whole else float for name, entry in AUGMENTATIONS.items()}
 
     def check(self, class_names: Sequence[str]) -> Iterator[str]:

@@ -23,7 +23,7 @@ def check_files(dataset: Dataset, folder: Path) -> None:
       DataError: a file is missing, cannot be read, or has the wrong size or SHA-256.
     """
     for file in dataset.files:
-        _check_file(folder / file.name, file)
+        _check_file(file.path_in(folder), file)
 
 
 def _check_file(path: Path, file: DataFile) -> None:
@@ -35,7 +35,7 @@ def _check_file(path: Path, file: DataFile) -> None:
             raise DataError(f"{path}: no such file{hint}{remedy}")
         size = path.stat().st_size
         if file.size and size != file.size:
-            raise DataError(f"{path}: {size} bytes instead of {file.size}{_owner(size)}{remedy}")
+            raise DataError(f"{path}: {size} bytes{_owner(size)} instead of {file.size}{remedy}")
         with path.open("rb") as opened:
             sha256 = hashlib.file_digest(opened, "sha256").hexdigest() if file.sha256 else ""
     except OSError as error:
@@ -49,7 +49,7 @@ def _owner(size: int) -> str:
     for name, dataset in DATASETS.items():
         for file in dataset.files:
             if size and file.size == size:  # 0: not known
-                return f", the size of {name}'s {file.name}"
+                return f" (the size of {name}'s {file.name})"
     return ""
 
 

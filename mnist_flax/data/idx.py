@@ -22,7 +22,7 @@ def read_files(dataset: Dataset, folder: Path) -> tuple[Examples, Examples]:
       DataError: a file is missing, damaged, or does not contain what the dataset's entry says.
     """
     shapes = [shape for rows in dataset.split_sizes.values() for shape in ((rows, IMAGE_SIZE, IMAGE_SIZE), (rows,))]
-    names = dataset.archive_members or [str(folder / file.name) for file in dataset.files]
+    names = dataset.archive_members or [str(file.path_in(folder)) for file in dataset.files]
     with contextlib.ExitStack() as stack:
         try:
             if dataset.archive_members:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import string
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from mnist_flax.errors import DataError
@@ -18,6 +19,11 @@ class DataFile(NamedTuple):
     url: str = ""
     size: int = 0
     sha256: str = ""
+
+    def path_in(self, folder: Path) -> Path:
+        """Returns where the file is: if no checksum is known, it may be there unpacked, without `.gz`."""
+        path, unpacked = folder / self.name, folder / self.name.removesuffix(".gz")
+        return unpacked if not self.sha256 and not path.is_file() and unpacked.is_file() else path
 
 
 # Training images, training labels, test images, test labels: MNIST's names, which its successors also use.
