@@ -2,8 +2,9 @@
 
     python -m mnist_flax.export --workdir=runs/default --format=onnx|stablehlo|npz [--output=DIR]
 
-The file goes to export/ in the workdir, with a model card. First, its outputs are compared with the network's on 1,000
-test images; if a logit or a probability differs by more than 1e-4, nothing is written and the exit status is not 0.
+The file goes to export/ in the workdir, or to export-CHECKPOINT/, with a model card. First, its outputs are compared
+with the network's on 1,000 test images; if a logit or a probability differs by more than 1e-4, nothing is written and
+the exit status is not 0.
 """
 
 from collections.abc import Sequence
@@ -31,6 +32,6 @@ def main(_: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.define_run(output="the folder to write to; default: export/ in --workdir")
+    cli.define_run(output="the folder to write to; default: export/ (or export-CHECKPOINT/)")
     flags.DEFINE_string("format", None, "onnx, stablehlo, or npz (weights, and a program that needs NumPy alone)")
     cli.run(main)

@@ -2,8 +2,8 @@
 
     python -m mnist_flax.report --workdir=runs/default [--checkpoint=latest|best|STEP] [--output=DIR]
 
-Training writes a report when it finishes. Use this command to write it again, or to write one for an
-unfinished run or another checkpoint.
+Training writes a report when it finishes. Use this command to write it again, or to write one for an unfinished run or
+another checkpoint, in report-CHECKPOINT/.
 """
 
 from collections.abc import Sequence
@@ -22,5 +22,5 @@ def main(_: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.define_run("the run's folder", output="the folder to write to; default: report/ in --workdir")
+    cli.define_run("the run's folder", output="the folder to write to; default: report/ (or report-CHECKPOINT/)")
     cli.run(main)

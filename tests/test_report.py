@@ -213,7 +213,7 @@ def test_command_writes_into_the_run_or_the_output_folder(tmp_path: pathlib.Path
 
     done = command(f"--workdir={workdir}", "--checkpoint=best")
     assert done.returncode == 0, done.stderr
-    assert pathlib.Path(done.stdout.strip()) == workdir / "report" / "index.html"
+    assert pathlib.Path(done.stdout.strip()) == workdir / "report-best" / "index.html"
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
     done = command(f"--workdir={workdir}", f"--output={tmp_path / 'there'}")
     assert pathlib.Path(done.stdout.strip()) == tmp_path / "there" / "index.html"
@@ -222,7 +222,7 @@ def test_command_writes_into_the_run_or_the_output_folder(tmp_path: pathlib.Path
     (workdir / "demo.html").touch()
     for which, is_shown in (("latest", True), (str(steps(workdir)[0]), False)):  # the page shows the last network
         done = command(f"--workdir={workdir}", f"--checkpoint={which}")
-        assert ("../demo.html" in (workdir / "report" / "index.html").read_text()) == is_shown
+        assert ("../demo.html" in pathlib.Path(done.stdout.strip()).read_text()) == is_shown
     for arguments, message in (
         (["--workdir=nowhere"], "nowhere: no such folder"),
         ([f"--workdir={workdir}", "--checkpoint=7"], "has no checkpoint '7'"),

@@ -83,8 +83,8 @@ def export_workdir(
 ) -> Exported:
     """Exports a run, or a population as a committee, to one format, and writes a model card beside it.
 
-    See `load_predictor` for the checkpoints and `load_data` for the overrides. The default folder is `export/` in the
-    workdir.
+    See `load_predictor` for the checkpoints and `load_data` for the overrides. The default folder is `export` in the
+    workdir, or `export-<checkpoint>` if the checkpoint is not the latest.
 
     Raises:
       UserError: a package is missing, the run cannot be read, the network cannot be expressed in the format, or the
@@ -102,7 +102,7 @@ def export_workdir(
         contents = chosen.write(predictor, {"dataset": dataset, "classes": classes, "steps": str(max(info.steps))})
     difference = check_outputs(format_name, contents, predictor, images)
     model_card = card.text(workdir, predictor, info)
-    folder = folder or workdirs.subfolder(workdir, FOLDER, remedy=workdirs.REMEDY_OUTPUT)
+    folder = folder or workdirs.results_folder(workdir, FOLDER, checkpoint)
     paths = tuple(folder / f"{STEM}{suffix}" for suffix in contents)
     for path, content in zip(paths, contents.values(), strict=True):
         workdirs.write_bytes(path, content, remedy=workdirs.REMEDY_OUTPUT)

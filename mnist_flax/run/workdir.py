@@ -167,6 +167,15 @@ def inside(workdir: pathlib.Path, *names: str, remedy: str = REMEDY_RESUME) -> p
     return path
 
 
+def results_folder(workdir: pathlib.Path, name: str, checkpoint: str) -> pathlib.Path:
+    """Returns a folder for results inside `workdir`: `name`, or `name-checkpoint` if it is not the latest checkpoint.
+
+    Raises:
+      WorkdirError: as for `subfolder`.
+    """
+    return subfolder(workdir, name if checkpoint == "latest" else f"{name}-{checkpoint}", remedy=REMEDY_OUTPUT)
+
+
 def subfolder(workdir: pathlib.Path, *names: str, remedy: str = REMEDY_RESUME) -> pathlib.Path:
     """Creates a folder inside a run's folder if it is missing, and returns it.
 

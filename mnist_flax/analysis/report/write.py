@@ -85,6 +85,7 @@ def report_workdir(
 ) -> pathlib.Path:
     """Writes the report of a finished or unfinished run at one of its checkpoints; returns the page's path.
 
+    The default folder is `report` in the workdir, or `report-<checkpoint>` if the checkpoint is not the latest.
     See `load_predictor` for the checkpoints and `load_own_data` for the overrides.
 
     Raises:
@@ -103,4 +104,4 @@ def report_workdir(
     logger.info("%s: test %s, at step %d", splits.name, evaluation.line(), step)
     fork = info.runs[0].record["origin"]["fork"]
     run = Reported(info.config, predictor, splits, evaluation, records, step, summary, fork, evaluated_by="report")
-    return write_report(run, workdir, folder)
+    return write_report(run, workdir, folder or workdirs.results_folder(workdir, REPORT_FOLDER, checkpoint))
