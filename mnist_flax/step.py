@@ -1,6 +1,7 @@
 """The state of a run and the pure functions that advance it: from an image to a gradient to new weights."""
 
 import functools
+import logging
 from typing import Any
 
 import flax.struct
@@ -21,6 +22,8 @@ from mnist_flax.logged import METRICS, StepView
 from mnist_flax.losses import LOSSES
 from mnist_flax.network import init_variables
 from mnist_flax.optimizer import optimizer
+
+logger = logging.getLogger(__name__)
 
 Variables = dict[str, Any]  # what linen's `apply` takes: params and batch_stats
 Metrics = dict[str, Array]  # sums over examples; dividing by `examples` gives the means
@@ -242,6 +245,8 @@ def _metrics(view: StepView) -> Metrics:
 def try_step(program: Program) -> None:
     """Traces an update of three images, without computing anything, so that code from outside the package is tried.
 
+    Warns if batch norm is used in evaluation mode.
+
     Raises:
       ConfigError: the network, loss, augmentations, optimiser or metrics cannot be used.
     """
@@ -252,6 +257,17 @@ def try_step(program: Program) -> None:
     image = jax.ShapeDtypeStruct((3, IMAGE_SIZE, IMAGE_SIZE, 1), jnp.uint8)
     batch = Examples(image, jax.ShapeDtypeStruct((3,), jnp.int32))
     jax.eval_shape(functools.partial(train_step, program), shapes, batch, rng.root_key(0))
+
+    def updated_stats(params: Any, stats: Any, batch: Examples) -> Any:
+        return loss_fn(program, params, stats, batch, rng.root_key(0))[1][-1]
+
+    traced = jax.make_jaxpr(updated_stats)(shapes.params, shapes.batch_stats, batch).jaxpr
+    if any(out is given for out in traced.outvars for given in traced.invars):
+        logger.warning(
+            "the network of %s does not update all of its running averages in training; pass train=self.train to each"
+            " BatchNorm",
+            type(program.model).__name__,
+        )
 
 
 def moving_average(decay: float, ema: Any, params: Any, step: Array) -> Any:

@@ -14,7 +14,8 @@ from mnist_flax.config import Config, default_config_dict, replace
 from mnist_flax.errors import ConfigError
 from mnist_flax.models import MODELS
 from mnist_flax.models.base import ModelConfig
-from mnist_flax.step import state_shapes
+from mnist_flax.models.layers import BatchNorm, Conv, Dense
+from mnist_flax.step import state_shapes, try_step
 
 pytestmark = pytest.mark.smoke
 
@@ -170,3 +171,25 @@ def test_a_family_that_is_not_a_config_is_refused(entry: Any, monkeypatch: pytes
     monkeypatch.setitem(MODELS, "wrong", entry)
     with pytest.raises(ConfigError, match=r"MODELS\['wrong'\]: must be a config, a subclass of ModelConfig, not"):
         Config.from_dict({"model": {"name": "wrong"}})
+
+
+@pytest.mark.parametrize("is_passed", [True, False])
+def test_batch_norm_without_train_is_noticed(
+    is_passed: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Normed(nn.Module):
+        train: bool
+
+        @nn.compact
+        def __call__(self, x: Array, mask: Array | None = None) -> Array:
+            x = BatchNorm(train=self.train)(Conv(2, 3, train=self.train)(x), mask)
+            return Dense(10)(BatchNorm(train=self.train and is_passed)(x, mask).mean((1, 2)))
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class NormedConfig(ModelConfig):
+        def module(self, num_classes: int, *, train: bool = False) -> nn.Module:
+            return Normed(train)
+
+    monkeypatch.setitem(MODELS, "normed", NormedConfig)
+    try_step(Config(model=NormedConfig()).program)
+    assert ("pass train=self.train to each BatchNorm" in caplog.text) != is_passed
