@@ -129,8 +129,14 @@ def steps_per_order(num_steps: int, steps_per_epoch: int, epochs_per_dispatch: i
 @functools.lru_cache(maxsize=8)
 def _jit_scan(program: Program, mesh: Mesh, num_runs: int) -> jax.stages.Wrapped:
     """Returns the jitted loop of steps; it is kept, because tracing it takes longer than a short run."""
-    steps = over_runs(functools.partial(train_steps, program), mesh, num_runs)
-    return jax.jit(steps, donate_argnums=0, out_shardings=_run_sharding(mesh, num_runs))
+
+    def steps(
+        state: TrainState, order: Array, key: Array, examples: Examples, teacher: Teacher | None, num_steps: Array
+    ) -> Any:
+        return train_steps(program, state, examples, order, key, num_steps, teacher)
+
+    out_shardings = _run_sharding(mesh, num_runs)
+    return jax.jit(over_runs(steps, mesh, num_runs), donate_argnums=0, out_shardings=out_shardings)
 
 
 def scan_steps(job: Job, states: TrainState) -> Advance:

@@ -39,7 +39,8 @@ def find_preset(name: str) -> pathlib.Path:
             return path
     except (OSError, ValueError) as error:
         beside = [str(file) for file in sorted(path.parent.glob("*.py"))] if path.parent.is_dir() else []
-        others = [*beside, *known] if name == path.name else beside or [path.stem] * (path.stem in known)
+        is_ours = name == path.name or (path.parent.name == FOLDER.name and not beside)
+        others = [*beside, *known] if is_ours else beside
         hint = f"; {nearest(name, others)}" if others else ""
         raise ConfigError(f"--config={name}: cannot be read ({reason(error)}){hint}") from error
     return known[name]

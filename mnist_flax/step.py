@@ -284,11 +284,11 @@ def moving_average(decay: float, ema: Any, params: Any, step: Array) -> Any:
 def train_steps(
     program: Program,
     state: TrainState,
+    examples: Examples,
     order: Array,
     key: Array,
-    examples: Examples,
-    teacher: Teacher | None,
     num_steps: Array | int,
+    teacher: Teacher | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Makes `num_steps` updates in one loop on the device.
 

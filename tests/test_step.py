@@ -214,7 +214,7 @@ def run_epochs(config: Config, examples: Examples, cuts: list[int]) -> tuple[Tra
     state, history = jit_init_state(config.program, KEY), []
     for start, stop in itertools.pairwise(cuts):
         order = batches.jit_epoch_order(KEY, jnp.int32(start // 5), rows, config.train.batch_size)
-        state, sums = jit_train_steps(config.program, state, order, KEY, on_device, None, jnp.int32(stop - start))
+        state, sums = jit_train_steps(config.program, state, on_device, order, KEY, jnp.int32(stop - start))
         history.append(jax.tree.map(lambda column, n=stop - start: column[:n], sums))
     return state, history
 
@@ -239,7 +239,7 @@ def test_two_epochs_two_seeds_and_other_paths_share_one_trace(examples: Examples
         state = jit_init_state(program, key)
         for epoch in range(2):
             order = batches.jit_epoch_order(key, jnp.int32(epoch), jnp.arange(96), program.batch_size)
-            state, _ = jit_train_steps(program, state, order, key, on_device, None, jnp.int32(5))
+            state, _ = jit_train_steps(program, state, on_device, order, key, jnp.int32(5))
     assert compiled._cache_size() == traces + 1
 
 
@@ -252,8 +252,7 @@ def test_a_loop_of_steps_traces_the_step_once(examples: Examples, monkeypatch: p
 
     monkeypatch.setitem(METRICS, "traced", traced)
     state, order = jit_init_state(SMALL.program, KEY), jnp.zeros((5, 20), jnp.int32)
-    arrays = state, order, KEY, examples, None, jnp.int32(5)
-    jax.eval_shape(functools.partial(train_steps, SMALL.program), *arrays)
+    jax.eval_shape(lambda *arrays: train_steps(SMALL.program, *arrays), state, examples, order, KEY, jnp.int32(5))
     assert len(traces) == 1
 
 
