@@ -1,4 +1,4 @@
-"""Reads handwritten digits in your own pictures, of any size, colour and format.
+"""Reads handwritten digits in your own pictures, of any size and colour (PNG, JPEG, TIFF and others).
 
     python -m mnist_flax.predict --workdir=runs/default PICTURE...
 

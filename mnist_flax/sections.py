@@ -72,7 +72,8 @@ class DataConfig:
             yield f"config.data.fold = {self.fold}: is used only with config.data.folds; set that, or leave it at 0"
         yield from within("data.fold", self.fold, 0, max(self.folds, 1), open_high=True)
         if self.holdout:
-            yield from within("data.holdout", self.holdout, num_classes, rows, open_high=True)
+            for message in within("data.holdout", self.holdout, num_classes, rows, open_high=True):
+                yield f"{message}, or 0 to hold out none"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -71,6 +71,7 @@ def test_file_that_is_no_picture_is_refused() -> None:
         b"Dear diary": "not a picture in a known format",
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n": "not a picture in a known format",
         b"\0\0\0\x18ftypheic\0\0\0\0": "HEIC; save it as JPEG",
+        b"%PDF-1.7\n": "PDF; save it as JPEG",
     }.items():
         with pytest.raises(PictureError, match=reason):
             read_digits(content)

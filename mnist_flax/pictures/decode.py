@@ -12,7 +12,7 @@ from mnist_flax.pictures.ink import shrunk
 
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff")
-FOREIGN_SUFFIXES = (".heic", ".heif", ".avif")  # also pictures, but Pillow cannot read them without plugins
+FOREIGN_SUFFIXES = (".heic", ".heif", ".avif", ".pdf")  # often pictures, but Pillow cannot read them by itself
 
 _SIDE = 1000  # pixels: larger pictures are averaged down to this longest side, enough for a page of digits
 _MAX_WEBP_PIXELS = 50_000_000  # Pillow decodes WEBP whole, and needs 16 bytes per pixel
@@ -67,8 +67,10 @@ def decode(content: bytes) -> Picture:
                 f"has more than {limit:,} pixels, which this program does not open; make it smaller"
             ) from error
         except UnidentifiedImageError as error:
-            foreign = {b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIC", b"avif": "AVIF"}.get(content[8:12])
-            hint = f", but {foreign}; save it as JPEG" if foreign and content[4:8] == b"ftyp" else ""
+            brands = {b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIC", b"avif": "AVIF"}
+            foreign = brands.get(content[8:12]) if content[4:8] == b"ftyp" else None
+            foreign = "PDF" if content.startswith(b"%PDF-") else foreign
+            hint = f", but {foreign}; save it as JPEG" if foreign else ""
             raise PictureError(f"is not a picture in a known format ({', '.join(FORMATS)}){hint}") from error
         except MemoryError:  # `read_one` reports it
             raise
