@@ -2,8 +2,8 @@
 
     python -m mnist_flax.report --workdir=runs/default [--checkpoint=latest|best|STEP] [--output=DIR]
 
-Training writes a report when it finishes. Use this command to write it again, or to write one for an unfinished run or
-another checkpoint, in report-CHECKPOINT/.
+Training writes a report when it finishes. Use this command to write it again, or for an unfinished run. The report of
+another checkpoint goes to report-CHECKPOINT/.
 """
 
 from collections.abc import Sequence

@@ -62,7 +62,7 @@ class Teacher(flax.struct.PyTreeNode):
 
 
 _RESERVED = ("step", "epoch", "split", "seconds", "learning_rate")  # the keys of a log line besides the metrics
-_OWN = ("loss", "accuracy", "examples")  # the metrics that the rest of the package reads
+_BUILT_IN = ("loss", "accuracy", "examples")  # the metrics that the rest of the package reads
 
 
 def scale_pixels(program: Program, images: Array) -> Array:
@@ -234,7 +234,7 @@ def _metrics(view: StepView) -> Metrics:
     for name, metric in METRICS.items():
         with naming_the_line(f"METRICS[{name!r}]", metric):
             value = jnp.asarray(metric(view))
-        if name in _RESERVED or (name in _OWN and is_external(metric)):
+        if name in _RESERVED or (name in _BUILT_IN and is_external(metric)):
             raise ConfigError(f"METRICS[{name!r}]: every log line has this entry already; choose another name")
         if value.shape:
             raise ConfigError(f"METRICS[{name!r}]: has the shape {value.shape}; return a scalar, a sum over examples")

@@ -29,7 +29,7 @@ class Result(NamedTuple):
     dataset: str  # the name of the dataset
     fingerprint: str  # that of the dataset
     pairing: tuple[int, ...]  # the seed or the fold of each member; two populations are paired if these are equal
-    split: str  # what the members were evaluated on: `test`, or `holdout` as folds are
+    split: str  # `test` or `holdout`: what the members were evaluated on; for folds always `holdout`
     accuracies: tuple[float, ...]  # of each member
     labels: np.ndarray  # `i32[N]`, the labels of the examples
     predictions: np.ndarray  # `i32[N]`, those of the run, of the committee (seeds), or out of fold (folds)

@@ -17,10 +17,9 @@ ALLOCATOR_OPTIONS = {  # of mallopt(3)
 def keep_freed_memory() -> None:
     """Makes glibc keep freed memory for the next array; call it before any thread starts.
 
-    By default, glibc returns the memory of each large array to the system. The next call then waits while the
-    system clears new pages: without this function, two epochs of four convolutions with batch norm took 1.4 times as
-    long on one core of a virtual machine.
-    Other C libraries are left as they are.
+    By default, glibc returns the memory of each large array to the system. The next call then waits while the system
+    clears new pages: without this function, two epochs of four convolutions with batch norm took 1.4 times as long on
+    one core of a virtual machine. Other C libraries are left as they are.
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # not glibc
