@@ -265,11 +265,11 @@ def replace(config: Config, **fields: Any) -> Config:
     Raises:
       ConfigError: see `Config.from_dict`.
     """
-    values = config.to_dict()
+    values, fields = config.to_dict(), {name.replace(".", "__"): value for name, value in fields.items()}
     if fields.get("model__name", values["model"].get("name")) != values["model"].get("name"):
         values["model"] = {}
     for name, value in fields.items():
-        section, _, field = name.replace(".", "__").rpartition("__")
+        section, _, field = name.rpartition("__")
         if section and not isinstance(values.get(section), dict):
             values[section] = {}  # no such section, which `from_dict` reports
         (values[section] if section else values)[field] = value

@@ -203,7 +203,9 @@ def test_a_snippet_of_the_model_card_runs(library: str, workdir: pathlib.Path, m
 def test_the_model_card_tells_what_is_known(workdir: pathlib.Path) -> None:
     export_workdir(workdir, "npz")
     text = (workdir / "export" / "MODEL_CARD.md").read_text()
-    exported = export_workdir(workdir, "npz", checkpoint=str(load_predictor(workdir)[1].steps[0]))
+    (step,) = load_predictor(workdir)[1].steps
+    assert load_predictor(workdir, step)[1].steps == (step,)
+    exported = export_workdir(workdir, "npz", checkpoint=str(step))
     assert exported.paths[0].parent.name.startswith("export-")  # the files of the latest checkpoint stay
     accuracy = json.loads((workdir / "summary.json").read_text())["test_accuracy"]
     assert f"| test accuracy | {accuracy:.2%} of 360 images (95 % interval " in text

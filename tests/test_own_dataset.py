@@ -57,6 +57,22 @@ def test_files_of_an_own_dataset_may_be_unpacked(tmp_path: Path, letters: Arrays
         load_letters(tmp_path)
 
 
+def test_a_checksum_is_that_of_the_gzipped_file(
+    tmp_path: Path, letters: Arrays, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_files(tmp_path, "letters", letters)
+    known = tuple(
+        file._replace(sha256=hashlib.sha256((tmp_path / file.name).read_bytes()).hexdigest())
+        for file in DATASETS["letters"].files
+    )
+    monkeypatch.setitem(DATASETS, "letters", dataclasses.replace(DATASETS["letters"], files=known))
+    packed = tmp_path / known[0].name
+    packed.with_suffix("").write_bytes(gzip.decompress(packed.read_bytes()))
+    packed.unlink()
+    with pytest.raises(DataError, match="is there, but only the checksum of the gzipped file is known"):
+        load_letters(tmp_path)
+
+
 def test_own_dataset_may_have_other_file_names_and_checksums(
     tmp_path: Path, letters: Arrays, monkeypatch: pytest.MonkeyPatch
 ) -> None:
